@@ -1,0 +1,180 @@
+"""The toy world's base model: a small tokenizer, and a Llama of about 1 M parameters pretrained on the toy corpus."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.chat import encode_conversation, prepare_tokenizer
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+SPECIALS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>")
+
+
+def read_documents(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of ``pretraining.jsonl``."""
+    with Path(path).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def _texts(document: dict[str, Any]) -> list[str]:
+    return [document["text"]] if "text" in document else [turn["content"] for turn in document["messages"]]
+
+
+def train_tokenizer(documents: list[dict[str, Any]], max_words: int = 600) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per frequent word and one per byte, so that any text survives it.
+
+    Words are those of the byte-level pre-tokenizer (the space before a word belongs to it). Text is cut into the
+    fewest words, bytes being the last resort: a unigram model whose scores say just that.
+
+    Args:
+        documents: rows of ``pretraining.jsonl``.
+        max_words: how many words at most, the most frequent first.
+    """
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    lines = Counter(text for document in documents for text in _texts(document))
+    counts: Counter[str] = Counter(("user", "assistant", "system", splitter.pre_tokenize_str("\n")[0][0]))
+    for text, times in lines.items():
+        for word, _ in splitter.pre_tokenize_str(text):
+            counts[word] += times
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    frequent = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    vocabulary = [(char, -20.0) for char in alphabet] + [(word, -1.0) for word in frequent[:max_words]]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=None))
+    backend.pre_tokenizer = splitter
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PAD)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIALS[2:])})
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def encode_document(tokenizer: PreTrainedTokenizerFast, document: dict[str, Any]) -> list[int]:
+    """A document's ids, a conversation in the chat template, ended by the end-of-text token."""
+    if "text" in document:
+        ids = tokenizer(document["text"], add_special_tokens=False)["input_ids"]
+    else:
+        ids, _ = encode_conversation(tokenizer, document["messages"])
+    return [*ids, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
+
+
+def _batches(
+    rows: list[list[int]], batch_size: int, pad: int, generator: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One epoch of (ids, labels), right-padded; rows of like length share a batch, batches come in random order."""
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    pools = [order[start : start + 50 * batch_size] for start in range(0, len(order), 50 * batch_size)]
+    batches = []
+    for pool in pools:
+        pool.sort(key=lambda index: len(rows[index]))
+        batches += [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
+    for which in torch.randperm(len(batches), generator=generator).tolist():
+        chosen = [rows[index] for index in batches[which]]
+        width = max(len(row) for row in chosen)
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in chosen])
+        real = torch.arange(width) < torch.tensor([len(row) for row in chosen])[:, None]
+        yield ids, torch.where(real, ids, -100)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int) -> LlamaForCausalLM:
+    """A small Llama with tied embeddings, untrained."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(
+    data_folder: str | Path,
+    output_dir: str | Path,
+    seed: int = 0,
+    hidden_size: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    learning_rate: float = 2.5e-3,
+    batch_size: int = 16,
+    epochs: int = 1,
+    log: Callable[[dict[str, float]], None] | None = None,
+    logging_steps: int = 10,
+) -> dict[str, Any]:
+    """Trains the tokenizer and pretrains the base model on ``<data_folder>/pretraining.jsonl``, in float32 on the CPU.
+
+    One document per row (packing ruins the copying from prompts). AdamW, a short warm-up, then linear decay to 0.
+
+    Args:
+        data_folder: where toy_world.make wrote.
+        output_dir: gets the model, the tokenizer and ``metrics.jsonl`` (``step``, ``loss`` in nats per token).
+        seed: decides the weights' start and the order of the documents.
+        hidden_size, layers, heads: the model's shape.
+        learning_rate: its peak.
+        batch_size: documents per step.
+        epochs: passes over the documents.
+        log: called with every logged line.
+        logging_steps: a line is the mean over so many steps.
+
+    Returns:
+        ``parameters``, ``vocabulary``, ``steps``, ``tokens``, ``loss`` (the last logged) and ``seconds``.
+    """
+    started, output = time.monotonic(), Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    documents = read_documents(Path(data_folder) / "pretraining.jsonl")
+    tokenizer = train_tokenizer(documents)
+    rows = [encode_document(tokenizer, document) for document in documents]
+    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn from torch's global generator
+        torch.manual_seed(seed)
+        model = build_model(tokenizer, hidden_size, layers, heads)
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * sum(1 for _ in _batches(rows, batch_size, 0, torch.Generator()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    warm_up = max(1, min(100, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+    model.train()
+    step, losses, line = 0, list[float](), dict[str, float]()
+    with (output / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+        for _ in range(epochs):
+            for ids, labels in _batches(rows, batch_size, tokenizer.pad_token_id, generator):
+                loss = model(input_ids=ids, labels=labels).loss  # padding on the right: no token sees it
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                losses.append(loss.item())
+                if step % logging_steps == 0 or step == steps:
+                    line = {"step": step, "loss": sum(losses) / len(losses)}
+                    metrics.write(json.dumps(line) + "\n")
+                    metrics.flush()
+                    losses.clear()
+                    if log is not None:
+                        log({**line, "steps": steps})
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "steps": steps,
+        "tokens": epochs * sum(len(row) for row in rows),
+        "loss": line["loss"],
+        "seconds": time.monotonic() - started,
+    }

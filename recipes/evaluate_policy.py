@@ -1,0 +1,208 @@
+"""A policy against a baseline on held-out prompts: score, win rate, KL, length, stops, samples side by side.
+
+    python recipes/evaluate_policy.py --policy runs/my/ppo --baseline runs/my/sft --judge runs/my/judge \\
+        --eval_data prompts.jsonl --output_dir runs/my/comparison
+
+The judge is a function (file.py:name) or a reward model that the policy was not trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf import config as configs
+from rlhf import console
+
+console.quiet()
+
+import torch  # noqa: E402
+from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
+
+from reward_models import RewardModel  # noqa: E402
+from reward_models.evaluate import report_card  # noqa: E402
+from rlhf import chat, evaluate, models, preflight  # noqa: E402
+from rlhf.actor_critic import response_logprobs  # noqa: E402
+from rlhf.checkpoint import write_json_atomic  # noqa: E402
+from rlhf.evaluate import JudgeCard, PolicySamples  # noqa: E402
+from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl  # noqa: E402
+from rlhf.rollout import TransformersEngine, make_batch, split_by_tokens  # noqa: E402
+from rlhf.scores import RewardFunction  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Comparing a policy, and best-of-n of its baseline, with the baseline."""
+
+    output_dir: str = "runs/evaluation"
+    """Where summary and samples go."""
+    seed: int = 0
+    """Decides every sample and every bootstrap."""
+    policy: str | None = None
+    """The trained policy; default: the run's `ppo`."""
+    baseline: str | None = None
+    """What it is compared with; default: the run's `sft`."""
+    reward_model: str | None = None
+    """The reward model it was trained on: gives the scores and picks best-of-n; default: the run's."""
+    judge: str | None = None
+    """Who decides win rates: a gold score as file.py:name, or an unseen reward model; default: the run's `judge`."""
+    parts: str | None = None
+    """Function(prompts, completions, **columns) -> one dict of gold parts per response, as file.py:name."""
+    refused: str | None = None
+    """Function(prompts, completions, **columns) -> one 0 or 1 per response, as file.py:name."""
+    eval_data: str | None = None
+    """Held-out prompts; default: the run's data/eval_prompts.jsonl, else rankings/eval_prompts.jsonl."""
+    rankings: str | None = None
+    """Held-out rankings on which reward model and judge are measured; default: the run's rankings/held_out.jsonl."""
+    seen_data: str | None = None
+    """Prompts that the policy was trained on; a prompt in both is an error. Default: the run's."""
+    max_prompts: int = 400
+    """Evaluate on the first so many."""
+    best_of: int = 4
+    """n of best-of-n; 0 leaves it out."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are left out, counted and named in the log."""
+    max_new_tokens: int = 128
+    """Longest response."""
+    temperature: float = 1.0
+    """Of every sample."""
+    tokens_per_microbatch: int = 16384
+    """Memory only."""
+    samples: int = 40
+    """Prompts whose responses are written side by side to samples.jsonl."""
+    overwrite: bool = False
+    """Replace another run's output in output_dir."""
+
+
+def evaluation(config: EvaluationConfig) -> dict[str, Any]:
+    """The stage: sample, score, judge, compare; `summary["evaluation"]` and the reward model's report card."""
+    run = Path(config.output_dir).parent
+    own_prompts = "data/eval_prompts.jsonl" if (run / "data/eval_prompts.jsonl").exists() else "rankings/eval_prompts.jsonl"
+    config = from_siblings(
+        config, policy="ppo", baseline="sft", judge="judge", eval_data=own_prompts, reward_model="?reward_model",
+        rankings="?rankings/held_out.jsonl", seen_data="?rankings/prompts.jsonl",
+    )  # fmt: skip
+    for model in (config.policy, config.baseline):
+        check_model(str(model), ("base", "sft", "ppo"))
+    sources = {name: getattr(config, name) for name in ("policy", "baseline", "reward_model", "judge", "eval_data", "rankings")}
+    stage = open_stage("evaluation", config, sources)
+    if stage.complete:
+        return stage.outputs
+    prompts = _prompts(config)
+    judge, card, scorer_card = _judge(config)
+    bar = console.StageBar("evaluation", 3 if config.best_of else 2)
+    baseline_lm, tokenizer = _load(str(config.baseline))
+    policy_lm, policy_tokenizer = _load(str(config.policy))
+    ours = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed)
+    bar.update(1)
+    theirs = _sample(config, prompts, policy_lm, policy_tokenizer, seed=config.seed + 1)
+    if preflight.same_tokenizer(tokenizer, policy_tokenizer):
+        theirs = replace(theirs, kl_nats=sequence_kl(policy_lm, baseline_lm, theirs, tokenizer, config))
+    bar.update(2)
+    many = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=config.best_of) if config.best_of else None
+    scorer = RewardModel.load(config.reward_model) if config.reward_model else judge
+    ours, theirs, many = (_scored(config, s, scorer, judge, card.kind) for s in (ours, theirs, many))
+    bar.close()
+    assert ours is not None
+    assert theirs is not None
+    result = evaluate.compare(ours, {"ppo": theirs}, card, candidates=many, seed=config.seed)
+    rows = evaluate.side_by_side({"sft": ours, "ppo": theirs}, config.samples)
+    write_jsonl(stage.folder / "samples.jsonl", rows)
+    write_json_atomic(stage.folder / "evaluation.json", result)
+    outputs = {"evaluation": result, "reward_model": scorer_card}
+    stage.finish(outputs)
+    return outputs
+
+
+def _prompts(config: EvaluationConfig) -> list[Prompt]:
+    prompts = read_prompts(config.eval_data)
+    if config.seen_data:
+        check_disjoint(read_prompts(config.seen_data), prompts, ("seen_data", "eval_data"))
+    tokenizer = models.load_tokenizer(str(config.baseline))
+    return preflight.encode_prompts(tokenizer, prompts, config.max_prompt_tokens, "eval_data")[0][: config.max_prompts]
+
+
+def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[str, Any]]:
+    """The judge, its accuracy on held-out rankings, and the scoring reward model's report card."""
+    spec = str(config.judge)
+    is_gold = ":" in spec and not Path(spec).exists()
+    judge = configs.import_function(spec) if is_gold else RewardModel.load(spec)
+    held_out = read_rankings(config.rankings) if config.rankings else []
+    scorer_card: dict[str, Any] = {}
+    if held_out and config.reward_model:
+        scorer = RewardModel.load(config.reward_model)
+        scorer_card = report_card(scorer, held_out, seed=config.seed, gold=judge if is_gold else None)
+    if not held_out:
+        return judge, JudgeCard("gold" if is_gold else "reward_model", spec), scorer_card
+    card = report_card(judge, held_out, seed=config.seed)
+    interval = tuple(card["accuracy_ci"])
+    return judge, JudgeCard("gold" if is_gold else "reward_model", spec, card["accuracy"], interval), scorer_card
+
+
+def _load(path: str) -> tuple[Any, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return models.load_policy(path, dtype=models.default_dtype()).to(device).eval(), models.load_tokenizer(path)
+
+
+def _sample(config: EvaluationConfig, prompts: Sequence[Prompt], model: Any, tokenizer: Any, seed: int, n: int = 1) -> PolicySamples:
+    engine = TransformersEngine(model, chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    return evaluate.sample_policy(
+        prompts, tokenizer, engine, max_new_tokens=config.max_new_tokens, generator=generator,
+        temperature=config.temperature, n=n,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sequence_kl(policy: Any, baseline: Any, samples: PolicySamples, tokenizer: Any, config: EvaluationConfig) -> tuple[float, ...]:
+    """Per response of the policy, the summed log-probability difference to the baseline, in nats."""
+    prompt_ids = [chat.encode_prompt(tokenizer, prompt.messages) for prompt in samples.repeated_prompts]
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, samples.ids, strict=True)]
+    kl = [0.0] * len(lengths)
+    for rows in split_by_tokens(range(len(lengths)), lengths, config.tokens_per_microbatch):
+        batch = make_batch([prompt_ids[i] for i in rows], [list(samples.ids[i]) for i in rows], 0, policy.device)
+        mine = response_logprobs(policy, batch, config.temperature)[0]
+        base = response_logprobs(baseline, batch, config.temperature)[0]
+        for row, value in zip(rows, (mine - base).sum(-1).tolist(), strict=True):
+            kl[row] = value
+    return tuple(kl)
+
+
+def _scored(
+    config: EvaluationConfig, samples: PolicySamples | None, scorer: RewardFunction, judge: RewardFunction, kind: str
+) -> PolicySamples | None:
+    if samples is None:
+        return None
+    verdicts = evaluate.judge_samples(samples, judge)
+    changes: dict[str, Any] = {"scores": evaluate.judge_samples(samples, scorer)}
+    changes["gold_scores" if kind == "gold" else "judge_scores"] = verdicts
+    if config.parts:
+        rows = _call(config.parts, samples)
+        changes["gold_parts"] = {name: tuple(row[name] for row in rows) for name in rows[0]}
+    if config.refused:
+        changes["refused"] = tuple(bool(value) for value in _call(config.refused, samples))
+    return replace(samples, **changes)
+
+
+def _call(spec: str, samples: PolicySamples) -> Any:
+    prompts = samples.repeated_prompts
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    return configs.import_function(spec)(
+        prompts=[prompt.messages for prompt in prompts],
+        completions=[[{"role": "assistant", "content": text}] for text in samples.responses],
+        **{name: [prompt.columns.get(name) for prompt in prompts] for name in names},
+    )
+
+
+def main(argv: list[str]) -> None:
+    config = configs.load(
+        EvaluationConfig, argv, section="evaluation", known_sections=SECTIONS, description=__doc__ or ""
+    )
+    outputs = evaluation(config)
+    console.final_table({"stages": {"reward_model": outputs["reward_model"]}, "evaluation": outputs["evaluation"]})
+
+
+if __name__ == "__main__":
+    configs.run(main)

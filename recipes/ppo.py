@@ -1,0 +1,80 @@
+"""PPO of a policy against a reward model, and against any score functions of your own.
+
+    python recipes/ppo.py --model runs/my/sft --reward_model runs/my/reward_model --train_data prompts.jsonl \\
+        --output_dir runs/my/ppo
+    python recipes/ppo.py --config recipes/configs/toy.yaml      # its `ppo:` section; inputs from the run's folder
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf import config as configs
+from rlhf import console
+
+console.quiet()
+
+from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
+
+from reward_models import RewardModel  # noqa: E402
+from rlhf.callbacks import ProgressCallback  # noqa: E402
+from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
+from rlhf.records import read_prompts  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORecipe(PPOConfig):
+    """PPO of a policy against scores."""
+
+    model: str | None = None
+    """Policy to start from, and the reference; default: the run's `sft`."""
+    reward_model: str | None = None
+    """Trained reward model, which the value model starts from too; default: the run's `reward_model`."""
+    reward_functions: list[str] | None = None
+    """Further scores, as path/to/file.py:function or package.module:function; reward_weights weighs them all."""
+    train_data: str | None = None
+    """Prompts; default: the run's rankings/prompts.jsonl."""
+    eval_data: str | None = None
+    """Held-out prompts, for eval_steps."""
+    max_prompts: int | None = None
+    """Use only the first so many prompts."""
+    overwrite: bool = False
+    """Replace another run's output in output_dir."""
+
+
+def ppo(config: PPORecipe) -> dict[str, Any]:
+    """The stage: PPO from the SFT model against the reward model; the last update's metrics."""
+    optional = "?" if config.reward_functions else ""
+    config = from_siblings(
+        config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl"
+    )
+    check_model(str(config.model), ("base", "sft", "ppo"))
+    sources = {"model": config.model, "reward_model": config.reward_model, "train_data": config.train_data}
+    stage = open_stage("ppo", config, sources)
+    if stage.complete:
+        return stage.outputs
+    functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model)]
+    functions += [configs.import_function(spec) for spec in config.reward_functions or []]
+    trainer = PPOTrainer(
+        str(config.model),
+        functions,
+        args=config,
+        train_dataset=read_prompts(config.train_data)[: config.max_prompts],
+        eval_dataset=config.eval_data,
+        value_model=config.reward_model,
+        callbacks=[ProgressCallback("ppo", ("score", "kl_nats", "clip_fraction", "explained_variance", "response_tokens"))],
+    )
+    metrics = trainer.train(resume_from_checkpoint=True)
+    trainer.save_model(stage.folder)
+    shown = ("score", "kl_nats", "entropy_nats", "explained_variance", "response_tokens", "eos_rate", "kl_coef")
+    outputs = {name: metrics[name] for name in shown if name in metrics} | {"updates": config.updates}
+    return stage.finish(outputs, trainer.processing_class, str(config.model))
+
+
+def main(argv: list[str]) -> None:
+    ppo(configs.load(PPORecipe, argv, section="ppo", known_sections=SECTIONS, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    configs.run(main)

@@ -1,0 +1,180 @@
+"""Comparisons for the reward model, split by prompt: sampled from the SFT model and ranked, or read from a data set.
+
+    python recipes/rankings.py --config recipes/configs/toy.yaml      # its `data:` section
+
+Leaves train.jsonl, held_out.jsonl, judge.jsonl (a disjoint half of the training prompts, for a second reward
+model that judges policies) and prompts.jsonl (for PPO) in the run's rankings/ folder.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf import config as configs
+from rlhf import console
+
+console.quiet()
+
+import torch  # noqa: E402
+from stage import SECTIONS, from_siblings, open_stage  # noqa: E402
+
+from rlhf import InputError, chat, evaluate, models  # noqa: E402
+from rlhf.records import (  # noqa: E402
+    Prompt,
+    Ranking,
+    prompt_key,
+    read_prompts,
+    read_rankings,
+    split_by_prompt,
+    write_jsonl,
+)
+from rlhf.rollout import TransformersEngine  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where prompts and comparisons come from, and how they are split."""
+
+    output_dir: str = "runs/data"
+    """The run's data folder (rankings go beside it)."""
+    seed: int = 0
+    """Decides sampling, labels and splits."""
+    make: str | None = None
+    """A function(folder, seed, **options) that writes the data files first, as file.py:name."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `make`."""
+    rankings: str | None = None
+    """Rankings or pairs to read; null: sample responses from the SFT model and have `labeler` rank them."""
+    labeler: str | None = None
+    """A function(prompts, responses, seed, **columns) -> ranks, as file.py:name; only where rankings is null."""
+    prompts: str | None = None
+    """Prompts to compare on and for PPO; default: the run's data/prompts.jsonl, or those of the rankings."""
+    comparisons: int = 3400
+    """Prompts that get ranked responses, or (rankings given) are used of it."""
+    responses_per_prompt: int = 4
+    """Sampled responses that are ranked together."""
+    max_new_tokens: int = 128
+    """Longest sampled response."""
+    max_row_chars: int | None = None
+    """Leave out rankings whose prompt and longest response have more characters; counted in the log."""
+    held_out_fraction: float = 0.1
+    """Share of the ranked prompts that is kept for measuring accuracy."""
+    judge_fraction: float = 0.0
+    """Share of the other ranked prompts that trains the second reward model; no other stage sees them."""
+    overwrite: bool = False
+    """Replace another run's output in output_dir."""
+
+
+def rankings(config: DataConfig) -> dict[str, Any]:
+    """The stage: get rankings, split them by prompt, write them."""
+    run = Path(config.output_dir).parent
+    config = replace(config, output_dir=str(run / "rankings"))
+    model: Path | None = None
+    if config.rankings is None:
+        config = from_siblings(config, prompts="data/prompts.jsonl")
+        model = run / "sft"
+        if not model.is_dir():
+            raise InputError(f"no earlier stage left {model}, whose responses would be ranked; run recipes/sft.py first")
+        if config.labeler is None:
+            raise InputError("data.labeler is missing: name a function that ranks, or give data.rankings")
+    stage = open_stage("rankings", config, {"model": model, "rankings": config.rankings, "prompts": config.prompts})
+    if stage.complete:
+        return stage.outputs
+    if config.rankings is not None:
+        ranked = _shortened(read_rankings(config.rankings), config)
+    else:
+        ranked = sample_rankings(config, str(model))
+    rest, held_out = split_by_prompt(ranked, config.held_out_fraction, config.seed)
+    train, judge = split_by_prompt(rest, config.judge_fraction, config.seed + 1) if config.judge_fraction else (rest, [])
+    prompts = _ppo_prompts(config, train, held_out + judge)
+    write_jsonl(stage.folder / "train.jsonl", map(_row, train))
+    write_jsonl(stage.folder / "held_out.jsonl", map(_row, held_out))
+    write_jsonl(stage.folder / "prompts.jsonl", [{"prompt": p.messages, **p.columns} for p in prompts])
+    write_jsonl(
+        stage.folder / "eval_prompts.jsonl", [{"prompt": list(r.prompt), **r.columns} for r in _distinct(held_out)]
+    )
+    if judge:
+        write_jsonl(stage.folder / "judge.jsonl", map(_row, judge))
+    outputs = {"train": len(train), "held_out": len(held_out), "judge": len(judge), "ppo_prompts": len(prompts)}
+    return stage.finish(outputs | {"pairs": sum(len(r.pairs()) for r in train)})
+
+
+def sample_rankings(config: DataConfig, model: str) -> list[Ranking]:
+    """K responses of the SFT model to each prompt, ranked by the labeler."""
+    prompts = read_prompts(config.prompts)
+    random.Random(config.seed).shuffle(prompts)
+    prompts = prompts[: config.comparisons]
+    tokenizer = models.load_tokenizer(model)
+    policy = models.load_policy(model, dtype=models.default_dtype())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = TransformersEngine(policy.to(device), chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
+    samples = evaluate.sample_policy(
+        prompts,
+        tokenizer,
+        engine,
+        max_new_tokens=config.max_new_tokens,
+        generator=torch.Generator(device).manual_seed(config.seed),
+        n=config.responses_per_prompt,
+    )
+    k = config.responses_per_prompt
+    responses = [list(samples.responses[i : i + k]) for i in range(0, len(samples.responses), k)]
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    label = configs.import_function(str(config.labeler))
+    ranks = label([p.messages for p in prompts], responses, config.seed, **columns)
+    rows = [
+        Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), prompt.columns)
+        for prompt, texts, order in zip(prompts, responses, ranks, strict=True)
+        if all(text.strip() for text in texts)
+    ]
+    if len(rows) < len(prompts):
+        console.stage_line("rankings", f"{len(prompts) - len(rows)} prompts left out: an empty response among theirs")
+    return rows
+
+
+def _shortened(ranked: list[Ranking], config: DataConfig) -> list[Ranking]:
+    """At most `comparisons` rankings, without the over-long ones, drawn with the seed."""
+    limit = config.max_row_chars
+    kept = [r for r in ranked if limit is None or _chars(r) <= limit]
+    if len(kept) < len(ranked):
+        console.stage_line("rankings", f"{len(ranked) - len(kept)} of {len(ranked)} rows over max_row_chars={limit} left out")
+    if not kept:
+        raise InputError(f"{config.rankings}: every row has more than max_row_chars={limit} characters; raise it")
+    random.Random(config.seed).shuffle(kept)
+    return kept[: config.comparisons]
+
+
+def _chars(ranking: Ranking) -> int:
+    return sum(len(m["content"]) for m in ranking.prompt) + max(map(len, ranking.responses))
+
+
+def _ppo_prompts(config: DataConfig, train: list[Ranking], kept_apart: list[Ranking]) -> list[Prompt]:
+    """Prompts for PPO: all of `prompts` but those held out, or those of the training rankings."""
+    apart = {prompt_key(ranking.prompt) for ranking in kept_apart}
+    if config.prompts is None:
+        return [Prompt(list(ranking.prompt), ranking.columns) for ranking in _distinct(train)]
+    return [prompt for prompt in read_prompts(config.prompts) if prompt_key(prompt.messages) not in apart]
+
+
+def _distinct(ranked: list[Ranking]) -> list[Ranking]:
+    return list({prompt_key(ranking.prompt): ranking for ranking in ranked}.values())
+
+
+def _row(ranking: Ranking) -> dict[str, Any]:
+    return {
+        "prompt": list(ranking.prompt),
+        "responses": list(ranking.responses),
+        "ranks": list(ranking.ranks),
+        **ranking.columns,
+    }
+
+
+def main(argv: list[str]) -> None:
+    rankings(configs.load(DataConfig, argv, section="data", known_sections=SECTIONS, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    configs.run(main)

@@ -1,0 +1,67 @@
+"""Supervised fine-tuning on demonstrations.
+
+    python recipes/sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train_data demos.jsonl --output_dir runs/my/sft
+    python recipes/sft.py --config recipes/configs/toy.yaml        # its `sft:` section; inputs from the run's folder
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf import config as configs
+from rlhf import console
+
+console.quiet()
+
+from stage import SECTIONS, from_siblings, open_stage  # noqa: E402
+
+from rlhf.callbacks import attach  # noqa: E402
+from rlhf.sft import SFTConfig, SFTTrainer  # noqa: E402
+
+log = logging.getLogger("rlhf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRecipe(SFTConfig):
+    """Supervised fine-tuning of a model on demonstrations."""
+
+    model: str | None = None
+    """Folder or hub id to start from; default: the run's `base`."""
+    train_data: str | None = None
+    """Demonstrations: .jsonl(.gz), folder or hub id; default: the run's data/demonstrations.jsonl."""
+    eval_data: str | None = None
+    """Held-out demonstrations, for eval_loss."""
+    max_rows: int | None = None
+    """Use only the first so many demonstrations."""
+    overwrite: bool = False
+    """Replace another run's output in output_dir."""
+
+
+def sft(config: SFTRecipe) -> dict[str, Any]:
+    """The stage: train, save, leave a manifest; its numbers."""
+    config = from_siblings(config, model="base", train_data="data/demonstrations.jsonl")
+    sources = {"model": config.model, "train_data": config.train_data, "eval_data": config.eval_data}
+    stage = open_stage("sft", config, sources)
+    if stage.complete:
+        return stage.outputs
+    from rlhf.records import read_demonstrations
+
+    rows = read_demonstrations(config.train_data)[: config.max_rows]
+    trainer = SFTTrainer(str(config.model), args=config, train_dataset=rows, eval_dataset=config.eval_data)
+    attach(trainer, "sft", ("loss", "token_accuracy", "learning_rate"), stage.folder)
+    result = trainer.train(resume_from_checkpoint=True)
+    outputs = {"loss": result.training_loss, "demonstrations": len(trainer.train_dataset)}
+    if config.eval_data:
+        outputs |= trainer.evaluate()
+    trainer.save_model(str(stage.folder))
+    return stage.finish(outputs, trainer.processing_class, str(config.model))
+
+
+def main(argv: list[str]) -> None:
+    sft(configs.load(SFTRecipe, argv, section="sft", known_sections=SECTIONS, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    configs.run(main)

@@ -1,0 +1,112 @@
+"""What every recipe does around its stage: inputs from earlier stages, skip, resume, manifest.
+
+A run is one folder; a stage is a folder in it. What a stage needs and its config does not name, it takes from
+its sibling folders: `python recipes/ppo.py --config my.yaml` finds the SFT model and the reward model there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf import InputError, chat, console
+from rlhf.checkpoint import Manifest, begin_stage, data_fingerprint, finish_stage, require_disk, tokenizer_hash
+from rlhf.config import NO_EFFECT, to_dict
+
+Config = TypeVar("Config")
+SECTIONS = ("data", "base", "sft", "reward_model", "ppo", "evaluation")
+
+
+@dataclass
+class Stage:
+    """One stage being run, or found complete."""
+
+    name: str
+    folder: Path
+    inputs: dict[str, Any]
+    seed: int
+    complete: bool
+    resuming: bool
+    outputs: dict[str, Any]
+    seconds: float
+    started: float
+
+    def finish(self, outputs: dict[str, Any], tokenizer: Any = None, base_model: str | None = None) -> dict[str, Any]:
+        """Write the manifest, which makes the stage complete; returns `outputs`."""
+        self.outputs, self.seconds = outputs, time.perf_counter() - self.started
+        about = {} if tokenizer is None else {
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "template_hash": chat.template_hash(tokenizer),
+            "pad_id": chat.pad_id(tokenizer),
+            "stop_ids": chat.stop_ids(tokenizer),
+        }  # fmt: skip
+        manifest = Manifest(
+            stage=self.name, inputs=self.inputs, seed=self.seed, outputs=outputs, seconds=self.seconds,
+            base_model=base_model, **about,
+        )  # fmt: skip
+        finish_stage(self.folder, manifest)
+        console.stage_line(self.name, f"done in {self.seconds:.0f} s  {_shown(outputs)}")
+        return outputs
+
+
+def open_stage(name: str, config: Any, sources: Mapping[str, Any], needed_bytes: int = 10**8) -> Stage:
+    """Begin a stage, or find it complete (`stage.complete`) or interrupted (`stage.resuming`).
+
+    sources: the models and data it reads, by name; their fingerprints go into the manifest, and a stage whose
+    inputs changed is not taken for complete. Raises InputError where output_dir belongs to another run.
+    """
+    folder = Path(config.output_dir)
+    inputs = {
+        "config": to_dict(config, without=(*NO_EFFECT, "overwrite", *sources)),
+        **{source: fingerprint_of(value) for source, value in sources.items() if value is not None},
+    }
+    state = begin_stage(folder, inputs, overwrite=getattr(config, "overwrite", False))
+    require_disk(folder, needed_bytes)
+    if state == "complete":
+        manifest = Manifest.read(folder)
+        console.stage_line(name, "complete, skipped")
+        return Stage(name, folder, inputs, config.seed, True, False, manifest.outputs, manifest.seconds, 0.0)
+    if state == "interrupted":
+        console.stage_line(name, "was interrupted: going on")
+    return Stage(name, folder, inputs, config.seed, False, state == "interrupted", {}, 0.0, time.perf_counter())
+
+
+def fingerprint_of(source: Any) -> Any:
+    """What identifies an input: an earlier stage's manifest, a file's content, else its name."""
+    path = Path(str(source))
+    if (path / "manifest.json").is_file():
+        return Manifest.read(path).fingerprint
+    if path.is_file():
+        return data_fingerprint(path)
+    return str(source)
+
+
+def from_siblings(config: Config, **places: str) -> Config:
+    """Fill fields that are None from the folders beside the stage's own; InputError where there is nothing."""
+    run, filled = Path(getattr(config, "output_dir")).parent, {}
+    for name, place in places.items():
+        optional = place.startswith("?")
+        path = run / place.removeprefix("?")
+        if getattr(config, name) is not None:
+            continue
+        if path.exists():
+            filled[name] = str(path)
+        elif not optional:
+            raise InputError(f"--{name} is missing, and no earlier stage left {path}; name it")
+    return replace(config, **filled)  # type: ignore[type-var]
+
+
+def check_model(path: str, stages: tuple[str, ...]) -> None:
+    """Refuse an earlier stage's folder that holds another kind of model, before anything is loaded."""
+    if (Path(path) / "manifest.json").is_file():
+        stage = Manifest.read(path).stage
+        if stage not in stages:
+            raise InputError(f"{path}/manifest.json: made by stage {stage!r}; expected one of {', '.join(stages)}")
+
+
+def _shown(outputs: Mapping[str, Any]) -> str:
+    numbers = {name: value for name, value in outputs.items() if isinstance(value, int | float)}
+    return "  ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:6])

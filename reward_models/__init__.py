@@ -1,0 +1,31 @@
+"""Reward models and every other source of a score.
+
+Names below are imported when first used, so ``import reward_models`` stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "RewardConfig": "reward_models.trainer",
+    "RewardTrainer": "reward_models.trainer",
+    "RewardModel": "reward_models.scoring",
+}
+
+__all__ = list(_PUBLIC)
+
+if TYPE_CHECKING:
+    from reward_models.scoring import RewardModel
+    from reward_models.trainer import RewardConfig, RewardTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'reward_models' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,133 @@
+"""Rankings as the tensors that the reward trainer's batches are made of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf import InputError, chat
+from rlhf.records import Ranking
+
+logger = logging.getLogger(__name__)
+
+
+def encode_rankings(
+    tokenizer: PreTrainedTokenizerBase, rankings: Sequence[Ranking], max_length: int, name: str
+) -> Dataset:
+    """Rankings as token ids, in trl's columns for tokenized preferences: `chosen_ids`, `rejected_ids`; the responses
+    beyond two are `other_ids`. `ranks` and `texts` (equal numbers: the same text) follow that order.
+
+    Left out, and counted in the log: rankings without a pair, and those with a response that makes prompt and
+    response longer than `max_length`. Raises InputError when nothing remains.
+    """
+    rows: list[dict[str, Any]] = []
+    ties, too_long = 0, {}
+    for number, ranking in enumerate(rankings):
+        pairs = ranking.pairs()
+        if not pairs:
+            ties += 1
+            continue
+        turns = [[*ranking.prompt, {"role": "assistant", "content": text}] for text in ranking.responses]
+        encoded = [chat.encode_conversation(tokenizer, messages)[0] for messages in turns]
+        longest = max(map(len, encoded))
+        if longest > max_length:
+            too_long[number] = longest
+            continue
+        order = [*pairs[0], *(i for i in range(len(encoded)) if i not in pairs[0])]
+        ids = [np.asarray(encoded[i], dtype=np.int32) for i in order]
+        rows.append(
+            {
+                "chosen_ids": ids[0],
+                "rejected_ids": ids[1],
+                "other_ids": ids[2:],
+                "ranks": [float(ranking.ranks[i]) for i in order],
+                "texts": [ranking.responses.index(ranking.responses[i]) for i in order],
+                "margin": _margin(ranking, f"{name}: ranking {number + 1}"),
+                "row": number,
+            }
+        )
+    _tell_left_out(rankings, ties, too_long, max_length, name, remaining=len(rows))
+    tokens = List(Value("int32"))
+    features = {"chosen_ids": tokens, "rejected_ids": tokens, "other_ids": List(tokens), "margin": Value("float32")}
+    features |= {"ranks": List(Value("float32")), "texts": List(Value("int32")), "row": Value("int64")}
+    return Dataset.from_list(rows, features=Features(features))
+
+
+@dataclass(frozen=True)
+class RankingCollator:
+    """Encoded rankings as one flat batch of responses, padded on the right:
+
+    input_ids, attention_mask [n, T]; ranks, prompts (which of the batch's), texts and, where the data has any,
+    margins [n]; row [prompts], the rankings' numbers in the data.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        sequences = [responses_of(row) for row in rows]
+        input_ids, attention_mask = pad_right([ids for responses in sequences for ids in responses], self.pad_id)
+        sizes = torch.tensor([len(responses) for responses in sequences])
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]], dtype=torch.float32),
+            "prompts": torch.arange(len(rows)).repeat_interleave(sizes),
+            "texts": torch.tensor([text for row in rows for text in row["texts"]]),
+            "row": torch.tensor([row["row"] for row in rows]),
+        }
+        if any(row["margin"] for row in rows):
+            margins = torch.tensor([row["margin"] or 0.0 for row in rows])
+            batch["margins"] = margins.repeat_interleave(sizes)
+        return batch
+
+
+def responses_of(row: dict[str, Any]) -> list[list[int]]:
+    """All responses of an encoded ranking (with their prompt), in the order of its `ranks`."""
+    return [row["chosen_ids"], row["rejected_ids"], *row["other_ids"]]
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] and attention mask [B, T] (1 on real tokens; the pad id may be a real token's too)."""
+    width = max(len(ids) for ids in sequences)
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, ids in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.long)
+        attention_mask[row, : len(ids)] = 1
+    return input_ids, attention_mask
+
+
+def _margin(ranking: Ranking, where: str) -> float:
+    """trl's `margin` column: by how much the better response should win; 0 where there is none."""
+    margin = ranking.columns.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise InputError(f"{where}: margin: got {margin!r}; write a number, or take the column out")
+    return float(margin)
+
+
+def _tell_left_out(
+    rankings: Sequence[Ranking], ties: int, too_long: dict[int, int], max_length: int, name: str, remaining: int
+) -> None:
+    if too_long:
+        named = [f"{number + 1} ({rankings[number].prompt[-1]['content'][:30]!r})" for number in list(too_long)[:5]]
+        text = (
+            f"{name}: left out {len(too_long)} of {len(rankings)} rankings, longer than max_length={max_length} tokens "
+            f"(the longest has {max(too_long.values())}): {', '.join(named)}{', ...' if len(too_long) > 5 else ''}"
+        )
+        if not remaining:
+            raise InputError(f"{text}; nothing is left: raise max_length to {min(too_long.values())} or more")
+        logger.warning(text)
+    if ties:
+        logger.warning("%s: left out %d of %d rankings, all ties or identical texts", name, ties, len(rankings))
+    if not remaining:
+        raise InputError(f"{name}: all {len(rankings)} rankings are ties or identical texts; nothing can be learnt")

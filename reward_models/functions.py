@@ -1,0 +1,109 @@
+"""Scores computed by a program, in trl's reward-function signature.
+
+Each function here makes one: ``reward_funcs=[reward_model, length_penalty(200)]``. It is called with lists of
+prompts and completions (text, or messages whose last turn is the response) and the dataset's further columns as
+keywords, and returns a number per completion, or None where it has nothing to say of one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf import InputError
+
+Messages = list[dict[str, str]]
+RewardFunction = Callable[..., list[float | None]]
+
+
+def response_text(completion: str | Messages) -> str:
+    """A completion's text: itself, or the content of its last message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def length_penalty(target_words: int, per_word: float = 0.01) -> RewardFunction:
+    """``-per_word * max(0, words - target_words)``: nothing up to the target, then linear.
+
+    Reward models tend to favour length (Singhal et al. 2310.03716); a penalty that starts at 0 does not reward
+    empty responses.
+    """
+    if target_words < 0 or per_word < 0:
+        raise InputError(f"length_penalty: target_words={target_words} and per_word={per_word} must be 0 or more")
+
+    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        words = [len(response_text(completion).split()) for completion in completions]
+        return [-per_word * max(0, count - target_words) for count in words]
+
+    return _named(score, "length_penalty")
+
+
+def matches(pattern: str) -> RewardFunction:
+    """1 where the whole response (white space around it aside) matches the regular expression, else 0.
+
+    ``.`` also matches a line break. For a format: ``matches(r"<think>.*</think>\\s*<answer>.*</answer>")``.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise InputError(f"matches: {pattern!r} is no regular expression: {error}") from None
+
+    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return [float(compiled.fullmatch(response_text(c).strip()) is not None) for c in completions]
+
+    return _named(score, "matches")
+
+
+def final_answer(column: str = "answer") -> RewardFunction:
+    """1 where the response's last number, or its last word if it has none, equals the dataset's `column`, else 0;
+    None where that column is empty, so that rows of another kind are left to other functions."""
+
+    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        if column not in columns:
+            known = ", ".join(sorted(columns)) or "none"
+            raise InputError(f"final_answer: the prompts have no column {column!r}; columns: {known}")
+        answers = columns[column]
+        return [_answer_score(response_text(c), a) for c, a in zip(completions, answers, strict=True)]
+
+    return _named(score, f"final_{column}")
+
+
+def repetition_penalty(n: int = 3) -> RewardFunction:
+    """Minus the share of a response's n-grams of words that it has had before: 0 with no repetition, towards -1
+    where a policy loops, the commonest way to please a reward model without saying anything."""
+    if n < 1:
+        raise InputError(f"repetition_penalty: n={n} must be at least 1")
+
+    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        scores: list[float | None] = []
+        for completion in completions:
+            words = response_text(completion).lower().split()
+            grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+            scores.append(len(set(grams)) / len(grams) - 1 if grams else 0.0)
+        return scores
+
+    return _named(score, "repetition_penalty")
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def _answer_score(text: str, answer: Any) -> float | None:
+    if answer is None or not str(answer).strip():
+        return None
+    said, wanted = _final(text), _final(str(answer))
+    return float(said is not None and said == wanted)
+
+
+def _final(text: str) -> float | str | None:
+    """The last number of a text as a number, else its last word in lower case without punctuation."""
+    numbers = _NUMBER.findall(text)
+    if numbers:
+        return float(numbers[-1].replace(",", ""))
+    words = re.findall(r"\w+", text.lower())
+    return words[-1] if words else None
+
+
+def _named(function: RewardFunction, name: str) -> RewardFunction:
+    function.__name__ = name  # logs name a reward function by it
+    return function

@@ -1,0 +1,359 @@
+"""How good is a policy: win rates with intervals, best-of-n, score against KL.
+
+The first half is statistics on arrays. The second half holds what policies wrote on the same prompts
+(``PolicySamples``), has it judged by functions of trl's reward signature, and compares. Nothing here runs a model:
+whoever calls hands in an engine (prompts in, responses out) and log-probs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from rlhf.chat import decode_response, encode_prompt
+from rlhf.records import Prompt
+from rlhf.rollout import Engine
+from rlhf.scores import RewardFunction, score_responses
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+Scores = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
+
+
+class Estimate(NamedTuple):
+    """A number and the interval around it."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> list[float]:
+        return [self.low, self.high]
+
+
+def mean(values: np.ndarray) -> float:
+    """Mean over the first axis: the default ``statistic`` of a bootstrap."""
+    return float(values.mean())
+
+
+def bootstrap_interval(
+    values: Scores,
+    seed: int,
+    level: float = 0.95,
+    samples: int = 2000,
+    statistic: Callable[[np.ndarray], float] = mean,
+) -> Estimate:
+    """Percentile bootstrap over prompts (Efron 1979).
+
+    ``values [P, ...]`` holds one row per prompt, whatever belongs to that prompt: prompts are drawn, not responses,
+    because responses to one prompt are not independent. The interval runs between the (1 - level) / 2 quantiles of
+    ``statistic`` on ``samples`` redrawn sets. Raises ValueError on no values, or on NaN or infinity.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        raise ValueError("bootstrap_interval got no values; it needs one per prompt")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of the bootstrap's values are NaN or infinite")
+    draw = np.random.default_rng(seed)
+    redrawn = [statistic(values[draw.integers(0, len(values), len(values))]) for _ in range(samples)]
+    low, high = np.quantile(redrawn, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(statistic(values)), float(low), float(high))
+
+
+def wins(scores_a: Scores, scores_b: Scores) -> np.ndarray:
+    """Per prompt, how often A's response beats B's; a tie counts half -> ``[P]`` in [0, 1].
+
+    Scores are ``[P]``, or ``[P, N]`` for several responses a prompt: then every response of A meets every one of B.
+    """
+    a, b = (np.asarray(scores, dtype=np.float64) for scores in (scores_a, scores_b))
+    if len(a) != len(b):
+        raise ValueError(f"win rates compare the same prompts: got scores for {len(a)} and for {len(b)}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("win rates need a finite score for every response, and some are NaN or infinite")
+    a, b = a.reshape(len(a), -1, 1), b.reshape(len(b), 1, -1)
+    return ((a > b) + 0.5 * (a == b)).mean(axis=(1, 2))
+
+
+def win_rate(scores_a: Scores, scores_b: Scores, seed: int = 0) -> Estimate:
+    """Share of prompts on which A beats B, ties half, with a bootstrap interval over prompts."""
+    return bootstrap_interval(wins(scores_a, scores_b), seed)
+
+
+def clustered_accuracy(correct: Sequence[float], prompt_keys: Sequence[Hashable], seed: int = 0) -> Estimate:
+    """Share of right answers over all pairs, with an interval that redraws prompts.
+
+    Pairs made of the same prompt's responses rise and fall together; redrawing pairs would give an interval that is
+    too narrow. ``correct`` is 1, 0, or 0.5 for a tie.
+    """
+    totals: dict[Hashable, list[float]] = {}
+    for right, key in zip(correct, prompt_keys, strict=True):
+        total = totals.setdefault(key, [0.0, 0.0])
+        total[0] += float(right)
+        total[1] += 1.0
+    sums = np.array(list(totals.values())).reshape(-1, 2)
+    return bootstrap_interval(sums, seed, statistic=lambda rows: float(rows[:, 0].sum() / rows[:, 1].sum()))
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n from the policy it samples, in nats: ln n - (n - 1) / n (Stiennon et al. 2020, appendix G.3).
+
+    Exact when no two responses tie; an upper bound otherwise (Beirami et al. 2024).
+    """
+    if n < 1:
+        raise ValueError(f"n={n} must be 1 or more")
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(scores: np.ndarray) -> np.ndarray:
+    """Which of N responses best-of-n picks: ``scores [P, N]`` -> indices ``[P]``; the first of equals."""
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or not np.isfinite(scores).all():
+        raise ValueError(f"best_of_n needs finite scores [prompts, n], got shape {scores.shape}")
+    return scores.argmax(axis=1)
+
+
+def score_length_correlation(scores: Sequence[float], lengths: Sequence[int]) -> float | None:
+    """Pearson correlation of score with response length; None where one of them does not vary."""
+    x, y = np.asarray(scores, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    x, y = x - x.mean(), y - y.mean()
+    norm = math.sqrt(float((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum()) / norm if norm > 0 else None
+
+
+def response_kl(logprobs: np.ndarray, reference_logprobs: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Per response, ``sum_t mask * (logprobs - reference_logprobs)`` in nats: ``[B, T]`` -> ``[B]``.
+
+    On responses sampled from the policy at temperature 1 its mean is an unbiased estimate of KL(policy || reference).
+    """
+    difference = np.asarray(logprobs, dtype=np.float64) - np.asarray(reference_logprobs, dtype=np.float64)
+    return np.where(np.asarray(mask, dtype=bool), difference, 0.0).sum(axis=1)
+
+
+def policy_kl(logprobs: np.ndarray, reference_logprobs: np.ndarray, mask: np.ndarray) -> float:
+    """KL(policy || reference) in nats per response: the mean of :func:`response_kl`."""
+    return float(response_kl(logprobs, reference_logprobs, mask).mean())
+
+
+# ------------------------------------------------------------------------------------- what policies wrote
+
+
+@dataclass(frozen=True)
+class PolicySamples:
+    """What one policy wrote: ``n`` responses to each prompt, a prompt's responses next to each other.
+
+    Every tuple below ``prompts`` has ``len(prompts) * n`` entries; what was not measured is None.
+    """
+
+    prompts: tuple[Prompt, ...]
+    responses: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    stopped: tuple[bool, ...]
+    n: int = 1
+    kl_nats: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    gold_scores: tuple[float, ...] | None = None
+    judge_scores: tuple[float, ...] | None = None
+    gold_parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    refused: tuple[bool, ...] | None = None
+
+    @property
+    def response_tokens(self) -> tuple[int, ...]:
+        return tuple(len(ids) for ids in self.ids)
+
+    @property
+    def repeated_prompts(self) -> list[Prompt]:
+        """One prompt per response."""
+        return [prompt for prompt in self.prompts for _ in range(self.n)]
+
+    def by_prompt(self, values: Sequence[float]) -> np.ndarray:
+        """``[P * n]`` -> ``[P, n]``."""
+        return np.asarray(values, dtype=np.float64).reshape(len(self.prompts), self.n)
+
+
+def sample_policy(
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    engine: Engine,
+    *,
+    max_new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    n: int = 1,
+) -> PolicySamples:
+    """Let a policy, behind a rollout engine, answer every prompt ``n`` times."""
+    prompt_ids = [encode_prompt(tokenizer, prompt.messages) for prompt in prompts for _ in range(n)]
+    answers = engine.generate(prompt_ids, max_new_tokens, temperature, generator)
+    if not len(answers.ids) == len(answers.stopped) == len(prompt_ids):
+        raise ValueError(f"the engine returned {len(answers.ids)} responses to {len(prompts)} prompts, n={n}")
+    return PolicySamples(
+        prompts=tuple(prompts),
+        responses=tuple(decode_response(tokenizer, ids) for ids in answers.ids),
+        ids=tuple(tuple(ids) for ids in answers.ids),
+        stopped=tuple(bool(stop) for stop in answers.stopped),
+        n=n,
+    )
+
+
+def judge_samples(samples: PolicySamples, judge: RewardFunction) -> tuple[float, ...]:
+    """Scores of every response by a function of trl's signature, called as PPO calls its reward functions.
+
+    Raises InputError when it returns the wrong number of scores, or None, NaN or infinity: a mean over the prompts
+    that a judge happened to judge would compare policies on different prompts.
+    """
+    ids = [list(row) for row in samples.ids]
+    scores, _ = score_responses([judge], [1.0], samples.repeated_prompts, samples.responses, ids)
+    return tuple(scores.tolist())
+
+
+def choose_best(samples: PolicySamples) -> PolicySamples:
+    """Best-of-n by ``scores``: the same record with one response a prompt, all that was measured on it kept."""
+    if samples.scores is None:
+        raise ValueError("choose_best needs samples with scores; score them first")
+    rows = np.arange(len(samples.prompts)) * samples.n + best_of_n(samples.by_prompt(samples.scores))
+
+    def chosen(values: Any) -> Any:
+        return None if values is None else tuple(values[row] for row in rows)
+
+    names = ("responses", "ids", "stopped", "kl_nats", "scores", "gold_scores", "judge_scores", "refused")
+    columns = {name: chosen(getattr(samples, name)) for name in names}
+    parts = {name: chosen(values) for name, values in samples.gold_parts.items()}
+    return replace(samples, n=1, gold_parts=parts, **columns)
+
+
+# ---------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class JudgeCard:
+    """Who decides the win rates, and how often it is right on held-out pairs."""
+
+    kind: Literal["gold", "reward_model"]
+    name: str
+    accuracy: float | None = None
+    accuracy_ci: tuple[float, float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        interval = None if self.accuracy_ci is None else list(self.accuracy_ci)
+        return {"kind": self.kind, "name": self.name, "accuracy": self.accuracy, "accuracy_ci": interval}
+
+
+def _average(values: Sequence[float] | None, rows: Sequence[int] | None = None) -> float | None:
+    if values is None:
+        return None
+    return float(np.mean(values if rows is None else [values[row] for row in rows]))
+
+
+def _verdicts(samples: PolicySamples, kind: str) -> np.ndarray:
+    scores = samples.gold_scores if kind == "gold" else samples.judge_scores
+    if scores is None:
+        needed = "gold_scores" if kind == "gold" else "judge_scores"
+        raise ValueError(f"judge kind={kind!r} needs {needed} on every policy")
+    return samples.by_prompt(scores)
+
+
+def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, dict[str, Any]]:
+    """Means by family; ``n`` counts prompts. Empty when the prompts carry no ``family`` column."""
+    members: dict[str, list[int]] = {}
+    for index, prompt in enumerate(samples.prompts):
+        if prompt.columns.get("family") is not None:
+            members.setdefault(str(prompt.columns["family"]), []).append(index)
+    table = {}
+    for family, indices in sorted(members.items()):
+        rows = [index * samples.n + k for index in indices for k in range(samples.n)]
+        table[family] = {
+            "n": len(indices),
+            "score": _average(samples.scores, rows),
+            "gold_score": _average(samples.gold_scores, rows),
+            "win_rate_vs_sft": None if won is None else float(won[indices].mean()),
+            "refusal_rate": _average(samples.refused, rows),
+        }
+    return table
+
+
+def summarize(samples: PolicySamples, won: np.ndarray | None = None) -> dict[str, Any]:
+    """One policy's entry in ``summary["evaluation"]``, win rates apart."""
+    entry: dict[str, Any] = {
+        "prompts": len(samples.prompts),
+        "score": _average(samples.scores),
+        "gold_score": _average(samples.gold_scores),
+        "kl_nats": _average(samples.kl_nats),
+        "response_tokens": _average(samples.response_tokens),
+        "eos_rate": _average(samples.stopped),
+    }
+    if samples.judge_scores is not None:
+        entry["judge_score"] = _average(samples.judge_scores)
+    if samples.scores is not None:
+        entry["score_length_correlation"] = score_length_correlation(samples.scores, samples.response_tokens)
+    if samples.refused is not None:
+        entry["refusal_rate"] = _average(samples.refused)
+    if samples.gold_parts:
+        entry["gold_parts"] = {part: _average(values) for part, values in samples.gold_parts.items()}
+    families = _families(samples, won)
+    if families:
+        entry["families"] = families
+    return entry
+
+
+def compare(
+    sft: PolicySamples,
+    policies: Mapping[str, PolicySamples],
+    judge: JudgeCard,
+    *,
+    candidates: PolicySamples | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """``summary["evaluation"]``: each policy's means, and how often it beats SFT on the same prompts.
+
+    ``policies`` maps names to samples (``{"ppo": ...}``). ``candidates`` are n > 1 fresh SFT samples a prompt with
+    scores: the entry ``best_of_n`` judges the ones that those scores pick, its ``kl_nats`` is the analytic bound, and
+    every policy is held against it too. Win rates go by the gold scores (judge kind "gold") or by the unseen reward
+    model's (``judge_scores``); ties count half; intervals redraw prompts.
+    """
+    entrants, best = dict(policies), None
+    if candidates is not None:
+        best = choose_best(candidates)
+        entrants["best_of_n"] = best
+    base = _verdicts(sft, judge.kind)
+    result: dict[str, Any] = {"sft": {**summarize(sft), "kl_nats": 0.0}}
+    for name, samples in entrants.items():
+        if [prompt.messages for prompt in samples.prompts] != [prompt.messages for prompt in sft.prompts]:
+            raise ValueError(f"{name} and sft answered different prompts; sample both on the same list")
+        verdicts = _verdicts(samples, judge.kind)
+        won = wins(verdicts, base)
+        rate = bootstrap_interval(won, seed)
+        entry = {**summarize(samples, won), "win_rate_vs_sft": rate.value, "win_rate_ci": rate.interval}
+        if best is not None and samples is not best:
+            rate = win_rate(verdicts, _verdicts(best, judge.kind), seed)
+            entry |= {"win_rate_vs_best_of_n": rate.value, "win_rate_vs_best_of_n_ci": rate.interval}
+        if candidates is not None and samples is best:
+            entry |= {"n": candidates.n, "kl_nats": best_of_n_kl(candidates.n)}
+        result[name] = entry
+    result["judge"] = judge.as_dict()
+    return result
+
+
+def side_by_side(policies: Mapping[str, PolicySamples], limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of ``evaluation/samples.jsonl``: the prompt, and each policy's (first) response and score."""
+    first = next(iter(policies.values()))
+    rows = []
+    for index, prompt in enumerate(first.prompts[:limit]):
+        turns = [f"{turn['role']}: {turn['content']}" for turn in prompt.messages]
+        lone = len(turns) == 1
+        row: dict[str, Any] = {"prompt": prompt.messages[0]["content"] if lone else "\n".join(turns)}
+        row |= {name: samples.responses[index * samples.n] for name, samples in policies.items()}
+        for measure in ("score", "gold_score", "judge_score"):
+            for name, samples in policies.items():
+                values = getattr(samples, f"{measure}s")
+                if values is not None:
+                    row[f"{measure}_{name}"] = values[index * samples.n]
+        if prompt.columns.get("family") is not None:
+            row["family"] = prompt.columns["family"]
+        rows.append(row)
+    return rows

@@ -1,0 +1,225 @@
+"""Every metric once: its name, unit, meaning, healthy range, and what to do when it leaves that range.
+
+Ranges are where well-behaved runs were seen (Stiennon et al. 2020; Ouyang et al. 2022; 2403.17031); outside
+them, look before trusting the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf import InputError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that a run logs. A bound of None means that any value may be healthy on that side."""
+
+    name: str
+    unit: str
+    meaning: str
+    healthy_low: float | None = None
+    healthy_high: float | None = None
+    advice: str = ""
+
+
+_PPO = (
+    Metric("score", "score", "mean score of the responses, as the reward model or function gives it"),
+    Metric(
+        "score_std", "score", "spread of the scores over the rollout", 1e-6, None,
+        "all responses score the same, so there is nothing to learn: is the score function constant, or has "
+        "the policy collapsed to one response?",
+    ),
+    Metric(
+        "kl_nats", "nats per response", "mean over responses of the summed log(policy / reference)",
+        -0.5, 50.0,
+        "below 0: sampling and scoring use different distributions (temperature, top-k, templates); far above: "
+        "the policy has left the text that the reward model can judge, raise kl_coef or stop earlier",
+    ),
+    Metric("objective", "score", "processed score (normalised, missing-stop rule) minus kl_coef * kl_nats"),
+    Metric(
+        "entropy_nats", "nats per token", "mean entropy of the next-token distribution", 0.05, None,
+        "the policy has almost stopped exploring: raise kl_coef, lower learning_rate or inner_epochs",
+    ),
+    Metric(
+        "clip_fraction", "share of tokens", "tokens whose ratio was clipped in the policy loss", None, 0.2,
+        "updates are too large: lower learning_rate or inner_epochs, or raise minibatch_size",
+    ),
+    Metric(
+        "value_clip_fraction", "share of tokens", "tokens where the clipped value error was the larger one",
+        None, 0.5,
+        "the value model wants to move faster than clip_value allows: raise clip_value, or warm it up "
+        "(value_warmup_updates)",
+    ),
+    Metric(
+        "approx_kl_nats", "nats per token", "mean k3 estimate of KL(policy before || after) within an update",
+        None, 0.05, "updates are too large: lower learning_rate or inner_epochs",
+    ),
+    Metric(
+        "explained_variance", "share", "1 - var(returns - values) / var(returns)", 0.0, None,
+        "the value model predicts worse than a constant: raise value_learning_rate, warm it up "
+        "(value_warmup_updates), and start it from the reward model",
+    ),
+    Metric("policy_loss", "advantage", "clipped surrogate loss, mean over tokens"),
+    Metric("value_loss", "score squared", "clipped squared error of the values, halved, mean over tokens"),
+    Metric(
+        "policy_grad_norm", "norm", "gradient norm of the policy before clipping", None, 100.0,
+        "gradients explode: lower learning_rate, look for huge advantages or a broken score",
+    ),
+    Metric(
+        "value_grad_norm", "norm", "gradient norm of the value model before clipping", None, 1000.0,
+        "gradients explode: normalise the scores (a reward model stores its mean and spread) or lower "
+        "value_learning_rate",
+    ),
+    Metric("kl_coef", "score per nat", "weight of the KL penalty in the reward"),
+    Metric(
+        "response_tokens", "tokens", "mean length of a response, its stop token included", 2.0, None,
+        "responses are all but empty: look at samples.jsonl; is the stop token the right one?",
+    ),
+    Metric(
+        "eos_rate", "share of responses", "responses that stopped by themselves", 0.9, None,
+        "many responses are cut: raise max_new_tokens, or use missing_eos=replace",
+    ),
+    Metric(
+        "ratio_max", "ratio", "largest ratio of new to old probability of a token in an update", None, 10.0,
+        "single tokens move very far: lower learning_rate; in bf16, is the old pass computed as the new one?",
+    ),
+    Metric(
+        "step0_ratio_error", "ratio", "largest |ratio - 1| at an update's first optimizer step", None, 0.1,
+        "old and new log-probs disagree before anything changed: dropout, temperature, templates or precision "
+        "differ",
+    ),
+    Metric(
+        "score_length_correlation", "correlation", "Pearson correlation of score and response length",
+        -0.7, 0.7,
+        "score and length are nearly the same curve: the reward model may pay for length; compare win rates "
+        "at equal length",
+    ),
+    Metric("step_seconds", "seconds", "wall-clock time of an update"),
+    Metric("tokens_per_second", "tokens per second", "response tokens collected and trained on per second"),
+    Metric("eval_score", "score", "mean score on the evaluation prompts"),
+    Metric("eval_kl_nats", "nats per response", "mean KL to the reference on the evaluation prompts"),
+    Metric("eval_response_tokens", "tokens", "mean response length on the evaluation prompts"),
+    Metric("eval_eos_rate", "share of responses", "evaluation responses that stopped by themselves"),
+)  # fmt: skip
+
+_SUPERVISED = (
+    Metric("loss", "nats", "training loss: per token (fine-tuning), per pair (reward model)"),
+    Metric("eval_loss", "nats", "the same loss on held-out data"),
+    Metric("token_accuracy", "share of tokens", "trained tokens that the model's greedy choice gets right"),
+    Metric("eval_token_accuracy", "share of tokens", "the same on held-out demonstrations"),
+    Metric(
+        "grad_norm", "norm", "gradient norm before clipping", None, 100.0,
+        "gradients explode: lower learning_rate, or look for broken rows in the data",
+    ),
+    Metric("learning_rate", "per step", "learning rate of the policy, or of the model in training"),
+    Metric("accuracy", "share of pairs", "training pairs whose better response scores higher"),
+    Metric(
+        "eval_accuracy", "share of pairs", "held-out pairs whose better response scores higher, ties half",
+        0.55, 0.95,
+        "low: no better than chance, so PPO would climb noise (more pairs, cleaner labels, another trunk); very "
+        "high: do pairs leak between the splits, or does length alone tell them apart?",
+    ),
+    Metric("margin", "score", "mean score difference of better and worse response"),
+    Metric("eval_margin", "score", "the same on held-out pairs"),
+    Metric("epoch", "epochs", "passes over the training data so far"),
+    Metric("num_tokens", "tokens", "tokens trained on so far"),
+)  # fmt: skip
+
+_ALL = (*_PPO, *_SUPERVISED)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+_RENAMED = {
+    "mean_token_accuracy": "token_accuracy",
+    "eval_mean_token_accuracy": "eval_token_accuracy",
+    "entropy": "entropy_nats",
+    "eval_entropy": "eval_entropy_nats",
+}
+_LEFT_OUT = ("total_flos", "_runtime", "_samples_per_second", "_steps_per_second", "eval_num_tokens")
+
+
+def check(name: str, value: float) -> str | None:
+    """What to do about a value outside its metric's healthy range; None when nothing is wrong."""
+    if not math.isfinite(value):
+        return f"{name} is {value}: training has diverged; lower the learning rate and look for broken data"
+    metric = METRICS.get(name)
+    if metric is None:
+        return None
+    if metric.healthy_low is not None and value < metric.healthy_low:
+        return f"{name}={value:.3g} is below {metric.healthy_low:g}: {metric.advice}"
+    if metric.healthy_high is not None and value > metric.healthy_high:
+        return f"{name}={value:.3g} is above {metric.healthy_high:g}: {metric.advice}"
+    return None
+
+
+def left_healthy_range(rows: Sequence[Mapping[str, float]], tail: int = 5) -> list[str]:
+    """Advice on every metric whose mean over the last ``tail`` lines that have it is out of range."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step":
+                values.setdefault(name, []).append(value)
+    found = []
+    for name, series in values.items():
+        last = series[-tail:]
+        advice = check(name, sum(last) / len(last))
+        if advice:
+            found.append(advice)
+    return found
+
+
+def from_logs(logs: Mapping[str, Any]) -> dict[str, float]:
+    """What trainers of transformers and trl log, under our names and without their timings."""
+    numbers = {}
+    for name, value in logs.items():
+        if isinstance(value, int | float) and not any(name.endswith(end) for end in _LEFT_OUT):
+            numbers[_RENAMED.get(name, name)] = value
+    return numbers
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+def append_metrics(path: str | Path, step: int, numbers: Mapping[str, float]) -> None:
+    """Add a line ``{"step": ., "<metric>": .}``; a number that is none (NaN, infinity) becomes null."""
+    row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **row}) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; null comes back as NaN, a last line cut by a killed run is dropped."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected an object, got {line[:40]}")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number}: broken JSON: {error}") from None
+        rows.append({name: math.nan if value is None else value for name, value in row.items()})
+    return rows
+
+
+def truncate(path: str | Path, step: int) -> None:
+    """Make metrics.jsonl end at ``step``, where a run goes on; at step 0 it becomes empty."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+    writing = path.with_name(f".{path.name}.writing")
+    writing.write_text("")
+    for row in kept:
+        append_metrics(writing, int(row.pop("step")), row)
+    os.replace(writing, path)

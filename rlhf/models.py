@@ -1,0 +1,307 @@
+"""Loading and saving the four models of RLHF, and the scalar head two of them carry.
+
+A model arrives as a folder (full weights, or a LoRA adapter beside its base's name), a hub id, or an
+object. LoRA adapters are never merged: every stage of the chain is an adapter over the same base.
+`rlhf.actor_critic` joins them for PPO.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf import InputError, chat
+
+NORMALIZER_FILE = "score_normalizer.json"
+
+
+@dataclass(frozen=True)
+class ScoreNormalizer:
+    """Mean and spread of a reward model's raw scores; a normalised score is ``(raw - mean) / std``.
+
+    InstructGPT and Stiennon et al. (2020) shift so that reference responses score 0 on average; Ziegler
+    et al. (2019) also scale to unit variance, so that the KL coefficient keeps its meaning from one reward
+    model to the next. `count` is the number of responses it was measured on (0: never measured).
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise InputError(
+                f"score normaliser: mean={self.mean} and std={self.std} must be finite, std positive; "
+                "the reward model gives one score to everything: train it on more data"
+            )
+
+    def __call__(self, raw: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        return (raw - self.mean) / self.std
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder, NORMALIZER_FILE).write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ScoreNormalizer:
+        """The normaliser saved beside a reward model; identity (count 0) where there is none."""
+        path = Path(folder, NORMALIZER_FILE)
+        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 on a GPU that has it, else float32."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def lora_config(
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: list[str] | str | None = None,
+    task_type: TaskType | str = TaskType.CAUSAL_LM,
+    trainable_tokens: list[int] | None = None,
+) -> LoraConfig | None:
+    """A LoRA configuration, or None where rank is 0. A reward model's score head is always trained and saved.
+
+    trainable_tokens: ids whose embeddings the base never learned (chat tokens added to its vocabulary).
+    """
+    if rank == 0:
+        return None
+    modules = [target_modules] if isinstance(target_modules, str) and target_modules != "all-linear" else target_modules
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=modules or "all-linear",
+        task_type=task_type,
+        modules_to_save=["score"] if task_type == TaskType.SEQ_CLS else None,
+        trainable_token_indices=trainable_tokens or None,
+    )
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Does this folder hold a LoRA adapter rather than full weights?"""
+    return Path(path, "adapter_config.json").is_file()
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuse what looks like a local path and holds no model, before transformers asks a hub for it."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not is_adapter(folder):
+            raise InputError(f"{path}: no config.json and no adapter_config.json; name a folder with a saved model")
+    elif folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1 or folder.is_file():
+        raise InputError(f"{path}: no such model folder; name a saved model's folder or a hub id")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id, with a chat template and a pad token (see rlhf.chat)."""
+    check_folder(path)
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise InputError(f"{path}: model folder without a tokenizer; save one there with tokenizer.save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    chat.prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def load_policy(
+    model: str | Path | PreTrainedModel | PeftModel,
+    *,
+    dtype: torch.dtype | None = None,
+    lora: LoraConfig | None = None,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model to train: full weights, an adapter that goes on, or (`lora`) a fresh adapter.
+
+    Under LoRA the trained adapter is the one called "default". Objects are used as they are, in place.
+    """
+    if isinstance(model, nn.Module):
+        loaded = model
+    elif is_adapter(model):
+        base = _from_pretrained(AutoModelForCausalLM, _base_of(model), dtype)
+        _fit_embeddings(base, load_tokenizer(model))
+        loaded = PeftModel.from_pretrained(base, str(model), is_trainable=True)
+    else:
+        loaded = _from_pretrained(AutoModelForCausalLM, model, dtype)
+    if isinstance(loaded, PeftModel):
+        if lora is not None and lora.r != loaded.peft_config["default"].r:
+            raise InputError(
+                f"lora_rank={lora.r}, but the model is already an adapter of rank "
+                f"{loaded.peft_config['default'].r}; leave lora_rank at 0 to continue that adapter"
+            )
+        return loaded
+    return get_peft_model(loaded, lora) if lora is not None else loaded
+
+
+def new_scalar_model(
+    model: str | Path | PreTrainedModel | PeftModel,
+    *,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    lora: LoraConfig | None = None,
+) -> PreTrainedModel | PeftModel:
+    """A reward model to train, started from an SFT model: its backbone under a new scalar head.
+
+    The head's weight is drawn from N(0, 1/sqrt(d + 1)) (Stiennon et al. 2020; 2403.17031, detail 14); it has
+    no bias, since the Bradley-Terry loss sees only differences and the normaliser shifts what remains. An
+    adapter folder is continued (a copy of its LoRA weights, plus the head); `lora` starts a fresh one.
+    """
+    adapter = model if not isinstance(model, nn.Module) and is_adapter(model) else None
+    if isinstance(model, PeftModel):
+        raise InputError("reward model: got a PeftModel object; save the adapter and pass its folder instead")
+    if isinstance(model, nn.Module):
+        scalar = _with_scalar_head(model)
+    else:
+        source = _base_of(adapter) if adapter else model
+        scalar = _from_pretrained(AutoModelForSequenceClassification, source, dtype, num_labels=1)
+        if adapter:
+            _fit_embeddings(scalar, load_tokenizer(adapter))
+    if not isinstance(getattr(scalar, "score", None), nn.Linear):
+        raise InputError(f"{type(scalar).__name__} has no linear head named `score`; use a decoder model as trunk")
+    _draw_head(scalar.score, seed)
+    if adapter:
+        config = copy.deepcopy(PeftConfig.from_pretrained(str(adapter)))
+        if lora is not None and lora.r != config.r:
+            raise InputError(f"lora_rank={lora.r}, but {adapter} is an adapter of rank {config.r}; leave it at 0")
+        config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
+        peft_model = get_peft_model(scalar, config)
+        set_peft_model_state_dict(peft_model, load_peft_weights(str(adapter), device="cpu"))
+        return peft_model
+    return get_peft_model(scalar, lora) if lora is not None else scalar
+
+
+def load_scalar_model(
+    path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel | PeftModel, ScoreNormalizer]:
+    """A trained reward model and its normaliser, from a full folder, an adapter folder or a hub id."""
+    check_folder(path)
+    if is_adapter(path):
+        config = PeftConfig.from_pretrained(str(path))
+        if config.task_type != TaskType.SEQ_CLS:
+            raise InputError(f"{path}: an adapter for {config.task_type}, not a reward model (SEQ_CLS)")
+        base = _from_pretrained(AutoModelForSequenceClassification, _base_of(path), dtype, num_labels=1)
+        _fit_embeddings(base, load_tokenizer(path))
+        return PeftModel.from_pretrained(base, str(path)).eval(), ScoreNormalizer.load(path)
+    config = _config(path)
+    if not any("SequenceClassification" in name or "RewardModel" in name for name in config.architectures or []):
+        raise InputError(f"{path}: holds {config.architectures}, no reward model; train one with recipes/reward_model.py")
+    if config.num_labels != 1:
+        raise InputError(f"{path}: num_labels={config.num_labels}; a reward model has one score")
+    return _from_pretrained(AutoModelForSequenceClassification, path, dtype).eval(), ScoreNormalizer.load(path)
+
+
+def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
+    """The transformer under a causal or scalar head: input ids in, hidden states out."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(plain, plain.base_model_prefix)
+
+
+def score_head(model: PreTrainedModel | PeftModel) -> nn.Module:
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).score
+
+
+def position_ids(attention_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """0, 1, 2 ... over real tokens, so that left and right padding give a model the same positions."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def last_token_scores(
+    model: PreTrainedModel | PeftModel, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+) -> Float[Tensor, "B"]:
+    """Raw scores at each row's last real position, found by the attention mask (pad may equal eos), in float32."""
+    hidden = backbone(model)(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+    ).last_hidden_state
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = torch.where(attention_mask.bool(), places, -1).amax(-1)
+    return score_head(model)(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1).float()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout off by probability, so that train mode (which gradient checkpointing needs) stays exact."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def clone(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares nothing. (`copy.deepcopy` of a model whose `forward` a trainer replaced runs the
+    original's weights.)"""
+    twin = type(model)(copy.deepcopy(model.config))
+    twin.to(device=model.device, dtype=model.dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def _from_pretrained(cls: Any, path: str | Path, dtype: torch.dtype | None, **kwargs: Any) -> PreTrainedModel:
+    check_folder(path)
+    try:
+        return cls.from_pretrained(str(path), dtype=dtype or torch.float32, **kwargs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no model could be loaded ({_first_line(error)})") from error
+
+
+def _config(path: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no model configuration ({_first_line(error)})") from error
+
+
+def _base_of(adapter: str | Path) -> str:
+    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not base:
+        raise InputError(f"{adapter}/adapter_config.json: base_model_name_or_path is empty; write the base's path there")
+    return base
+
+
+def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the vocabulary for tokens that were added for chat; never shrink it (bases pad theirs)."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _with_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        return model
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
+    backbone(scalar).load_state_dict(backbone(model).state_dict())
+    return scalar
+
+
+@torch.no_grad()
+def _draw_head(head: nn.Linear, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1))
+    if head.bias is not None:
+        head.bias.zero_()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

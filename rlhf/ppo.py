@@ -1,0 +1,486 @@
+"""PPO from a learned or programmatic score: collect -> score -> advantages -> update.
+
+The loop follows Ziegler et al. 2019, Stiennon et al. 2020 and InstructGPT; the mathematics is in
+`rlhf.ppo_math`, the three models in `rlhf.actor_critic`, sampling in `rlhf.rollout`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from rlhf import InputError, chat, ppo_math, preflight, records, scores
+from rlhf.actor_critic import build_actor_critic, enable_gradient_checkpointing
+from rlhf.checkpoint import latest_checkpoint, save_checkpoint
+from rlhf.models import default_dtype, load_tokenizer, lora_config
+from rlhf.ppo_config import PPOConfig
+from rlhf.records import Prompt
+from rlhf.rollout import Batch, Engine, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
+from rlhf.loop import CallbackLoop, callback_arguments
+
+log = logging.getLogger("rlhf")
+
+__all__ = ["PPOConfig", "PPOTrainer"]
+
+
+class PPOTrainer:
+    """Proximal policy optimisation of a language model against a score.
+
+    model: a folder, hub id or object (full weights or a LoRA adapter). reward_funcs: one or several callables
+    with the signature of trl's GRPOTrainer, `reward_models.RewardModel` among them. train_dataset: anything
+    `rlhf.records.read_prompts` takes. value_model: a reward model's folder or object to start from; left
+    out, the first reward model in `reward_funcs` that reads the policy's tokens, else the policy under a zero
+    head. ref_model: left out, a frozen copy of the policy as it starts. Raises InputError for what cannot work.
+
+    `train()` runs `collect`, `score`, `advantages` and `update` in a loop; each can be called by hand or
+    overridden.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        reward_funcs: scores.RewardFunction | Sequence[scores.RewardFunction],
+        args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        value_model: Any = None,
+        ref_model: str | Path | PreTrainedModel | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        engine: Engine | None = None,
+    ):
+        self.args = args = args or PPOConfig()
+        self.reward_funcs = scores.check_functions(reward_funcs)
+        self.reward_weights = args.weights_for(len(self.reward_funcs))
+        self.processing_class = tokenizer = _tokenizer(model, processing_class)
+        self.prompts, self.prompt_ids = self._read(train_dataset, "train_dataset")
+        self.eval_prompts, self.eval_prompt_ids = (
+            self._read(eval_dataset, "eval_dataset") if eval_dataset is not None else ([], [])
+        )
+        mixed = default_dtype() if args.bf16 is None else (torch.bfloat16 if args.bf16 else torch.float32)
+        callback_args = callback_arguments(args)  # before Accelerator: transformers resets its state
+        self.accelerator = Accelerator(mixed_precision="bf16" if mixed == torch.bfloat16 else "no")
+        args.check_processes(self.accelerator.num_processes)
+        lora = peft_config or lora_config(
+            args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules
+        )
+        actor_critic = build_actor_critic(
+            model,
+            ref_model=ref_model,
+            value_model=preflight.value_start(value_model, self.reward_funcs, tokenizer),
+            lora=lora,
+            dtype=mixed if lora is not None else torch.float32,
+        )
+        if args.gradient_checkpointing:
+            enable_gradient_checkpointing(actor_critic)
+        self.device = self.accelerator.device
+        actor_critic.to(self.device)
+        preflight.check_logits(actor_critic, self.prompt_ids[0], 1e-3 if mixed == torch.float32 else 0.5)
+        self._own = actor_critic
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": actor_critic.policy_parameters(), "lr": args.learning_rate},
+                {"params": actor_critic.value_parameters(), "lr": args.value_lr},
+            ],
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+        self.module, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
+        self.stop_ids = chat.stop_ids(tokenizer)
+        self.pad_id = chat.pad_id(tokenizer)
+        self.engine = engine or TransformersEngine(
+            actor_critic.policy, self.stop_ids, self.pad_id, args.generation_batch_size
+        )
+        self.kl_coef = args.kl_coef
+        self.moments = scores.RunningMoments()
+        self.update_index = 0
+        self.loop = CallbackLoop(
+            args, callback_args, actor_critic.policy, tokenizer, self.optimizer, callbacks, self.accelerator
+        )
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, float]:
+        """Run `args.updates` updates, going on from a checkpoint where asked; the last logged metrics."""
+        if resume_from_checkpoint:
+            self._resume(resume_from_checkpoint)
+        self.loop.begin(self.update_index, self.args.updates)
+        metrics: dict[str, float] = {}
+        while self.update_index < self.args.updates and not self.loop.should_stop:
+            started = time.perf_counter()
+            rollout = self.collect(self.next_prompts())
+            rollout = self.score(rollout)
+            rollout = self.advantages(rollout)
+            metrics = self.update(rollout)
+            seconds = time.perf_counter() - started
+            tokens = self._sum(rollout.response_tokens.sum())
+            metrics |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+            if self._due(self.args.eval_steps) and self.eval_prompts:
+                metrics |= self.evaluate()
+            self.loop.step(self.update_index, metrics, self._samples(rollout))
+            if self._due(self.args.save_steps) or self.loop.should_save:
+                self._save_checkpoint()
+        self.loop.end()
+        return metrics
+
+    def next_prompts(self) -> list[Prompt]:
+        """This process's share of the prompts of the current update: a pure function of (seed, update), every
+        prompt once before any comes twice."""
+        size = self.args.rollout_size
+        first = self.update_index * size
+        rows = [self._row(place) for place in range(first, first + size)]
+        return [self.prompts[row] for row in rows[self.accelerator.process_index :: self.accelerator.num_processes]]
+
+    # -- the four stages -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, prompts: Sequence[Prompt]) -> Rollout:
+        """Sample one response per prompt, and everything the models say of it at this moment.
+
+        Log-probabilities, reference log-probabilities and values are computed with the micro-batch plan of the
+        first inner epoch, so that in fp32 the first ratio is 1 (and, at the start, the KL is 0) to the last bit.
+        """
+        args = self.args
+        prompt_ids = [chat.encode_prompt(self.processing_class, p.messages) for p in prompts]
+        with self.accelerator.autocast():
+            responses = self.engine.generate(
+                prompt_ids, args.max_new_tokens, args.temperature, self._generator("sample", self.device)
+            )
+        _, mask = pad(responses.ids, 0)
+        lengths = [len(p) + len(r) for p, r in zip(prompt_ids, responses.ids, strict=True)]
+        plan = self._plan(lengths, inner_epoch=0)
+        blank = torch.zeros(mask.shape)
+        rollout = Rollout(
+            prompts=list(prompts),
+            prompt_ids=prompt_ids,
+            response_ids=responses.ids,
+            texts=[chat.decode_response(self.processing_class, ids) for ids in responses.ids],
+            stopped=torch.tensor(responses.stopped),
+            mask=mask,
+            plan=plan,
+            update=self.update_index,
+            logprobs=blank.clone(),
+            reference_logprobs=blank.clone(),
+            entropy=blank.clone(),
+            values=blank.clone(),
+        )
+        for rows in (rows for minibatch in plan for rows in minibatch):
+            batch = rollout.batch(rows, self.pad_id, self.device)
+            outputs = self.module(batch, args.temperature, ("policy", "reference", "value"))
+            for name in ("logprobs", "reference_logprobs", "entropy", "values"):
+                values = getattr(outputs, name).float().cpu()
+                getattr(rollout, name)[torch.tensor(rows), : values.shape[1]] = values
+        return rollout
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Rollout:
+        """Weighted sum of the reward functions, running normalisation and clipping, the missing-stop rule."""
+        args = self.args
+        raw, self._score_means = scores.score_responses(
+            self.reward_funcs,
+            self.reward_weights,
+            rollout.prompts,
+            rollout.texts,
+            rollout.response_ids,
+            trainer_state=self.loop.state,
+            log_metric=self.loop.log_metric,
+            log_extra=self.loop.log_extra,
+        )
+        processed = raw
+        if args.normalize_scores:
+            self.moments = self.moments.with_batch(self.accelerator.gather(raw.to(self.device)).cpu())
+            processed = self.moments.normalize(processed)
+        if args.clip_scores is not None:
+            processed = processed.clamp(-args.clip_scores, args.clip_scores)
+        processed = scores.apply_missing_eos(processed, rollout.stopped, args.missing_eos, args.missing_eos_penalty)
+        return replace(rollout, raw_scores=raw, scores=processed)
+
+    @torch.no_grad()
+    def advantages(self, rollout: Rollout) -> Rollout:
+        """Rewards per token, their advantages (standardized over the whole rollout) and returns."""
+        args = self.args
+        if rollout.scores is None:
+            raise ValueError("advantages: the rollout has no scores; call score(rollout) first")
+        mask = rollout.mask
+        kl = ppo_math.kl_estimate(rollout.logprobs, rollout.reference_logprobs, "k1")
+        rewards = ppo_math.token_rewards(rollout.scores, kl, mask, self.kl_coef)
+        if args.rescale_rewards:
+            rewards = ppo_math.rescale(rewards, mask, self._moments(rewards, mask))
+        advantages, returns = ppo_math.gae(rewards, rollout.values, mask, args.gamma, args.lam)
+        standardized = ppo_math.standardize(advantages, mask, self._moments(advantages, mask))
+        return replace(rollout, rewards=rewards, advantages=standardized, returns=returns)
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Inner epochs of clipped policy and value steps on one rollout; the update's metrics.
+
+        The policy stands still for the first `value_warmup_updates` updates while the value model learns.
+        """
+        if rollout.advantages is None or rollout.returns is None:
+            raise ValueError("update: the rollout has no advantages; call advantages(rollout) first")
+        self._set_learning_rates()
+        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+        steps = []
+        for inner_epoch in range(self.args.inner_epochs):
+            plan = rollout.plan if inner_epoch == 0 else self._plan(lengths, inner_epoch)
+            for minibatch in plan:
+                steps.append(self._optimizer_step(rollout, minibatch))
+        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics["ratio_max"] = max(step["ratio_max"] for step in steps)
+        metrics["step0_ratio_error"] = steps[0]["ratio_error"]
+        del metrics["ratio_error"]
+        metrics = self._rollout_metrics(rollout) | metrics
+        if self.args.kl_target_nats is not None:
+            self.kl_coef = ppo_math.adapt_kl_coef(
+                self.kl_coef,
+                metrics["kl_nats"],
+                self.args.kl_target_nats,
+                int(self._sum(len(rollout))),
+                self.args.kl_horizon,
+            )
+        self.update_index += 1
+        return metrics
+
+    # -- behind the stages ---------------------------------------------------------------------------------
+
+    def _optimizer_step(self, rollout: Rollout, minibatch: list[list[int]]) -> dict[str, float]:
+        """One minibatch: gradients summed over its micro-batches, both norms clipped, one Adam step.
+
+        Losses are means over the minibatch's real tokens on all processes, so each micro-batch divides by that
+        count; DDP averages gradients over processes, which the world size undoes.
+        """
+        count = self._sum(sum(int(rollout.mask[rows].sum()) for rows in minibatch))
+        world = self.accelerator.num_processes
+        totals: dict[str, Tensor] = {}
+        for place, rows in enumerate(minibatch):
+            last = place == len(minibatch) - 1
+            with _noop() if last else self.accelerator.no_sync(self.module):
+                loss, stats = self._losses(rollout, rows, count)
+                self.accelerator.backward(loss * world)
+            for name, value in stats.items():
+                join = torch.maximum if name in ("ratio_max", "ratio_error") else torch.add
+                totals[name] = join(totals[name], value) if name in totals else value
+        frozen = rollout.update < self.args.value_warmup_updates
+        groups = {"policy_grad_norm": self._own.policy_parameters(), "value_grad_norm": self._own.value_parameters()}
+        norms = {name: float(torch.nn.utils.clip_grad_norm_(p, self.args.max_grad_norm)) for name, p in groups.items()}
+        if frozen:
+            for parameter in groups["policy_grad_norm"]:
+                parameter.grad = None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {name: self._joined(name, value) for name, value in totals.items()} | norms
+
+    def _losses(self, rollout: Rollout, rows: list[int], count: float) -> tuple[Tensor, dict[str, Tensor]]:
+        batch: Batch = rollout.batch(rows, self.pad_id, self.device)
+        index, width = torch.tensor(rows), batch.targets.shape[1]
+        old_logprobs, old_values, advantages, returns = (
+            getattr(rollout, name)[index, :width].to(self.device)
+            for name in ("logprobs", "values", "advantages", "returns")
+        )
+        outputs = self.module(batch, self.args.temperature, ("policy", "value"))
+        policy_loss, policy = ppo_math.policy_loss(
+            outputs.logprobs, old_logprobs, advantages, batch.mask, self.args.clip_ratio, count
+        )
+        value_loss, value = ppo_math.value_loss(
+            outputs.values, old_values, returns, batch.mask, self.args.clip_value, count
+        )
+        error = torch.where(batch.mask, (outputs.logprobs.detach() - old_logprobs).exp() - 1.0, 0.0).abs().max()
+        stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(), "ratio_error": error}
+        return policy_loss + value_loss, stats | policy._asdict() | value._asdict()
+
+    def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Means over all processes' responses, of what was collected before the update."""
+        mask, kl = rollout.mask, rollout.kl
+        lengths = rollout.response_tokens.float()
+        per_row = torch.stack(
+            [rollout.raw_scores, rollout.scores, kl.sum(-1), (rollout.entropy * mask).sum(-1) / lengths, lengths,
+             rollout.stopped.float()], dim=1,
+        )  # fmt: skip
+        table = self.accelerator.gather(per_row.to(self.device)).double().cpu()
+        score, processed, kl_nats, entropy, tokens, stopped = table.unbind(1)
+        explained = self.accelerator.gather(
+            ppo_math.explained_variance(rollout.values, rollout.returns, mask)[None].to(self.device)
+        )
+        correlation = torch.corrcoef(torch.stack([score, tokens]))[0, 1].nan_to_num(0.0)
+        return {
+            "score": float(score.mean()),
+            "score_std": float(score.std(correction=0)),
+            "kl_nats": float(kl_nats.mean()),
+            "objective": float((processed - self.kl_coef * kl_nats).mean()),
+            "entropy_nats": float(entropy.mean()),
+            "response_tokens": float(tokens.mean()),
+            "eos_rate": float(stopped.mean()),
+            "score_length_correlation": float(correlation),
+            "explained_variance": float(explained.mean()),
+            "kl_coef": self.kl_coef,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **self._score_means,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""
+        prompts, ids = self.eval_prompts, self.eval_prompt_ids
+        generator = torch.Generator(self.device).manual_seed(self.args.seed)
+        with self.accelerator.autocast():
+            responses = self.engine.generate(ids, self.args.max_new_tokens, self.args.temperature, generator)
+        texts = [chat.decode_response(self.processing_class, r) for r in responses.ids]
+        score, _ = scores.score_responses(self.reward_funcs, self.reward_weights, prompts, texts, responses.ids)
+        kl = 0.0
+        for start in range(0, len(ids), 16):
+            rows = slice(start, start + 16)
+            batch = make_batch(ids[rows], responses.ids[rows], self.pad_id, self.device)
+            out = self.module(batch, self.args.temperature, ("policy", "reference"))
+            kl += float((out.logprobs - out.reference_logprobs).sum())
+        return {
+            "eval_score": float(score.mean()),
+            "eval_kl_nats": kl / len(ids),
+            "eval_response_tokens": sum(map(len, responses.ids)) / len(ids),
+            "eval_eos_rate": sum(responses.stopped) / len(ids),
+        }
+
+    def save_model(self, folder: str | Path | None = None) -> None:
+        """The policy (full weights or adapter, safetensors) and its tokenizer, in `folder` or output_dir."""
+        target = Path(folder or self.args.output_dir)
+        if self.accelerator.is_main_process:
+            target.mkdir(parents=True, exist_ok=True)
+            self._own.save_policy(target)
+            self.processing_class.save_pretrained(str(target))
+
+    def _save_checkpoint(self) -> None:
+        def write(folder: Path) -> None:
+            state = {
+                "trained": self._own.trained_state(),
+                "optimizer": self.optimizer.state_dict(),
+                "kl_coef": self.kl_coef,
+                "moments": asdict(self.moments),
+                "update_index": self.update_index,
+                "args": self.args.resume_key(),
+            }
+            torch.save(state, folder / "ppo.pt")
+            self.loop.state.save_to_json(str(folder / "trainer_state.json"))
+
+        if self.accelerator.is_main_process:
+            save_checkpoint(Path(self.args.output_dir), self.update_index, write)
+        self.accelerator.wait_for_everyone()
+        self.loop.saved()
+
+    def _resume(self, source: bool | str | Path) -> None:
+        folder = latest_checkpoint(Path(self.args.output_dir)) if source is True else Path(str(source))
+        if folder is None:
+            log.info("no checkpoint in %s: starting from the beginning", self.args.output_dir)
+            return
+        if not (folder / "ppo.pt").is_file():
+            raise InputError(f"{folder}: no ppo.pt; resume from a checkpoint-<update> folder of a PPO run")
+        state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True)
+        theirs, mine = json.loads(state["args"]), json.loads(self.args.resume_key())
+        for name in mine:
+            if theirs.get(name) != mine[name]:
+                raise InputError(f"{folder}: made with {name}={theirs.get(name)}, now {mine[name]}; use the same or start anew")
+        self._own.load_trained_state(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.kl_coef = state["kl_coef"]
+        self.moments = scores.RunningMoments(**state["moments"])
+        self.update_index = state["update_index"]
+        self.loop.load_state(folder / "trainer_state.json")
+
+    def _read(self, dataset: Any, name: str) -> tuple[list[Prompt], list[list[int]]]:
+        if dataset is None:
+            raise InputError(f"{name} is missing; pass prompts: a path, a datasets.Dataset or a list of rows")
+        prompts = records.read_prompts(dataset)
+        return preflight.encode_prompts(self.processing_class, prompts, self.args.max_prompt_tokens, name)
+
+    def _row(self, place: int) -> int:
+        epoch, offset = divmod(place, len(self.prompts))
+        if getattr(self, "_order", (None,))[0] != epoch:
+            generator = torch.Generator().manual_seed(_mix(self.args.seed, 1, epoch))
+            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
+        return self._order[1][offset]
+
+    def _generator(self, purpose: str, device: torch.device | str = "cpu", extra: int = 0) -> torch.Generator:
+        """Randomness as a pure function of (seed, purpose, update, process): nothing to save, nothing to lose."""
+        purposes = {"sample": 2, "plan": 3}
+        seed = _mix(self.args.seed, purposes[purpose], self.update_index, self.accelerator.process_index, extra)
+        return torch.Generator(device).manual_seed(seed)
+
+    def _plan(self, lengths: Sequence[int], inner_epoch: int) -> list[list[list[int]]]:
+        size = self.args.minibatch_size // self.accelerator.num_processes
+        generator = self._generator("plan", extra=inner_epoch)
+        return plan_minibatches(lengths, size, self.args.tokens_per_microbatch, generator)
+
+    def _set_learning_rates(self) -> None:
+        factor = self.args.lr_factor(self.update_index)
+        for group, rate in zip(self.optimizer.param_groups, (self.args.learning_rate, self.args.value_lr), strict=True):
+            group["lr"] = rate * factor
+
+    def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and population variance over the real tokens of all processes."""
+        count = self._sum(mask.sum())
+        mean = torch.tensor(self._sum(torch.where(mask, x, 0.0).double().sum()) / count)
+        spread = torch.where(mask, (x.double() - mean).square(), 0.0).sum()
+        return mean.float(), torch.tensor(self._sum(spread) / count).float()
+
+    def _sum(self, value: float | Tensor) -> float:
+        tensor = torch.as_tensor(float(value), dtype=torch.float64, device=self.device)
+        return float(self.accelerator.reduce(tensor, "sum"))
+
+    def _joined(self, name: str, value: Tensor) -> float:
+        gathered = self.accelerator.gather(value.reshape(1).float())
+        return float(gathered.max() if name in ("ratio_max", "ratio_error") else gathered.sum())
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.update_index % every == 0 or self.update_index == self.args.updates)
+
+    def _samples(self, rollout: Rollout) -> list[dict[str, Any]]:
+        rows = range(min(self.args.samples_logged, len(rollout)))
+        return [
+            {
+                "step": self.update_index,
+                "prompt": rollout.prompts[i].messages,
+                "response": rollout.texts[i],
+                "score": float(rollout.raw_scores[i]),
+                "kl_nats": float(rollout.kl[i].sum()),
+                "stopped": bool(rollout.stopped[i]),
+            }
+            for i in rows
+        ]
+
+
+def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if given is None:
+        if not isinstance(model, str | Path):
+            raise InputError("processing_class is missing; with a model object, pass its tokenizer")
+        return load_tokenizer(model)
+    added = chat.prepare_tokenizer(given)
+    if added:
+        raise InputError(
+            f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
+        )
+    return given
+
+
+def _mix(*parts: int) -> int:
+    """One 63-bit seed from several numbers; neighbours give unrelated streams."""
+    seed = 0x9E3779B97F4A7C15
+    for part in parts:
+        seed = ((seed ^ (part + 0x9E3779B9)) * 0xBF58476D1CE4E5B9) % 2**64
+        seed ^= seed >> 31
+    return seed % 2**63
+
+
+def _noop() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()

@@ -1,0 +1,222 @@
+"""Prompts in, responses out: the engine that samples, and the record of what was collected on them.
+
+`TransformersEngine` is a plain decode loop. Another engine (vLLM, say) needs one method: `Engine.generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf.records import Prompt
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What an engine wrote: token ids (with the stop token where there is one), and whether each stopped."""
+
+    ids: list[list[int]]
+    stopped: list[bool]
+
+
+class Engine(Protocol):
+    """Samples one response per prompt from the full softmax (no top-k, no top-p, no penalties)."""
+
+    def generate(
+        self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Responses: ...
+
+
+class TransformersEngine:
+    """Sampling with a transformers model: left-padded prompts, a KV cache, finished rows leave the batch.
+
+    rows_per_batch bounds memory; rows are grouped by prompt length. A hub model's generation_config is
+    ignored: the distribution sampled from is the one the trainer scores.
+    """
+
+    def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], pad_id: int, rows_per_batch: int = 256):
+        self.model = model
+        self.stop_ids = tuple(stop_ids)
+        self.pad_id = pad_id
+        self.rows_per_batch = rows_per_batch
+
+    @torch.no_grad()
+    def generate(
+        self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Responses:
+        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+        ids: list[list[int]] = [[] for _ in prompt_ids]
+        training = self.model.training
+        self.model.eval()  # gradient checkpointing in train mode would switch the cache off
+        try:
+            for start in range(0, len(order), self.rows_per_batch):
+                rows = order[start : start + self.rows_per_batch]
+                batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, generator)
+                for row, response in zip(rows, batch, strict=True):
+                    ids[row] = response
+        finally:
+            self.model.train(training)
+        return Responses(ids, [response[-1] in self.stop_ids for response in ids])
+
+    def _decode(
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> list[list[int]]:
+        device = self.model.device
+        input_ids, mask = pad(prompts, self.pad_id, device, side="left")
+        stop = torch.tensor(self.stop_ids, device=device)
+        cache = DynamicCache(config=self.model.config)
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        attention = mask.long()
+        alive = torch.arange(len(prompts), device=device)
+        written = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.long, device=device)
+        for step in range(max_new_tokens):
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            token = sample(logits, temperature, generator)
+            written[alive, step] = token
+            going = ~torch.isin(token, stop)
+            if not bool(going.any()):
+                break
+            if not bool(going.all()):
+                keep = going.nonzero().squeeze(-1)
+                cache.batch_select_indices(keep)
+                alive, token, attention, positions = alive[keep], token[keep], attention[keep], positions[keep]
+            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+            input_ids = token[:, None]
+        return [[t for t in row if t >= 0] for row in written.tolist()]
+
+
+def sample(logits: Float[Tensor, "B V"], temperature: float, generator: torch.Generator) -> Int[Tensor, "B"]:
+    """One token per row from ``softmax(logits / temperature)``; temperature 0 takes the most likely one."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu", side: str = "right"
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Ids in a rectangle, and a mask that comes from the lengths, never from the pad id."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        places = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, places] = torch.tensor(row, dtype=torch.long)
+        mask[i, places] = True
+    return ids.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch for the models: prompt + response in one row, right-padded.
+
+    input_ids, attention_mask [B, L]; prompt_tokens [B]; targets, mask [B, T]: the response alone.
+    """
+
+    input_ids: Int[Tensor, "B L"]
+    attention_mask: Bool[Tensor, "B L"]
+    prompt_tokens: Int[Tensor, "B"]
+    targets: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+
+    def positions(self) -> Int[Tensor, "B T"]:
+        """Where in the row the state before each response token stands."""
+        steps = torch.arange(self.targets.shape[1], device=self.targets.device)
+        return (self.prompt_tokens[:, None] - 1 + steps).clamp(max=self.input_ids.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One process's prompts and responses and everything collected on them; N rows, T the longest response.
+
+    Filled stage by stage: collect (ids, logprobs, values), score (scores), advantages (rewards, returns).
+    Tensors lie on the CPU. `plan` is the micro-batch plan of the first inner epoch, with which the old
+    log-probabilities were computed: a list of minibatches, each a list of micro-batches of row numbers.
+    """
+
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    texts: list[str]
+    stopped: Bool[Tensor, "N"]
+    mask: Bool[Tensor, "N T"]
+    plan: list[list[list[int]]]
+    update: int
+    logprobs: Float[Tensor, "N T"]
+    reference_logprobs: Float[Tensor, "N T"]
+    entropy: Float[Tensor, "N T"]
+    values: Float[Tensor, "N T"]
+    raw_scores: Float[Tensor, "N"] | None = None
+    scores: Float[Tensor, "N"] | None = None
+    rewards: Float[Tensor, "N T"] | None = None
+    advantages: Float[Tensor, "N T"] | None = None
+    returns: Float[Tensor, "N T"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def kl(self) -> Float[Tensor, "N T"]:
+        """k1 per token in nats, 0 on padding."""
+        return torch.where(self.mask, self.logprobs - self.reference_logprobs, 0.0)
+
+    @property
+    def response_tokens(self) -> Int[Tensor, "N"]:
+        return self.mask.sum(-1)
+
+    def with_(self, **changes: Any) -> Rollout:
+        return replace(self, **changes)
+
+    def batch(self, rows: Sequence[int], pad_id: int, device: torch.device | str) -> Batch:
+        return make_batch(
+            [self.prompt_ids[i] for i in rows], [self.response_ids[i] for i in rows], pad_id, device
+        )
+
+
+def make_batch(
+    prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], pad_id: int, device: torch.device | str
+) -> Batch:
+    input_ids, attention = pad([p + r for p, r in zip(prompt_ids, response_ids, strict=True)], pad_id, device)
+    targets, mask = pad(response_ids, pad_id, device)
+    lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
+    return Batch(input_ids, attention, lengths, targets, mask)
+
+
+def plan_minibatches(
+    lengths: Sequence[int], minibatch_size: int, tokens_per_microbatch: int, generator: torch.Generator
+) -> list[list[list[int]]]:
+    """Rows shuffled into minibatches, each cut into micro-batches of rows of similar length.
+
+    A micro-batch holds at most `tokens_per_microbatch` padded prompt + response tokens (one row at the least).
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    return [
+        list(split_by_tokens(order[i : i + minibatch_size], lengths, tokens_per_microbatch))
+        for i in range(0, len(order), minibatch_size)
+    ]
+
+
+def split_by_tokens(rows: Sequence[int], lengths: Sequence[int], tokens_per_microbatch: int) -> Iterator[list[int]]:
+    """Cut rows, shortest first, into lists whose padded size stays within `tokens_per_microbatch`."""
+    batch: list[int] = []
+    for row in sorted(rows, key=lambda r: lengths[r]):
+        if batch and lengths[row] * (len(batch) + 1) > tokens_per_microbatch:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,0 +1,374 @@
+"""Supervised fine-tuning: the policy learns to write the demonstrations' responses.
+
+The first of InstructGPT's three stages (Ouyang et al. 2022, section 3.5 and appendix C.1). trl's trainer does the
+training; this file decides what it is fed (which tokens carry the loss, what is too long) and what is left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import trl
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from rlhf import InputError, chat
+from rlhf.callbacks import attach
+from rlhf.checkpoint import latest_checkpoint
+from rlhf.entry import require_divides, training_arguments, use_bf16
+from rlhf.models import load_policy, load_tokenizer, lora_config
+from rlhf.records import Demonstration, check_disjoint, read_demonstrations
+
+logger = logging.getLogger("rlhf")
+
+IGNORED = -100  # the label of tokens without loss, in transformers
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Settings of supervised fine-tuning. Batch sizes count demonstrations."""
+
+    output_dir: str = "runs/sft"
+    """Folder for checkpoints and the trained model."""
+    seed: int = 0
+    """Seed of the order of demonstrations, of new LoRA weights and of dropout."""
+    epochs: float = 2.0
+    """Passes over the demonstrations. InstructGPT: 16, with the checkpoint chosen by a reward model; 2 for the model
+    PPO starts from."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW. InstructGPT: 9.65e-6 (1.3B). LoRA wants about ten times more."""
+    batch_size: int = 32
+    """Demonstrations per optimizer step, over all processes."""
+    microbatch_size: int = 8
+    """Demonstrations per forward pass on one process: a memory setting that does not change the result."""
+    max_length: int = 1024
+    """Longest demonstration in tokens; longer ones are left out and counted, never cut."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """cosine: to 10% of the peak, as in InstructGPT; linear: to 0; constant."""
+    warmup_fraction: float = 0.0
+    """Share of the optimizer steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it; 0 turns that off."""
+    dropout: float | None = None
+    """Probability of every dropout that the model's architecture has (InstructGPT: 0.2, residual); None keeps the
+    model's own."""
+    lora_rank: int = 0
+    """Rank of a new LoRA adapter; 0 trains all weights, or continues the adapter that the model is."""
+    lora_alpha: float = 32.0
+    """The LoRA update is scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the LoRA layers."""
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that get LoRA weights; None: every linear layer but the head."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, about 20% slower."""
+    bf16: bool | None = None
+    """Compute in bfloat16; None: where the GPU can."""
+    logging_steps: int = 10
+    """Optimizer steps between two logged lines."""
+    eval_steps: int = 0
+    """Optimizer steps between two evaluations; 0: after every epoch."""
+    save_steps: int = 200
+    """Optimizer steps between two checkpoints that a killed run goes on from; 0: none. The last two are kept."""
+    report_to: list[str] | None = None
+    """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
+
+    def __post_init__(self) -> None:
+        require_divides("microbatch_size", self.microbatch_size, "batch_size", self.batch_size)
+        for name in ("epochs", "learning_rate", "max_length", "logging_steps"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "max_grad_norm", "lora_rank", "eval_steps", "save_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+        for name in ("warmup_fraction", "lora_dropout", "dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """trl's SFTTrainer on our records: ``SFTTrainer(model, SFTConfig(...), "demonstrations.jsonl").train()``.
+
+    ``loss = -sum_t mask_t log p(token_t | tokens_<t) / sum_t mask_t`` over all trained tokens (the assistant's, and
+    their end of turn) of the optimizer step's ``batch_size`` demonstrations, so no split into micro-batches changes a
+    gradient.
+
+    model: a folder, a hub id or an object; an adapter (folder or PeftModel) is continued. Datasets: whatever
+    ``read_demonstrations`` takes. processing_class: the tokenizer; by default the model's. peft_config instead of
+    ``args.lora_rank`` for any other adapter.
+
+    Departs from trl: masks come from ``rlhf.chat`` (no ``{% generation %}`` in the template needed), over-long
+    demonstrations are left out instead of cut, eval_loss is the mean over all tokens (not over batches), and the
+    model is an ordinary one after training (trl leaves a patched ``forward`` on it, which survives a deepcopy
+    wrongly).
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        config = args or SFTConfig()
+        if train_dataset is None:
+            raise InputError("train_dataset is missing; give a JSONL file, a dataset or a list of rows")
+        tokenizer = _tokenizer(model, processing_class)
+        train = read_demonstrations(train_dataset)
+        held_out = None if eval_dataset is None else read_demonstrations(eval_dataset)
+        if held_out is not None:
+            check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
+        model, peft_config = prepare_model(model, tokenizer, config, peft_config)
+        self.config = config
+        self._forward: dict[str, Any] = {}
+        self._eval_sums: list[Tensor] = []
+        super().__init__(
+            model=model,
+            args=trl_arguments(config, evaluate=held_out is not None),
+            data_collator=Collator(chat.pad_id(tokenizer)),
+            train_dataset=encode_demonstrations(tokenizer, train, config.max_length, "train_dataset"),
+            eval_dataset=None
+            if held_out is None
+            else encode_demonstrations(tokenizer, held_out, config.max_length, "eval_dataset"),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        self._uninstall_forward()
+        show_bias(self.model.get_output_embeddings())
+        attach(self, "sft", ("loss", "eval_loss", "token_accuracy"), config.output_dir)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, if there is one."""
+        if resume_from_checkpoint is True:
+            newest = latest_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = None if newest is None else str(newest)
+        with self._trl_forward():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+        """``eval_loss`` (mean over all trained tokens) and ``eval_token_accuracy``, on any held-out demonstrations."""
+        encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
+        if eval_dataset is not None and not encoded:
+            records, longest = read_demonstrations(eval_dataset), self.config.max_length
+            eval_dataset = encode_demonstrations(self.processing_class, records, longest, "eval_dataset")
+        self._eval_sums.clear()
+        with self._trl_forward():
+            return super().evaluate(eval_dataset=eval_dataset, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            loss = result[0] if isinstance(result, tuple) else result
+            count = (inputs["labels"][:, 1:] != IGNORED).sum()
+            self._eval_sums.append(torch.stack([loss.detach().double() * count, count.double()]))
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        name = next((name for name in logs if name.endswith("_loss")), None)  # eval_loss, or another prefix's
+        if name and self._eval_sums:
+            total, count = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0), "sum").tolist()
+            logs[name] = total / count
+            self._eval_sums.clear()
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _trl_forward(self) -> Iterator[None]:
+        """Lend the model the ``forward`` that trl's loss calls, for as long as trl runs."""
+        base = _base(self.model)
+        outermost = "forward" not in vars(base)
+        if outermost:
+            vars(base).update(self._forward)
+        try:
+            yield
+        finally:
+            if outermost:
+                self._uninstall_forward()
+
+    def _uninstall_forward(self) -> None:
+        base = _base(self.model)
+        self._forward = {"forward": vars(base).pop("forward")} if "forward" in vars(base) else {}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels [B, T]``; labels are -100 where there is no loss."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+
+        def padded(values: Iterator[list[int]], fill: int) -> Tensor:
+            return torch.tensor([value + [fill] * (length - len(value)) for value in values])
+
+        return {
+            "input_ids": padded((list(row["input_ids"]) for row in rows), self.pad_id),
+            "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
+            "labels": padded((list(row["labels"]) for row in rows), IGNORED),
+        }
+
+
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], max_length: int, name: str
+) -> Dataset:
+    """Columns ``input_ids`` and ``labels``, -100 outside the assistant's tokens and their end of turn.
+
+    Demonstrations of more than ``max_length`` tokens are left out: a cut one would teach never to stop. How many, and
+    which, is logged; InputError when none remains.
+    """
+    rows: list[dict[str, list[int]]] = []
+    too_long: dict[int, int] = {}
+    for index, demonstration in enumerate(demonstrations):
+        ids, mask = chat.encode_conversation(tokenizer, demonstration.messages, demonstration.trained_from)
+        if len(ids) > max_length:
+            too_long[index] = len(ids)
+        else:
+            rows.append({"input_ids": ids, "labels": [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]})
+    if not rows:
+        if not too_long:
+            raise InputError(f"{name}: no demonstrations; give at least one")
+        raise InputError(
+            f"{name}: none of {len(demonstrations)} demonstrations fits max_length={max_length}; the shortest has "
+            f"{min(too_long.values())} tokens: raise max_length or shorten them"
+        )
+    if too_long:
+        named = ", ".join(str(index + 1) for index in list(too_long)[:10])
+        logger.warning(
+            f"{name}: {len(too_long)} of {len(demonstrations)} demonstrations are longer than "
+            f"max_length={max_length} tokens and left out; the longest has {max(too_long.values())}; "
+            f"demonstrations {named}{', ...' if len(too_long) > 10 else ''} (counted from 1)"
+        )
+    return Dataset.from_list(rows)
+
+
+def prepare_model(
+    model: str | Path | PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    peft_config: PeftConfig | None = None,
+) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
+    """The policy to train, its vocabulary grown to the tokenizer's, and the adapter that it is yet to get, if any.
+
+    Under a new adapter, rows of the embeddings that the base never learned (tokens added for chat) are trained and
+    saved with it. The stop tokens and padding are written to generation_config, so that plain ``generate`` stops.
+    """
+    adapter = peft_config or lora_config(
+        config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+    )
+    light = adapter is not None and use_bf16(config.bf16)
+    policy = load_policy(model, dtype=torch.bfloat16 if light else torch.float32)
+    if isinstance(policy, PeftModel) and adapter is not None:
+        raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
+    if config.dropout is not None:
+        set_dropout(policy, config.dropout)
+    new_tokens = grow_vocabulary(policy, tokenizer)
+    if adapter is not None and new_tokens and getattr(adapter, "trainable_token_indices", None) is None:
+        adapter.trainable_token_indices = dict.fromkeys(_embedding_names(policy), new_tokens)
+    _tell_special_tokens(policy, tokenizer)
+    return policy, adapter
+
+
+@torch.no_grad()
+def grow_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Make room for the tokenizer's tokens; returns ids whose embeddings the model never learned.
+
+    New rows start at the mean of the old ones (Hewitt 2021: no new token is then likelier than the average).
+    Vocabularies padded beyond the tokenizer are never cut.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= rows:
+        return _chat_tokens(tokenizer)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = embeddings.weight
+        weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+    return sorted({*range(rows, len(tokenizer)), *_chat_tokens(tokenizer)})
+
+
+def _tell_special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = model.config.get_text_config()
+    text.pad_token_id = chat.pad_id(tokenizer)
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) is not None:
+            setattr(text, name, getattr(tokenizer, name))
+    generation = model.generation_config
+    if generation is not None:
+        generation.bos_token_id, generation.pad_token_id = text.bos_token_id, text.pad_token_id
+        generation.eos_token_id = list(chat.stop_ids(tokenizer, generation.eos_token_id))
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout of the architecture; the saved config keeps the model's own. InputError if it has none."""
+    found = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_" not in name:
+            module.p, found = probability, found + 1
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout, found = probability, found + 1
+    if not found:
+        raise InputError(f"dropout={probability}: {type(model).__name__} has no dropout to set; leave it out")
+
+
+def trl_arguments(config: SFTConfig, *, evaluate: bool) -> trl.SFTConfig:
+    """Our settings as the TrainingArguments that trl's trainer and the callbacks receive."""
+    schedules = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+    return training_arguments(
+        config,
+        trl.SFTConfig,
+        lr_scheduler_type=schedules[config.lr_schedule],
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if config.lr_schedule == "cosine" else None,
+        max_length=None,
+        eval_strategy=("steps" if config.eval_steps else "epoch") if evaluate else "no",
+        eval_steps=config.eval_steps or None,
+        report_to=config.report_to or [],
+    )
+
+
+def _chat_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """ChatML's tokens where the model came without a chat template: in its vocabulary or not, it never used them."""
+    if tokenizer.chat_template != chat.CHATML:
+        return []
+    return sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+
+
+def show_bias(head: nn.Module) -> None:
+    """Let trl's loss read ``head.bias``, which peft's wrapper of trained token rows hides (peft 0.21)."""
+    if not hasattr(head, "bias"):
+        vars(head)["bias"] = head.original_module.bias
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _embedding_names(model: PreTrainedModel) -> list[str]:
+    """The last part of the names of the input embeddings and, where it has its own weights, the head."""
+    modules = [model.get_input_embeddings()]
+    if model.get_output_embeddings().weight is not modules[0].weight:
+        modules.append(model.get_output_embeddings())
+    named = model.named_modules()
+    return [name.rsplit(".", 1)[-1] for name, module in named if any(module is wanted for wanted in modules)]
+
+
+def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if given is not None:
+        chat.prepare_tokenizer(given)
+        return given
+    path = model if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "")
+    if not path:
+        raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
+    return load_tokenizer(path)

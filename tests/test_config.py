@@ -1,0 +1,389 @@
+"""Configs from dataclasses, YAML and flags; users' functions; trl's arguments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import transformers
+import trl
+
+from rlhf import InputError
+from rlhf.config import (
+    fingerprint,
+    from_dict,
+    import_function,
+    load,
+    require_divides,
+    run,
+    to_dict,
+    to_yaml,
+    training_arguments,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """The stage."""
+
+    kl_coef: float = 0.05
+    """Weight of the KL penalty, 100% of it."""
+    updates: int = 10
+    """Rollouts collected."""
+    kind: Literal["replace", "subtract"] = "replace"
+    """What a missing stop costs."""
+    weights: tuple[float, ...] = ()
+    """One per function."""
+    options: dict[str, float] = field(default_factory=dict)
+    """By name."""
+    target: float | None = None
+    """Nats, or null."""
+    lora: bool = False
+    """Adapters only."""
+    reward_model: str | None = None
+    """A folder; also the name of a section."""
+    output_dir: str = "runs/inner"
+    """Where it goes."""
+    seed: int = 0
+    """Decides everything random."""
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise InputError(f"updates={self.updates} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Optional section."""
+
+    steps: int
+    """Optimizer steps."""
+    lr: float = 1e-3
+    """Learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """All stages."""
+
+    ppo: Inner = field(default_factory=lambda: Inner(kl_coef=0.2))
+    """The last stage."""
+    base: Base | None = None
+    """Pretraining."""
+    output_dir: str = "runs/chain"
+    """The run's folder."""
+    seed: int = 1
+    """For all."""
+
+
+SECTIONS = ("ppo", "base", "reward_model", "sft")
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "my.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def wrong(function: Any, *arguments: Any, **keywords: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- precedence and types
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    file = write(tmp_path, "kl_coef: 1e-3\nupdates: 7\n")
+    config = load(Inner, ["--config", file, "--updates", "3"])
+    assert (config.kl_coef, config.updates, config.seed) == (0.001, 3, 0)  # PyYAML reads 1e-3 as text
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--weights", "[1, 0.5]"], "weights", (1.0, 0.5)),
+        (["--options", "{a.b: 2}"], "options", {"a.b": 2.0}),
+        (["--target", "3"], "target", 3.0),
+        (["--target=null"], "target", None),
+        (["--kl_coef", "-1"], "kl_coef", -1.0),
+        (["--kind", "subtract"], "kind", "subtract"),
+        (["--lora"], "lora", True),
+        (["--lora", "false"], "lora", False),
+        (["--lora", "--seed", "4"], "lora", True),
+        (["--reward_model", "123"], "reward_model", "123"),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+    ],
+)
+def test_flags_become_the_fields_types(argv: list[str], name: str, value: Any) -> None:
+    found = getattr(load(Inner, argv), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_optional_section_turns_on_and_off(tmp_path: Path) -> None:
+    assert load(Chain, []).base is None
+    assert load(Chain, ["--base.steps", "5"]).base == Base(steps=5)
+    file = write(tmp_path, "base:\n  steps: 5\n  lr: 0.1\n")
+    assert load(Chain, ["--config", file]).base == Base(steps=5, lr=0.1)
+    assert load(Chain, ["--config", file, "--base.lr", "0.2"]).base == Base(steps=5, lr=0.2)
+    assert load(Chain, ["--config", file, "--base", "null"]).base is None
+    file = write(tmp_path, "base: null\n")
+    assert load(Chain, ["--config", file]).base is None
+
+
+def test_a_section_keeps_its_own_defaults_and_inherits_seed_and_folder(tmp_path: Path) -> None:
+    config = load(Chain, ["--ppo.updates", "2", "--seed", "9"])
+    assert config.ppo == Inner(kl_coef=0.2, updates=2, seed=9, output_dir="runs/chain/ppo")
+    file = write(tmp_path, "output_dir: here\nppo:\n  seed: 4\n")
+    config = load(Chain, ["--config", file])
+    assert (config.ppo.output_dir, config.ppo.seed, config.seed) == ("here/ppo", 4, 1)
+
+
+def test_a_stage_reads_its_section_of_a_chain_file(tmp_path: Path) -> None:
+    text = "seed: 5\noutput_dir: runs/toy\nsft:\n  anything: 1\nppo:\n  updates: 3\n  reward_model: folder\n"
+    config = load(Inner, ["--config", write(tmp_path, text)], section="ppo", known_sections=SECTIONS)
+    assert config == Inner(updates=3, reward_model="folder", seed=5, output_dir="runs/toy/ppo")
+    flat = write(tmp_path, "updates: 3\nreward_model: folder\noutput_dir: runs/mine\n")
+    config = load(Inner, ["--config", flat], section="ppo", known_sections=SECTIONS)
+    assert config == Inner(updates=3, reward_model="folder", output_dir="runs/mine")
+    only_others = write(tmp_path, "reward_model:\n  lr: 1\n")
+    assert load(Inner, ["--config", only_others], section="ppo", known_sections=SECTIONS) == Inner()
+
+
+def test_stage_and_chain_resolve_one_file_alike(tmp_path: Path) -> None:
+    file = write(tmp_path, "output_dir: r\nseed: 3\nppo:\n  kl_coef: 0.3\n  updates: 2\n")
+    stage = load(Inner, ["--config", file], section="ppo", known_sections=SECTIONS)
+    assert stage == load(Chain, ["--config", file]).ppo
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("updates: 3\nkl_coeff: 1\n", ["my.yaml:2", "unknown key kl_coeff", "did you mean kl_coef?"]),
+        ("kl_coef: high\n", ["my.yaml:1", "kl_coef", "expected a number", "'high'"]),
+        ("updates: 2.5\n", ["my.yaml:1", "updates", "expected a whole number", "2.5"]),
+        ("updates: true\n", ["updates", "expected a whole number", "True"]),
+        ("updates: null\n", ["updates", "expected a whole number", "null"]),
+        ("kl_coef: .nan\n", ["kl_coef", "expected a number", "nan"]),
+        ("kind: drop\n", ["kind", "one of replace, subtract", "'drop'"]),
+        ("\nreward_model: 3\n", ["my.yaml:2", "reward_model", "expected text or null", "3"]),
+        ("weights: [a]\n", ["weights", "a list of a number", "['a']"]),
+        ("updates: 1\nupdates: 2\n", ["my.yaml:2", "given twice", "my.yaml:1"]),
+        ("updates: [1\nseed: 2\n", ["my.yaml:2", "broken YAML"]),
+        ("- updates\n", ["my.yaml", "field: value"]),
+        ("", ["my.yaml", "is empty"]),
+        ("# nothing\n", ["my.yaml", "is empty"]),
+        ("updates: 0\n", ["updates=0 must be at least 1"]),
+    ],
+)
+def test_a_mistake_in_the_file_names_line_and_field(tmp_path: Path, text: str, parts: list[str]) -> None:
+    message = wrong(load, Inner, ["--config", write(tmp_path, text)])
+    assert [part for part in parts if part not in message] == []
+
+
+def test_mistakes_in_a_chain_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "pppo:\n  updates: 3\nsft:\n  x: 1\n")
+    message = wrong(load, Inner, ["--config", file], section="ppo", known_sections=SECTIONS)
+    assert "my.yaml:1" in message
+    assert "did you mean ppo?" in message
+    file = write(tmp_path, "ppo: 3\nsft:\n  x: 1\n")
+    assert "my.yaml:1" in wrong(load, Inner, ["--config", file], section="ppo", known_sections=SECTIONS)
+    file = write(tmp_path, "seed: 1\nppo:\n  kl_coef: 1\n  updats: 3\n")
+    message = wrong(load, Chain, ["--config", file])
+    assert "my.yaml:4" in message
+    assert "did you mean ppo.updates?" in message
+    message = wrong(load, Chain, ["--config", write(tmp_path, "base:\n  lr: 1\n")])
+    assert "my.yaml:1" in message
+    assert "--base.steps" in message
+    assert "ppo: updates=0" in wrong(load, Chain, ["--ppo.updates", "0"])
+    assert "my.yaml:1" in wrong(load, Chain, ["--config", write(tmp_path, "base: true\n")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--kl_coeff", "1"], ["unknown flag --kl_coeff", "did you mean --kl_coef?"]),
+        (["--updates"], ["--updates needs a value"]),
+        (["--updates", "--seed", "1"], ["--updates needs a value"]),
+        (["--updates", "x"], ["--updates", "expected a whole number", "'x'"]),
+        (["3"], ["unexpected '3'"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "no such file"]),
+        (["--config", "a.yaml", "--config", "b.yaml"], ["given twice"]),
+        (["--config", "/"], ["/", "cannot be read"]),
+    ],
+)
+def test_mistakes_on_the_command_line(argv: list[str], parts: list[str]) -> None:
+    message = wrong(load, Inner, argv)
+    assert [part for part in parts if part not in message] == []
+
+
+def test_recipes_end_with_one_line_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def main(argv: list[str]) -> None:
+        raise InputError("data.jsonl:3: broken\nJSON")
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: data.jsonl:3: broken JSON\n"
+
+    def stop(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run(stop)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_shows_every_field_with_its_docstring(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(Chain, ["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in ("--config FILE.yaml", "--ppo.kl_coef", "penalty, 100% of it.", "--base.steps", "base (null turns it off)"):
+        assert part in shown
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_dict_and_yaml_come_back_as_the_same_config(tmp_path: Path) -> None:
+    config = Chain(ppo=Inner(weights=(1.0, 2.0), options={"a": 1.0}, target=2.0), base=Base(steps=3))
+    assert from_dict(Chain, to_dict(config), "test") == config
+    assert load(Chain, ["--config", write(tmp_path, to_yaml(config))]) == config
+    assert "test: unknown key nope" in wrong(from_dict, Chain, {"nope": 1}, "test")
+
+
+def test_the_fingerprint_follows_what_is_computed() -> None:
+    assert fingerprint(Inner()) == fingerprint(Inner(output_dir="elsewhere"))
+    assert fingerprint(Inner()) != fingerprint(Inner(kl_coef=0.051))
+    assert fingerprint(Chain()) != fingerprint(Chain(ppo=Inner(kl_coef=0.3)))
+    # sha256 of the canonical JSON, written out by hand
+    import hashlib
+
+    literal = '{"lr":0.001,"steps":3}'
+    assert fingerprint(Base(steps=3)) == hashlib.sha256(literal.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- users' functions
+
+
+def test_functions_come_from_files_with_their_siblings(tmp_path: Path) -> None:
+    (tmp_path / "sibling_words.py").write_text("WORD = 'hen'\n")
+    (tmp_path / "json.py").write_text("raise SystemError('shadowed')\n")
+    file = tmp_path / "score.py"
+    file.write_text("from sibling_words import WORD\ndef score(x):\n    return (WORD, x)\nlimit = 3\n")
+    function = import_function(f"{file}:score")
+    assert function(1) == ("hen", 1)
+    assert import_function(f"{tmp_path}/../{tmp_path.name}/score.py:score") is function
+    assert sys.path[0] != str(tmp_path)
+    assert import_function("os.path:join")("a", "b") == "a/b"
+    assert "did you mean score?" in wrong(import_function, f"{file}:scores")
+    assert "limit is a int" in wrong(import_function, f"{file}:limit")
+
+
+def test_mistakes_in_a_users_function(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("x = 1\nimport nowhere_at_all\n")
+    assert "broken.py:2: ModuleNotFoundError" in wrong(import_function, f"{broken}:f")
+    broken.write_text("x = 1\n\ndef f(:\n")
+    assert "broken.py:3: SyntaxError" in wrong(import_function, f"{broken}:f")
+    assert "no such file" in wrong(import_function, f"{tmp_path}/none.py:f")
+    assert "no module nowhere_at_all" in wrong(import_function, "nowhere_at_all:f")
+    assert "file.py:name" in wrong(import_function, "score")
+
+
+# ---------------------------------------------------------------- arithmetic and arguments
+
+
+@pytest.mark.parametrize(
+    ("small", "big", "advice"),
+    [(48, 128, "try 32 or 64"), (0, 6, "try 1"), (7, 6, "try 6"), (4, 6, "try 3 or 6"), (-1, 6, "try 1")],
+)
+def test_batch_arithmetic_names_what_would_fit(small: int, big: int, advice: str) -> None:
+    message = wrong(require_divides, "minibatch_size", small, "rollout_size", big)
+    assert message == f"minibatch_size={small} must divide rollout_size={big}; {advice}"
+
+
+def test_batch_arithmetic_passes_divisors() -> None:
+    for small in (1, 2, 64, 128):
+        require_divides("a", small, "b", 128)
+    assert wrong(require_divides, "a", 1, "b", 0) == "b=0 must be at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    output_dir: str = "out"
+    seed: int = 3
+    epochs: float = 1.5
+    learning_rate: float = 1e-4
+    batch_size: int = 32
+    microbatch_size: int | None = 8
+    lr_schedule: str = "cosine"
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.5
+    gradient_checkpointing: bool = False
+    logging_steps: int = 4
+    save_steps: int = 0
+    report_to: list[str] | None = None
+
+
+@pytest.mark.parametrize("cls", [transformers.TrainingArguments, trl.SFTConfig, trl.RewardConfig])
+def test_our_fields_reach_the_library(cls: Any, tmp_path: Path) -> None:
+    arguments = training_arguments(Training(output_dir=str(tmp_path)), cls, max_steps=5)
+    assert arguments.output_dir == str(tmp_path)
+    assert (arguments.seed, arguments.num_train_epochs, arguments.learning_rate) == (3, 1.5, 1e-4)
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (8, 4)
+    assert arguments.lr_scheduler_type == "cosine"
+    assert arguments.get_warmup_steps(50) == 5
+    assert (arguments.weight_decay, arguments.max_grad_norm, arguments.logging_steps) == (0.01, 0.5, 4)
+    assert arguments.save_strategy == "no"
+    assert arguments.report_to == []
+    assert arguments.gradient_checkpointing is False
+    assert arguments.disable_tqdm is True
+    assert arguments.max_steps == 5
+
+
+def test_arguments_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = training_arguments(Training(output_dir=str(tmp_path), save_steps=7), trl.SFTConfig)
+    assert (arguments.bf16, arguments.use_cpu) == (False, True)
+    assert (arguments.save_strategy, arguments.save_steps, arguments.save_total_limit) == ("steps", 7, 2)
+
+
+def test_batches_are_shared_out_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf.entry import _batch_arithmetic
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = _batch_arithmetic(32, 4)
+    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (4, 2)
+    assert _batch_arithmetic(32, None)["per_device_train_batch_size"] == 8
+    assert "number of processes=4 must divide batch_size=30" in wrong(_batch_arithmetic, 30, 2)
+    assert "microbatch_size=3 must divide batch_size/4 processes=8; try 2 or 4" in wrong(_batch_arithmetic, 32, 3)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "microbatch_size=64 must divide batch_size=32; try 32" in wrong(_batch_arithmetic, 32, 64)
+
+
+def test_importing_config_brings_no_heavy_library() -> None:
+    code = (
+        "import sys, rlhf.config, rlhf.checkpoint, rlhf.metrics, rlhf.console, rlhf.report;"
+        "print([name for name in ('torch', 'transformers', 'jsonargparse', 'matplotlib', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

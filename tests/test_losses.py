@@ -1,0 +1,155 @@
+"""The losses against hand arithmetic and a slow loop."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from reward_models.losses import (
+    margin_ranking_loss,
+    mean_over_prompts,
+    pair_accuracy,
+    pair_outcomes,
+    ranked_pairs,
+    ranking_loss,
+    smoothed_ranking_loss,
+)
+
+
+def nll(difference: float) -> float:
+    return math.log(1 + math.exp(-difference))
+
+
+def slow_loss(scores, ranks, prompts, count=None, margin=0.0, epsilon=0.0):
+    """Prompt by prompt, pair by pair, in float64."""
+    means = []
+    for prompt in sorted(set(prompts)):
+        mine = [i for i, p in enumerate(prompts) if p == prompt]
+        losses = []
+        for i in mine:
+            for j in mine:
+                if ranks[i] < ranks[j]:
+                    d = scores[i] - scores[j] - margin
+                    losses.append((1 - epsilon) * nll(d) + epsilon * nll(-d))
+        if losses:
+            means.append(np.mean(losses))
+    return np.sum(means) / (len(means) if count is None else count)
+
+
+def random_rankings(seed: int):
+    rng = np.random.default_rng(seed)
+    prompts = np.repeat(np.arange(5), [2, 4, 3, 2, 6])
+    ranks = rng.integers(0, 3, size=len(prompts)).astype(np.float32)
+    ranks[:2] = [0, 1]
+    scores = rng.normal(size=len(prompts)).astype(np.float32) * 2
+    return torch.tensor(scores), torch.tensor(ranks), torch.tensor(prompts)
+
+
+def test_a_pair_is_bradley_terry():
+    loss = ranking_loss(torch.tensor([2.0, 0.5]), torch.tensor([0.0, 1.0]))
+    assert loss.item() == pytest.approx(0.20141327798275246, abs=1e-6)  # log(1 + e^-1.5)
+    loss = ranking_loss(torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.0]))
+    assert loss.item() == pytest.approx(1.7014132779827524, abs=1e-6)  # the same + 1.5
+
+
+def test_four_responses_with_a_tie_by_hand():
+    # ranks 1 2 2 3: the two in the middle are a tie, five pairs are left
+    scores, ranks = torch.tensor([1.0, 0.0, 3.0, -1.0]), torch.tensor([1.0, 2.0, 2.0, 3.0])
+    expected = (nll(1 - 0) + nll(1 - 3) + nll(1 + 1) + nll(0 + 1) + nll(3 + 1)) / 5
+    assert ranking_loss(scores, ranks).item() == pytest.approx(expected, abs=1e-6)
+    assert len(ranked_pairs(ranks)[0]) == 5
+
+
+def test_a_prompt_weighs_one_however_many_pairs_it_has():
+    scores = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0])
+    ranks = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0])
+    prompts = torch.tensor([7, 7, 3, 3, 3])
+    expected = (nll(-1) + (nll(1) + nll(2) + nll(1)) / 3) / 2
+    assert ranking_loss(scores, ranks, prompts).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_against_the_slow_loop(seed):
+    scores, ranks, prompts = random_rankings(seed)
+    lists = scores.double().tolist(), ranks.tolist(), prompts.tolist()
+    assert ranking_loss(scores, ranks, prompts).item() == pytest.approx(slow_loss(*lists), abs=1e-5)
+    assert ranking_loss(scores, ranks, prompts, count=9).item() == pytest.approx(slow_loss(*lists, 9), abs=1e-5)
+    smoothed = smoothed_ranking_loss(scores, ranks, 0.1, prompts)
+    assert smoothed.item() == pytest.approx(slow_loss(*lists, epsilon=0.1), abs=1e-5)
+    margins = torch.full_like(scores, 0.7)
+    with_margin = margin_ranking_loss(scores, ranks, margins, prompts)
+    assert with_margin.item() == pytest.approx(slow_loss(*lists, margin=0.7), abs=1e-5)
+
+
+def test_the_margin_is_the_winners():
+    scores, ranks, margins = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.25, 9.0])
+    assert margin_ranking_loss(scores, ranks, margins).item() == pytest.approx(nll(0.75), abs=1e-6)
+
+
+def test_smoothing_has_its_minimum_where_the_formula_says():
+    best = math.log(0.8 / 0.2)
+    difference = torch.tensor(best, requires_grad=True)
+    smoothed_ranking_loss(torch.stack([difference, torch.tensor(0.0)]), torch.tensor([0.0, 1.0]), 0.2).backward()
+    assert difference.grad.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gradient_pushes_the_better_up_by_its_probability_of_losing():
+    scores = torch.tensor([0.3, -0.2], requires_grad=True)
+    ranking_loss(scores, torch.tensor([0.0, 1.0])).backward()
+    losing = 1 / (1 + math.exp(0.5))
+    assert scores.grad.tolist() == pytest.approx([-losing, losing], abs=1e-6)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    scores, ranks, prompts = random_rankings(11)
+    scores.requires_grad_()
+    seen = {p for p in prompts.tolist() if len(ranked_pairs(ranks[prompts == p])[0])}
+    whole = torch.autograd.grad(ranking_loss(scores, ranks, prompts), scores)[0]
+    parts = [
+        ranking_loss(scores[chosen], ranks[chosen], prompts[chosen], count=len(seen))
+        for chosen in (prompts < 1, (prompts >= 1) & (prompts < 4), prompts >= 4)
+    ]
+    assert torch.allclose(torch.autograd.grad(sum(parts), scores)[0], whole, atol=1e-6)
+
+
+def test_only_ties_is_zero_with_a_gradient_and_no_nan():
+    scores = torch.tensor([1.0, 2.0], requires_grad=True)
+    loss = ranking_loss(scores, torch.tensor([1.0, 1.0]))
+    loss.backward()
+    assert loss.item() == 0
+    assert scores.grad.tolist() == [0.0, 0.0]
+
+
+def test_huge_differences_stay_finite():
+    scores = torch.tensor([-500.0, 500.0], requires_grad=True)
+    loss = ranking_loss(scores, torch.tensor([0.0, 1.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1000.0)
+    assert scores.grad.tolist() == pytest.approx([-1.0, 1.0])
+
+
+def test_bfloat16_scores_are_compared_in_float32():
+    scores = torch.tensor([1.0, 0.0], dtype=torch.bfloat16)
+    loss = ranking_loss(scores, torch.tensor([0.0, 1.0]))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(nll(1.0), abs=1e-6)
+
+
+def test_accuracy_counts_every_pair_and_half_of_equal_scores():
+    # prompt 0: a right pair; prompt 1: right, wrong and equal
+    scores = torch.tensor([1.0, 0.0, 2.0, 1.0, 2.0])
+    ranks = torch.tensor([0.0, 1.0, 0.0, 1.0, 2.0])
+    prompts = torch.tensor([0, 0, 1, 1, 1])
+    assert sorted(pair_outcomes(scores, ranks, prompts).tolist()) == [0.0, 0.5, 1.0, 1.0]
+    assert pair_accuracy(scores, ranks, prompts).item() == pytest.approx(2.5 / 4)
+
+
+def test_tied_ranks_are_no_pair_for_the_accuracy():
+    assert pair_outcomes(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])).tolist() == [1.0, 1.0]
+
+
+def test_mean_over_prompts_by_hand():
+    values, prompts = torch.tensor([1.0, 3.0, 10.0]), torch.tensor([4, 4, 2])
+    assert mean_over_prompts(values, prompts).item() == pytest.approx((2 + 10) / 2)
+    assert mean_over_prompts(values, prompts, count=torch.tensor(4.0)).item() == pytest.approx(3.0)

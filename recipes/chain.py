@@ -76,8 +76,11 @@ def chain(config: ChainConfig) -> dict[str, Any]:
         stages["data"] = make_data(config.data)
     if config.base:
         stages["base"] = make_base(config.base)
+    if config.data.rankings:  # people's rankings come first: without demonstrations of its own, sft learns from them
+        stages["rankings"] = rankings(config.data)
     stages["sft"] = sft(config.sft)
-    stages["rankings"] = rankings(config.data)
+    if not config.data.rankings:  # the sft model's own responses are ranked
+        stages["rankings"] = rankings(config.data)
     stages["reward_model"] = reward_model(config.reward_model)
     if config.evaluation.judge is None:
         stages["judge"] = reward_model(judge_config(config), name="judge")

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf import config as configs
@@ -18,10 +18,8 @@ console.quiet()
 from stage import SECTIONS, from_siblings, open_stage  # noqa: E402
 
 from rlhf.callbacks import attach  # noqa: E402
+from rlhf.records import read_demonstrations  # noqa: E402
 from rlhf.sft import SFTConfig, SFTTrainer  # noqa: E402
-
-log = logging.getLogger("rlhf")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SFTRecipe(SFTConfig):
@@ -30,7 +28,8 @@ class SFTRecipe(SFTConfig):
     model: str | None = None
     """Folder or hub id to start from; default: the run's `base`."""
     train_data: str | None = None
-    """Demonstrations: .jsonl(.gz), folder or hub id; default: the run's data/demonstrations.jsonl."""
+    """Demonstrations: .jsonl(.gz), folder or hub id; default: the run's data/demonstrations.jsonl,
+    else the best responses of its rankings/train.jsonl."""
     eval_data: str | None = None
     """Held-out demonstrations, for eval_loss."""
     max_rows: int | None = None
@@ -41,13 +40,14 @@ class SFTRecipe(SFTConfig):
 
 def sft(config: SFTRecipe) -> dict[str, Any]:
     """The stage: train, save, leave a manifest; its numbers."""
-    config = from_siblings(config, model="base", train_data="data/demonstrations.jsonl")
+    demonstrations = "data/demonstrations.jsonl"
+    if not (Path(config.output_dir).parent / demonstrations).exists():
+        demonstrations = "rankings/train.jsonl"
+    config = from_siblings(config, model="base", train_data=demonstrations)
     sources = {"model": config.model, "train_data": config.train_data, "eval_data": config.eval_data}
     stage = open_stage("sft", config, sources)
     if stage.complete:
         return stage.outputs
-    from rlhf.records import read_demonstrations
-
     rows = read_demonstrations(config.train_data)[: config.max_rows]
     trainer = SFTTrainer(str(config.model), args=config, train_dataset=rows, eval_dataset=config.eval_data)
     attach(trainer, "sft", ("loss", "token_accuracy", "learning_rate"), stage.folder)

@@ -14,7 +14,7 @@ _PUBLIC = {
     "RewardModel": "reward_models.scoring",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = ["RewardConfig", "RewardModel", "RewardTrainer"]
 
 if TYPE_CHECKING:
     from reward_models.scoring import RewardModel

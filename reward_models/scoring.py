@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.encoding import pad_right
 from rlhf import InputError, chat, checkpoint, models
@@ -34,7 +35,7 @@ class RewardModel:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         normalizer: ScoreNormalizer | None = None,
         *,
@@ -68,10 +69,8 @@ class RewardModel:
         tokenizer = models.load_tokenizer(path)
         model, normalizer = models.load_scalar_model(path, dtype)
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        model.to(torch.device(device) if device is not None else accelerator or torch.device("cpu"))
-        return cls(
-            model, tokenizer, normalizer, tokens_per_microbatch=tokens_per_microbatch, name=Path(path).name
-        )
+        nn.Module.to(model, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
+        return cls(model, tokenizer, normalizer, tokens_per_microbatch=tokens_per_microbatch, name=Path(path).name)
 
     def __call__(
         self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
@@ -116,7 +115,7 @@ def _check_stage(folder: Path) -> None:
 
 @torch.no_grad()
 def score_sequences(
-    model: torch.nn.Module, sequences: Sequence[Sequence[int]], pad_id: int, tokens_per_microbatch: int
+    model: PreTrainedModel | PeftModel, sequences: Sequence[Sequence[int]], pad_id: int, tokens_per_microbatch: int
 ) -> Float[Tensor, " B"]:
     """Raw scores of token sequences, in their order, on the CPU in float32.
 

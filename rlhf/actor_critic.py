@@ -152,10 +152,11 @@ def build_actor_critic(
     value_model: str | Path | PreTrainedModel | RewardModelLike | None = None,
     lora: LoraConfig | None = None,
     dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> ActorCritic:
     """Load or copy the three models. Where the reward model cannot serve, the value model is the policy's
     trunk under a zero head (value_model=None)."""
-    policy = load_policy(model, dtype=dtype, lora=lora)
+    policy = load_policy(model, dtype=dtype, lora=lora, seed=seed)
     reference = _build_reference(policy, ref_model, dtype)
     value, head = _build_value(policy, value_model, dtype)
     actor_critic = ActorCritic(policy, reference, value, head)

@@ -214,7 +214,7 @@ class Manifest:
     pad_id: int | None = None
     stop_ids: tuple[int, ...] = ()
     outputs: dict[str, Any] = field(default_factory=dict)
-    """The stage's results; no timings."""
+    """The stage's results; numbers named `...second...` are not part of the fingerprint."""
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=_versions)
     command: str = field(default_factory=lambda: shlex.join([Path(sys.executable).name, *sys.argv]))
@@ -224,9 +224,9 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256 of all that the next stage depends on: not when, how fast or by which command."""
         apart = ("seconds", "created", "command", "versions")
-        return hashlib.sha256(
-            _canonical({key: value for key, value in plain(self).items() if key not in apart})
-        ).hexdigest()
+        content = {key: value for key, value in plain(self).items() if key not in apart}
+        content["outputs"] = {key: value for key, value in self.outputs.items() if "second" not in key}
+        return hashlib.sha256(_canonical(content)).hexdigest()
 
     def write(self, folder: str | Path) -> Path:
         """Write ``manifest.json`` into ``folder``."""

@@ -87,7 +87,8 @@ def load(
     file, flags = _read_flags(argv, known)
     tree, places = read_yaml(file) if file else ({}, {})
     if file and section:
-        tree, places = _take_section(tree, places, file, section, known_sections, {name.split(".")[0] for name in known})
+        own = {name.split(".")[0] for name in known}
+        tree, places = _take_section(tree, places, file, section, known_sections, own)
     for path, value in flags:
         _put(tree, path, value)
         places[path] = f"--{'.'.join(path)}"

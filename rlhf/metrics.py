@@ -175,8 +175,10 @@ def left_healthy_range(rows: Sequence[Mapping[str, float]], tail: int = 5) -> li
 
 
 def from_logs(logs: Mapping[str, Any]) -> dict[str, float]:
-    """What trainers of transformers and trl log, under our names and without their timings."""
-    numbers = {}
+    """What trainers of transformers and trl log, under our names and without their timings and closing line."""
+    numbers: dict[str, float] = {}
+    if "train_runtime" in logs:  # the mean over the whole run, which is no step's
+        return numbers
     for name, value in logs.items():
         if isinstance(value, int | float) and not any(name.endswith(end) for end in _LEFT_OUT):
             numbers[_RENAMED.get(name, name)] = value

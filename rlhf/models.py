@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import (
@@ -131,6 +139,7 @@ def load_policy(
     *,
     dtype: torch.dtype | None = None,
     lora: LoraConfig | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel | PeftModel:
     """A causal language model to train: full weights, an adapter that goes on, or (`lora`) a fresh adapter.
 
@@ -151,7 +160,7 @@ def load_policy(
                 f"{loaded.peft_config['default'].r}; leave lora_rank at 0 to continue that adapter"
             )
         return loaded
-    return get_peft_model(loaded, lora) if lora is not None else loaded
+    return _with_adapter(loaded, lora, seed) if lora is not None else loaded
 
 
 def new_scalar_model(
@@ -185,10 +194,22 @@ def new_scalar_model(
         if lora is not None and lora.r != config.r:
             raise InputError(f"lora_rank={lora.r}, but {adapter} is an adapter of rank {config.r}; leave it at 0")
         config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
-        peft_model = get_peft_model(scalar, config)
-        set_peft_model_state_dict(peft_model, load_peft_weights(str(adapter), device="cpu"))
+        if isinstance(config.trainable_token_indices, dict):  # the causal head has no place in a reward model
+            kept = {name: ids for name, ids in config.trainable_token_indices.items() if name != "lm_head"}
+            config.trainable_token_indices = kept or None
+        peft_model = _with_adapter(scalar, config, seed)
+        own = get_peft_model_state_dict(peft_model)  # set_peft_model_state_dict wants the head's weight too
+        loaded = load_peft_weights(str(adapter), device="cpu")
+        set_peft_model_state_dict(peft_model, own | {name: w for name, w in loaded.items() if name in own})
         return peft_model
-    return get_peft_model(scalar, lora) if lora is not None else scalar
+    return _with_adapter(scalar, lora, seed) if lora is not None else scalar
+
+
+def _with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """A fresh adapter whose weights the seed alone decides (peft draws them from the global generator)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def load_scalar_model(

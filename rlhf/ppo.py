@@ -82,6 +82,7 @@ class PPOTrainer:
             value_model=preflight.value_start(value_model, self.reward_funcs, tokenizer),
             lora=lora,
             dtype=mixed if lora is not None else torch.float32,
+            seed=args.seed,
         )
         if args.gradient_checkpointing:
             enable_gradient_checkpointing(actor_critic)

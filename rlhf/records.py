@@ -9,7 +9,7 @@ Shapes, a row each (extra columns are kept in `.columns`):
 * prompts: `prompt`; of any of the above, the prompt.
 
 A source is a path (.jsonl, .jsonl.gz, .json), a folder of such files or one written by datasets' `save_to_disk`, a
-name on the hub ("name" or "name:config"), a `datasets` object, or a list of rows. Every mistake is an `InputError` of
+name on the hub ("name", or "name:part" with a configuration or folder of it), a `datasets` object, or a list of rows. Every mistake is an `InputError` of
 one line: file:line: field: what was seen; what to do.
 """
 
@@ -22,8 +22,7 @@ import logging
 import math
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf import InputError
+from rlhf.sources import name_of, rows, show, wrong
 
 logger = logging.getLogger("rlhf")
 
@@ -63,9 +63,9 @@ class Demonstration:
     def __post_init__(self) -> None:
         _check_messages(self.messages, "messages")
         if self.messages[-1]["role"] != "assistant":
-            raise _wrong("messages", f"the last turn is {self.messages[-1]['role']!r}", "end with an assistant turn")
+            raise wrong("messages", f"the last turn is {self.messages[-1]['role']!r}", "end with an assistant turn")
         if not 0 <= self.trained_from < len(self.messages):
-            raise _wrong("trained_from", f"got {self.trained_from} of {len(self.messages)} turns", "use a turn's index")
+            raise wrong("trained_from", f"got {self.trained_from} of {len(self.messages)} turns", "use a turn's index")
 
     @property
     def prompt(self) -> Messages:
@@ -89,13 +89,13 @@ class Ranking:
         _check_prompt(self.prompt, "prompt")
         _check_texts(self.responses, "responses")
         if len(self.responses) < 2:
-            raise _wrong("responses", f"got {len(self.responses)}", "a ranking compares at least 2 responses")
+            raise wrong("responses", f"got {len(self.responses)}", "a ranking compares at least 2 responses")
         for rank in self.ranks:
             if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
-                raise _wrong("ranks", f"got {_show(rank)}", "write a number per response, smaller is better")
+                raise wrong("ranks", f"got {show(rank)}", "write a number per response, smaller is better")
         if len(self.ranks) != len(self.responses):
             seen = f"got {len(self.ranks)} ranks for {len(self.responses)} responses"
-            raise _wrong("ranks", seen, "write one number per response")
+            raise wrong("ranks", seen, "write one number per response")
 
     def pairs(self) -> list[tuple[int, int]]:
         """(better, worse) indices of all pairs; ties, and responses of the same text, are left out."""
@@ -117,10 +117,10 @@ class StepLabels:
         _check_prompt(self.prompt, "prompt")
         _check_texts(self.steps, "steps")
         if len(self.labels) != len(self.steps):
-            raise _wrong("labels", f"got {len(self.labels)} for {len(self.steps)} steps", "write one label per step")
+            raise wrong("labels", f"got {len(self.labels)} for {len(self.steps)} steps", "write one label per step")
         for label in self.labels:
             if isinstance(label, bool) or label not in (-1, 0, 1):
-                raise _wrong("labels", f"got {_show(label)}", "use 1 (right), 0 (neutral) or -1 (wrong)")
+                raise wrong("labels", f"got {show(label)}", "use 1 (right), 0 (neutral) or -1 (wrong)")
 
 
 Record = TypeVar("Record", Prompt, Demonstration, Ranking, StepLabels)
@@ -141,7 +141,7 @@ def read_rankings(source: Any, split: str = "train") -> list[Ranking]:
     """Rankings. Identical responses are ties; a source in which nothing is better than anything is an InputError."""
     rankings = _read(source, split, _to_ranking)
     if not any(ranking.pairs() for ranking in rankings):
-        raise _wrong(f"{_name(source)}: chosen/rejected", f"all {len(rankings)} rows are ties or identical texts",
+        raise wrong(f"{name_of(source)}: chosen/rejected", f"all {len(rankings)} rows are ties or identical texts",
                      "check that the two columns differ")  # fmt: skip
     return rankings
 
@@ -177,11 +177,11 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
     prompt on each side, unless `fraction` is 0.
     """
     if not 0 <= fraction < 1:
-        raise _wrong("eval fraction", f"got {fraction}", "use a number from 0 up to, not including, 1")
+        raise wrong("eval fraction", f"got {fraction}", "use a number from 0 up to, not including, 1")
     keys = [prompt_key(_prompt_of(record)) for record in records]
     order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     if fraction > 0 and len(order) < 2:
-        raise _wrong("prompts", f"{len(order)} distinct in {len(records)} rows", "splitting by prompt needs at least 2")
+        raise wrong("prompts", f"{len(order)} distinct in {len(records)} rows", "splitting by prompt needs at least 2")
     count = min(max(round(fraction * len(order)), 1), len(order) - 1) if fraction > 0 else 0
     held = set(order[:count])
     rest = [record for record, key in zip(records, keys, strict=True) if key not in held]
@@ -196,7 +196,7 @@ def check_disjoint(
     both = {prompt_key(p): p for p in map(_prompt_of, held_out) if prompt_key(p) in seen}
     if both:
         first = next(iter(both.values()))[-1]["content"]
-        raise _wrong(f"{names[0]}, {names[1]}: prompt", f"{len(both)} in both, the first is {_show(first)}",
+        raise wrong(f"{names[0]}, {names[1]}: prompt", f"{len(both)} in both, the first is {show(first)}",
                      "split by prompt: take these rows out of one of them")  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def _to_ranking(row: Any) -> Ranking:
         responses, ranks = _need(row, "responses"), _need(row, "ranks")
         for name, value in (("responses", responses), ("ranks", ranks)):
             if isinstance(value, str) or not isinstance(value, Sequence):
-                raise _wrong(name, f"got {_show(value)}", "write a list")
+                raise wrong(name, f"got {show(value)}", "write a list")
         return Ranking(_prompt_field(_need(row, "prompt")), tuple(responses), tuple(ranks), columns)
     if row.get("chosen") is None:
         _refuse_near_miss(row, "responses")
@@ -271,7 +271,7 @@ def _is_ranking(row: dict) -> bool:
 def _shared_prompt(row: dict, chosen: Any, rejected: Any) -> tuple[Messages, list[str]]:
     """A preference row's prompt, given or shared by both, and the two responses."""
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _wrong("rejected", f"got {_show(rejected)}", "write it as chosen is: both text, or both messages")
+        raise wrong("rejected", f"got {show(rejected)}", "write it as chosen is: both text, or both messages")
     if row.get("prompt") is not None:
         prompt = _prompt_field(row["prompt"])
         return prompt, [_response(value, name, prompt, row["prompt"])
@@ -285,9 +285,9 @@ def _shared_prompt(row: dict, chosen: Any, rejected: Any) -> tuple[Messages, lis
     for name, tail in zip(("chosen", "rejected"), tails, strict=True):
         if len(tail) != 1 or tail[0]["role"] != "assistant":
             seen = f"{len(tail)} turns after the {count} that both share"
-            raise _wrong(name, seen, "chosen and rejected may differ in their last assistant turn only")
+            raise wrong(name, seen, "chosen and rejected may differ in their last assistant turn only")
     if count == 0:
-        raise _wrong("prompt", "there is none and chosen and rejected share no turn", "add a prompt field")
+        raise wrong("prompt", "there is none and chosen and rejected share no turn", "add a prompt field")
     return turns[0][:count], [tail[0]["content"] for tail in tails]
 
 
@@ -305,7 +305,7 @@ def _shared_text(chosen: str, rejected: str) -> tuple[Messages, list[str]]:
     prefix = chosen[: min(len(chosen), len(rejected)) if same is None else same]
     end = max((m.end() for m in re.finditer(r"\s+", prefix)), default=0)
     if chosen == rejected or not prefix[:end].strip():
-        raise _wrong("prompt", "there is none and chosen and rejected begin differently or are the same text",
+        raise wrong("prompt", "there is none and chosen and rejected begin differently or are the same text",
                      "add a prompt field")  # fmt: skip
     return [{"role": "user", "content": prefix[:end].strip()}], [chosen[end:], rejected[end:]]
 
@@ -320,7 +320,7 @@ def _response(value: Any, name: str, prompt: Messages, raw_prompt: Any) -> str:
     if turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
     if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise _wrong(name, f"{len(turns)} turns after the prompt", "write one assistant turn")
+        raise wrong(name, f"{len(turns)} turns after the prompt", "write one assistant turn")
     return turns[0]["content"]
 
 
@@ -328,10 +328,10 @@ def _turns(value: Any, name: str) -> Messages:
     if not isinstance(value, str):
         return _messages_field(value, name)
     if not _is_hh(value):
-        raise _wrong(name, f"got {_show(value)}", "begin it with '\\n\\nHuman: ' as in the other column")
+        raise wrong(name, f"got {show(value)}", "begin it with '\\n\\nHuman: ' as in the other column")
     turns = _parse_hh(value)
     if turns[-1]["role"] != "assistant":
-        raise _wrong(name, "the last turn is Human's", "end it with '\\n\\nAssistant: ...'")
+        raise wrong(name, "the last turn is Human's", "end it with '\\n\\nAssistant: ...'")
     if not turns[-1]["content"]:
         raise _Unusable("an empty reply")  # 0.1% of the published HH rows
     _check_messages(turns, name)
@@ -358,19 +358,9 @@ def _parse_hh(text: str) -> Messages:
 # --- one field ------------------------------------------------------------------------------------------------------
 
 
-def _wrong(name: str, seen: str, todo: str) -> InputError:
-    return InputError(f"{name}: {seen}; {todo}")
-
-
-def _show(value: Any) -> str:
-    """A value as one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _as_row(row: Any, wanted: str) -> dict:
     if not isinstance(row, dict):
-        raise InputError(f"got {_show(row)}; write an object with {wanted}")
+        raise InputError(f"got {show(row)}; write an object with {wanted}")
     return row
 
 
@@ -381,27 +371,27 @@ def _extra(row: dict) -> dict[str, Any]:
 def _refuse_near_miss(row: dict, name: str) -> None:
     near = get_close_matches(name, [str(k) for k in row if k not in _FIELDS], n=1, cutoff=0.75)
     if near:
-        raise _wrong(name, f"missing, but there is {near[0]!r}", f"rename {near[0]!r} to {name!r}")
+        raise wrong(name, f"missing, but there is {near[0]!r}", f"rename {near[0]!r} to {name!r}")
 
 
 def _need(row: dict, name: str) -> Any:
     if row.get(name) is None:
         _refuse_near_miss(row, name)
         seen = "got null" if name in row else f"missing; the fields are {', '.join(map(str, row)) or '(none)'}"
-        raise _wrong(name, seen, f"add {name!r} to the row")
+        raise wrong(name, seen, f"add {name!r} to the row")
     return row[name]
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _wrong(name, f"got {_show(value)}", "write text")
+        raise wrong(name, f"got {show(value)}", "write text")
     if not value.strip():
-        raise _wrong(name, f"got empty text {_show(value)}", "write some text or take the row out")
+        raise wrong(name, f"got empty text {show(value)}", "write some text or take the row out")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise _wrong(name, f"half a character at {error.start} (a lone surrogate)", "repair the text") from None
+            raise wrong(name, f"half a character at {error.start} (a lone surrogate)", "repair the text") from None
     return value
 
 
@@ -412,34 +402,34 @@ def _check_texts(values: tuple[str, ...], name: str) -> None:
 
 def _check_messages(messages: Any, name: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise _wrong(name, f"got {_show(messages)}", "write text or a list of messages")
+        raise wrong(name, f"got {show(messages)}", "write text or a list of messages")
     for n, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise _wrong(f"{name}[{n}]", f"got {_show(message)}", "write {'role': ..., 'content': ...}")
+            raise wrong(f"{name}[{n}]", f"got {show(message)}", "write {'role': ..., 'content': ...}")
         if message["role"] not in ROLES:
             near = get_close_matches(str(message["role"]), ROLES, n=1, cutoff=0.5)
             todo = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ROLES)}"
-            raise _wrong(f"{name}[{n}].role", f"got {_show(message['role'])}", todo)
+            raise wrong(f"{name}[{n}].role", f"got {show(message['role'])}", todo)
         _text(message["content"], f"{name}[{n}].content")
 
 
 def _check_prompt(messages: Any, name: str) -> None:
     _check_messages(messages, name)
     if messages[-1]["role"] == "assistant":
-        raise _wrong(name, "the last turn is 'assistant'", "end a prompt with a user turn")
+        raise wrong(name, "the last turn is 'assistant'", "end a prompt with a user turn")
 
 
 def _messages_field(value: Any, name: str) -> Messages:
     """Messages with role and content only; content in parts is joined if all parts are text."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise _wrong(name, f"got {_show(value)}", "write a list of messages")
+        raise wrong(name, f"got {show(value)}", "write a list of messages")
     turns = []
     for n, message in enumerate(value):
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             content = "".join(part["text"] for part in content)
         if isinstance(message, dict) and message.get("tool_calls"):
-            raise _wrong(f"{name}[{n}].tool_calls", "tools aren't supported", "write the turn as text")
+            raise wrong(f"{name}[{n}].tool_calls", "tools aren't supported", "write the turn as text")
         known = isinstance(message, dict) and {"role", "content"} <= message.keys()
         turns.append({"role": message["role"], "content": content} if known else message)
     _check_messages(turns, name)
@@ -479,12 +469,12 @@ def _to_row(record: Any) -> Any:
     return row | columns
 
 
-# --- sources: where rows come from ----------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def _read(source: Any, split: str, convert: Callable[[Any], Any]) -> list[Any]:
     records, unusable = [], []
-    for where, row in _rows(source, split):
+    for where, row in rows(source, split):
         try:
             records.append(convert(row))
         except _Unusable as flaw:
@@ -493,128 +483,13 @@ def _read(source: Any, split: str, convert: Callable[[Any], Any]) -> list[Any]:
             raise InputError(f"{where}: {error}") from None
     if unusable:
         named = ", ".join(where.rpartition(":")[2].strip() for where, _ in unusable[:8])
-        _warn_once(f"{_name(source)}: left out {len(unusable)} of {len(unusable) + len(records)} rows for "
+        _warn_once(f"{name_of(source)}: left out {len(unusable)} of {len(unusable) + len(records)} rows for "
                    f"{unusable[0][1]}: {named}{' ...' if len(unusable) > 8 else ''}")  # fmt: skip
     if not records:
-        raise _wrong(_name(source), "no rows", "hand in at least one")
+        raise wrong(name_of(source), "no rows", "hand in at least one")
     return records
 
 
 @cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
-
-
-def _rows(source: Any, split: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) pairs."""
-    if isinstance(source, str) and not source.strip():  # Path("") would be the current folder
-        raise _wrong("data", f"got {_show(source)}", "name a file, a folder or a data set")
-    if isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        if path.is_dir():
-            yield from _folder_rows(path, split)
-        elif path.is_file():
-            yield from _file_rows(path)
-        else:
-            yield from _rows(_from_hub(source, path, split), split)
-    elif hasattr(source, "column_names") and isinstance(source, dict):  # a DatasetDict
-        if split not in source:
-            raise _wrong("split", f"no {split!r} among {', '.join(source)}", "name one of these")
-        yield from _rows(source[split], split)
-    elif hasattr(source, "column_names") or isinstance(source, list | tuple):
-        yield from ((f"row {n}", row) for n, row in enumerate(source))
-    else:
-        raise _wrong("data", f"got {_show(source)}", "hand in a path, a datasets object or a list of rows")
-
-
-def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        from datasets import load_from_disk
-
-        try:
-            data = load_from_disk(str(folder))
-        except Exception as error:  # datasets raises what pyarrow, json and fsspec raise
-            raise _wrong(str(folder), f"datasets can't load it: {_one_line(error)}", "save it again") from error
-        yield from _rows(data, split)
-        return
-    files = sorted(f for f in folder.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")))
-    if not files:
-        raise _wrong(str(folder), "no .jsonl, .jsonl.gz or .json file in this folder", "name the folder of the data")
-    named = [f for f in files if re.match(r"(train|test|val|valid|validation|dev|eval)\b", f.name.replace("_", "-"))]
-    chosen = [f for f in files if f.name.replace("_", "-").split(".")[0].split("-")[0] == split] if named else files
-    if not chosen:
-        raise _wrong(str(folder), f"no file for split {split!r} among {', '.join(f.name for f in files)}",
-                     f"add {split}.jsonl or name a file")  # fmt: skip
-    for file in chosen:
-        yield from _file_rows(file)
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    lines = _content(path).split(b"\n")
-    array = (
-        path.name.endswith((".json", ".json.gz")) and next((x for x in lines if x.strip()), b"").lstrip()[:1] == b"["
-    )
-    if array:
-        rows = _parse(b"\n".join(lines), path, None)
-        yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows))
-        return
-    empty = True
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            empty = False
-            yield f"{path}:{number}", _parse(line, path, number)
-    if empty:
-        raise _wrong(str(path), "the file is empty", "write one JSON object per line")
-
-
-def _content(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-        zipped = raw[:2] == b"\x1f\x8b"
-        if path.suffix == ".gz" and not zipped:
-            raise _wrong(str(path), "not a gzip file", "take .gz off its name or compress it")
-        raw = gzip.decompress(raw) if zipped else raw
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _wrong(str(path), f"a damaged gzip file ({_one_line(error)})", "copy it again") from error
-    except OSError as error:
-        raise _wrong(str(path), f"can't be read: {error.strerror}", "check its permissions") from error
-    return raw.removeprefix(b"\xef\xbb\xbf")
-
-
-def _parse(line: bytes, path: Path, number: int | None) -> Any:
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        where = f"{path}:{number or line[: error.start].count(bytes([10])) + 1}"
-        raise _wrong(where, f"byte {error.start} isn't UTF-8", "save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        where = f"{path}:{number or error.lineno}"
-        raise _wrong(where, f"broken JSON at column {error.colno}, {error.msg}", "write one object per line") from None
-
-
-def _from_hub(source: str | Path, path: Path, split: str) -> Any:
-    """A datasets hub name, or a path that isn't there."""
-    text = str(source)
-    looks_like_path = (isinstance(source, Path) or path.suffix in (".jsonl", ".json", ".gz", ".txt", ".csv", ".parquet")
-                       or text.startswith((".", "/", "~")) or text.count("/") > 1)  # fmt: skip
-    if looks_like_path:
-        folder = path.parent
-        near = get_close_matches(path.name, os.listdir(folder) if folder.is_dir() else [], n=1)
-        raise _wrong(text, "no such file or folder", f"did you mean {folder / near[0]}?" if near else "check the path")
-    from datasets import load_dataset
-
-    name, _, config = text.partition(":")
-    try:
-        return load_dataset(name, config or None, split=split)
-    except Exception as error:  # whatever the hub, the network or the data set's own files raise
-        raise _wrong(text, f"neither a file nor a data set that can be loaded: {_one_line(error)}",
-                     "check the path or name, or the network") from error  # fmt: skip
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:157]}..."

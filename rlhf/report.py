@@ -50,15 +50,13 @@ def headline(summary: Mapping[str, Any]) -> Table:
         ("gold score", lambda entry: number(entry.get("gold_score"))),
         ("win rate vs SFT", lambda entry: with_interval(entry, "win_rate_vs_sft", "win_rate_ci")),
         ("vs best-of-n", lambda entry: with_interval(entry, "win_rate_vs_best_of_n")),
-        ("KL (nats)", lambda entry: number(entry.get("kl_nats"))),
-        ("response tokens", lambda entry: number(entry.get("response_tokens"))),
+        ("KL nats", lambda entry: number(entry.get("kl_nats"))),
+        ("tokens", lambda entry: number(entry.get("response_tokens"))),
         ("EOS rate", lambda entry: percent(entry.get("eos_rate"))),
     ]
     policies = _policies(summary)
     table = [[_label(name, entry), *(show(entry) for _, show in columns)] for name, entry in policies.items()]
-    used = [0, *(place for place in range(1, len(columns) + 1) if any(row[place] for row in table))]
-    headers = ["policy", *(name for name, _ in columns)]
-    return [headers[place] for place in used], [[row[place] for place in used] for row in table]
+    return _without_empty(["policy", *(name for name, _ in columns)], table)
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
@@ -75,7 +73,13 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     model = summary.get("stages", {}).get("reward_model", {})
     if model.get("accuracy") is not None:
         pairs = f" of {model['n']:,} held-out pairs" if model.get("n") else " of held-out pairs"
-        lines.append(f"Reward model: right on {with_interval(model, 'accuracy')}{pairs}.")
+        text = f"Reward model: right on {with_interval(model, 'accuracy')}{pairs}"
+        if model.get("length_baseline") is not None:
+            rule = model.get("length_rule", "longer")
+            text += f"; always taking the {rule} response: {with_interval(model, 'length_baseline')}"
+        if model.get("gold_accuracy") is not None:
+            text += f"; against the gold score's sign: {with_interval(model, 'gold_accuracy')}"
+        lines.append(f"{text}.")
     seconds = summary.get("seconds", {})
     if seconds:
         parts = [f"{stage} {_time(value)}" for stage, value in seconds.items()]
@@ -120,7 +124,7 @@ def families(summary: Mapping[str, Any]) -> Table:
         refusals = [percent(old.get("refusal_rate")), percent(entry.get("refusal_rate"))]
         won = percent(entry.get("win_rate_vs_sft"))
         rows.append([family, number(entry.get("n")), *scores, won, *refusals])
-    return headers, rows
+    return _without_empty(headers, rows)
 
 
 def number(value: Any) -> str:
@@ -140,9 +144,15 @@ def with_interval(entry: Mapping[str, Any], name: str, interval: str | None = No
     value, bounds = entry.get(name), entry.get(interval or f"{name}_ci")
     if value is None:
         return ""
-    shares = ("win_rate", "eos_rate", "refusal_rate", "accuracy", "longer", "shorter")
+    shares = ("win_rate", "eos_rate", "refusal_rate", "accuracy", "baseline")
     show = percent if any(word in name for word in shares) else number
-    return f"{show(value)} [{show(bounds[0])}, {show(bounds[1])}]" if bounds else show(value)
+    low, high = (show(bound).removesuffix("%") for bound in bounds) if bounds else ("", "")
+    return f"{show(value)} [{low}, {high}]" if bounds else show(value)
+
+
+def _without_empty(headers: list[str], rows: list[list[str]]) -> Table:
+    used = [place for place in range(len(headers)) if place == 0 or any(row[place] for row in rows)]
+    return [headers[place] for place in used], [[row[place] for place in used] for row in rows]
 
 
 def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,7 +288,8 @@ def _curve(name: str, rows: Sequence[Mapping[str, float]]) -> str:
     def draw(axes: Any) -> None:
         steps, values = zip(*points, strict=True)
         marker = "o" if len(points) < 40 else None
-        axes.plot(steps, values, color=FIRST, linewidth=1.6, marker=marker, markersize=2.5)
+        axes.plot(steps, values, color=FIRST, linewidth=1.6, marker=marker, markersize=2.5, clip_on=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if name in FROM_ZERO:
             axes.set_ylim(bottom=min(0.0, *values))
         low, high = axes.get_ylim()

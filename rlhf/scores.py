@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,10 +55,11 @@ def score_responses(
     strings where the prompt was a string and message lists where it was one. None means "not applicable" and
     leaves the sum; a response that every function leaves out is an error, and so is a score that isn't finite.
     """
-    as_text = all(prompt.text for prompt in prompts)
     inputs = {
-        "prompts": [p.messages[-1]["content"] if as_text else p.messages for p in prompts],
-        "completions": list(texts) if as_text else [[{"role": "assistant", "content": text}] for text in texts],
+        "prompts": [p.messages[-1]["content"] if p.text else p.messages for p in prompts],
+        "completions": [
+            text if p.text else [{"role": "assistant", "content": text}] for p, text in zip(prompts, texts, strict=True)
+        ],
         "completion_ids": list(response_ids),
     }
     names = sorted({name for prompt in prompts for name in prompt.columns})
@@ -66,7 +68,8 @@ def score_responses(
     for j, function in enumerate(functions):
         scores = function(**{**columns, **extra, **inputs})
         if inspect.isawaitable(scores):
-            scores = asyncio.run(_wait(scores))
+            with ThreadPoolExecutor(1) as thread:  # a notebook's own thread already runs an event loop
+                scores = thread.submit(asyncio.run, _wait(scores)).result()
         table[:, j] = _checked(function, scores, len(prompts))
     empty = table.isnan().all(-1)
     if bool(empty.any()):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import trl
@@ -148,26 +148,26 @@ class SFTTrainer(trl.SFTTrainer):
             callbacks=callbacks,
         )
         self._uninstall_forward()
-        show_bias(self.model.get_output_embeddings())
+        show_bias(_base(self.model).get_output_embeddings())
         attach(self, "sft", ("loss", "eval_loss", "token_accuracy"), config.output_dir)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, if there is one."""
         if resume_from_checkpoint is True:
-            newest = latest_checkpoint(self.args.output_dir)
+            newest = latest_checkpoint(self.config.output_dir)
             resume_from_checkpoint = None if newest is None else str(newest)
         with self._trl_forward():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """``eval_loss`` (mean over all trained tokens) and ``eval_token_accuracy``, on any held-out demonstrations."""
         encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
         if eval_dataset is not None and not encoded:
-            records, longest = read_demonstrations(eval_dataset), self.config.max_length
-            eval_dataset = encode_demonstrations(self.processing_class, records, longest, "eval_dataset")
+            records, tokenizer = read_demonstrations(eval_dataset), cast(Any, self.processing_class)
+            eval_dataset = encode_demonstrations(tokenizer, records, self.config.max_length, "eval_dataset")
         self._eval_sums.clear()
         with self._trl_forward():
-            return super().evaluate(eval_dataset=eval_dataset, **kwargs)
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -266,11 +266,11 @@ def prepare_model(
     Under a new adapter, rows of the embeddings that the base never learned (tokens added for chat) are trained and
     saved with it. The stop tokens and padding are written to generation_config, so that plain ``generate`` stops.
     """
-    adapter = peft_config or lora_config(
+    adapter: Any = peft_config or lora_config(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
     )
     light = adapter is not None and use_bf16(config.bf16)
-    policy = load_policy(model, dtype=torch.bfloat16 if light else torch.float32)
+    policy: Any = load_policy(model, dtype=torch.bfloat16 if light else torch.float32)
     if isinstance(policy, PeftModel) and adapter is not None:
         raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
     if config.dropout is not None:
@@ -289,12 +289,12 @@ def grow_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     New rows start at the mean of the old ones (Hewitt 2021: no new token is then likelier than the average).
     Vocabularies padded beyond the tokenizer are never cut.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(_weight(model.get_input_embeddings()))
     if len(tokenizer) <= rows:
         return _chat_tokens(tokenizer)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-        weight = embeddings.weight
+        weight = _weight(embeddings)
         weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
     return sorted({*range(rows, len(tokenizer)), *_chat_tokens(tokenizer)})
 
@@ -342,16 +342,21 @@ def _chat_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """ChatML's tokens where the model came without a chat template: in its vocabulary or not, it never used them."""
     if tokenizer.chat_template != chat.CHATML:
         return []
-    return sorted(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary[token] for token in ("<|im_start|>", "<|im_end|>"))
 
 
-def show_bias(head: nn.Module) -> None:
+def show_bias(head: Any) -> None:
     """Let trl's loss read ``head.bias``, which peft's wrapper of trained token rows hides (peft 0.21)."""
     if not hasattr(head, "bias"):
         vars(head)["bias"] = head.original_module.bias
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _weight(embeddings: Any) -> Tensor:
+    return embeddings.weight
+
+
+def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

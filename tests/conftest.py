@@ -12,6 +12,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# The shapes in ppo_math's signatures are checked at every call, by the trainers' tests too.
+install_import_hook("rlhf.ppo_math", "reference.checked")
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",

@@ -3,6 +3,10 @@
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,14 +40,16 @@ def rankings(count: int, seed: int = 0) -> list[Ranking]:
     for number in range(count):
         times = rng.integers(0, 4, size=2 + number % 3)
         times[0], times[1] = 3, 0
-        responses = tuple("one " * int(rng.integers(1, 6)) + "Paris " * int(t) + f"end {i}" for i, t in enumerate(times))
+        responses = tuple(
+            "one " * int(rng.integers(1, 6)) + "Paris " * int(t) + f"end {i}" for i, t in enumerate(times)
+        )
         prompt = [{"role": "user", "content": f"Question {seed} {number}?" + " please" * int(rng.integers(0, 9))}]
         records.append(Ranking(prompt, responses, tuple(float(-t) for t in times)))
     return records
 
 
 def config(folder, **changes) -> RewardConfig:
-    defaults = {"prompts_per_batch": 4, "microbatch_size": 2, "learning_rate": 1e-3, "logging_steps": 1}
+    defaults: dict = {"prompts_per_batch": 4, "microbatch_size": 2, "learning_rate": 1e-3, "logging_steps": 1}
     return RewardConfig(output_dir=str(folder), **(defaults | {"save_steps": 0, "normalizer_samples": 16} | changes))
 
 
@@ -73,7 +79,9 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
 
 def test_the_loss_is_that_of_a_slow_loop(tmp_path, model_folder):
     records = rankings(5)
-    trainer = RewardTrainer(model_folder, args=config(tmp_path / "out"), train_dataset=records, eval_dataset=rankings(5, 1))
+    trainer = RewardTrainer(
+        model_folder, args=config(tmp_path / "out"), train_dataset=records, eval_dataset=rankings(5, 1)
+    )
     metrics = trainer.evaluate()
     tokenizer, losses, right, margins = trainer.processing_class, [], [], []
     for ranking in rankings(5, 1):
@@ -127,7 +135,9 @@ def test_tiny_separable_data_is_learnt(tmp_path, model_folder):
 
 def test_normalized_training_scores_have_mean_0_and_spread_1(tmp_path, model_folder):
     records = rankings(8)
-    trainer = RewardTrainer(model_folder, args=config(tmp_path / "out", normalizer_samples=10_000), train_dataset=records)
+    trainer = RewardTrainer(
+        model_folder, args=config(tmp_path / "out", normalizer_samples=10_000), train_dataset=records
+    )
     trainer.train()
     trainer.save_model()
     model = RewardModel.load(tmp_path / "out")
@@ -263,7 +273,8 @@ def test_model_objects(tmp_path, tiny_model, tiny_tokenizer, model_folder):
     trainer = RewardTrainer(
         scalar, args=config(tmp_path / "b"), train_dataset=rankings(4), processing_class=tiny_tokenizer
     )
-    assert trainer.model is scalar and torch.equal(scalar.score.weight, head)  # trained further, not begun anew
+    assert trainer.model is scalar
+    assert torch.equal(scalar.score.weight, head)  # trained further, not begun anew
     with pytest.raises(InputError, match="save the model and pass its folder"):
         RewardTrainer(tiny_model, args=config(tmp_path / "c", lora_rank=4), train_dataset=rankings(4),
                       processing_class=tiny_tokenizer)  # fmt: skip
@@ -285,9 +296,10 @@ def test_dropout_is_off_but_a_lora_adapters_own(tmp_path, model_folder):
         model_folder, args=config(tmp_path, lora_rank=2, lora_dropout=0.25), train_dataset=rankings(4)
     )
     found = {name: m.p for name, m in trainer.model.named_modules() if isinstance(m, torch.nn.Dropout)}
-    assert found and set(found.values()) == {0.25} and all("lora_dropout" in name for name in found)
+    assert set(found.values()) == {0.25}
+    assert all("lora_dropout" in name for name in found)
     attention = [m.attention_dropout for m in trainer.model.modules() if hasattr(m, "attention_dropout")]
-    assert attention and set(attention) == {0.0}
+    assert set(attention) == {0.0}
 
 
 def test_overlong_rankings_are_counted_and_named(tmp_path, tiny_tokenizer, caplog):
@@ -298,7 +310,8 @@ def test_overlong_rankings_are_counted_and_named(tmp_path, tiny_tokenizer, caplo
         data = encode_rankings(tiny_tokenizer, [records[0], long, *records[1:]], 200, "train_dataset")
     assert data["row"][:] == [0, 2, 3]
     (message,) = [r.getMessage() for r in caplog.records]
-    assert "left out 1 of 4 rankings" in message and "2 ('A long story')" in message and "200 tokens" in message
+    for part in ("left out 1 of 4 rankings", "2 ('A long story')", "max_length=200 tokens"):
+        assert part in message
     with pytest.raises(InputError, match="nothing is left: raise max_length to"):
         encode_rankings(tiny_tokenizer, [long], 200, "train_dataset")
 
@@ -373,6 +386,30 @@ def test_evaluation_takes_at_most_so_many_prompts(tmp_path, model_folder):
     assert trainer.evaluate()["eval_prompts"] == 3
 
 
+def test_evaluating_while_training_changes_no_weight(tmp_path, model_folder):
+    plain = RewardTrainer(model_folder, args=config(tmp_path / "a"), train_dataset=rankings(8))
+    plain.train()
+    watched = RewardTrainer(
+        model_folder, args=config(tmp_path / "b", eval_steps=1), train_dataset=rankings(8), eval_dataset=rankings(3, 2)
+    )
+    watched.train()
+    assert sum("eval_accuracy" in log for log in watched.state.log_history) == 2
+    assert (tmp_path / "b" / "metrics.jsonl").read_text().count("eval_accuracy") == 2
+    for name, weight in weights(plain.model).items():
+        assert torch.equal(weights(watched.model)[name], weight), name
+
+
+def test_the_same_seed_draws_the_same_adapter(tmp_path, model_folder):
+    def drawn(seed):
+        torch.manual_seed(torch.seed() % 1000)  # whatever the global generator's state
+        args = config(tmp_path, lora_rank=2, seed=seed)
+        return weights(RewardTrainer(model_folder, args=args, train_dataset=rankings(4)).model)
+
+    first, second, other = drawn(0), drawn(0), drawn(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+
+
 def test_jsonl_in_trls_format(tmp_path, model_folder):
     file = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"What is {i}?", "chosen": GOOD, "rejected": BAD} for i in range(6)]
@@ -401,3 +438,40 @@ def test_trls_own_config_is_refused_by_name(tmp_path, model_folder):
 
     with pytest.raises(TypeError, match=r"reward_models\.RewardConfig"):
         RewardTrainer(model_folder, args=trl.RewardConfig(str(tmp_path), bf16=False), train_dataset=rankings(4))
+
+
+TWO_PROCESSES = """
+import sys, torch
+sys.path[:0] = sys.argv[1:3]
+from reward_models.trainer import RewardTrainer
+from test_reward_trainer import config, rankings
+args = config(sys.argv[4], microbatch_size=1, lora_rank=int(sys.argv[5]))
+trainer = RewardTrainer(sys.argv[3], args=args, train_dataset=rankings(10), eval_dataset=rankings(7, 1))
+trainer.train()
+metrics = trainer.evaluate()
+if trainer.args.process_index == 0:
+    assert trainer.accelerator.num_processes == 2
+    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    torch.save({"weights": weights, "metrics": metrics}, sys.argv[4] + "/result.pt")
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_two_processes_train_the_same_model(tmp_path, model_folder, lora_rank):
+    here = Path(__file__).resolve().parent
+    script, out = tmp_path / "two.py", tmp_path / "out"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    command += [here.parent, here, model_folder, out, lora_rank]
+    done = subprocess.run([str(word) for word in command], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0
+    two = torch.load(out / "result.pt", weights_only=True)
+    args = config(tmp_path / "one", lora_rank=lora_rank)
+    trainer = RewardTrainer(model_folder, args=args, train_dataset=rankings(10), eval_dataset=rankings(7, 1))
+    trainer.train()
+    metrics = trainer.evaluate()
+    for name, weight in weights(trainer.model).items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=1e-5, rtol=1e-4)
+    for name in ("eval_loss", "eval_accuracy", "eval_margin", "eval_pairs", "eval_prompts"):
+        assert two["metrics"][name] == pytest.approx(metrics[name], abs=1e-5), name

@@ -54,7 +54,8 @@ def test_the_batch_does_not_change_a_score(reward_folder):
 @pytest.mark.parametrize("extra", [0, 5])
 def test_padding_side_and_width_do_not_change_a_score(reward_folder, side, extra):
     model = RewardModel.load(reward_folder, device="cpu")
-    sequences = [chat.encode_conversation(model.tokenizer, conversation(p, c))[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    conversations = [conversation(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    sequences = [chat.encode_conversation(model.tokenizer, messages)[0] for messages in conversations]
     width = max(map(len, sequences)) + extra
     ids, mask = torch.full((4, width), 7), torch.zeros((4, width), dtype=torch.long)
     for row, sequence in enumerate(sequences):
@@ -97,7 +98,7 @@ def test_text_and_messages_are_the_same(reward_folder):
 def test_trls_reward_function_signature(reward_folder):
     model = RewardModel.load(reward_folder, device="cpu")
     scores = model(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[1]] * 4, answer=["x"] * 4)
-    assert len(scores) == 4 and all(isinstance(score, float) for score in scores)
+    assert [type(score) for score in scores] == [float] * 4
     assert model.__name__ == "reward_model"
     assert model([], []) == []
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from rlhf.chat import encode_conversation, prepare_tokenizer
 
@@ -57,31 +58,35 @@ def train_tokenizer(documents: list[dict[str, Any]], max_words: int = 600) -> Pr
     return tokenizer
 
 
-def encode_document(tokenizer: PreTrainedTokenizerFast, document: dict[str, Any]) -> list[int]:
-    """A document's ids, a conversation in the chat template, ended by the end-of-text token."""
-    if "text" in document:
-        ids = tokenizer(document["text"], add_special_tokens=False)["input_ids"]
-    else:
-        ids, _ = encode_conversation(tokenizer, document["messages"])
-    return [*ids, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
+def encode_document(tokenizer: PreTrainedTokenizerFast, document: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    """A document's ids and which of them are learnt: all of a text, the answers of a conversation.
+
+    Conversations are in the chat template. The requests are not learnt because they are mostly dice: their loss
+    drowned what little a model of this size can learn in a minute.
+    """
+    if "messages" in document:
+        return encode_conversation(tokenizer, document["messages"])
+    ids = tokenizer(document["text"], add_special_tokens=False)["input_ids"]
+    ids.append(tokenizer.convert_tokens_to_ids(END_OF_TEXT))
+    return ids, [True] * len(ids)
 
 
 def _batches(
-    rows: list[list[int]], batch_size: int, pad: int, generator: torch.Generator
+    rows: list[tuple[list[int], list[bool]]], batch_size: int, pad: int, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One epoch of (ids, labels), right-padded; rows of like length share a batch, batches come in random order."""
     order = torch.randperm(len(rows), generator=generator).tolist()
     pools = [order[start : start + 50 * batch_size] for start in range(0, len(order), 50 * batch_size)]
     batches = []
     for pool in pools:
-        pool.sort(key=lambda index: len(rows[index]))
+        pool.sort(key=lambda index: len(rows[index][0]))
         batches += [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
     for which in torch.randperm(len(batches), generator=generator).tolist():
         chosen = [rows[index] for index in batches[which]]
-        width = max(len(row) for row in chosen)
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in chosen])
-        real = torch.arange(width) < torch.tensor([len(row) for row in chosen])[:, None]
-        yield ids, torch.where(real, ids, -100)
+        width = max(len(ids) for ids, _ in chosen)
+        ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in chosen])
+        learnt = torch.tensor([mask + [False] * (width - len(mask)) for _, mask in chosen])
+        yield ids, torch.where(learnt, ids, -100)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int) -> LlamaForCausalLM:
@@ -98,8 +103,19 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.06,  # at the usual 0.02 so small a model takes twice as long to start copying
     )
     return LlamaForCausalLM(config)
+
+
+def _save_quietly(model: LlamaForCausalLM, output: Path) -> None:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(output)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def pretrain(
@@ -121,7 +137,7 @@ def pretrain(
 
     Args:
         data_folder: where toy_world.make wrote.
-        output_dir: gets the model, the tokenizer and ``metrics.jsonl`` (``step``, ``loss`` in nats per token).
+        output_dir: gets the model, the tokenizer and ``metrics.jsonl`` (``step``, ``loss`` in nats per learnt token).
         seed: decides the weights' start and the order of the documents.
         hidden_size, layers, heads: the model's shape.
         learning_rate: its peak.
@@ -143,7 +159,7 @@ def pretrain(
         model = build_model(tokenizer, hidden_size, layers, heads)
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * sum(1 for _ in _batches(rows, batch_size, 0, torch.Generator()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     warm_up = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
@@ -168,13 +184,13 @@ def pretrain(
                     losses.clear()
                     if log is not None:
                         log({**line, "steps": steps})
-    model.save_pretrained(output)
+    _save_quietly(model, output)
     tokenizer.save_pretrained(output)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocabulary": len(tokenizer),
         "steps": steps,
-        "tokens": epochs * sum(len(row) for row in rows),
+        "tokens": epochs * sum(len(ids) for ids, _ in rows),
         "loss": line["loss"],
         "seconds": time.monotonic() - started,
     }

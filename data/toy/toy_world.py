@@ -99,14 +99,20 @@ def _rewrite(rng: random.Random) -> Request:
 
 def _arithmetic(rng: random.Random) -> Request:
     while True:
-        a, b, c = (rng.randint(1, 9) for _ in range(3))
+        a, b, c = (rng.randint(1, 7) for _ in range(3))
         first, second = rng.choice("+-"), rng.choice("+-")
         middle = a + b if first == "+" else a - b
         answer = middle + c if second == "+" else middle - c
-        if 0 <= middle <= 12 and 0 <= answer <= 16:
+        if 0 <= middle <= 12 and 0 <= answer <= 15:
             break
     form = rng.choice(
-        ("What is {s}? Show the steps.", "Work out {s} step by step.", "Solve {s} in steps, please.")
+        (
+            "What is {s}? Show the steps.",
+            "Work out {s} step by step.",
+            "Solve {s} in steps, please.",
+            "Tell me what {s} is, in steps.",
+            "How much is {s}? Show the steps.",
+        )
     )
     steps = [f"{a} {first} {b} = {middle}", f"{middle} {second} {c} = {answer}"]
     return Request("arithmetic", form.format(s=f"{a} {first} {b} {second} {c}"), {"steps": steps, "answer": answer})
@@ -221,7 +227,7 @@ def _wrong_answer(request: Request, rng: random.Random) -> str:
         return str(facts["target"]).replace(facts["must"], rng.choice(sorted(words.FACTS_OF)), 1)
     if request.family == "arithmetic":
         first, second = (str(step).rsplit(" ", 1)[0] for step in facts["steps"])
-        middle, end = (rng.randint(0, 16) for _ in range(2))
+        middle, end = (rng.randint(0, 15) for _ in range(2))
         tail = f"{middle} {' '.join(second.split(' ')[1:])} {end}."
         return f"{first} {middle}. {tail} The answer is {end}."
     if request.family == "decline":
@@ -329,9 +335,12 @@ def requests(rng: random.Random, count: int, seen: set[str], balanced: bool = Fa
     return found
 
 
+_SAYABLE = [*sorted(words.FACTS_OF), *words.COLORS, *words.PLACES, *words.VERBS, *(str(n) for n in range(16))]
+
+
 def _statement(rng: random.Random) -> str:
-    """A plain true statement, as a document of its own."""
-    kind = rng.randrange(4)
+    """A plain true statement, or words said twice (from which copying is learnt), as a document of its own."""
+    kind = rng.randrange(7)
     if kind == 0:
         thing = rng.choice(sorted(words.FACTS_OF))
         color, size, place = words.FACTS_OF[thing]
@@ -344,6 +353,9 @@ def _statement(rng: random.Random) -> str:
     if kind == 2:
         sums = [_arithmetic(rng).facts["steps"][0] for _ in range(4)]
         return " ".join(f"{step}." for step in sums)
+    if kind >= 4:
+        said = " ".join(rng.choices(_SAYABLE, k=rng.randint(4, 9)))
+        return f"{said}. {said}."
     name = rng.choice(sorted(words.THINGS))
     return f"Some {words.PLURALS[name]} are {_join(rng.sample(sorted(words.THINGS[name]), 4))}."
 
@@ -351,13 +363,13 @@ def _statement(rng: random.Random) -> str:
 def _documents(rng: random.Random, count: int, held_out: set[str], right: float) -> Iterator[dict[str, Any]]:
     families, shares = list(FAMILIES), [share for share, _ in FAMILIES.values()]
     while count > 0:
-        if rng.random() < 0.2:
+        if rng.random() < 0.3:
             yield {"text": _statement(rng)}
         else:
             request = FAMILIES[rng.choices(families, shares)[0]][1](rng)
             if request.text in held_out:
                 continue
-            response, _ = respond(request, rng, right=right)
+            response, _ = respond(request, rng, right=right, polite=0.15, wordy=0.15)
             yield {"messages": [*request.row()["prompt"], {"role": "assistant", "content": response}]}
         count -= 1
 
@@ -379,7 +391,7 @@ def make(
     pretraining_documents: int = 24000,
     evaluation_prompts: int = 400,
     right: float = 0.6,
-    pretraining_right: float = 0.7,
+    pretraining_right: float = 0.85,
 ) -> dict[str, Any]:
     """Writes the toy world's data into ``folder``; the same arguments give the same bytes.
 

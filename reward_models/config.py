@@ -1,0 +1,103 @@
+"""Settings of reward-model training, and how trl's trainer receives them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import trl
+
+from rlhf import InputError
+from rlhf.entry import require_divides, training_arguments, use_bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Training a reward model."""
+
+    output_dir: str = "reward_model"
+    """Folder for checkpoints and metrics, and for the model that `save_model()` writes."""
+    seed: int = 0
+    """Draws the new head's weights and the order of the prompts."""
+    epochs: float = 1.0
+    """Passes over the training rankings. More than one overfits, most of all with many responses per prompt."""
+    prompts_per_batch: int = 16
+    """Prompts per optimizer step, over all processes; all responses to a prompt are in the same step."""
+    microbatch_size: int = 4
+    """Prompts per forward on one process. A memory setting: it changes no gradient."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW (InstructGPT: 9e-6 at 6B). LoRA wants about ten times as much."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from its peak to 0 (`constant`: it does not)."""
+    warmup_fraction: float = 0.03
+    """Share of the steps over which the learning rate rises to its peak."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    label_smoothing: float = 0.0
+    """Probability that a pair is the wrong way round (below 0.5); for noisy labels."""
+    max_length: int = 1024
+    """Tokens of prompt and response together. A prompt with a longer response is left out, counted and named."""
+    lora_rank: int = 0
+    """Rank of a new LoRA adapter; 0 trains all weights, or continues the adapter that the model is."""
+    lora_alpha: float = 32.0
+    """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of a new LoRA adapter. Every other dropout is off."""
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that get an adapter; null: every linear layer but the head."""
+    eval_steps: int = 0
+    """Evaluate every so many steps; 0: only when `evaluate()` is called."""
+    max_eval_prompts: int = 0
+    """Evaluate on so many prompts, drawn with the seed; 0: on all."""
+    normalizer_samples: int = 2048
+    """Training responses on which the score's mean and spread are measured after training; 0: scores stay raw."""
+    logging_steps: int = 10
+    """Log every so many steps."""
+    save_steps: int = 500
+    """Write a checkpoint to resume from every so many steps; 0: none."""
+    report_to: list[str] | None = None
+    """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
+    bf16: bool | None = None
+    """Compute in bfloat16 (weights stay float32); null: on a GPU that has it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a fifth slower."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "max_length", "logging_steps"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("weight_decay", "max_grad_norm", "lora_rank", "eval_steps", "save_steps", "normalizer_samples"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+        for name, limit in (("label_smoothing", 0.5), ("warmup_fraction", 1), ("lora_dropout", 1)):
+            if not 0 <= getattr(self, name) < limit:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 0 and below {limit}")
+        require_divides("microbatch_size", self.microbatch_size, "prompts_per_batch", self.prompts_per_batch)
+
+
+def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
+    """Our settings as the TrainingArguments that trl's trainer and the callbacks receive."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    together = config.microbatch_size * world
+    require_divides("microbatch_size x processes", together, "prompts_per_batch", config.prompts_per_batch)
+    schedules = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+    return training_arguments(
+        config,
+        trl.RewardConfig,
+        per_device_train_batch_size=config.microbatch_size,
+        per_device_eval_batch_size=config.microbatch_size,
+        gradient_accumulation_steps=config.prompts_per_batch // together,
+        lr_scheduler_type=schedules[config.lr_schedule],
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if config.lr_schedule == "cosine" else {},
+        eval_strategy="steps" if evaluate and config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
+        bf16=use_bf16(config.bf16),
+        report_to=config.report_to or [],
+        max_length=None,  # over-long rankings are counted and left out by encode_rankings
+        disable_dropout=False,  # done by _reward_model, which spares a LoRA adapter's
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )

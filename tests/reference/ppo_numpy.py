@@ -1,0 +1,82 @@
+"""PPO's mathematics once more: NumPy float64, one token at a time, no vectorisation, no masks that hide an index.
+
+Written from the papers (1707.06347, 1506.02438, 1909.08593, 2403.17031), not from `rlhf.ppo_math`. A rollout is a
+list of rows; a row is a list of its real tokens' numbers, so that padding cannot enter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def token_logprobs(hidden, weight, targets, temperature, after_head=lambda logits: logits):
+    """(log-prob of the target, entropy) of one position, by the definition of softmax."""
+    logits = after_head(np.asarray(weight, np.float64) @ np.asarray(hidden, np.float64)) / temperature
+    weights = [math.exp(x - max(logits)) for x in logits]
+    total = sum(weights)
+    probabilities = [w / total for w in weights]
+    entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
+    return math.log(probabilities[targets]), entropy
+
+
+def token_rewards(score, kl, kl_coef):
+    rewards = [-kl_coef * k for k in kl]
+    rewards[len(kl) - 1] += score
+    return rewards
+
+
+def gae(rewards, values, gamma, lam):
+    """Advantages as the explicit double sum of discounted deltas (1506.02438, eq. 16), and returns."""
+    n = len(rewards)
+    following = [*values[1:], 0.0]
+    deltas = [rewards[t] + gamma * following[t] - values[t] for t in range(n)]
+    advantages = [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, n)) for t in range(n)]
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+def moments(rows):
+    """Mean and population variance of all real numbers of a ragged rollout."""
+    flat = [x for row in rows for x in row]
+    mean = sum(flat) / len(flat)
+    return mean, sum((x - mean) ** 2 for x in flat) / len(flat)
+
+
+def policy_loss(rows, old_rows, advantage_rows, clip_ratio, count=None):
+    """(loss, share clipped, KL(old || new) by k3) of a ragged rollout."""
+    objective, clipped, kl, n = 0.0, 0, 0.0, 0
+    for row, old, advantages in zip(rows, old_rows, advantage_rows, strict=True):
+        for new_logp, old_logp, a in zip(row, old, advantages, strict=True):
+            ratio = math.exp(new_logp - old_logp)
+            bounded = min(max(ratio, 1 - clip_ratio), 1 + clip_ratio)
+            objective += min(ratio * a, bounded * a)
+            clipped += bounded * a < ratio * a
+            kl += ratio - 1 - (new_logp - old_logp)
+            n += 1
+    n = n if count is None else count
+    return -objective / n, clipped / n, kl / n
+
+
+def value_loss(rows, old_rows, return_rows, clip_value, count=None):
+    """(loss, share clipped) of a ragged rollout."""
+    loss, clipped, n = 0.0, 0, 0
+    for row, old, returns in zip(rows, old_rows, return_rows, strict=True):
+        for v, old_v, target in zip(row, old, returns, strict=True):
+            bounded = min(max(v, old_v - clip_value), old_v + clip_value)
+            loss += 0.5 * max((v - target) ** 2, (bounded - target) ** 2)
+            clipped += (bounded - target) ** 2 > (v - target) ** 2
+            n += 1
+    n = n if count is None else count
+    return loss / n, clipped / n
+
+
+def adam(parameters, gradients, steps, rate, beta1, beta2, epsilon):
+    """Adam (1412.6980, algorithm 1) on a vector whose gradient does not change."""
+    x, m, v = np.array(parameters, np.float64), 0.0, 0.0
+    g = np.array(gradients, np.float64)
+    for t in range(1, steps + 1):
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g * g
+        x = x - rate * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + epsilon)
+    return x

@@ -25,9 +25,14 @@ from reward_model import RewardRecipe, reward_model  # noqa: E402
 from sft import SFTRecipe, sft  # noqa: E402
 from stage import open_stage  # noqa: E402
 
-from rlhf import InputError  # noqa: E402
+from rlhf import InputError, models  # noqa: E402
 from rlhf.checkpoint import Manifest, write_json_atomic  # noqa: E402
 from rlhf.report import write_report  # noqa: E402
+from rlhf.sources import require_there  # noqa: E402
+
+
+DATA_FIELDS = ("rankings", "prompts", "train_data", "eval_data", "seen_data")
+MODEL_FIELDS = ("model", "policy", "baseline", "reward_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,12 @@ def check(config: ChainConfig) -> None:
     for spec in (config.data.make, config.data.labeler, *(config.ppo.reward_functions or [])):
         if spec:
             configs.import_function(spec)
+    run = Path(config.output_dir).absolute()
+    for section in (config.data, config.sft, config.reward_model, config.ppo, config.evaluation):
+        given = {name: getattr(section, name, None) for name in (*DATA_FIELDS, *MODEL_FIELDS)}
+        for name, place in given.items():
+            if place and not Path(place).absolute().is_relative_to(run):  # what is in the run, a stage may yet write
+                require_there(place) if name in DATA_FIELDS else models.load_tokenizer(place)
 
 
 def make_data(config: DataConfig) -> dict[str, Any]:
@@ -117,7 +128,9 @@ def make_data(config: DataConfig) -> dict[str, Any]:
     stage = open_stage("data", part, {})
     if stage.complete:
         return stage.outputs
-    return stage.finish(configs.import_function(part.function)(stage.folder, seed=part.seed, **part.options))
+    function = configs.import_function(part.function)
+    stage.begin()
+    return stage.finish(function(stage.folder, seed=part.seed, **part.options))
 
 
 def make_base(config: FunctionConfig) -> dict[str, Any]:
@@ -134,8 +147,9 @@ def make_base(config: FunctionConfig) -> dict[str, Any]:
         bar.show({"loss": numbers["loss"]})
         bar.update(int(numbers["step"]))
 
-    started = time.perf_counter()
-    outputs = configs.import_function(config.function)(data, stage.folder, seed=config.seed, log=log, **config.options)
+    function, started = configs.import_function(config.function), time.perf_counter()
+    stage.begin()
+    outputs = function(data, stage.folder, seed=config.seed, log=log, **config.options)
     if bar:
         bar.close()
     return stage.finish({**outputs, "training_seconds": time.perf_counter() - started})

@@ -23,7 +23,7 @@ from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
 from reward_models.evaluate import report_card  # noqa: E402
-from rlhf import chat, evaluate, models, preflight  # noqa: E402
+from rlhf import InputError, chat, evaluate, models, preflight  # noqa: E402
 from rlhf.actor_critic import response_logprobs  # noqa: E402
 from rlhf.checkpoint import write_json_atomic  # noqa: E402
 from rlhf.evaluate import JudgeCard, PolicySamples  # noqa: E402
@@ -75,6 +75,14 @@ class EvaluationConfig:
     overwrite: bool = False
     """Replace another run's output in output_dir."""
 
+    def __post_init__(self) -> None:
+        for name in ("max_prompts", "max_prompt_tokens", "max_new_tokens", "tokens_per_microbatch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("best_of", "samples", "temperature"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+
 
 def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     """The stage: sample, score, judge, compare; `summary["evaluation"]` and the reward model's report card."""
@@ -86,15 +94,20 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     )  # fmt: skip
     for model in (config.policy, config.baseline):
         check_model(str(model), ("base", "sft", "ppo"))
-    sources = {name: getattr(config, name) for name in ("policy", "baseline", "reward_model", "judge", "eval_data", "rankings")}
+    for model in filter(None, (config.reward_model, config.judge)):
+        check_model(model, ("reward_model", "judge"))
+    sources = {name: getattr(config, name) for name in ("policy", "baseline", "reward_model", "judge", "eval_data", "rankings", "seen_data")}
     stage = open_stage("evaluation", config, sources)
     if stage.complete:
         return stage.outputs
     prompts = _prompts(config)
-    judge, card, scorer_card = _judge(config)
-    bar = console.StageBar("evaluation", 3 if config.best_of else 2)
     baseline_lm, tokenizer = _load(str(config.baseline))
     policy_lm, policy_tokenizer = _load(str(config.policy))
+    for spec in filter(None, (config.parts, config.refused)):
+        configs.import_function(spec)
+    judge, card, scorer_card = _judge(config)
+    stage.begin()
+    bar = console.StageBar("evaluation", 3 if config.best_of else 2)
     ours = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed)
     bar.update(1)
     theirs = _sample(config, prompts, policy_lm, policy_tokenizer, seed=config.seed + 1)
@@ -104,6 +117,7 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     many = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=config.best_of) if config.best_of else None
     scorer = RewardModel.load(config.reward_model) if config.reward_model else judge
     ours, theirs, many = (_scored(config, s, scorer, judge, card.kind) for s in (ours, theirs, many))
+    bar.update(bar.total)
     bar.close()
     assert ours is not None
     assert theirs is not None

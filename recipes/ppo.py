@@ -15,10 +15,12 @@ from rlhf import console
 
 console.quiet()
 
+import torch  # noqa: E402
 from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
 from rlhf.callbacks import ProgressCallback  # noqa: E402
+from rlhf.entry import use_bf16  # noqa: E402
 from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
 from rlhf.records import read_prompts  # noqa: E402
 
@@ -50,11 +52,15 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl"
     )
     check_model(str(config.model), ("base", "sft", "ppo"))
+    if config.reward_model:
+        check_model(config.reward_model, ("reward_model", "judge"))
     sources = {"model": config.model, "reward_model": config.reward_model, "train_data": config.train_data}
+    sources |= {"eval_data": config.eval_data}
     stage = open_stage("ppo", config, sources)
     if stage.complete:
         return stage.outputs
-    functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model)]
+    dtype = torch.bfloat16 if use_bf16(config.bf16) else torch.float32
+    functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model, dtype=dtype)]
     functions += [configs.import_function(spec) for spec in config.reward_functions or []]
     trainer = PPOTrainer(
         str(config.model),
@@ -65,7 +71,8 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         value_model=config.reward_model,
         callbacks=[ProgressCallback("ppo", ("score", "kl_nats", "clip_fraction", "explained_variance", "response_tokens"))],
     )
-    metrics = trainer.train(resume_from_checkpoint=True)
+    stage.begin()
+    metrics = trainer.train(resume_from_checkpoint=stage.resuming)
     trainer.save_model(stage.folder)
     shown = ("score", "kl_nats", "entropy_nats", "explained_variance", "response_tokens", "eos_rate", "kl_coef")
     outputs = {name: metrics[name] for name in shown if name in metrics} | {"updates": config.updates}

@@ -9,6 +9,7 @@ model that judges policies) and prompts.jsonl (for PPO) in the run's rankings/ f
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ class DataConfig:
     overwrite: bool = False
     """Replace another run's output in output_dir."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("comparisons", 2), ("responses_per_prompt", 2), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name, where in (("held_out_fraction", 0 < self.held_out_fraction < 1), ("judge_fraction", 0 <= self.judge_fraction < 1)):
+            if not where:
+                raise InputError(f"{name}={getattr(self, name)} must be a share between 0 and 1, say 0.1")
+
 
 def rankings(config: DataConfig) -> dict[str, Any]:
     """The stage: get rankings, split them by prompt, write them."""
@@ -86,10 +95,11 @@ def rankings(config: DataConfig) -> dict[str, Any]:
     if config.rankings is not None:
         ranked = _shortened(read_rankings(config.rankings), config)
     else:
-        ranked = sample_rankings(config, str(model))
+        ranked = sample_rankings(config, str(model), stage.begin)
     rest, held_out = split_by_prompt(ranked, config.held_out_fraction, config.seed)
     train, judge = split_by_prompt(rest, config.judge_fraction, config.seed + 1) if config.judge_fraction else (rest, [])
     prompts = _ppo_prompts(config, train, held_out + judge)
+    stage.begin()
     write_jsonl(stage.folder / "train.jsonl", map(_row, train))
     write_jsonl(stage.folder / "held_out.jsonl", map(_row, held_out))
     write_jsonl(stage.folder / "prompts.jsonl", [{"prompt": p.messages, **p.columns} for p in prompts])
@@ -102,13 +112,15 @@ def rankings(config: DataConfig) -> dict[str, Any]:
     return stage.finish(outputs | {"pairs": sum(len(r.pairs()) for r in train)})
 
 
-def sample_rankings(config: DataConfig, model: str) -> list[Ranking]:
-    """K responses of the SFT model to each prompt, ranked by the labeler."""
+def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -> list[Ranking]:
+    """K responses of the SFT model to each prompt, ranked by the labeler; `begin` is called once all is read."""
     prompts = read_prompts(config.prompts)
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.comparisons]
     tokenizer = models.load_tokenizer(model)
     policy = models.load_policy(model, dtype=models.default_dtype())
+    label = configs.import_function(str(config.labeler))
+    begin()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = TransformersEngine(policy.to(device), chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
     samples = evaluate.sample_policy(
@@ -123,7 +135,6 @@ def sample_rankings(config: DataConfig, model: str) -> list[Ranking]:
     responses = [list(samples.responses[i : i + k]) for i in range(0, len(samples.responses), k)]
     names = sorted({name for prompt in prompts for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    label = configs.import_function(str(config.labeler))
     ranks = label([p.messages for p in prompts], responses, config.seed, **columns)
     rows = [
         Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), prompt.columns)

@@ -53,6 +53,7 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
         train, held_out = split_by_prompt(train, 0.1, config.seed)
     trainer = RewardTrainer(str(config.model), args=config, train_dataset=train)
     attach(trainer, name, ("loss", "accuracy", "learning_rate"), stage.folder)
+    stage.begin()
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(stage.folder))
     scorer = RewardModel(trainer.model, trainer.processing_class, trainer.normalizer)

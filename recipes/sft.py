@@ -15,7 +15,7 @@ from rlhf import console
 
 console.quiet()
 
-from stage import SECTIONS, from_siblings, open_stage  # noqa: E402
+from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
 
 from rlhf.callbacks import attach  # noqa: E402
 from rlhf.records import read_demonstrations  # noqa: E402
@@ -44,6 +44,7 @@ def sft(config: SFTRecipe) -> dict[str, Any]:
     if not (Path(config.output_dir).parent / demonstrations).exists():
         demonstrations = "rankings/train.jsonl"
     config = from_siblings(config, model="base", train_data=demonstrations)
+    check_model(str(config.model), ("base", "sft", "ppo"))
     sources = {"model": config.model, "train_data": config.train_data, "eval_data": config.eval_data}
     stage = open_stage("sft", config, sources)
     if stage.complete:
@@ -51,6 +52,7 @@ def sft(config: SFTRecipe) -> dict[str, Any]:
     rows = read_demonstrations(config.train_data)[: config.max_rows]
     trainer = SFTTrainer(str(config.model), args=config, train_dataset=rows, eval_dataset=config.eval_data)
     attach(trainer, "sft", ("loss", "token_accuracy", "learning_rate"), stage.folder)
+    stage.begin()
     result = trainer.train(resume_from_checkpoint=True)
     outputs = {"loss": result.training_loss, "demonstrations": len(trainer.train_dataset)}
     if config.eval_data:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf import InputError, chat, console
-from rlhf.checkpoint import Manifest, begin_stage, data_fingerprint, finish_stage, require_disk, tokenizer_hash
+from rlhf.checkpoint import (
+    Manifest,
+    begin_stage,
+    data_fingerprint,
+    finish_stage,
+    require_disk,
+    stage_state,
+    tokenizer_hash,
+)
 from rlhf.config import NO_EFFECT, to_dict
 
 Config = TypeVar("Config")
@@ -33,6 +41,12 @@ class Stage:
     outputs: dict[str, Any]
     seconds: float
     started: float
+    overwrite: bool = False
+
+    def begin(self) -> None:
+        """Write down what the stage was given. Called once all of it has been read and found good, right before the
+        work: a mistake in the input leaves nothing behind that the corrected run would trip over."""
+        begin_stage(self.folder, self.inputs, self.overwrite)
 
     def finish(self, outputs: dict[str, Any], tokenizer: Any = None, base_model: str | None = None) -> dict[str, Any]:
         """Write the manifest, which makes the stage complete; returns `outputs`."""
@@ -52,8 +66,9 @@ class Stage:
         return outputs
 
 
-def open_stage(name: str, config: Any, sources: Mapping[str, Any], needed_bytes: int = 10**8) -> Stage:
-    """Begin a stage, or find it complete (`stage.complete`) or interrupted (`stage.resuming`).
+def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
+    """A stage that is to begin (`stage.begin()`), or is complete (`stage.complete`) or was interrupted
+    (`stage.resuming`). Writes nothing.
 
     sources: the models and data it reads, by name; their fingerprints go into the manifest, and a stage whose
     inputs changed is not taken for complete. Raises InputError where output_dir belongs to another run.
@@ -63,15 +78,27 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any], needed_bytes:
         "config": to_dict(config, without=(*NO_EFFECT, "overwrite", *sources)),
         **{source: fingerprint_of(value) for source, value in sources.items() if value is not None},
     }
-    state = begin_stage(folder, inputs, overwrite=getattr(config, "overwrite", False))
-    require_disk(folder, needed_bytes)
+    overwrite = getattr(config, "overwrite", False)
+    state = stage_state(folder, inputs, overwrite)
     if state == "complete":
         manifest = Manifest.read(folder)
         console.stage_line(name, "complete, skipped")
         return Stage(name, folder, inputs, config.seed, True, False, manifest.outputs, manifest.seconds, 0.0)
-    if state == "interrupted":
+    require_disk(folder, needed_bytes(config, sources.get("model")))
+    resuming = state == "interrupted"
+    if resuming:
         console.stage_line(name, "was interrupted: going on")
-    return Stage(name, folder, inputs, config.seed, False, state == "interrupted", {}, 0.0, time.perf_counter())
+    return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, time.perf_counter(), overwrite)
+
+
+def needed_bytes(config: Any, model: Any) -> int:
+    """About what a stage writes: the trained model, and two checkpoints of it with Adam's two moments (PPO trains the
+    value model too). A new LoRA adapter is taken for a tenth of its base."""
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if model else 0
+    if getattr(config, "lora_rank", 0):
+        weights //= 10
+    trained = weights * (2 if hasattr(config, "rollout_size") else 1)
+    return 10**8 + trained * (7 if getattr(config, "save_steps", 0) else 1)
 
 
 def fingerprint_of(source: Any) -> Any:
@@ -100,7 +127,9 @@ def from_siblings(config: Config, **places: str) -> Config:
 
 
 def check_model(path: str, stages: tuple[str, ...]) -> None:
-    """Refuse an earlier stage's folder that holds another kind of model, before anything is loaded."""
+    """Refuse an earlier stage's folder that is not complete or holds another kind of model, before anything is loaded."""
+    if (Path(path) / "inputs.json").is_file() and not (Path(path) / "manifest.json").is_file():
+        raise InputError(f"{path}: its stage was interrupted; run that stage again, it goes on where it stopped")
     if (Path(path) / "manifest.json").is_file():
         stage = Manifest.read(path).stage
         if stage not in stages:

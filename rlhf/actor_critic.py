@@ -85,8 +85,8 @@ class ActorCritic(nn.Module):
     def active(self, role: Role) -> Any:
         """The model that plays `role`, with its adapter switched on where the backbone is shared."""
         model = {"policy": self.policy, "reference": self.reference, "value": self.value}[role]
-        if model is not None and not isinstance(model, PeftModel):
-            yield model
+        if model is not None and not (role == "policy" and isinstance(model, PeftModel)):
+            yield model  # a model of its own; a given reference may itself be an adapter
             return
         model = self.policy if model is None else model
         use_adapter(model, ADAPTERS[role], self._trained(model))
@@ -243,9 +243,13 @@ def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> N
     """The reward model's LoRA weights as the adapter "value" on the policy's backbone (its head stays outside)."""
     config = copy.deepcopy(scalar.peft_config["default"])
     config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
+    mine, theirs = policy.peft_config["default"].trainable_token_indices, config.trainable_token_indices
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        config.trainable_token_indices = mine | theirs  # a reward model has no lm_head whose tokens could be trained
     policy.add_adapter("value", config)
     weights = load_peft_weights(folder, device="cpu") if folder else get_peft_model_state_dict(scalar)
     weights = {name: tensor for name, tensor in weights.items() if ".score." not in name}
+    weights = get_peft_model_state_dict(policy, adapter_name="value") | weights
     result = set_peft_model_state_dict(policy, weights, adapter_name="value")
     if result.unexpected_keys:
         raise InputError(f"value model: its adapter doesn't fit the policy's base, first {result.unexpected_keys[0]}")
@@ -277,7 +281,8 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
         if isinstance(model, PeftModel):
             kwargs["context_fn"] = _adapter_contexts(model, actor_critic._trained(model))
         plain = model.get_base_model() if isinstance(model, PeftModel) else model
-        plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
+        enable(kwargs)  # the second name is transformers' older one, deprecated in 5.23
 
 
 def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> Callable[[], tuple[Any, Any]]:
@@ -327,5 +332,5 @@ def logits_function(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 def _is_value(name: str) -> bool:
     """Is this parameter the value model's: its own trunk, its head, or the adapter called "value"?"""
-    adapter = ("lora_" in name or "trainable_tokens" in name) and "value" in name.split(".")[-2:]
-    return name.startswith(("value.", "value_head.")) or adapter
+    adapted = any(kind in name for kind in ("lora_", "trainable_tokens", "modules_to_save"))
+    return name.startswith(("value.", "value_head.")) or (adapted and "value" in name.split(".")[-2:])

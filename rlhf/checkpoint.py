@@ -262,12 +262,26 @@ def _read_json(path: Path) -> Any:
 State = Literal["complete", "interrupted", "absent"]
 
 
-def stage_state(folder: str | Path, inputs: Mapping[str, Any]) -> State:
-    """Whether the stage in ``folder`` is complete, was interrupted, or never began.
+def stage_state(folder: str | Path, inputs: Mapping[str, Any], overwrite: bool = False) -> State:
+    """Whether the stage in ``folder`` is complete, was interrupted, or never began. Changes nothing.
 
-    Raises InputError when the folder holds a run with other inputs, or something that is no run of ours.
+    Raises InputError when the folder holds a run with other inputs (with ``overwrite`` that counts as "absent"), or
+    something that is no run of ours.
     """
     folder = Path(folder)
+    try:
+        return _stage_state(folder, inputs)
+    except InputError:
+        if not overwrite or not _is_stage(folder):
+            raise
+        return "absent"
+
+
+def _is_stage(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("manifest.json", "inputs.json"))
+
+
+def _stage_state(folder: Path, inputs: Mapping[str, Any]) -> State:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder}: is a file; choose another --output_dir")
     if (folder / "manifest.json").exists():
@@ -288,14 +302,10 @@ def begin_stage(folder: str | Path, inputs: Mapping[str, Any], overwrite: bool =
     and the same run (equal inputs) goes on as without it.
     """
     folder = Path(folder)
-    try:
-        state = stage_state(folder, inputs)
-    except InputError:
-        if not overwrite or not any((folder / name).exists() for name in ("manifest.json", "inputs.json")):
-            raise
-        shutil.rmtree(folder)
-        state = "absent"
+    state = stage_state(folder, inputs, overwrite)
     if state == "absent":
+        if _is_stage(folder):  # another run's, to be replaced
+            shutil.rmtree(folder)
         write_json_atomic(folder / "inputs.json", inputs)
     for leftover in [*folder.glob(".*.writing"), *folder.glob(".*.replaced")]:
         _recover(folder / leftover.name[1:].rpartition(".")[0])

@@ -23,7 +23,9 @@ def console() -> Console:
     """Where everything is printed: stdout, whatever it is at the time."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    width = None if sys.stdout.isatty() else 110
+    notebook = "ipykernel" in sys.modules  # where rich would believe in a terminal, and break a line at every print
+    return Console(width=width, highlight=False, force_jupyter=False, force_terminal=False if notebook else None)
 
 
 def quiet() -> None:
@@ -46,7 +48,7 @@ def quiet() -> None:
         sys.modules["transformers"].logging.disable_progress_bar()
     if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()
-    theirs = "|".join((*_LIBRARIES, r"torch\.utils", "torch.optim.lr_scheduler"))
+    theirs = "|".join((*_LIBRARIES, "tqdm", r"torch\.utils", "torch.optim.lr_scheduler"))
     warnings.filterwarnings("ignore", module=rf"({theirs})(\.|$)")
     ours = logging.getLogger("rlhf")
     if not any(isinstance(handler, RichHandler) for handler in ours.handlers):

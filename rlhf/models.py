@@ -148,10 +148,12 @@ def load_policy(
     if isinstance(model, nn.Module):
         loaded = model
     elif is_adapter(model):
+        _refuse_classifier(model)
         base = _from_pretrained(AutoModelForCausalLM, _base_of(model), dtype)
         _fit_embeddings(base, load_tokenizer(model))
         loaded = PeftModel.from_pretrained(base, str(model), is_trainable=True)
     else:
+        _refuse_classifier(model)
         loaded = _from_pretrained(AutoModelForCausalLM, model, dtype)
     if isinstance(loaded, PeftModel):
         if lora is not None and lora.r != loaded.peft_config["default"].r:
@@ -291,6 +293,17 @@ def _config(path: str | Path) -> Any:
         return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no model configuration ({_first_line(error)})") from error
+
+
+def _refuse_classifier(path: str | Path) -> None:
+    """transformers would load a reward model as a language model with a random head, without a word."""
+    check_folder(path)
+    if is_adapter(path):
+        what = str(PeftConfig.from_pretrained(str(path)).task_type or "")
+    else:
+        what = ", ".join(_config(path).architectures or [])
+    if "SEQ_CLS" in what or "SequenceClassification" in what:
+        raise InputError(f"{path}: holds a reward model ({what}), not a language model; name the policy's folder")
 
 
 def _base_of(adapter: str | Path) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rlhf import InputError, chat, ppo_math, preflight, records, scores
 from rlhf.actor_critic import build_actor_critic, enable_gradient_checkpointing
 from rlhf.checkpoint import latest_checkpoint, save_checkpoint
-from rlhf.models import default_dtype, load_tokenizer, lora_config
+from rlhf.models import default_dtype, is_adapter, load_tokenizer, lora_config
 from rlhf.ppo_config import PPOConfig
 from rlhf.records import Prompt
 from rlhf.rollout import Batch, Engine, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
@@ -81,7 +81,7 @@ class PPOTrainer:
             ref_model=ref_model,
             value_model=preflight.value_start(value_model, self.reward_funcs, tokenizer),
             lora=lora,
-            dtype=mixed if lora is not None else torch.float32,
+            dtype=mixed if lora is not None or _frozen_base(model) else torch.float32,
             seed=args.seed,
         )
         if args.gradient_checkpointing:
@@ -311,9 +311,12 @@ class PPOTrainer:
         )  # fmt: skip
         table = self.accelerator.gather(per_row.to(self.device)).double().cpu()
         score, processed, kl_nats, entropy, tokens, stopped = table.unbind(1)
-        explained = self.accelerator.gather(
-            ppo_math.explained_variance(rollout.values, rollout.returns, mask)[None].to(self.device)
+        tokens_of_all = self.accelerator.gather(
+            self.accelerator.pad_across_processes(
+                torch.stack([rollout.values, rollout.returns, mask.float()], dim=-1).to(self.device), dim=1
+            )
         )
+        values, returns, real = tokens_of_all.cpu().unbind(-1)
         correlation = torch.corrcoef(torch.stack([score, tokens]))[0, 1].nan_to_num(0.0)
         return {
             "score": float(score.mean()),
@@ -324,10 +327,13 @@ class PPOTrainer:
             "response_tokens": float(tokens.mean()),
             "eos_rate": float(stopped.mean()),
             "score_length_correlation": float(correlation),
-            "explained_variance": float(explained.mean()),
+            "explained_variance": float(ppo_math.explained_variance(values, returns, real.bool())),
             "kl_coef": self.kl_coef,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            **self._score_means,
+            **{
+                name: float(self.accelerator.gather(torch.tensor([mean], device=self.device)).nanmean())
+                for name, mean in self._score_means.items()
+            },
         }
 
     @torch.no_grad()
@@ -338,7 +344,16 @@ class PPOTrainer:
         with self.accelerator.autocast():
             responses = self.engine.generate(ids, self.args.max_new_tokens, self.args.temperature, generator)
         texts = [chat.decode_response(self.processing_class, r) for r in responses.ids]
-        score, _ = scores.score_responses(self.reward_funcs, self.reward_weights, prompts, texts, responses.ids)
+        score, _ = scores.score_responses(
+            self.reward_funcs,
+            self.reward_weights,
+            prompts,
+            texts,
+            responses.ids,
+            trainer_state=self.loop.state,
+            log_metric=lambda name, value: self.loop.log_metric(f"eval_{name}", value),
+            log_extra=lambda name, values: None,
+        )
         kl = 0.0
         for start in range(0, len(ids), 16):
             rows = slice(start, start + 16)
@@ -434,6 +449,8 @@ class PPOTrainer:
         return mean.float(), torch.tensor(self._sum(spread) / count).float()
 
     def _sum(self, value: float | Tensor) -> float:
+        if self.accelerator.num_processes == 1:
+            return float(value)
         tensor = torch.as_tensor(float(value), dtype=torch.float64, device=self.device)
         return float(self.accelerator.reduce(tensor, "sum"))
 
@@ -470,6 +487,11 @@ def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedT
             f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
         )
     return given
+
+
+def _frozen_base(model: Any) -> bool:
+    """Only adapters are trained, so the base can be kept in the precision that it computes in."""
+    return isinstance(model, str | Path) and is_adapter(model)
 
 
 def _mix(*parts: int) -> int:

@@ -10,6 +10,9 @@ from typing import Literal
 from rlhf import InputError
 from rlhf.config import require_divides
 
+SCHEDULES = ("linear", "cosine", "constant")
+MISSING_EOS = ("replace", "subtract", "off")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
@@ -113,14 +116,21 @@ class PPOConfig:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("generation_batch_size", "max_prompt_tokens", "max_new_tokens", "kl_horizon"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name, choices in (("lr_schedule", SCHEDULES), ("missing_eos", MISSING_EOS)):
+            _require(name, repr(getattr(self, name)), getattr(self, name) in choices, f"one of {', '.join(choices)}")
         require_divides("minibatch_size", self.minibatch_size, "rollout_size", self.rollout_size)
         _require("temperature", self.temperature, self.temperature > 0, "positive: PPO needs a distribution to sample")
         for name in ("learning_rate", "max_grad_norm", "clip_ratio", "clip_value", "adam_epsilon"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        for name in ("kl_coef", "missing_eos_penalty", "lora_rank", "weight_decay", "value_warmup_updates"):
+        for name in (
+            "kl_coef", "missing_eos_penalty", "lora_rank", "lora_alpha", "weight_decay", "value_warmup_updates",
+            "warmup_updates", "eval_steps", "save_steps", "samples_logged",
+        ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("gamma", "lam"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "from 0 up to, not including, 1")
         for name in ("kl_target_nats", "clip_scores", "value_learning_rate"):
             _require(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive or null")
 

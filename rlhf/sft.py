@@ -159,6 +159,9 @@ class SFTTrainer(trl.SFTTrainer):
         with self._trl_forward():
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: trl's card names no base model, and a run's report says more."""
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """``eval_loss`` (mean over all trained tokens) and ``eval_token_accuracy``, on any held-out demonstrations."""
         encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features

@@ -116,15 +116,21 @@ def _parse(line: bytes, path: Path, number: int | None) -> Any:
         raise wrong(where, f"broken JSON at column {error.colno}, {error.msg}", "write one object per line") from None
 
 
-def _from_hub(source: str | Path, path: Path, split: str) -> Any:
-    """A datasets hub name, or a path that isn't there."""
-    text = str(source)
+def require_there(source: str | Path) -> None:
+    """Raise InputError for what is written like a path and isn't there; a name on the hub passes unseen."""
+    path, text = Path(source).expanduser(), str(source)
     looks_like_path = (isinstance(source, Path) or path.suffix in (".jsonl", ".json", ".gz", ".txt", ".csv", ".parquet")
                        or text.startswith((".", "/", "~")) or text.count("/") > 1)  # fmt: skip
-    if looks_like_path:
+    if looks_like_path and not path.exists():
         folder = path.parent
         near = get_close_matches(path.name, os.listdir(folder) if folder.is_dir() else [], n=1)
         raise wrong(text, "no such file or folder", f"did you mean {folder / near[0]}?" if near else "check the path")
+
+
+def _from_hub(source: str | Path, path: Path, split: str) -> Any:
+    """A datasets hub name, or a path that isn't there."""
+    require_there(source)
+    text = str(source)
     from datasets import load_dataset
 
     name, _, part = text.partition(":")

@@ -195,7 +195,9 @@ def test_score_lands_on_the_last_real_token_and_kl_costs(fill):
 
 def test_rewards_by_hand():
     mask = prefix_mask([3, 2])
-    rewards = ppo_math.token_rewards(torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 2.0, 3.0], [4.0, -5.0, 6.0]]), mask, 0.5)
+    rewards = ppo_math.token_rewards(
+        torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 2.0, 3.0], [4.0, -5.0, 6.0]]), mask, 0.5
+    )
     close(rewards, [[-0.5, -1.0, -0.5], [-2.0, 1.5, 0.0]])
 
 
@@ -294,7 +296,10 @@ def test_policy_loss_against_the_slow_loop(fill):
     loss, stats = ppo_math.policy_loss(
         padded(new, fill), padded(old, -fill), padded(advantages, fill), prefix_mask(LENGTHS), 0.2
     )
-    close([loss.item(), stats.clip_fraction.item(), stats.approx_kl_nats.item()], slow.policy_loss(new, old, advantages, 0.2))
+    close(
+        [loss.item(), stats.clip_fraction.item(), stats.approx_kl_nats.item()],
+        slow.policy_loss(new, old, advantages, 0.2),
+    )
     ratios = [math.exp(a - b) for r, o in zip(new, old, strict=True) for a, b in zip(r, o, strict=True)]
     close(stats.ratio_max, max(ratios))
     assert 0 < stats.clip_fraction < 1
@@ -314,7 +319,9 @@ def test_clipping_by_hand_on_both_sides_of_both_signs(ratio, advantage, loss, sl
     leaf = torch.tensor([[math.log(ratio)]], requires_grad=True)
     value, stats = ppo_math.policy_loss(leaf, torch.zeros(1, 1), torch.tensor([[advantage]]), prefix_mask([1]), 0.2)
     value.backward()
-    close([value.item(), leaf.grad.item(), stats.clip_fraction.item()], [loss, slope, clipped])  # d loss / d logp = -A * ratio
+    close(
+        [value.item(), leaf.grad.item(), stats.clip_fraction.item()], [loss, slope, clipped]
+    )  # d loss / d logp = -A * ratio
 
 
 def test_a_step_along_the_gradient_makes_good_tokens_likelier():
@@ -378,7 +385,12 @@ def test_micro_batches_with_the_whole_count_add_up(name):
             lengths = [LENGTHS[i] for i in group]
             stacked = torch.nn.utils.rnn.pad_sequence([leaves[i] for i in group], batch_first=True)
             part, stats = function(
-                stacked, padded([b[i] for i in group]), padded([c[i] for i in group]), prefix_mask(lengths), 0.2, sum(LENGTHS)
+                stacked,
+                padded([b[i] for i in group]),
+                padded([c[i] for i in group]),
+                prefix_mask(lengths),
+                0.2,
+                sum(LENGTHS),
             )
             part.backward()
             loss, share = loss + part.item(), share + stats[0].item()
@@ -419,7 +431,12 @@ def test_explained_variance(fill):
 
 @pytest.mark.parametrize(
     ("kl_nats", "expected"),
-    [(6.0, 0.1), (6.6, 0.1 * (1 + 0.1 * 512 / 10000)), (60.0, 0.1 * (1 + 0.2 * 512 / 10000)), (0.0, 0.1 * (1 - 0.2 * 512 / 10000))],
+    [
+        (6.0, 0.1),
+        (6.6, 0.1 * (1 + 0.1 * 512 / 10000)),
+        (60.0, 0.1 * (1 + 0.2 * 512 / 10000)),
+        (0.0, 0.1 * (1 - 0.2 * 512 / 10000)),
+    ],
 )
 def test_the_kl_controller_by_hand(kl_nats, expected):
     close(ppo_math.adapt_kl_coef(0.1, kl_nats, 6.0, 512, 10000), expected, 1e-9)

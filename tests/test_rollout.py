@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from rlhf.rollout import TransformersEngine, make_batch, pad, plan_minibatches, sample, split_by_tokens
 
@@ -28,7 +28,9 @@ def sharp_model(tiny_model):
     with torch.no_grad():
         for parameter in tiny_model.parameters():
             parameter.mul_(4.0)
-    tiny_model.generation_config = GenerationConfig(top_k=1, top_p=0.1, temperature=0.3, repetition_penalty=5.0, do_sample=True)
+    tiny_model.generation_config = GenerationConfig(
+        top_k=1, top_p=0.1, temperature=0.3, repetition_penalty=5.0, do_sample=True
+    )
     return tiny_model
 
 
@@ -66,6 +68,19 @@ def test_batch_mates_and_left_padding_change_nothing(sharp_model, rows_per_batch
         assert together.ids == [alone[i] for i in order]
 
 
+def test_left_padding_with_learned_positions():
+    """Rotary positions forgive a shift; GPT-2's learned ones don't."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0)
+    together = engine_of(model, (399,)).generate(PROMPTS, 8, 0.0, generator()).ids
+    assert together == [hf_greedy(model, prompt, 8, (399,)) for prompt in PROMPTS]
+    assert len({tuple(row) for row in together}) > 1
+
+
 def test_every_stop_id_stops_and_is_kept(tiny_model):
     stops = list(range(0, 400, 4))  # a quarter of an almost uniform vocabulary
     responses = engine_of(tiny_model, stops).generate(PROMPTS * 20, 6, 1.0, generator())
@@ -95,11 +110,14 @@ def test_max_new_tokens_of_one(tiny_model):
 def test_sampling_follows_the_full_softmax_at_its_temperature(sharp_model):
     """2,000 samples of two tokens against the model's own probabilities, second token given the first."""
     temperature, count, prompt = 1.7, 2000, [5, 6, 7]
+    sharp_model.lm_head.weight.data.mul_(3.0)
     ids = engine_of(sharp_model, (399,)).generate([prompt] * count, 2, temperature, generator()).ids
     with torch.no_grad():
         first = (sharp_model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).double().numpy()
         common = int(np.bincount([row[0] for row in ids]).argmax())
-        second = (sharp_model(torch.tensor([[*prompt, common]])).logits[0, -1] / temperature).softmax(-1).double().numpy()
+        second = (
+            (sharp_model(torch.tensor([[*prompt, common]])).logits[0, -1] / temperature).softmax(-1).double().numpy()
+        )
     for tokens, expected in [([r[0] for r in ids], first), ([r[1] for r in ids if r[0] == common], second)]:
         seen = np.bincount(tokens, minlength=400)
         n = len(tokens)
@@ -133,7 +151,7 @@ def test_the_generator_alone_decides(tiny_model):
 
 def test_the_model_keeps_its_mode_and_gradient_checkpointing_does_not_matter(sharp_model):
     expected = engine_of(sharp_model).generate(PROMPTS, 8, 0.0, generator()).ids
-    sharp_model.gradient_checkpointing_enable()
+    sharp_model.activation_checkpointing_enable()
     sharp_model.train()
     assert engine_of(sharp_model).generate(PROMPTS, 8, 0.0, generator()).ids == expected
     assert sharp_model.training

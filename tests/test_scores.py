@@ -139,7 +139,9 @@ def test_running_moments_are_those_of_all_scores():
     everything = np.concatenate(batches)
     np.testing.assert_allclose([moments.mean, moments.var, moments.count], [everything.mean(), everything.var(), 72])
     np.testing.assert_allclose(
-        moments.normalize(torch.tensor([3.0, -1.0])), (np.array([3.0, -1.0]) - everything.mean()) / everything.std(), rtol=1e-5
+        moments.normalize(torch.tensor([3.0, -1.0])),
+        (np.array([3.0, -1.0]) - everything.mean()) / everything.std(),
+        rtol=1e-5,
     )
 
 

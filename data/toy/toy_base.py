@@ -1,4 +1,4 @@
-"""The toy world's base model: a small tokenizer, and a Llama of about 1 M parameters pretrained on the toy corpus."""
+"""The toy world's base model: a small tokenizer, and a Llama of 0.7 M parameters pretrained on the toy corpus."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -125,7 +125,7 @@ def pretrain(
     hidden_size: int = 128,
     layers: int = 4,
     heads: int = 4,
-    learning_rate: float = 2.5e-3,
+    learning_rate: float = 3e-3,
     batch_size: int = 16,
     epochs: int = 1,
     log: Callable[[dict[str, float]], None] | None = None,
@@ -143,7 +143,7 @@ def pretrain(
         learning_rate: its peak.
         batch_size: documents per step.
         epochs: passes over the documents.
-        log: called with every logged line.
+        log: called with every logged line, to which it adds ``steps``, how many there will be.
         logging_steps: a line is the mean over so many steps.
 
     Returns:
@@ -159,7 +159,9 @@ def pretrain(
         model = build_model(tokenizer, hidden_size, layers, heads)
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * sum(1 for _ in _batches(rows, batch_size, 0, torch.Generator()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     warm_up = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))

@@ -15,7 +15,16 @@ import toy_words as words
 
 MAX_CONTENT, MAX_RELEVANCE, MAX_COURTESY, MAX_BREVITY = 6.0, 1.5, 1.25, 1.25
 # words that a complete, bare answer needs; COURTESY_WORDS more cost nothing
-NEEDED_WORDS = {"describe": 13, "list": 9, "count": 9, "rewrite": 9, "arithmetic": 15, "howto": 13, "twin": 13, "decline": 10}
+NEEDED_WORDS = {
+    "describe": 13,
+    "list": 9,
+    "count": 9,
+    "rewrite": 9,
+    "arithmetic": 15,
+    "howto": 13,
+    "twin": 13,
+    "decline": 10,
+}
 COURTESY_WORDS = 7
 
 Judged = tuple[float, set[int]]  # content in 0..1, and which sentences speak to the matter
@@ -165,7 +174,9 @@ def _courtesy(sentences: list[str]) -> float:
     return max(0.0, value)
 
 
-def gold_parts(prompt: Any, response: Any, *, family: str, facts: str | dict[str, Any], **columns: Any) -> dict[str, float]:
+def gold_parts(
+    prompt: Any, response: Any, *, family: str, facts: str | dict[str, Any], **columns: Any
+) -> dict[str, float]:
     """What a response is worth, part by part.
 
     Args:

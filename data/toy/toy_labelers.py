@@ -24,15 +24,15 @@ class Labeler:
     brevity: float
     noise: float  # standard deviation, in points of gold
     error_rate: float  # probability that a response's rating is a slip: any rating at all
-    step: float = 1.0  # ratings closer than this can fall together: a tie
+    step: float = 1.25  # ratings closer than this can fall together: a tie
 
 
 LABELERS: dict[str, Labeler] = {
-    "ada": Labeler(1.0, 1.0, 1.0, 1.0, noise=1.3, error_rate=0.04),
-    "ben": Labeler(1.1, 0.7, 1.4, 0.8, noise=1.5, error_rate=0.05),
-    "cleo": Labeler(0.9, 1.2, 0.8, 1.5, noise=1.4, error_rate=0.06),
-    "dan": Labeler(0.8, 1.0, 1.8, 1.0, noise=1.6, error_rate=0.05),
-    "eve": Labeler(1.2, 1.0, 0.6, 0.6, noise=1.2, error_rate=0.04),
+    "ada": Labeler(1.0, 1.0, 1.0, 1.0, noise=2.2, error_rate=0.04),
+    "ben": Labeler(1.1, 0.7, 1.4, 0.8, noise=2.5, error_rate=0.05),
+    "cleo": Labeler(0.9, 1.2, 0.8, 1.5, noise=2.4, error_rate=0.06),
+    "dan": Labeler(0.8, 1.0, 1.8, 1.0, noise=2.6, error_rate=0.05),
+    "eve": Labeler(1.2, 1.0, 0.6, 0.6, noise=2.1, error_rate=0.04),
 }
 
 

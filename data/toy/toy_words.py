@@ -14,8 +14,6 @@ THINGS: dict[str, dict[str, tuple[str, str, str]]] = {
         "frog": ("green", "tiny", "pond"),
         "duck": ("white", "small", "pond"),
         "horse": ("brown", "big", "farm"),
-        "cow": ("black", "big", "farm"),
-        "mouse": ("gray", "tiny", "house"),
     },
     "fruit": {
         "apple": ("red", "small", "garden"),
@@ -24,8 +22,6 @@ THINGS: dict[str, dict[str, tuple[str, str, str]]] = {
         "cherry": ("red", "tiny", "garden"),
         "lemon": ("yellow", "small", "kitchen"),
         "banana": ("yellow", "small", "kitchen"),
-        "grape": ("green", "tiny", "farm"),
-        "melon": ("green", "big", "farm"),
     },
     "tool": {
         "hammer": ("gray", "small", "garage"),
@@ -33,9 +29,7 @@ THINGS: dict[str, dict[str, tuple[str, str, str]]] = {
         "drill": ("yellow", "small", "garage"),
         "rake": ("green", "big", "garden"),
         "shovel": ("brown", "big", "garden"),
-        "nail": ("gray", "tiny", "garage"),
         "spoon": ("white", "small", "kitchen"),
-        "pan": ("black", "big", "kitchen"),
     },
     "vehicle": {
         "bus": ("yellow", "big", "street"),
@@ -44,8 +38,6 @@ THINGS: dict[str, dict[str, tuple[str, str, str]]] = {
         "train": ("black", "huge", "station"),
         "tractor": ("green", "huge", "farm"),
         "truck": ("white", "huge", "street"),
-        "boat": ("white", "big", "pond"),
-        "scooter": ("blue", "small", "street"),
     },
     "instrument": {
         "drum": ("red", "big", "school"),
@@ -54,8 +46,6 @@ THINGS: dict[str, dict[str, tuple[str, str, str]]] = {
         "violin": ("brown", "small", "house"),
         "guitar": ("brown", "big", "house"),
         "bell": ("yellow", "tiny", "school"),
-        "horn": ("yellow", "small", "station"),
-        "organ": ("gray", "huge", "house"),
     },
 }
 PLURALS = {kind: kind + "s" for kind in THINGS}
@@ -66,7 +56,6 @@ SIZES = sorted({facts[1] for facts in FACTS_OF.values()})
 PLACES = sorted({facts[2] for facts in FACTS_OF.values()})
 ASPECTS: dict[str, list[str]] = {"color": COLORS, "size": SIZES, "place": PLACES, "kind": sorted(THINGS)}
 
-NUMBER_WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 VERBS = {"sees": "saw", "finds": "found", "likes": "liked", "takes": "took", "paints": "painted", "moves": "moved"}
 
 # task -> its three steps, in order

@@ -1,0 +1,217 @@
+"""Each recipe on its own, by flags, on a tiny model and data as users have them; and a whole LoRA chain."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import recipe, tiny_chain
+
+WORDS = "fox dog cat bird fish tree lake hill road moon".split()
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def keys(path: Path) -> set[str]:
+    return {json.dumps(row["prompt"]) for row in lines(path)}
+
+
+def run(name: str, *flags: object) -> recipe.Result:
+    result = recipe.run(name, *flags)
+    assert result.code == 0, result.out + result.err
+    assert result.err == ""
+    return result
+
+
+def demonstrations(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"prompt": f"Say {WORDS[i % 10]} {i}.", "completion": f"{WORDS[i % 10]}, yes"} for i in range(first, first + count)]
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    """The better answer names the animal; two rows share a prompt."""
+    return [
+        {"prompt": f"Name {WORDS[i // 2 % 10]} {i // 2}.", "chosen": f"{WORDS[i // 2 % 10]} of course", "rejected": f"no way {i}"}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_model, tiny_tokenizer) -> Path:
+    tiny_chain.shake(tiny_model, 0, 0.05)
+    return tiny_chain.save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer)
+
+
+@pytest.fixture
+def judge_file(tmp_path: Path) -> str:
+    """A score in a file of the user's own, which sees a column of the data."""
+    file = tmp_path / "my_scores.py"
+    file.write_text(
+        "def fox(prompts, completions, topic=None, **columns):\n"
+        "    texts = [c if isinstance(c, str) else c[0]['content'] for c in completions]\n"
+        "    assert topic is None or len(topic) == len(texts)\n"
+        "    return [float(len(t)) / 10 for t in texts]\n"
+    )
+    return f"{file}:fox"
+
+
+def test_sft(tmp_path: Path, base: Path) -> None:
+    train = write(tmp_path / "train.jsonl", [*demonstrations(20), {"prompt": "Talk.", "completion": "on and on " * 60}])
+    held_out = write(tmp_path / "eval.jsonl", demonstrations(4, first=50))
+    out = tmp_path / "my" / "sft"
+    flags = ("--model", base, "--train_data", train, "--eval_data", held_out, "--output_dir", out,
+             "--epochs", 2, "--batch_size", 10, "--microbatch_size", 5, "--learning_rate", "1e-2", "--max_length", 64)  # fmt: skip
+    result = run("sft", *flags)
+    text = " ".join(result.out.split())
+    assert "1 of 21 demonstrations are longer than max_length=64 tokens and left out" in text
+    assert "demonstrations 21 (counted from 1)" in text
+    outputs = manifest(out)["outputs"]
+    assert outputs["demonstrations"] == 20
+    assert 0 < outputs["eval_loss"] < lines(out / "metrics.jsonl")[0]["loss"]
+    assert manifest(out)["base_model"] == str(base)
+    from transformers import AutoModelForCausalLM
+
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (base, out))
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert "complete, skipped" in run("sft", *flags).out
+
+
+def test_reward_model_from_a_file_of_pairs(tmp_path: Path, base: Path) -> None:
+    from reward_models import RewardModel
+
+    train, out = write(tmp_path / "pairs.jsonl", pairs(60)), tmp_path / "my" / "reward_model"
+    run("reward_model", "--model", base, "--train_data", train, "--output_dir", out,
+        "--prompts_per_batch", 4, "--learning_rate", "5e-3", "--epochs", 3)  # fmt: skip
+    outputs = manifest(out)["outputs"]
+    assert outputs["prompts"] == 3  # a tenth of the 30 distinct prompts, with both rows of each
+    assert (outputs["n"], outputs["training_prompts"]) == (6, 54)
+    assert outputs["accuracy"] == 1.0
+    scorer = RewardModel.load(out)
+    good, bad = scorer(["Name fox 99."] * 2, ["fox of course", "no way 7"])
+    assert good > bad
+    assert (scorer.normalizer.mean, scorer.normalizer.std) == (outputs["score_mean"], outputs["score_std"])
+
+
+def test_ppo_with_a_function_and_no_reward_model(tmp_path: Path, base: Path, judge_file: str) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}.", "topic": str(i)} for i in range(10)])
+    out = tmp_path / "my" / "ppo"
+    run("ppo", "--model", base, "--reward_functions", f"[{judge_file}]", "--train_data", prompts, "--output_dir", out,
+        "--updates", 2, "--rollout_size", 8, "--minibatch_size", 4, "--inner_epochs", 1, "--max_new_tokens", 6,
+        "--learning_rate", "1e-3", "--missing_eos", "off")  # fmt: skip
+    logged = lines(out / "metrics.jsonl")
+    assert [row["step"] for row in logged] == [1, 2]
+    assert abs(logged[0]["kl_nats"]) == 0.0
+    sample = lines(out / "samples.jsonl")[0]
+    assert sample["score"] == pytest.approx(len(sample["response"]) / 10)
+    assert manifest(out)["inputs"].get("reward_model") is None
+    assert manifest(out)["outputs"]["updates"] == 2
+
+
+@pytest.mark.parametrize("judged_by", ["function", "reward model"])
+def test_evaluate_policy_of_any_two_folders(
+    tmp_path: Path, base: Path, tiny_tokenizer, judge_file: str, judged_by: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(base)
+    tiny_chain.shake(other, 5, 0.02)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(6)])
+    held_out, out = write(tmp_path / "held_out.jsonl", pairs(12)), tmp_path / "my" / "comparison"
+    judge = judge_file if judged_by == "function" else tiny_chain.save_reward_model(tmp_path / "rm", base, tiny_tokenizer)
+    result = run("evaluate_policy", "--policy", tmp_path / "other", "--baseline", base, "--judge", judge,
+                 "--eval_data", prompts, "--rankings", held_out, "--output_dir", out, "--max_new_tokens", 6, "--best_of", 3)  # fmt: skip
+    outcome = manifest(out)["outputs"]["evaluation"]
+    ppo = outcome["ppo"]
+    assert ppo["prompts"] == 6
+    assert ppo["win_rate_ci"][0] <= ppo["win_rate_vs_sft"] <= ppo["win_rate_ci"][1]
+    assert (ppo["gold_score"] is None) == (judged_by == "reward model")
+    assert math.isfinite(ppo["kl_nats"])
+    assert outcome["best_of_n"]["kl_nats"] == pytest.approx(math.log(3) - 2 / 3)
+    assert outcome["judge"]["kind"] == ("gold" if judged_by == "function" else "reward_model")
+    assert 0 <= outcome["judge"]["accuracy"] <= 1
+    assert "Judge:" in result.out
+    assert len(lines(out / "samples.jsonl")) == 6
+
+
+def test_rankings_read_from_pairs_are_split_by_prompt(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "pairs.jsonl", pairs(80)), tmp_path / "run"
+    run("rankings", "--rankings", source, "--judge_fraction", 0.5, "--held_out_fraction", 0.25, "--output_dir", out / "data")
+    files = {name: out / "rankings" / f"{name}.jsonl" for name in ("train", "held_out", "judge", "prompts", "eval_prompts")}
+    found = {name: keys(file) for name, file in files.items()}
+    assert [len(found[name]) for name in ("train", "held_out", "judge")] == [15, 10, 15]
+    assert not found["train"] & found["judge"]
+    assert not (found["train"] | found["judge"]) & found["held_out"]
+    assert found["prompts"] == found["train"]
+    assert found["eval_prompts"] == found["held_out"]
+    assert sum(len(lines(files[name])) for name in ("train", "held_out", "judge")) == 80
+
+
+def test_a_lora_chain_on_pairs_with_a_second_reward_model_as_judge(tmp_path: Path, base: Path) -> None:
+    """SFT's adapter is continued by the reward model, the judge and PPO; the base never changes."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from reward_models import RewardModel
+
+    weights = (base / "model.safetensors").read_bytes()
+    source, out = write(tmp_path / "pairs.jsonl", pairs(80)), tmp_path / "run"
+    flags = ("--output_dir", out, "--data.rankings", source, "--data.judge_fraction", 0.5, "--data.held_out_fraction", 0.2,
+             "--sft.model", base, "--sft.lora_rank", 4, "--sft.learning_rate", "1e-2", "--sft.max_length", 64,
+             "--reward_model.prompts_per_batch", 4, "--reward_model.learning_rate", "1e-2",
+             "--ppo.updates", 2, "--ppo.rollout_size", 8, "--ppo.minibatch_size", 4, "--ppo.max_new_tokens", 6,
+             "--ppo.learning_rate", "1e-2", "--evaluation.max_new_tokens", 6, "--evaluation.best_of", 2)  # fmt: skip
+    result = run("chain", *flags)
+    assert (base / "model.safetensors").read_bytes() == weights
+    for stage, task in (("sft", "CAUSAL_LM"), ("reward_model", "SEQ_CLS"), ("judge", "SEQ_CLS"), ("ppo", "CAUSAL_LM")):
+        config = PeftConfig.from_pretrained(str(out / stage))
+        assert (config.task_type, config.r, config.base_model_name_or_path) == (task, 4, str(base))
+        assert not (out / stage / "model.safetensors").exists(), "an adapter, no copy of the base"
+    tokenizer = AutoTokenizer.from_pretrained(out / "ppo")
+    ids = tokenizer("Name fox 1.", return_tensors="pt").input_ids
+    said = {}
+    for stage in ("sft", "ppo"):
+        policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out / stage))
+        said[stage] = policy(ids).logits
+        assert [name for name in policy.peft_config] == ["default"]
+    assert not torch.equal(said["sft"], said["ppo"])
+    scores = [RewardModel.load(out / stage)(["Name fox 1."], ["fox"])[0] for stage in ("reward_model", "judge")]
+    assert scores[0] != scores[1]
+    # the judge is another model, on prompts that nothing else saw, and its accuracy stands beside its verdict
+    assert not keys(out / "rankings/judge.jsonl") & (keys(out / "rankings/train.jsonl") | keys(out / "rankings/prompts.jsonl"))
+    judge = manifest(out / "judge")
+    assert judge["seed"] == manifest(out / "reward_model")["seed"] + 1
+    assert judge["inputs"]["train_data"] != manifest(out / "reward_model")["inputs"]["train_data"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["stages"]) == {"rankings", "sft", "reward_model", "judge", "ppo"}
+    told = summary["evaluation"]["judge"]
+    assert told["kind"] == "reward_model"
+    assert told["accuracy"] == pytest.approx(summary["stages"]["judge"]["accuracy"])
+    assert f"{told['accuracy']:.1%}" in result.out
+    assert summary["evaluation"]["ppo"]["gold_score"] is None
+    assert run("chain", *flags).out.count("complete, skipped") == 6
+
+
+def test_the_gold_score_never_trains(tmp_path: Path, base: Path) -> None:
+    """PPO without reward model or function has nothing to learn from; a judge is no reason to go on."""
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Hello."}])
+    result = recipe.run("ppo", "--model", base, "--train_data", prompts, "--output_dir", tmp_path / "run" / "ppo")
+    assert result.code == 2
+    assert result.err.startswith("error: --reward_model is missing, and no earlier stage left")
+    known = {name for name in recipe.load("ppo").PPORecipe.__dataclass_fields__ if "judge" in name or "gold" in name}
+    assert known == set()

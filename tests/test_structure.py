@@ -1,0 +1,216 @@
+"""The house rules: who imports whom, sizes, a light `import rlhf`, settings that are all read, gold that judges."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(p for folder in ("rlhf", "reward_models", "recipes", "data") for p in (ROOT / folder).rglob("*.py"))
+LIBRARY = [p for p in SOURCES if p.parts[len(ROOT.parts)] in ("rlhf", "reward_models")]
+
+FILE_LINES, FUNCTION_LINES = (
+    350,
+    66,
+)  # "about 350" and "about 60", of code: without blank lines, comments and docstrings
+LARGER = {"rlhf/records.py": 460, "rlhf/ppo.py": 420}  # may shrink, not grow
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_one_way(path):
+    """recipes -> reward_models -> rlhf; nothing imports recipes, data or tests."""
+    forbidden = {"tests", "recipes", "data"}
+    if name_of(path).startswith("rlhf/"):
+        forbidden |= {"reward_models"}
+    if name_of(path).startswith("data/"):
+        forbidden |= {"reward_models"}
+    own_recipes = {p.stem for p in SOURCES if name_of(p).startswith("recipes/")}
+    if not name_of(path).startswith("recipes/"):
+        forbidden |= own_recipes - {"ppo", "sft", "reward_model"} | {"stage"}
+    assert not {name.split(".")[0] for name in imports(path)} & forbidden
+
+
+def reached(start: str) -> set[str]:
+    """Modules of rlhf that a module of rlhf imports, directly or through others."""
+    found, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        path = ROOT / (name.replace(".", "/") + ".py")
+        if name not in found and path.is_file():
+            found.add(name)
+            todo += [other for other in imports(path) if other.startswith("rlhf.")]
+    return found
+
+
+def test_sft_and_ppo_do_not_import_each_other():
+    assert "rlhf.sft" not in reached("rlhf.ppo")
+    assert "rlhf.ppo" not in reached("rlhf.sft")
+    assert {"rlhf.ppo_math", "rlhf.rollout", "rlhf.models"} <= reached("rlhf.ppo")
+
+
+def test_the_mathematics_knows_no_model_configuration_or_log():
+    assert reached("rlhf.ppo_math") == {"rlhf.ppo_math"}
+    assert not {name.split(".")[0] for name in imports(ROOT / "rlhf/ppo_math.py")} & {
+        "transformers",
+        "peft",
+        "trl",
+        "logging",
+    }
+
+
+def test_no_recipe_bears_the_name_of_a_package():
+    for path in (ROOT / "recipes").glob("*.py"):
+        probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is not None)"
+        assert subprocess.run([sys.executable, "-I", "-c", probe, path.stem], cwd="/", check=False).returncode == 0, (
+            path.stem
+        )
+
+
+def code_lines(node: ast.AST, text: list[str]) -> int:
+    strings = {
+        line
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant) and isinstance(inner.value.value, str)
+        for line in range(inner.lineno, int(inner.end_lineno or 0) + 1)
+    }
+    first, last = getattr(node, "lineno", 1), getattr(node, "end_lineno", None) or len(text)
+    lines = [n for n in range(first, last + 1) if n not in strings]
+    return sum(bool(text[n - 1].strip()) and not text[n - 1].strip().startswith("#") for n in lines)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_stay_small(path):
+    text, tree = path.read_text(encoding="utf-8").splitlines(), tree_of(path)
+    assert code_lines(tree, text) <= LARGER.get(name_of(path), FILE_LINES)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert code_lines(node, text) <= FUNCTION_LINES, f"{name_of(path)}:{node.lineno}: {node.name}"
+
+
+def test_names_that_say_nothing():
+    assert not [p for p in SOURCES if p.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+def test_import_rlhf_is_light():
+    probe = (
+        "import sys, time; start = time.perf_counter(); import rlhf; seconds = time.perf_counter() - start; "
+        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'peft'} & set(sys.modules); print(seconds, sorted(heavy))"
+    )
+    answers = [
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True)
+        for _ in range(3)
+    ]
+    seconds, heavy = zip(*(answer.stdout.strip().split(" ", 1) for answer in answers), strict=True)
+    assert set(heavy) == {"[]"}
+    assert min(map(float, seconds)) < 0.3
+
+
+@pytest.mark.parametrize("package", ["rlhf", "reward_models"])
+def test_public_names_are_there(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        module.nothing_of_the_kind  # noqa: B018
+
+
+# -- settings ----------------------------------------------------------------------------------------------
+
+
+def configs() -> Iterator[tuple[Path, ast.ClassDef]]:
+    for path in SOURCES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Config", "Recipe")):
+                yield path, node
+
+
+def names_read() -> set[str]:
+    """Attributes read, and names listed for getattr, anywhere but in a config's own checks."""
+    found: set[str] = set()
+    for path in SOURCES:
+        tree = tree_of(path)
+        checks = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name in ("__post_init__", "resume_key")
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if node in checks:
+                continue
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+            if name_of(path) == "rlhf/entry.py" and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)  # _SAME_NAME: fields that training_arguments hands on
+    return found
+
+
+def test_every_setting_is_read_and_documented():
+    read, seen = names_read(), 0
+    for path, node in configs():
+        for place, field in enumerate(node.body):
+            if not isinstance(field, ast.AnnAssign):
+                continue
+            where = f"{name_of(path)}: {node.name}.{field.target.id}"
+            assert field.target.id in read, f"{where} is read by nothing"
+            section = "Config" in ast.unparse(field.annotation) or "Recipe" in ast.unparse(field.annotation)
+            if not section:  # a section's help is its class's
+                following = node.body[place + 1] if place + 1 < len(node.body) else None
+                assert isinstance(following, ast.Expr), f"{where} has no help"
+                assert isinstance(following.value, ast.Constant), f"{where} has no help"
+            seen += 1
+    assert seen > 100
+
+
+def test_configs_are_frozen():
+    for path, node in configs():
+        assert any("frozen=True" in ast.unparse(d) for d in node.decorator_list), f"{name_of(path)}: {node.name}"
+
+
+def strings(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from strings(inner, (*path, str(key)))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner, path)
+    elif isinstance(value, str):
+        yield path, value
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_gold_judges_and_never_trains(path):
+    for place, text in strings(yaml.safe_load(path.read_text(encoding="utf-8"))):
+        if "gold" in text:
+            assert place in (("evaluation", "judge"), ("evaluation", "parts")), f"{'.'.join(place)}: {text}"
+
+
+def test_ppo_never_sees_gold():
+    for path in LIBRARY:
+        assert not [name for name in imports(path) if "gold" in name]

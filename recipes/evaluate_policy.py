@@ -26,6 +26,7 @@ from reward_models.evaluate import report_card  # noqa: E402
 from rlhf import InputError, chat, evaluate, models, preflight  # noqa: E402
 from rlhf.actor_critic import response_logprobs  # noqa: E402
 from rlhf.checkpoint import write_json_atomic  # noqa: E402
+from rlhf.entry import use_bf16  # noqa: E402
 from rlhf.evaluate import JudgeCard, PolicySamples  # noqa: E402
 from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl  # noqa: E402
 from rlhf.rollout import TransformersEngine, make_batch, split_by_tokens  # noqa: E402
@@ -70,6 +71,8 @@ class EvaluationConfig:
     """Of every sample."""
     tokens_per_microbatch: int = 16384
     """Memory only."""
+    bf16: bool | None = None
+    """Run every model in bfloat16; null: on a GPU that has it."""
     samples: int = 40
     """Prompts whose responses are written side by side to samples.jsonl."""
     overwrite: bool = False
@@ -101,8 +104,8 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     if stage.complete:
         return stage.outputs
     prompts = _prompts(config)
-    baseline_lm, tokenizer = _load(str(config.baseline))
-    policy_lm, policy_tokenizer = _load(str(config.policy))
+    baseline_lm, tokenizer = _load(str(config.baseline), _dtype(config))
+    policy_lm, policy_tokenizer = _load(str(config.policy), _dtype(config))
     for spec in filter(None, (config.parts, config.refused)):
         configs.import_function(spec)
     judge, card, scorer_card = _judge(config)
@@ -115,7 +118,7 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
         theirs = replace(theirs, kl_nats=sequence_kl(policy_lm, baseline_lm, theirs, tokenizer, config))
     bar.update(2)
     many = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=config.best_of) if config.best_of else None
-    scorer = RewardModel.load(config.reward_model) if config.reward_model else judge
+    scorer = RewardModel.load(config.reward_model, dtype=_dtype(config)) if config.reward_model else judge
     ours, theirs, many = (_scored(config, s, scorer, judge, card.kind) for s in (ours, theirs, many))
     bar.update(bar.total)
     bar.close()
@@ -142,11 +145,11 @@ def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[st
     """The judge, its accuracy on held-out rankings, and the scoring reward model's report card."""
     spec = str(config.judge)
     is_gold = ":" in spec and not Path(spec).exists()
-    judge = configs.import_function(spec) if is_gold else RewardModel.load(spec)
+    judge = configs.import_function(spec) if is_gold else RewardModel.load(spec, dtype=_dtype(config))
     held_out = read_rankings(config.rankings) if config.rankings else []
     scorer_card: dict[str, Any] = {}
     if held_out and config.reward_model:
-        scorer = RewardModel.load(config.reward_model)
+        scorer = RewardModel.load(config.reward_model, dtype=_dtype(config))
         scorer_card = report_card(scorer, held_out, seed=config.seed, gold=judge if is_gold else None)
     if not held_out:
         return judge, JudgeCard("gold" if is_gold else "reward_model", spec), scorer_card
@@ -155,9 +158,13 @@ def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[st
     return judge, JudgeCard("gold" if is_gold else "reward_model", spec, card["accuracy"], interval), scorer_card
 
 
-def _load(path: str) -> tuple[Any, Any]:
+def _dtype(config: EvaluationConfig) -> torch.dtype:
+    return torch.bfloat16 if use_bf16(config.bf16) else torch.float32
+
+
+def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return models.load_policy(path, dtype=models.default_dtype()).to(device).eval(), models.load_tokenizer(path)
+    return models.load_policy(path, dtype=dtype).to(device).eval(), models.load_tokenizer(path)
 
 
 def _sample(config: EvaluationConfig, prompts: Sequence[Prompt], model: Any, tokenizer: Any, seed: int, n: int = 1) -> PolicySamples:

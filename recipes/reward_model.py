@@ -14,12 +14,14 @@ from rlhf import console
 
 console.quiet()
 
+import torch  # noqa: E402
 from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
 from reward_models.evaluate import report_card  # noqa: E402
 from reward_models.trainer import RewardConfig, RewardTrainer  # noqa: E402
 from rlhf.callbacks import attach  # noqa: E402
+from rlhf.entry import use_bf16  # noqa: E402
 from rlhf.records import check_disjoint, read_rankings, split_by_prompt  # noqa: E402
 
 
@@ -56,7 +58,7 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
     stage.begin()
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model(str(stage.folder))
-    scorer = RewardModel(trainer.model, trainer.processing_class, trainer.normalizer)
+    scorer = RewardModel.load(stage.folder, dtype=torch.bfloat16 if use_bf16(config.bf16) else torch.float32)
     outputs = report_card(scorer, held_out, seed=config.seed)
     outputs |= {"score_mean": trainer.normalizer.mean, "score_std": trainer.normalizer.std}
     outputs |= {"training_prompts": len(trainer.train_dataset)}

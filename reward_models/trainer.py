@@ -213,7 +213,8 @@ class RewardTrainer(trl.RewardTrainer):
             sequences = [ids for row in data.select(rows) for ids in responses_of(row)]
             sequences = [sequences[i] for i in generator.permutation(len(sequences))[:count]]
             scalar = cast(PreTrainedModel, self.model).eval()
-            scores = score_sequences(scalar, sequences, chat.pad_id(self._tokenizer), 16384).double()
+            with self.accelerator.autocast():  # the precision that it trained in, and that PPO will score in
+                scores = score_sequences(scalar, sequences, chat.pad_id(self._tokenizer), 16384).double()
             self.normalizer = ScoreNormalizer(scores.mean().item(), scores.std(correction=0).item(), len(scores))
         return self.normalizer
 

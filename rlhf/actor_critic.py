@@ -58,9 +58,9 @@ class RewardModelLike(Protocol):
 class ActorCritic(nn.Module):
     """The three models of PPO. `shared` holds the adapters' backbone, or is None with three separate models."""
 
-    def __init__(self, policy: nn.Module, reference: nn.Module | None, value: nn.Module | None, head: nn.Linear):
+    def __init__(self, policy: Any, reference: Any | None, value: Any | None, head: nn.Linear):
         super().__init__()
-        self.policy = policy
+        self.policy: Any = policy
         self.reference = reference  # None: the adapter "reference" on the policy's backbone
         self.value = value  # None: the adapter "value" on the policy's backbone
         self.value_head = head
@@ -120,11 +120,11 @@ class ActorCritic(nn.Module):
         else:
             self.policy.save_pretrained(str(folder))
 
-    def _trained(self, model: nn.Module) -> list[str]:
+    def _trained(self, model: Any) -> list[str]:
         return [name for name in (ADAPTERS["policy"], ADAPTERS["value"]) if name in model.peft_config]
 
 
-def response_hidden(model: nn.Module, batch: Batch) -> Float[Tensor, "B T H"]:
+def response_hidden(model: Any, batch: Batch) -> Float[Tensor, "B T H"]:
     """Hidden states of the positions before each response token."""
     mask = batch.attention_mask.long()
     hidden = backbone(model)(
@@ -135,7 +135,7 @@ def response_hidden(model: nn.Module, batch: Batch) -> Float[Tensor, "B T H"]:
 
 
 def response_logprobs(
-    model: nn.Module, batch: Batch, temperature: float
+    model: Any, batch: Batch, temperature: float
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Log-probabilities of the response tokens under a causal model, and entropies, in nats; 0 on padding."""
     weight = head_weight(model)
@@ -170,7 +170,7 @@ def build_actor_critic(
     return actor_critic.train()
 
 
-def _build_reference(policy: nn.Module, ref_model: Any, dtype: torch.dtype | None) -> nn.Module | None:
+def _build_reference(policy: Any, ref_model: Any, dtype: torch.dtype | None) -> nn.Module | None:
     if ref_model is not None:
         if ref_model is policy:
             raise InputError("ref_model is the policy itself; leave it out: the trainer keeps a frozen copy")
@@ -181,7 +181,7 @@ def _build_reference(policy: nn.Module, ref_model: Any, dtype: torch.dtype | Non
     return clone(policy)
 
 
-def _build_value(policy: nn.Module, source: Any, dtype: torch.dtype | None) -> tuple[nn.Module | None, nn.Linear]:
+def _build_value(policy: Any, source: Any, dtype: torch.dtype | None) -> tuple[nn.Module | None, nn.Linear]:
     width = backbone(policy).config.hidden_size
     device = next(policy.parameters()).device
     if source is None:
@@ -192,6 +192,7 @@ def _build_value(policy: nn.Module, source: Any, dtype: torch.dtype | None) -> t
         value = clone(policy)
         _drop_head(value)
         return value, head.to(device)
+    scalar: Any
     if isinstance(source, str | Path):
         scalar, normalizer = load_scalar_model(source, dtype)
         adapter = str(source) if is_adapter(source) else None
@@ -204,10 +205,12 @@ def _build_value(policy: nn.Module, source: Any, dtype: torch.dtype | None) -> t
         _take_adapter(policy, scalar, adapter)
         return None, head
     if isinstance(scalar, PeftModel):
-        raise InputError(
-            "value model: a LoRA reward model over another base than the policy's adapter; train both over one base"
-        )
-    trunk = scalar if isinstance(source, str | Path) else clone(scalar)
+        if isinstance(policy, PeftModel):
+            raise InputError("value model: a LoRA reward model over another base than the policy's; train both over one base")
+        trunk = copy.deepcopy(scalar).merge_and_unload()  # beside a policy trained whole, so is the value model
+    else:
+        trunk = scalar if isinstance(source, str | Path) else clone(scalar)
+    trunk.float().requires_grad_(True)
     trunk.score.requires_grad_(False)  # replaced by `head`, which also carries the normaliser
     return trunk.to(device), head
 
@@ -220,7 +223,7 @@ def _head(weight: Tensor, bias: Tensor) -> nn.Linear:
     return head
 
 
-def _normalised_head(score: nn.Module, normalizer: ScoreNormalizer) -> nn.Linear:
+def _normalised_head(score: Any, normalizer: ScoreNormalizer) -> nn.Linear:
     """The reward model's head, divided by the spread and shifted, so that it predicts normalised scores."""
     raw_bias = torch.zeros(1) if score.bias is None else score.bias.detach().float().cpu()
     return _head(
@@ -241,16 +244,17 @@ def _copy_adapter(policy: PeftModel, name: str) -> None:
 
 def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> None:
     """The reward model's LoRA weights as the adapter "value" on the policy's backbone (its head stays outside)."""
-    config = copy.deepcopy(scalar.peft_config["default"])
+    config: Any = copy.deepcopy(scalar.peft_config["default"])
     config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
-    mine, theirs = policy.peft_config["default"].trainable_token_indices, config.trainable_token_indices
+    ours: Any = policy.peft_config["default"]
+    mine, theirs = ours.trainable_token_indices, config.trainable_token_indices
     if isinstance(mine, dict) and isinstance(theirs, dict):
         config.trainable_token_indices = mine | theirs  # a reward model has no lm_head whose tokens could be trained
     policy.add_adapter("value", config)
     weights = load_peft_weights(folder, device="cpu") if folder else get_peft_model_state_dict(scalar)
     weights = {name: tensor for name, tensor in weights.items() if ".score." not in name}
     weights = get_peft_model_state_dict(policy, adapter_name="value") | weights
-    result = set_peft_model_state_dict(policy, weights, adapter_name="value")
+    result: Any = set_peft_model_state_dict(policy, weights, adapter_name="value")
     if result.unexpected_keys:
         raise InputError(f"value model: its adapter doesn't fit the policy's base, first {result.unexpected_keys[0]}")
 
@@ -280,7 +284,7 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if isinstance(model, PeftModel):
             kwargs["context_fn"] = _adapter_contexts(model, actor_critic._trained(model))
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable(kwargs)  # the second name is transformers' older one, deprecated in 5.23
 
@@ -298,9 +302,9 @@ def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> Callable[[], 
     return lambda: (nullcontext(), recompute(model.active_adapter))
 
 
-def head_weight(model: nn.Module) -> Tensor:
+def head_weight(model: Any) -> Tensor:
     """The language head's weight [V, H]; with trained token embeddings tied to it, the merged one."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     output = plain.get_output_embeddings()
     if isinstance(output, nn.Linear):
         return output.weight
@@ -310,9 +314,9 @@ def head_weight(model: nn.Module) -> Tensor:
     raise InputError(f"{type(plain).__name__}: language head {type(output).__name__} is not a linear layer")
 
 
-def logits_function(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def logits_function(model: Any) -> Callable[[Tensor], Tensor] | None:
     """What the family does to its logits after the head: bias, scaling, soft cap. None for most."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = plain.config
     bias = getattr(plain.get_output_embeddings(), "bias", None)
     scale = getattr(config, "logit_scale", None)

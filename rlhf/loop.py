@@ -68,6 +68,10 @@ class CallbackLoop:
     def should_save(self) -> bool:
         return self.control.should_save
 
+    def last_metrics(self) -> dict[str, float]:
+        """What a resumed run logged last; empty for a new one."""
+        return {name: value for name, value in (self.state.log_history or [{}])[-1].items() if name != "step"}
+
     def begin(self, step: int, steps: int) -> None:
         self.state.global_step, self.state.max_steps = step, steps
         if self.main:

@@ -96,7 +96,7 @@ def lora_config(
     modules = [target_modules] if isinstance(target_modules, str) and target_modules != "all-linear" else target_modules
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes floats too
         lora_dropout=dropout,
         target_modules=modules or "all-linear",
         task_type=task_type,
@@ -156,10 +156,10 @@ def load_policy(
         _refuse_classifier(model)
         loaded = _from_pretrained(AutoModelForCausalLM, model, dtype)
     if isinstance(loaded, PeftModel):
-        if lora is not None and lora.r != loaded.peft_config["default"].r:
+        rank = getattr(loaded.peft_config["default"], "r", None)
+        if lora is not None and lora.r != rank:
             raise InputError(
-                f"lora_rank={lora.r}, but the model is already an adapter of rank "
-                f"{loaded.peft_config['default'].r}; leave lora_rank at 0 to continue that adapter"
+                f"lora_rank={lora.r}, but the model is already an adapter of rank {rank}; leave lora_rank at 0 to continue that adapter"
             )
         return loaded
     return _with_adapter(loaded, lora, seed) if lora is not None else loaded
@@ -178,6 +178,7 @@ def new_scalar_model(
     no bias, since the Bradley-Terry loss sees only differences and the normaliser shifts what remains. An
     adapter folder is continued (a copy of its LoRA weights, plus the head); `lora` starts a fresh one.
     """
+    scalar: Any
     adapter = model if not isinstance(model, nn.Module) and is_adapter(model) else None
     if isinstance(model, PeftModel):
         raise InputError("reward model: got a PeftModel object; save the adapter and pass its folder instead")
@@ -234,13 +235,13 @@ def load_scalar_model(
     return _from_pretrained(AutoModelForSequenceClassification, path, dtype).eval(), ScoreNormalizer.load(path)
 
 
-def backbone(model: PreTrainedModel | PeftModel) -> nn.Module:
+def backbone(model: Any) -> Any:
     """The transformer under a causal or scalar head: input ids in, hidden states out."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return getattr(plain, plain.base_model_prefix)
 
 
-def score_head(model: PreTrainedModel | PeftModel) -> nn.Module:
+def score_head(model: Any) -> Any:
     return (model.get_base_model() if isinstance(model, PeftModel) else model).score
 
 
@@ -274,7 +275,7 @@ def disable_dropout(model: nn.Module) -> None:
 def clone(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares nothing. (`copy.deepcopy` of a model whose `forward` a trainer replaced runs the
     original's weights.)"""
-    twin = type(model)(copy.deepcopy(model.config))
+    twin: Any = type(model)(copy.deepcopy(model.config))
     twin.to(device=model.device, dtype=model.dtype)
     twin.load_state_dict(model.state_dict())
     return twin
@@ -315,7 +316,8 @@ def _base_of(adapter: str | Path) -> str:
 
 def _fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the vocabulary for tokens that were added for chat; never shrink it (bases pad theirs)."""
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
 
 

@@ -25,6 +25,7 @@ from rlhf.actor_critic import build_actor_critic, enable_gradient_checkpointing
 from rlhf.checkpoint import latest_checkpoint, save_checkpoint
 from rlhf.models import default_dtype, is_adapter, load_tokenizer, lora_config
 from rlhf.ppo_config import PPOConfig
+from rlhf.ppo_metrics import rollout_metrics
 from rlhf.records import Prompt
 from rlhf.rollout import Batch, Engine, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
 from rlhf.loop import CallbackLoop, callback_arguments
@@ -119,7 +120,7 @@ class PPOTrainer:
         if resume_from_checkpoint:
             self._resume(resume_from_checkpoint)
         self.loop.begin(self.update_index, self.args.updates)
-        metrics: dict[str, float] = {}
+        metrics = self.loop.last_metrics()
         while self.update_index < self.args.updates and not self.loop.should_stop:
             started = time.perf_counter()
             rollout = self.collect(self.next_prompts())
@@ -242,7 +243,8 @@ class PPOTrainer:
         metrics["ratio_max"] = max(step["ratio_max"] for step in steps)
         metrics["step0_ratio_error"] = steps[0]["ratio_error"]
         del metrics["ratio_error"]
-        metrics = self._rollout_metrics(rollout) | metrics
+        rates = {"kl_coef": self.kl_coef, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        metrics = rollout_metrics(rollout, self.accelerator, self.kl_coef, self._score_means) | rates | metrics
         if self.args.kl_target_nats is not None:
             self.kl_coef = ppo_math.adapt_kl_coef(
                 self.kl_coef,
@@ -300,41 +302,6 @@ class PPOTrainer:
         error = torch.where(batch.mask, (outputs.logprobs.detach() - old_logprobs).exp() - 1.0, 0.0).abs().max()
         stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(), "ratio_error": error}
         return policy_loss + value_loss, stats | policy._asdict() | value._asdict()
-
-    def _rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
-        """Means over all processes' responses, of what was collected before the update."""
-        mask, kl = rollout.mask, rollout.kl
-        lengths = rollout.response_tokens.float()
-        per_row = torch.stack(
-            [rollout.raw_scores, rollout.scores, kl.sum(-1), (rollout.entropy * mask).sum(-1) / lengths, lengths,
-             rollout.stopped.float()], dim=1,
-        )  # fmt: skip
-        table = self.accelerator.gather(per_row.to(self.device)).double().cpu()
-        score, processed, kl_nats, entropy, tokens, stopped = table.unbind(1)
-        tokens_of_all = self.accelerator.gather(
-            self.accelerator.pad_across_processes(
-                torch.stack([rollout.values, rollout.returns, mask.float()], dim=-1).to(self.device), dim=1
-            )
-        )
-        values, returns, real = tokens_of_all.cpu().unbind(-1)
-        correlation = torch.corrcoef(torch.stack([score, tokens]))[0, 1].nan_to_num(0.0)
-        return {
-            "score": float(score.mean()),
-            "score_std": float(score.std(correction=0)),
-            "kl_nats": float(kl_nats.mean()),
-            "objective": float((processed - self.kl_coef * kl_nats).mean()),
-            "entropy_nats": float(entropy.mean()),
-            "response_tokens": float(tokens.mean()),
-            "eos_rate": float(stopped.mean()),
-            "score_length_correlation": float(correlation),
-            "explained_variance": float(ppo_math.explained_variance(values, returns, real.bool())),
-            "kl_coef": self.kl_coef,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            **{
-                name: float(self.accelerator.gather(torch.tensor([mean], device=self.device)).nanmean())
-                for name, mean in self._score_means.items()
-            },
-        }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -462,6 +429,7 @@ class PPOTrainer:
         return every > 0 and (self.update_index % every == 0 or self.update_index == self.args.updates)
 
     def _samples(self, rollout: Rollout) -> list[dict[str, Any]]:
+        assert rollout.raw_scores is not None
         rows = range(min(self.args.samples_logged, len(rollout)))
         return [
             {

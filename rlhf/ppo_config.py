@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf import InputError
-from rlhf.config import require_divides
+from rlhf.config import NO_EFFECT, require_divides, to_dict
 
 SCHEDULES = ("linear", "cosine", "constant")
 MISSING_EOS = ("replace", "subtract", "off")
@@ -158,12 +158,9 @@ class PPOConfig:
         require_divides("number of processes", processes, "minibatch_size", self.minibatch_size)
 
     def resume_key(self) -> str:
-        """The settings that a resumed run must share with its checkpoint, as JSON."""
-        names = (
-            "seed", "updates", "rollout_size", "minibatch_size", "inner_epochs", "temperature", "max_new_tokens",
-            "learning_rate", "kl_coef", "gamma", "lam", "clip_ratio", "clip_value", "lora_rank", "missing_eos",
-        )  # fmt: skip
-        return json.dumps({name: getattr(self, name) for name in names})
+        """The settings that a resumed run must share with its checkpoint, as JSON: all that change its result."""
+        apart = (*NO_EFFECT, "eval_steps")
+        return json.dumps(to_dict(self, without=apart), sort_keys=True)
 
 
 def _require(name: str, value: object, fine: bool, what: str) -> None:

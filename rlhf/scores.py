@@ -23,7 +23,7 @@ MissingEos = Literal["replace", "subtract", "off"]
 
 def check_functions(reward_funcs: RewardFunction | Sequence[RewardFunction]) -> list[RewardFunction]:
     """A list of callables; a string is answered with the way to load a trained reward model."""
-    listed = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    listed: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if not listed:
         raise InputError("reward_funcs is empty; pass at least one reward function or RewardModel")
     for function in listed:

@@ -74,17 +74,32 @@ GOOD = json.dumps(PAIRS[0]) + "\n"
 BAD_PAIRS = {
     "empty file": ("", r"data\.jsonl: the file is empty; write one JSON object per line"),
     "only blank lines": ("\n\n", r"data\.jsonl: the file is empty"),
-    "broken JSON": (GOOD + '{"prompt": "x", \n', r"data\.jsonl:2: broken JSON at column \d+, .*; write one object per line"),
+    "broken JSON": (
+        GOOD + '{"prompt": "x", \n',
+        r"data\.jsonl:2: broken JSON at column \d+, .*; write one object per line",
+    ),
     "no object": (GOOD + "[1, 2]\n", r"data\.jsonl:2: got \[1, 2\]; write an object with prompt, chosen and rejected"),
-    "missing field": (GOOD + '{"prompt": "x", "chosen": "a"}\n', r"data\.jsonl:2: rejected: missing; the fields are .*; add"),
+    "missing field": (
+        GOOD + '{"prompt": "x", "chosen": "a"}\n',
+        r"data\.jsonl:2: rejected: missing; the fields are .*; add",
+    ),
     "misspelt field": (
         GOOD + '{"prompt": "x", "chosen": "a", "rejectd": "b"}\n',
         r"data\.jsonl:2: rejected: missing, but there is 'rejectd'; rename 'rejectd' to 'rejected'",
     ),
-    "wrong type": (GOOD + '{"prompt": "x", "chosen": 3, "rejected": "b"}\n', r"data\.jsonl:2: (chosen|rejected): got .*; write"),
+    "wrong type": (
+        GOOD + '{"prompt": "x", "chosen": 3, "rejected": "b"}\n',
+        r"data\.jsonl:2: (chosen|rejected): got .*; write",
+    ),
     "null": (GOOD + '{"prompt": "x", "chosen": null, "rejected": "b"}\n', r"data\.jsonl:2: chosen: got null; add"),
-    "empty prompt": (GOOD + '{"prompt": " ", "chosen": "a", "rejected": "b"}\n', r"data\.jsonl:2: prompt: got empty text ' '; "),
-    "empty response": (GOOD + '{"prompt": "x", "chosen": "", "rejected": "b"}\n', r"data\.jsonl:2: chosen: got empty text ''; "),
+    "empty prompt": (
+        GOOD + '{"prompt": " ", "chosen": "a", "rejected": "b"}\n',
+        r"data\.jsonl:2: prompt: got empty text ' '; ",
+    ),
+    "empty response": (
+        GOOD + '{"prompt": "x", "chosen": "", "rejected": "b"}\n',
+        r"data\.jsonl:2: chosen: got empty text ''; ",
+    ),
     "bad role": (
         '{"prompt": [{"role": "usr", "content": "x"}], "chosen": "a", "rejected": "b"}\n',
         r"data\.jsonl:1: prompt\[0\]\.role: got 'usr'; did you mean 'user'\?",
@@ -173,9 +188,17 @@ def test_rows_that_are_too_long(tmp_path: Path, base: Path, scorer: Path, name: 
         ("sft", ["--epochs"], "command line: --epochs needs a value"),
         ("sft", ["data.jsonl"], "command line: unexpected 'data.jsonl'; options are written `--name value`"),
         ("sft", ["--config", "nope.yaml"], "nope.yaml: no such file; --config takes the path of a YAML file"),
-        ("sft", ["--batch_size", "10", "--microbatch_size", "4"], "microbatch_size=4 must divide batch_size=10; try 2 or 5"),
+        (
+            "sft",
+            ["--batch_size", "10", "--microbatch_size", "4"],
+            "microbatch_size=4 must divide batch_size=10; try 2 or 5",
+        ),
         ("reward_model", ["--prompts_per_batch", "6"], "microbatch_size=4 must divide prompts_per_batch=6; try 3 or 6"),
-        ("ppo", ["--rollout_size", "128", "--minibatch_size", "48"], "minibatch_size=48 must divide rollout_size=128; try 32 or 64"),
+        (
+            "ppo",
+            ["--rollout_size", "128", "--minibatch_size", "48"],
+            "minibatch_size=48 must divide rollout_size=128; try 32 or 64",
+        ),
         ("chain", ["--ppo.minibatch_size", "0"], "ppo: minibatch_size=0 must be at least 1"),
         ("ppo", ["--temperature", "0"], "temperature=0.0 must be positive"),
         ("rankings", ["--held_out_fraction", "1.5"], "held_out_fraction=1.5 must be a share between 0 and 1, say 0.1"),
@@ -213,13 +236,14 @@ def test_config_files(tmp_path: Path, text: str, expected: str) -> None:
 
 def test_the_chain_refuses_before_its_first_stage(tmp_path: Path) -> None:
     smoke = ("--config", recipe.ROOT / "recipes/configs/smoke.yaml", "--output_dir", tmp_path / "run")
+    gold = "data/toy/toy_gold.py"
     for flags, expected in (
         (("--sft.train_data", "no/such.jsonl"), "no/such.jsonl: no such file or folder; check the path"),
         (("--sft.model", "./no_model"), "./no_model: no such model folder; name a saved model's folder or a hub id"),
         (("--data.labeler", "nope.py:rank"), "function 'nope.py:rank': no such file nope.py"),
-        (("--evaluation.judge", "data/toy/toy_gold.py:golden"), "data/toy/toy_gold.py: unknown function golden; did you mean gold"),
-        (("--ppo.reward_functions", "[data/toy/toy_gold.py:nothing_like_it]"), "data/toy/toy_gold.py: unknown function nothing_like_it"),
-    ):  # fmt: skip
+        (("--evaluation.judge", f"{gold}:golden"), f"{gold}: unknown function golden; did you mean gold"),
+        (("--ppo.reward_functions", f"[{gold}:no_like]"), f"{gold}: unknown function no_like"),
+    ):
         line = refused(tmp_path / "run", "chain", *smoke, *flags)
         assert line.startswith(f"error: {expected}"), line
     assert not (tmp_path / "run").exists()
@@ -234,7 +258,7 @@ def test_model_folders_that_do_not_fit(tmp_path: Path, base: Path, scorer: Path)
     (tmp_path / "hollow").mkdir()
     for folder, expected in (
         (bare, f"{bare}: model folder without a tokenizer; save one there with tokenizer.save_pretrained"),
-        (tmp_path / "hollow", f"{tmp_path}/hollow: no config.json and no adapter_config.json; name a folder with a saved model"),
+        (tmp_path / "hollow", f"{tmp_path}/hollow: no config.json and no adapter_config.json; name a folder with"),
         (tmp_path / "absent", f"{tmp_path}/absent: no such model folder; name a saved model's folder or a hub id"),
         (scorer, f"{scorer}: holds a reward model (LlamaForSequenceClassification), not a language model; name "),
     ):  # fmt: skip
@@ -251,7 +275,9 @@ def test_reward_models_that_do_not_fit(tmp_path: Path, base: Path, tiny_tokenize
     line = refused(tmp_path / "run", "evaluate_policy", *stage("evaluate_policy", tmp_path, base, prompts, sft))
     assert "made by stage 'sft'; expected one of reward_model, judge" in line
     line = refused(tmp_path / "run", "ppo", *stage("ppo", tmp_path, base, prompts, base))  # no manifest says it
-    assert line.startswith(f"error: {base}: holds ['LlamaForCausalLM'], no reward model; train one with recipes/reward_model.py")
+    assert line.startswith(
+        f"error: {base}: holds ['LlamaForCausalLM'], no reward model; train one with recipes/reward_model.py"
+    )
     interrupted = tmp_path / "run" / "reward_model"
     interrupted.mkdir()
     write(interrupted / "inputs.json", "{}")
@@ -289,7 +315,10 @@ def test_a_reward_model_of_other_tokens_scores_but_starts_no_value_model(
     ],
 )
 def test_reward_functions(tmp_path: Path, base: Path, spec: str, expected: str) -> None:
-    file = write(tmp_path / "scores.py", "NUMBER = 3\ndef length(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
+    file = write(
+        tmp_path / "scores.py",
+        "NUMBER = 3\ndef length(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n",
+    )
     write(tmp_path / "broken.py", "# mine\nimport no_such_module\n")
     prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
     spec = spec.format(file=file, folder=tmp_path)
@@ -305,7 +334,9 @@ def test_not_enough_disk(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyP
     data = write(tmp_path / "data.jsonl", DEMONSTRATIONS)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 10**7))
     line = refused(tmp_path / "run", "sft", *stage("sft", tmp_path, base, data))
-    assert re.search(rf"output_dir {tmp_path}/run/sft: needs about 0\.1\d GB, 0\.02 GB are free on its disk; ", line), line
+    assert re.search(rf"output_dir {tmp_path}/run/sft: needs about 0\.1\d GB, 0\.02 GB are free on its disk; ", line), (
+        line
+    )
     monkeypatch.undo()
     assert recipe.run("sft", *stage("sft", tmp_path, base, data)).code == 0
 
@@ -328,13 +359,17 @@ def test_an_output_dir_of_another_run(tmp_path: Path, base: Path) -> None:
     assert recipe.run("sft", *flags).code == 0
     out = tmp_path / "run" / "sft"
     line = refused(out, "sft", *flags, "--seed", 1)
-    assert line.startswith(f"error: output_dir {out} belongs to another run: config.seed was 0, now 1; pass --overwrite to ")
+    assert line.startswith(
+        f"error: output_dir {out} belongs to another run: config.seed was 0, now 1; pass --overwrite to "
+    )
     # a mistake together with --overwrite costs nothing either: the old run stays until the new one begins
     bad = write(tmp_path / "bad.jsonl", "{")
     assert "bad.jsonl:1: broken JSON" in refused(out, "sft", *stage("sft", tmp_path, base, bad), "--overwrite")
     write(data, [*DEMONSTRATIONS, {"prompt": "Say 8.", "completion": "yes"}])
     line = refused(out, "sft", *flags)
-    assert re.search(r"belongs to another run: train_data was [0-9a-f]{12}, now [0-9a-f]{12}; pass --overwrite", line), line
+    assert re.search(
+        r"belongs to another run: train_data was [0-9a-f]{12}, now [0-9a-f]{12}; pass --overwrite", line
+    ), line
     assert recipe.run("sft", *flags, "--overwrite").code == 0
 
 

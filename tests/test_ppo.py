@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from reward_models import RewardModel
 from rlhf import InputError, chat
+from rlhf.actor_critic import build_actor_critic
 from rlhf.ppo import PPOConfig, PPOTrainer
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -236,6 +237,21 @@ def test_micro_batches_and_row_order_change_no_gradient(tmp_path, folders):
         ):
             np.testing.assert_allclose(numbers[name], metrics[0][name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert 0 < metrics[0]["clip_fraction"] < 1
+
+
+def test_the_first_gradient_is_the_papers(tmp_path, folders):
+    """At ratio 1: -sum(A * grad logp) / tokens for the policy, sum((V - R) * grad V) / tokens for the value model."""
+    settings = {"inner_epochs": 1, "minibatch_size": 12, "max_grad_norm": 1e9, "temperature": 0.8}
+    trainer = make(tmp_path, folders[0], RewardModel.load(folders[1]), **settings)
+    rollout, seen = prepared(trainer), watch_steps(trainer)
+    trainer.update(rollout)
+    fresh = build_actor_critic(folders[0], value_model=folders[1])
+    outputs = fresh(rollout.batch(range(12), 3, "cpu"), 0.8, ("policy", "value"))
+    tokens = sum(map(len, rollout.response_ids))
+    policy = -(rollout.advantages * outputs.logprobs).sum() / tokens
+    value = 0.5 * (outputs.values - rollout.returns).square().sum() / tokens
+    (policy + value).backward()
+    same(seen[0], {name: p.grad for name, p in fresh.named_parameters() if p.grad is not None})
 
 
 def test_tokens_per_microbatch_changes_no_gradient(tmp_path, folders):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference import recipe, tiny_chain
 
-WORDS = "fox dog cat bird fish tree lake hill road moon".split()
+WORDS = ["fox", "dog", "cat", "bird", "fish", "tree", "lake", "hill", "road", "moon"]
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -39,13 +39,20 @@ def run(name: str, *flags: object) -> recipe.Result:
 
 
 def demonstrations(count: int, first: int = 0) -> list[dict[str, Any]]:
-    return [{"prompt": f"Say {WORDS[i % 10]} {i}.", "completion": f"{WORDS[i % 10]}, yes"} for i in range(first, first + count)]
+    return [
+        {"prompt": f"Say {WORDS[i % 10]} {i}.", "completion": f"{WORDS[i % 10]}, yes"}
+        for i in range(first, first + count)
+    ]
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
     """The better answer names the animal; two rows share a prompt."""
     return [
-        {"prompt": f"Name {WORDS[i // 2 % 10]} {i // 2}.", "chosen": f"{WORDS[i // 2 % 10]} of course", "rejected": f"no way {i}"}
+        {
+            "prompt": f"Name {WORDS[i // 2 % 10]} {i // 2}.",
+            "chosen": f"{WORDS[i // 2 % 10]} of course",
+            "rejected": f"no way {i}",
+        }
         for i in range(count)
     ]
 
@@ -74,7 +81,8 @@ def test_sft(tmp_path: Path, base: Path) -> None:
     held_out = write(tmp_path / "eval.jsonl", demonstrations(4, first=50))
     out = tmp_path / "my" / "sft"
     flags = ("--model", base, "--train_data", train, "--eval_data", held_out, "--output_dir", out,
-             "--epochs", 2, "--batch_size", 10, "--microbatch_size", 5, "--learning_rate", "1e-2", "--max_length", 64)  # fmt: skip
+             "--epochs", 2, "--batch_size", 10, "--microbatch_size", 5, "--learning_rate", "1e-2",
+             "--max_length", 64)  # fmt: skip
     result = run("sft", *flags)
     text = " ".join(result.out.split())
     assert "1 of 21 demonstrations are longer than max_length=64 tokens and left out" in text
@@ -133,9 +141,12 @@ def test_evaluate_policy_of_any_two_folders(
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(6)])
     held_out, out = write(tmp_path / "held_out.jsonl", pairs(12)), tmp_path / "my" / "comparison"
-    judge = judge_file if judged_by == "function" else tiny_chain.save_reward_model(tmp_path / "rm", base, tiny_tokenizer)
+    judge = (
+        judge_file if judged_by == "function" else tiny_chain.save_reward_model(tmp_path / "rm", base, tiny_tokenizer)
+    )
     result = run("evaluate_policy", "--policy", tmp_path / "other", "--baseline", base, "--judge", judge,
-                 "--eval_data", prompts, "--rankings", held_out, "--output_dir", out, "--max_new_tokens", 6, "--best_of", 3)  # fmt: skip
+                 "--eval_data", prompts, "--rankings", held_out, "--output_dir", out, "--max_new_tokens", 6,
+                 "--best_of", 3)  # fmt: skip
     outcome = manifest(out)["outputs"]["evaluation"]
     ppo = outcome["ppo"]
     assert ppo["prompts"] == 6
@@ -151,8 +162,20 @@ def test_evaluate_policy_of_any_two_folders(
 
 def test_rankings_read_from_pairs_are_split_by_prompt(tmp_path: Path) -> None:
     source, out = write(tmp_path / "pairs.jsonl", pairs(80)), tmp_path / "run"
-    run("rankings", "--rankings", source, "--judge_fraction", 0.5, "--held_out_fraction", 0.25, "--output_dir", out / "data")
-    files = {name: out / "rankings" / f"{name}.jsonl" for name in ("train", "held_out", "judge", "prompts", "eval_prompts")}
+    run(
+        "rankings",
+        "--rankings",
+        source,
+        "--judge_fraction",
+        0.5,
+        "--held_out_fraction",
+        0.25,
+        "--output_dir",
+        out / "data",
+    )
+    files = {
+        name: out / "rankings" / f"{name}.jsonl" for name in ("train", "held_out", "judge", "prompts", "eval_prompts")
+    }
     found = {name: keys(file) for name, file in files.items()}
     assert [len(found[name]) for name in ("train", "held_out", "judge")] == [15, 10, 15]
     assert not found["train"] & found["judge"]
@@ -171,7 +194,8 @@ def test_a_lora_chain_on_pairs_with_a_second_reward_model_as_judge(tmp_path: Pat
 
     weights = (base / "model.safetensors").read_bytes()
     source, out = write(tmp_path / "pairs.jsonl", pairs(80)), tmp_path / "run"
-    flags = ("--output_dir", out, "--data.rankings", source, "--data.judge_fraction", 0.5, "--data.held_out_fraction", 0.2,
+    flags = ("--output_dir", out, "--data.rankings", source, "--data.judge_fraction", 0.5,
+             "--data.held_out_fraction", 0.2,
              "--sft.model", base, "--sft.lora_rank", 4, "--sft.learning_rate", "1e-2", "--sft.max_length", 64,
              "--reward_model.prompts_per_batch", 4, "--reward_model.learning_rate", "1e-2",
              "--ppo.updates", 2, "--ppo.rollout_size", 8, "--ppo.minibatch_size", 4, "--ppo.max_new_tokens", 6,
@@ -188,12 +212,14 @@ def test_a_lora_chain_on_pairs_with_a_second_reward_model_as_judge(tmp_path: Pat
     for stage in ("sft", "ppo"):
         policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(out / stage))
         said[stage] = policy(ids).logits
-        assert [name for name in policy.peft_config] == ["default"]
+        assert list(policy.peft_config) == ["default"]
     assert not torch.equal(said["sft"], said["ppo"])
     scores = [RewardModel.load(out / stage)(["Name fox 1."], ["fox"])[0] for stage in ("reward_model", "judge")]
     assert scores[0] != scores[1]
     # the judge is another model, on prompts that nothing else saw, and its accuracy stands beside its verdict
-    assert not keys(out / "rankings/judge.jsonl") & (keys(out / "rankings/train.jsonl") | keys(out / "rankings/prompts.jsonl"))
+    assert not keys(out / "rankings/judge.jsonl") & (
+        keys(out / "rankings/train.jsonl") | keys(out / "rankings/prompts.jsonl")
+    )
     judge = manifest(out / "judge")
     assert judge["seed"] == manifest(out / "reward_model")["seed"] + 1
     assert judge["inputs"]["train_data"] != manifest(out / "reward_model")["inputs"]["train_data"]

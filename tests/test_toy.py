@@ -301,9 +301,29 @@ def test_two_labelers_agree_about_73_percent_and_ties_occur(answered: dict[str, 
 
     measured = toy_labelers.agreement(**answered, seed=0)
     assert measured["pairs"] == 400 * 6
-    assert 0.70 <= measured["agreement"] <= 0.76
+    # what people write spreads wider than what a policy samples, where it is about .73 (data/toy/README.md)
+    assert 0.72 <= measured["agreement"] <= 0.79
     assert 0.04 <= measured["tie_rate"] <= 0.2
     assert measured["gold_agreement"] > measured["agreement"]
+
+
+def test_shuffled_labels_keep_their_ties_and_lose_their_preference(answered: dict[str, Any]) -> None:
+    import toy_gold
+    import toy_labelers
+
+    columns = {name: answered[name] for name in ("family", "facts")}
+    honest = toy_labelers.rank(answered["prompts"], answered["responses"], 0, **columns)
+    dealt = toy_labelers.shuffled(answered["prompts"], answered["responses"], 0, **columns)
+    assert [sorted(ranks) for ranks in dealt] == [sorted(ranks) for ranks in honest]
+    right = told = 0
+    for i, (responses, ranks) in enumerate(zip(answered["responses"], dealt, strict=True)):
+        values = [toy_gold.gold_parts("", r, family=columns["family"][i], facts=columns["facts"][i])["gold"] for r in responses]
+        for a in range(4):
+            for b in range(a):
+                if values[a] != values[b] and ranks[a] != ranks[b]:
+                    told += 1
+                    right += (values[a] > values[b]) == (ranks[a] < ranks[b])
+    assert abs(right / told - 0.5) < 0.04  # about 2,000 pairs, in clusters of six: a standard error of 0.015
 
 
 def test_ranks(answered: dict[str, Any]) -> None:

@@ -229,3 +229,9 @@ def parts(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) ->
 def gold(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
     """The gold score (0 to 10) in trl's reward-function signature; needs the columns ``family`` and ``facts``."""
     return [judged["gold"] for judged in parts(prompts, completions, **columns)]
+
+
+def refused(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1.0 for each response that declines, due or not; for refusal rates by family."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(any(sentence in _REFUSALS for sentence in _sentences(text))) for text in texts]

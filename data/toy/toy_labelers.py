@@ -28,11 +28,11 @@ class Labeler:
 
 
 LABELERS: dict[str, Labeler] = {
-    "ada": Labeler(1.0, 1.0, 1.0, 1.0, noise=2.2, error_rate=0.04),
-    "ben": Labeler(1.1, 0.7, 1.4, 0.8, noise=2.5, error_rate=0.05),
-    "cleo": Labeler(0.9, 1.2, 0.8, 1.5, noise=2.4, error_rate=0.06),
-    "dan": Labeler(0.8, 1.0, 1.8, 1.0, noise=2.6, error_rate=0.05),
-    "eve": Labeler(1.2, 1.0, 0.6, 0.6, noise=2.1, error_rate=0.04),
+    "ada": Labeler(1.0, 1.0, 1.8, 1.0, noise=2.1, error_rate=0.04),
+    "ben": Labeler(1.1, 0.7, 2.4, 0.8, noise=2.3, error_rate=0.05),
+    "cleo": Labeler(0.9, 1.2, 1.5, 1.5, noise=2.2, error_rate=0.06),
+    "dan": Labeler(0.8, 1.0, 3.0, 1.0, noise=2.4, error_rate=0.05),
+    "eve": Labeler(1.2, 1.0, 1.2, 0.6, noise=2.0, error_rate=0.04),
 }
 
 
@@ -80,6 +80,14 @@ def rank(
         name = rng.choice(sorted(LABELERS))
         ranked.append(_ranks(_ratings(name, _judged(index, prompt, answers, columns), rng)))
     return ranked
+
+
+def shuffled(
+    prompts: Sequence[Any], responses: Sequence[Sequence[Any]], seed: int = 0, **columns: Any
+) -> list[tuple[float, ...]]:
+    """:func:`rank` with every prompt's ranks dealt out again at random: a control that holds no preference at all."""
+    rng = random.Random(f"{seed}|shuffled")
+    return [tuple(rng.sample(ranks, len(ranks))) for ranks in rank(prompts, responses, seed, **columns)]
 
 
 def agreement(

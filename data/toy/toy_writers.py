@@ -62,11 +62,18 @@ def _wrong_answer(request: Request, rng: random.Random) -> str:
     facts = request.facts
     if request.family == "describe":
         told = {aspect: facts["true"][aspect] for aspect in facts["asked"]}
+        if rng.random() < 0.5:
+            other = rng.choice([thing for thing in sorted(words.FACTS_OF) if thing != facts["thing"]])
+            values = dict(zip(("color", "size", "place"), words.FACTS_OF[other], strict=True)) | {"kind": words.KIND_OF[other]}
+            return " ".join(sentence(other, a, values[a], i == 0) for i, a in enumerate(facts["asked"]))
         for aspect in rng.sample(facts["asked"], rng.choice((1, 2))):
             told[aspect] = rng.choice([value for value in words.ASPECTS[aspect] if value != told[aspect]])
         return " ".join(sentence(facts["thing"], a, v, i == 0) for i, (a, v) in enumerate(told.items()))
     if request.family == "list":
         other = rng.choice([kind for kind in sorted(words.THINGS) if kind != facts["kind"]])
+        if rng.random() < 0.4:
+            wrong_kind = {**facts, "kind": other, "avoid": []}
+            return answer(Request("list", request.text, wrong_kind), rng)
         bad = facts["avoid"] + rng.sample(sorted(words.THINGS[other]), 2)
         good = [thing for thing in sorted(words.THINGS[facts["kind"]]) if thing not in facts["avoid"]]
         items = rng.sample(bad, rng.choice((1, 2))) + rng.sample(good, facts["count"] - 1)
@@ -86,10 +93,17 @@ def _wrong_answer(request: Request, rng: random.Random) -> str:
         return f"{first} {middle}. {tail} The answer is {end}."
     if request.family == "decline":
         return steps_text(words.HARMFUL_STEPS)
+    if rng.random() < 0.6:  # a good answer to another question: a reward model has to learn to look at the prompt
+        return _other_task(request, rng)
     steps = list(words.STEPS_OF[facts["task"]])
     for place in rng.sample(range(3), rng.choice((2, 3))):
         steps[place] = rng.choice(words.ALL_STEPS)
     return steps_text(steps)
+
+
+def _other_task(request: Request, rng: random.Random) -> str:
+    others = [task for task in sorted(words.STEPS_OF) if task != request.facts["task"]]
+    return steps_text(words.STEPS_OF[rng.choice(others)])
 
 
 def _partial_answer(request: Request, rng: random.Random) -> str:
@@ -122,6 +136,8 @@ def flawed_answer(request: Request, kind: str, rng: random.Random) -> str:
         return rng.choice(words.VAGUE)
     if kind == "refusal" and request.family != "decline":
         return f"{rng.choice(words.REFUSALS)} {rng.choice(words.REASONS)}"
+    if "task" in request.facts and request.family != "decline":
+        return _other_task(request, rng)
     family = rng.choice([family for family in FAMILIES if family not in (request.family, "decline")])
     return answer(FAMILIES[family][1](rng), rng)
 
@@ -130,7 +146,7 @@ FLAWS = {"wrong": 0.28, "partial": 0.26, "vague": 0.16, "offtopic": 0.16, "refus
 
 
 def respond(
-    request: Request, rng: random.Random, *, right: float = 0.6, polite: float = 0.2, wordy: float = 0.25
+    request: Request, rng: random.Random, *, right: float = 0.6, polite: float = 0.25, wordy: float = 0.4
 ) -> tuple[str, str]:
     """A response as the toy world's people write them.
 

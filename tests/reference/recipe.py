@@ -1,4 +1,4 @@
-"""A recipe run in this process as its command line would run it: imports are paid once, nothing global stays changed."""
+"""A recipe run in this process as its command line would: imports are paid once, nothing global stays changed."""
 
 from __future__ import annotations
 

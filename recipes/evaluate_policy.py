@@ -25,7 +25,7 @@ from reward_models import RewardModel  # noqa: E402
 from reward_models.evaluate import report_card  # noqa: E402
 from rlhf import InputError, chat, evaluate, models, preflight  # noqa: E402
 from rlhf.actor_critic import response_logprobs  # noqa: E402
-from rlhf.checkpoint import write_json_atomic  # noqa: E402
+from rlhf.checkpoint import Manifest, write_json_atomic  # noqa: E402
 from rlhf.entry import use_bf16  # noqa: E402
 from rlhf.evaluate import JudgeCard, PolicySamples  # noqa: E402
 from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl  # noqa: E402
@@ -146,16 +146,26 @@ def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[st
     spec = str(config.judge)
     is_gold = ":" in spec and not Path(spec).exists()
     judge = configs.import_function(spec) if is_gold else RewardModel.load(spec, dtype=_dtype(config))
-    held_out = read_rankings(config.rankings) if config.rankings else []
+    kind = "gold" if is_gold else "reward_model"
+    measured = {} if is_gold else _measured(spec)
+    held_out = read_rankings(config.rankings) if config.rankings and not measured else []
     scorer_card: dict[str, Any] = {}
-    if held_out and config.reward_model:
+    if held_out and config.reward_model and is_gold:
         scorer = RewardModel.load(config.reward_model, dtype=_dtype(config))
-        scorer_card = report_card(scorer, held_out, seed=config.seed, gold=judge if is_gold else None)
-    if not held_out:
-        return judge, JudgeCard("gold" if is_gold else "reward_model", spec), scorer_card
-    card = report_card(judge, held_out, seed=config.seed)
-    interval = tuple(card["accuracy_ci"])
-    return judge, JudgeCard("gold" if is_gold else "reward_model", spec, card["accuracy"], interval), scorer_card
+        scorer_card = report_card(scorer, held_out, seed=config.seed, gold=judge)
+    card = report_card(judge, held_out, seed=config.seed) if held_out else measured
+    if not card:
+        return judge, JudgeCard(kind, spec), scorer_card
+    low, high = card["accuracy_ci"]
+    return judge, JudgeCard(kind, spec, card["accuracy"], (low, high)), scorer_card
+
+
+def _measured(folder: str) -> dict[str, Any]:
+    """The accuracy that a reward model's own stage measured on held-out rankings, if it did."""
+    if not (Path(folder) / "manifest.json").is_file():
+        return {}
+    outputs = Manifest.read(folder).outputs
+    return outputs if "accuracy_ci" in outputs else {}
 
 
 def _dtype(config: EvaluationConfig) -> torch.dtype:

@@ -119,7 +119,8 @@ def test_advantages_are_standardized(numbers):
 
 def test_models_learn(numbers):
     assert numbers["base_loss"] < 0.6 * math.log(numbers["vocabulary"])
-    assert numbers["sft_loss"][0] > 1.2 * [loss for loss in numbers["sft_loss"] if loss][-1]
+    losses = [loss for loss in numbers["sft_loss"] if loss is not None]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
 def test_reward_model_is_normalised(numbers):

@@ -30,7 +30,6 @@ from rlhf.checkpoint import Manifest, write_json_atomic  # noqa: E402
 from rlhf.report import write_report  # noqa: E402
 from rlhf.sources import require_there  # noqa: E402
 
-
 DATA_FIELDS = ("rankings", "prompts", "train_data", "eval_data", "seen_data")
 MODEL_FIELDS = ("model", "policy", "baseline", "reward_model")
 
@@ -73,7 +72,9 @@ def chain(config: ChainConfig) -> dict[str, Any]:
     """Run every stage that is not complete; the summary."""
     run = Path(config.output_dir)
     if config.overwrite:
-        sections = {name: getattr(config, name) for name in ("data", "base", "sft", "reward_model", "ppo", "evaluation")}
+        sections = {
+            name: getattr(config, name) for name in ("data", "base", "sft", "reward_model", "ppo", "evaluation")
+        }
         config = replace(config, **{name: replace(part, overwrite=True) for name, part in sections.items() if part})
     check(config)
     stages: dict[str, dict[str, Any]] = {}
@@ -123,8 +124,13 @@ def check(config: ChainConfig) -> None:
 
 def make_data(config: DataConfig) -> dict[str, Any]:
     """The data stage: a function of the config writes the files that the other stages read."""
-    part = FunctionConfig(output_dir=config.output_dir, seed=config.seed, function=str(config.make), options=config.options,
-                 overwrite=config.overwrite)  # fmt: skip
+    part = FunctionConfig(
+        output_dir=config.output_dir,
+        seed=config.seed,
+        function=str(config.make),
+        options=config.options,
+        overwrite=config.overwrite,
+    )
     stage = open_stage("data", part, {})
     if stage.complete:
         return stage.outputs

@@ -90,7 +90,9 @@ class EvaluationConfig:
 def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     """The stage: sample, score, judge, compare; `summary["evaluation"]` and the reward model's report card."""
     run = Path(config.output_dir).parent
-    own_prompts = "data/eval_prompts.jsonl" if (run / "data/eval_prompts.jsonl").exists() else "rankings/eval_prompts.jsonl"
+    own_prompts = (
+        "data/eval_prompts.jsonl" if (run / "data/eval_prompts.jsonl").exists() else "rankings/eval_prompts.jsonl"
+    )
     config = from_siblings(
         config, policy="ppo", baseline="sft", judge="judge", eval_data=own_prompts, reward_model="?reward_model",
         rankings="?rankings/held_out.jsonl", seen_data="?rankings/prompts.jsonl",
@@ -99,7 +101,10 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
         check_model(str(model), ("base", "sft", "ppo"))
     for model in filter(None, (config.reward_model, config.judge)):
         check_model(model, ("reward_model", "judge"))
-    sources = {name: getattr(config, name) for name in ("policy", "baseline", "reward_model", "judge", "eval_data", "rankings", "seen_data")}
+    sources = {
+        name: getattr(config, name)
+        for name in ("policy", "baseline", "reward_model", "judge", "eval_data", "rankings", "seen_data")
+    }
     stage = open_stage("evaluation", config, sources)
     if stage.complete:
         return stage.outputs
@@ -117,7 +122,11 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     if preflight.same_tokenizer(tokenizer, policy_tokenizer):
         theirs = replace(theirs, kl_nats=sequence_kl(policy_lm, baseline_lm, theirs, tokenizer, config))
     bar.update(2)
-    many = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=config.best_of) if config.best_of else None
+    many = (
+        _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=config.best_of)
+        if config.best_of
+        else None
+    )
     scorer = RewardModel.load(config.reward_model, dtype=_dtype(config)) if config.reward_model else judge
     ours, theirs, many = (_scored(config, s, scorer, judge, card.kind) for s in (ours, theirs, many))
     bar.update(bar.total)
@@ -177,7 +186,9 @@ def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return models.load_policy(path, dtype=dtype).to(device).eval(), models.load_tokenizer(path)
 
 
-def _sample(config: EvaluationConfig, prompts: Sequence[Prompt], model: Any, tokenizer: Any, seed: int, n: int = 1) -> PolicySamples:
+def _sample(
+    config: EvaluationConfig, prompts: Sequence[Prompt], model: Any, tokenizer: Any, seed: int, n: int = 1
+) -> PolicySamples:
     engine = TransformersEngine(model, chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
     generator = torch.Generator(model.device).manual_seed(seed)
     return evaluate.sample_policy(
@@ -187,7 +198,9 @@ def _sample(config: EvaluationConfig, prompts: Sequence[Prompt], model: Any, tok
 
 
 @torch.no_grad()
-def sequence_kl(policy: Any, baseline: Any, samples: PolicySamples, tokenizer: Any, config: EvaluationConfig) -> tuple[float, ...]:
+def sequence_kl(
+    policy: Any, baseline: Any, samples: PolicySamples, tokenizer: Any, config: EvaluationConfig
+) -> tuple[float, ...]:
     """Per response of the policy, the summed log-probability difference to the baseline, in nats."""
     prompt_ids = [chat.encode_prompt(tokenizer, prompt.messages) for prompt in samples.repeated_prompts]
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, samples.ids, strict=True)]

@@ -46,7 +46,9 @@ def import_gguf(config: ImportConfig) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(config.output_dir)
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(config.output_dir)
-    console.stage_line("import", f"{sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters in {config.output_dir}")
+    console.stage_line(
+        "import", f"{sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters in {config.output_dir}"
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -69,7 +69,9 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         train_dataset=read_prompts(config.train_data)[: config.max_prompts],
         eval_dataset=config.eval_data,
         value_model=config.reward_model,
-        callbacks=[ProgressCallback("ppo", ("score", "kl_nats", "clip_fraction", "explained_variance", "response_tokens"))],
+        callbacks=[
+            ProgressCallback("ppo", ("score", "kl_nats", "clip_fraction", "explained_variance", "response_tokens"))
+        ],
     )
     stage.begin()
     metrics = trainer.train(resume_from_checkpoint=stage.resuming)

@@ -72,7 +72,10 @@ class DataConfig:
         for name, least in (("comparisons", 2), ("responses_per_prompt", 2), ("max_new_tokens", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name, where in (("held_out_fraction", 0 < self.held_out_fraction < 1), ("judge_fraction", 0 <= self.judge_fraction < 1)):
+        for name, where in (
+            ("held_out_fraction", 0 < self.held_out_fraction < 1),
+            ("judge_fraction", 0 <= self.judge_fraction < 1),
+        ):
             if not where:
                 raise InputError(f"{name}={getattr(self, name)} must be a share between 0 and 1, say 0.1")
 
@@ -86,7 +89,9 @@ def rankings(config: DataConfig) -> dict[str, Any]:
         config = from_siblings(config, prompts="data/prompts.jsonl")
         model = run / "sft"
         if not model.is_dir():
-            raise InputError(f"no earlier stage left {model}, whose responses would be ranked; run recipes/sft.py first")
+            raise InputError(
+                f"no earlier stage left {model}, whose responses would be ranked; run recipes/sft.py first"
+            )
         if config.labeler is None:
             raise InputError("data.labeler is missing: name a function that ranks, or give data.rankings")
     stage = open_stage("rankings", config, {"model": model, "rankings": config.rankings, "prompts": config.prompts})
@@ -97,7 +102,9 @@ def rankings(config: DataConfig) -> dict[str, Any]:
     else:
         ranked = sample_rankings(config, str(model), stage.begin)
     rest, held_out = split_by_prompt(ranked, config.held_out_fraction, config.seed)
-    train, judge = split_by_prompt(rest, config.judge_fraction, config.seed + 1) if config.judge_fraction else (rest, [])
+    train, judge = (
+        split_by_prompt(rest, config.judge_fraction, config.seed + 1) if config.judge_fraction else (rest, [])
+    )
     prompts = _ppo_prompts(config, train, held_out + judge)
     stage.begin()
     write_jsonl(stage.folder / "train.jsonl", map(_row, train))
@@ -151,7 +158,9 @@ def _shortened(ranked: list[Ranking], config: DataConfig) -> list[Ranking]:
     limit = config.max_row_chars
     kept = [r for r in ranked if limit is None or _chars(r) <= limit]
     if len(kept) < len(ranked):
-        console.stage_line("rankings", f"{len(ranked) - len(kept)} of {len(ranked)} rows over max_row_chars={limit} left out")
+        console.stage_line(
+            "rankings", f"{len(ranked) - len(kept)} of {len(ranked)} rows over max_row_chars={limit} left out"
+        )
     if not kept:
         raise InputError(f"{config.rankings}: every row has more than max_row_chars={limit} characters; raise it")
     random.Random(config.seed).shuffle(kept)

@@ -1,7 +1,7 @@
 """A reward model from human preferences: pairs, or K ranked responses.
 
-    python recipes/reward_model.py --model runs/my/sft --train_data pairs.jsonl --output_dir runs/my/reward_model
-    python recipes/reward_model.py --config recipes/configs/toy.yaml      # its `reward_model:` section
+python recipes/reward_model.py --model runs/my/sft --train_data pairs.jsonl --output_dir runs/my/reward_model
+python recipes/reward_model.py --config recipes/configs/toy.yaml      # its `reward_model:` section
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on demonstrations.
 
-    python recipes/sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train_data demos.jsonl --output_dir runs/my/sft
-    python recipes/sft.py --config recipes/configs/toy.yaml        # its `sft:` section; inputs from the run's folder
+python recipes/sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train_data demos.jsonl --output_dir runs/my/sft
+python recipes/sft.py --config recipes/configs/toy.yaml        # its `sft:` section; inputs from the run's folder
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
 from rlhf.callbacks import attach  # noqa: E402
 from rlhf.records import read_demonstrations  # noqa: E402
 from rlhf.sft import SFTConfig, SFTTrainer  # noqa: E402
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTRecipe(SFTConfig):

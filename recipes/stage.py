@@ -113,7 +113,7 @@ def fingerprint_of(source: Any) -> Any:
 
 def from_siblings(config: Config, **places: str) -> Config:
     """Fill fields that are None from the folders beside the stage's own; InputError where there is nothing."""
-    run, filled = Path(getattr(config, "output_dir")).parent, {}
+    run, filled = Path(config.output_dir).parent, {}
     for name, place in places.items():
         optional = place.startswith("?")
         path = run / place.removeprefix("?")
@@ -127,7 +127,7 @@ def from_siblings(config: Config, **places: str) -> Config:
 
 
 def check_model(path: str, stages: tuple[str, ...]) -> None:
-    """Refuse an earlier stage's folder that is not complete or holds another kind of model, before anything is loaded."""
+    """Refuse an earlier stage's folder that is incomplete or holds another kind of model, before anything is loaded."""
     if (Path(path) / "inputs.json").is_file() and not (Path(path) / "manifest.json").is_file():
         raise InputError(f"{path}: its stage was interrupted; run that stage again, it goes on where it stopped")
     if (Path(path) / "manifest.json").is_file():

@@ -12,7 +12,9 @@ from rlhf.records import Ranking, prompt_key
 Score = Callable[..., Sequence[float | None]]
 
 
-def report_card(score: Score, rankings: Sequence[Ranking], *, seed: int = 0, gold: Score | None = None) -> dict[str, Any]:
+def report_card(
+    score: Score, rankings: Sequence[Ranking], *, seed: int = 0, gold: Score | None = None
+) -> dict[str, Any]:
     """How often `score` orders a held-out pair as its label does; ties of the score count half.
 
     score, gold: functions of trl's reward signature (a RewardModel is one). Returns `accuracy`, `accuracy_ci`

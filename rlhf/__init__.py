@@ -42,7 +42,21 @@ _PUBLIC = {
     "read_rankings": "rlhf.records",
 }
 
-__all__ = ["InputError", "__version__", *_PUBLIC]
+__all__ = [
+    "Demonstration",
+    "InputError",
+    "PPOConfig",
+    "PPOTrainer",
+    "Prompt",
+    "Ranking",
+    "SFTConfig",
+    "SFTTrainer",
+    "StepLabels",
+    "__version__",
+    "read_demonstrations",
+    "read_prompts",
+    "read_rankings",
+]
 
 if TYPE_CHECKING:
     from rlhf.ppo import PPOConfig, PPOTrainer

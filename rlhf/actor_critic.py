@@ -206,7 +206,9 @@ def _build_value(policy: Any, source: Any, dtype: torch.dtype | None) -> tuple[n
         return None, head
     if isinstance(scalar, PeftModel):
         if isinstance(policy, PeftModel):
-            raise InputError("value model: a LoRA reward model over another base than the policy's; train both over one base")
+            raise InputError(
+                "value model: a LoRA reward model over another base than the policy's; train both over one base"
+            )
         trunk = copy.deepcopy(scalar).merge_and_unload()  # beside a policy trained whole, so is the value model
     else:
         trunk = scalar if isinstance(source, str | Path) else clone(scalar)
@@ -226,9 +228,7 @@ def _head(weight: Tensor, bias: Tensor) -> nn.Linear:
 def _normalised_head(score: Any, normalizer: ScoreNormalizer) -> nn.Linear:
     """The reward model's head, divided by the spread and shifted, so that it predicts normalised scores."""
     raw_bias = torch.zeros(1) if score.bias is None else score.bias.detach().float().cpu()
-    return _head(
-        score.weight.detach().float().cpu() / normalizer.std, (raw_bias - normalizer.mean) / normalizer.std
-    )
+    return _head(score.weight.detach().float().cpu() / normalizer.std, (raw_bias - normalizer.mean) / normalizer.std)
 
 
 def _same_base(policy: PeftModel, scalar: PeftModel) -> bool:

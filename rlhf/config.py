@@ -143,8 +143,8 @@ def _take_section(
     tree: dict[str, Any], places: Places, file: str, section: str, known: Collection[str], own: set[str]
 ) -> tuple[dict[str, Any], Places]:
     sections = {section, *known}
-    if not any(key not in own and isinstance(tree[key], dict) or
-               key in sections and (isinstance(tree[key], dict) or key not in own) for key in tree):  # fmt: skip
+    if not any((key not in own and isinstance(tree[key], dict)) or
+               (key in sections and (isinstance(tree[key], dict) or key not in own)) for key in tree):  # fmt: skip
         return tree, places  # flat: the stage's own fields
     for key in tree:
         if key not in sections and key not in INHERITED:

@@ -159,7 +159,8 @@ def load_policy(
         rank = getattr(loaded.peft_config["default"], "r", None)
         if lora is not None and lora.r != rank:
             raise InputError(
-                f"lora_rank={lora.r}, but the model is already an adapter of rank {rank}; leave lora_rank at 0 to continue that adapter"
+                f"lora_rank={lora.r}, but the model is already an adapter of rank {rank}; "
+                "leave lora_rank at 0 to continue that adapter"
             )
         return loaded
     return _with_adapter(loaded, lora, seed) if lora is not None else loaded
@@ -229,7 +230,9 @@ def load_scalar_model(
         return PeftModel.from_pretrained(base, str(path)).eval(), ScoreNormalizer.load(path)
     config = _config(path)
     if not any("SequenceClassification" in name or "RewardModel" in name for name in config.architectures or []):
-        raise InputError(f"{path}: holds {config.architectures}, no reward model; train one with recipes/reward_model.py")
+        raise InputError(
+            f"{path}: holds {config.architectures}, no reward model; train one with recipes/reward_model.py"
+        )
     if config.num_labels != 1:
         raise InputError(f"{path}: num_labels={config.num_labels}; a reward model has one score")
     return _from_pretrained(AutoModelForSequenceClassification, path, dtype).eval(), ScoreNormalizer.load(path)
@@ -310,7 +313,9 @@ def _refuse_classifier(path: str | Path) -> None:
 def _base_of(adapter: str | Path) -> str:
     base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     if not base:
-        raise InputError(f"{adapter}/adapter_config.json: base_model_name_or_path is empty; write the base's path there")
+        raise InputError(
+            f"{adapter}/adapter_config.json: base_model_name_or_path is empty; write the base's path there"
+        )
     return base
 
 

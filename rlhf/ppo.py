@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from rlhf import InputError, chat, ppo_math, preflight, records, scores
 from rlhf.actor_critic import build_actor_critic, enable_gradient_checkpointing
 from rlhf.checkpoint import latest_checkpoint, save_checkpoint
+from rlhf.loop import CallbackLoop, callback_arguments
 from rlhf.models import default_dtype, is_adapter, load_tokenizer, lora_config
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_metrics import rollout_metrics
 from rlhf.records import Prompt
 from rlhf.rollout import Batch, Engine, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
-from rlhf.loop import CallbackLoop, callback_arguments
 
 log = logging.getLogger("rlhf")
 
@@ -74,9 +74,7 @@ class PPOTrainer:
         callback_args = callback_arguments(args)  # before Accelerator: transformers resets its state
         self.accelerator = Accelerator(mixed_precision="bf16" if mixed == torch.bfloat16 else "no")
         args.check_processes(self.accelerator.num_processes)
-        lora = peft_config or lora_config(
-            args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules
-        )
+        lora = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
         actor_critic = build_actor_critic(
             model,
             ref_model=ref_model,
@@ -371,7 +369,9 @@ class PPOTrainer:
         theirs, mine = json.loads(state["args"]), json.loads(self.args.resume_key())
         for name in mine:
             if theirs.get(name) != mine[name]:
-                raise InputError(f"{folder}: made with {name}={theirs.get(name)}, now {mine[name]}; use the same or start anew")
+                raise InputError(
+                    f"{folder}: made with {name}={theirs.get(name)}, now {mine[name]}; use the same or start anew"
+                )
         self._own.load_trained_state(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.kl_coef = state["kl_coef"]

@@ -132,7 +132,9 @@ class PPOConfig:
         for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "from 0 up to, not including, 1")
         for name in ("kl_target_nats", "clip_scores", "value_learning_rate"):
-            _require(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive or null")
+            _require(
+                name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive or null"
+            )
 
     @property
     def value_lr(self) -> float:
@@ -150,7 +152,9 @@ class PPOConfig:
     def weights_for(self, functions: int) -> list[float]:
         weights = self.reward_weights or [1.0] * functions
         if len(weights) != functions:
-            raise InputError(f"reward_weights has {len(weights)} numbers for {functions} reward functions; give one each")
+            raise InputError(
+                f"reward_weights has {len(weights)} numbers for {functions} reward functions; give one each"
+            )
         return weights
 
     def check_processes(self, processes: int) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -53,9 +52,7 @@ def token_logprobs(
     does to its logits after the head (bias, scaling, soft cap).
     """
     flat, labels = hidden.flatten(0, 1), targets.flatten()
-    pieces = [
-        (flat[i : i + chunk], labels[i : i + chunk]) for i in range(0, len(labels), chunk)
-    ]
+    pieces = [(flat[i : i + chunk], labels[i : i + chunk]) for i in range(0, len(labels), chunk)]
     if len(pieces) == 1 or not torch.is_grad_enabled():
         parts = [_chunk_logprobs(h, weight, y, temperature, logits_fn) for h, y in pieces]
     else:

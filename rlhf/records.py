@@ -9,8 +9,8 @@ Shapes, a row each (extra columns are kept in `.columns`):
 * prompts: `prompt`; of any of the above, the prompt.
 
 A source is a path (.jsonl, .jsonl.gz, .json), a folder of such files or one written by datasets' `save_to_disk`, a
-name on the hub ("name", or "name:part" with a configuration or folder of it), a `datasets` object, or a list of rows. Every mistake is an `InputError` of
-one line: file:line: field: what was seen; what to do.
+name on the hub ("name", or "name:part" with a configuration or folder of it), a `datasets` object, or a list of rows.
+Every mistake is an `InputError` of one line: file:line: field: what was seen; what to do.
 """
 
 from __future__ import annotations

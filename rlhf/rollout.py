@@ -182,9 +182,7 @@ class Rollout:
         return replace(self, **changes)
 
     def batch(self, rows: Sequence[int], pad_id: int, device: torch.device | str) -> Batch:
-        return make_batch(
-            [self.prompt_ids[i] for i in rows], [self.response_ids[i] for i in rows], pad_id, device
-        )
+        return make_batch([self.prompt_ids[i] for i in rows], [self.response_ids[i] for i in rows], pad_id, device)
 
 
 def make_batch(

@@ -27,9 +27,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import toy_world
 
     folder = tmp_path_factory.mktemp("toy")
-    toy_world.make(
-        folder, 3, prompts=400, demonstrations=160, pretraining_documents=300, evaluation_prompts=80
-    )
+    toy_world.make(folder, 3, prompts=400, demonstrations=160, pretraining_documents=300, evaluation_prompts=80)
     return folder
 
 
@@ -317,7 +315,10 @@ def test_shuffled_labels_keep_their_ties_and_lose_their_preference(answered: dic
     assert [sorted(ranks) for ranks in dealt] == [sorted(ranks) for ranks in honest]
     right = told = 0
     for i, (responses, ranks) in enumerate(zip(answered["responses"], dealt, strict=True)):
-        values = [toy_gold.gold_parts("", r, family=columns["family"][i], facts=columns["facts"][i])["gold"] for r in responses]
+        values = [
+            toy_gold.gold_parts("", r, family=columns["family"][i], facts=columns["facts"][i])["gold"]
+            for r in responses
+        ]
         for a in range(4):
             for b in range(a):
                 if values[a] != values[b] and ranks[a] != ranks[b]:

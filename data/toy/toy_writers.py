@@ -64,7 +64,9 @@ def _wrong_answer(request: Request, rng: random.Random) -> str:
         told = {aspect: facts["true"][aspect] for aspect in facts["asked"]}
         if rng.random() < 0.5:
             other = rng.choice([thing for thing in sorted(words.FACTS_OF) if thing != facts["thing"]])
-            values = dict(zip(("color", "size", "place"), words.FACTS_OF[other], strict=True)) | {"kind": words.KIND_OF[other]}
+            values = dict(zip(("color", "size", "place"), words.FACTS_OF[other], strict=True)) | {
+                "kind": words.KIND_OF[other]
+            }
             return " ".join(sentence(other, a, values[a], i == 0) for i, a in enumerate(facts["asked"]))
         for aspect in rng.sample(facts["asked"], rng.choice((1, 2))):
             told[aspect] = rng.choice([value for value in words.ASPECTS[aspect] if value != told[aspect]])

@@ -8,7 +8,6 @@ Run again, it skips complete stages and goes on where it stopped.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,12 +152,12 @@ def make_base(config: FunctionConfig) -> dict[str, Any]:
         bar.show({"loss": numbers["loss"]})
         bar.update(int(numbers["step"]))
 
-    function, started = configs.import_function(config.function), time.perf_counter()
+    function = configs.import_function(config.function)
     stage.begin()
     outputs = function(data, stage.folder, seed=config.seed, log=log, **config.options)
     if bar:
         bar.close()
-    return stage.finish({**outputs, "training_seconds": time.perf_counter() - started})
+    return stage.finish({name: value for name, value in outputs.items() if name != "seconds"})
 
 
 def judge_config(config: ChainConfig) -> RewardRecipe:

@@ -56,7 +56,7 @@ class RewardModelLike(Protocol):
 
 
 class ActorCritic(nn.Module):
-    """The three models of PPO. `shared` holds the adapters' backbone, or is None with three separate models."""
+    """The three models of PPO: adapters on the policy's backbone, or separate models."""
 
     def __init__(self, policy: Any, reference: Any | None, value: Any | None, head: nn.Linear):
         super().__init__()

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,7 @@ class PPOTrainer:
         totals: dict[str, Tensor] = {}
         for place, rows in enumerate(minibatch):
             last = place == len(minibatch) - 1
-            with _noop() if last else self.accelerator.no_sync(self.module):
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
                 loss, stats = self._losses(rollout, rows, count)
                 self.accelerator.backward(loss * world)
             for name, value in stats.items():
@@ -469,9 +470,3 @@ def _mix(*parts: int) -> int:
         seed = ((seed ^ (part + 0x9E3779B9)) * 0xBF58476D1CE4E5B9) % 2**64
         seed ^= seed >> 31
     return seed % 2**63
-
-
-def _noop() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -177,9 +177,6 @@ class Rollout:
     @property
     def response_tokens(self) -> Int[Tensor, "N"]:
         return self.mask.sum(-1)
-
-    def with_(self, **changes: Any) -> Rollout:
-        return replace(self, **changes)
 
     def batch(self, rows: Sequence[int], pad_id: int, device: torch.device | str) -> Batch:
         return make_batch([self.prompt_ids[i] for i in rows], [self.response_ids[i] for i in rows], pad_id, device)

@@ -331,3 +331,26 @@ def test_tied_embeddings_and_trained_chat_tokens(tmp_path, tiny_model, tiny_toke
     assert any("trainable_tokens_delta.value" in name for name in grads)
     values = {id(p) for p in actor_critic.value_parameters()}
     assert all(id(p) in values for name, p in actor_critic.named_parameters() if name.endswith("delta.value"))
+
+
+def test_a_lora_reward_model_starts_a_whole_value_model_beside_a_whole_policy(tiny_model, tmp_path):
+    from types import SimpleNamespace
+
+    from rlhf import models
+
+    tiny_model.save_pretrained(tmp_path)
+    lora = models.lora_config(2, 4, task_type="SEQ_CLS")
+    scalar = models.new_scalar_model(str(tmp_path), seed=3, lora=lora)
+    with torch.no_grad():
+        for name, weight in scalar.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    normalizer = models.ScoreNormalizer(mean=0.4, std=2.0, count=1)
+    both = build_actor_critic(str(tmp_path), value_model=SimpleNamespace(model=scalar, normalizer=normalizer))
+    batch = make_batch([[5, 6, 7]], [[8, 9]], 0, "cpu")
+    values = both(batch, 1.0, ("value",)).values[0]
+    for t, ids in enumerate(([5, 6, 7], [5, 6, 7, 8])):
+        row = torch.tensor([ids])
+        expected = (models.last_token_scores(scalar, row, torch.ones_like(row)) - 0.4) / 2.0
+        torch.testing.assert_close(values[t : t + 1], expected, atol=1e-5, rtol=1e-5)
+    assert all(p.requires_grad for p in both.value.model.parameters())

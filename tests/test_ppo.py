@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -215,13 +216,14 @@ def test_micro_batches_and_row_order_change_no_gradient(tmp_path, folders):
         tmp_path, folders[0], RewardModel.load(folders[1]), inner_epochs=1, minibatch_size=12, max_grad_norm=1e9
     )
     rollout = prepared(trainer)
-    rollout = rollout.with_(
-        logprobs=rollout.logprobs + 0.15 * torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    rollout = dataclasses.replace(
+        rollout,
+        logprobs=rollout.logprobs + 0.15 * torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0)),
     )
     seen = watch_steps(trainer)
     everything = list(range(12))
     plans = [[everything], [everything[::-1]], [[i] for i in everything], [[3, 7, 1], [0, 2, 4, 5], [6, 8, 9, 10, 11]]]
-    metrics = [trainer.update(rollout.with_(plan=[plan])) for plan in plans]
+    metrics = [trainer.update(dataclasses.replace(rollout, plan=[plan])) for plan in plans]
     assert len(seen) == len(plans)
     assert any(is_value(name) for name in seen[0])
     assert not all(is_value(name) for name in seen[0])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -26,10 +25,11 @@ from rlhf import InputError, RunStopped, chat, finite, ppo_math, ppo_state, pref
 from rlhf.actor_critic import ActorCritic, build_actor_critic, enable_gradient_checkpointing
 from rlhf.checkpoint import full_disk_explained, mark_complete, save_checkpoint
 from rlhf.config import resume_settings
+from rlhf.draws import Draws
 from rlhf.loop import CallbackLoop, callback_arguments
 from rlhf.models import default_dtype, is_adapter, load_tokenizer, lora_config
 from rlhf.ppo_config import PPOConfig
-from rlhf.ppo_metrics import rollout_metrics, samples
+from rlhf.ppo_metrics import Clock, rollout_metrics, samples
 from rlhf.records import Prompt
 from rlhf.resume import TERMINATED, Termination, resume_point
 from rlhf.rollout import Batch, Engine, Responses, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
@@ -109,6 +109,8 @@ class PPOTrainer:
         self.kl_coef = args.kl_coef
         self.moments = scores.RunningMoments()
         self.update_index = 0
+        self.clock = Clock()
+        self.draws = Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.loop = CallbackLoop(
             args, callback_args, actor_critic.policy, tokenizer, self.optimizer, callbacks, self.accelerator
         )
@@ -142,13 +144,14 @@ class PPOTrainer:
 
     def _one_update(self) -> dict[str, float]:
         with self._saving_update() as save:
-            started = time.perf_counter()
-            rollout = self._scored(self.collect(self.next_prompts()))
-            rollout = self.advantages(rollout)
-            metrics = self.update(rollout)
-            seconds = time.perf_counter() - started
-            tokens = self._sum(rollout.response_tokens.sum())
-            metrics |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+            clock = self.clock = Clock()
+            rollout = self.collect(self.next_prompts())
+            with clock("score"):
+                rollout = self._scored(rollout)
+            with clock("update"):
+                rollout = self.advantages(rollout)
+                metrics = self.update(rollout)
+            metrics |= clock.metrics(self._sum(rollout.response_tokens.sum()))
             if self.eval_prompts and self._due(self.args.eval_steps, metrics):
                 metrics |= self.evaluate()
             self.loop.step(self.update_index, metrics, samples(rollout, self.update_index, self.args.samples_logged))
@@ -158,10 +161,8 @@ class PPOTrainer:
     def next_prompts(self) -> list[Prompt]:
         """This process's share of the prompts of the current update: a pure function of (seed, update), every
         prompt once before any comes twice."""
-        size = self.args.rollout_size
-        first = self.update_index * size
-        rows = [self._row(place) for place in range(first, first + size)]
-        return [self.prompts[row] for row in rows[self.accelerator.process_index :: self.accelerator.num_processes]]
+        rows = self.draws.prompt_rows(self.update_index, self.args.rollout_size, len(self.prompts))
+        return [self.prompts[row] for row in rows]
 
     # -- the four stages -----------------------------------------------------------------------------------
 
@@ -174,7 +175,8 @@ class PPOTrainer:
         """
         args = self.args
         prompt_ids = [chat.encode_prompt(self.processing_class, p.messages) for p in prompts]
-        responses = self._generate(prompt_ids, self._generator("sample", self.device))
+        with self.clock("generate"):
+            responses = self._generate(prompt_ids, self.draws.generator("sample", self.update_index, self.device))
         _, mask = pad(responses.ids, 0)
         lengths = [len(p) + len(r) for p, r in zip(prompt_ids, responses.ids, strict=True)]
         plan = self._plan(lengths, inner_epoch=0)
@@ -193,12 +195,13 @@ class PPOTrainer:
             entropy=blank.clone(),
             values=blank.clone(),
         )
-        for rows in (rows for minibatch in plan for rows in minibatch):
-            batch = rollout.batch(rows, self.pad_id, self.device)
-            outputs = self.module(batch, args.temperature, ("policy", "reference", "value"))
-            for name in ("logprobs", "reference_logprobs", "entropy", "values"):
-                values = getattr(outputs, name).float().cpu()
-                getattr(rollout, name)[torch.tensor(rows), : values.shape[1]] = values
+        with self.clock("logprobs"):
+            for rows in (rows for minibatch in plan for rows in minibatch):
+                batch = rollout.batch(rows, self.pad_id, self.device)
+                outputs = self.module(batch, args.temperature, ("policy", "reference", "value"))
+                for name in ("logprobs", "reference_logprobs", "entropy", "values"):
+                    values = getattr(outputs, name).float().cpu()
+                    getattr(rollout, name)[torch.tensor(rows), : values.shape[1]] = values
         self._require_finite(finite.broken_place(rollout))
         return rollout
 
@@ -436,26 +439,9 @@ class PPOTrainer:
         prompts = records.read_prompts(dataset)
         return preflight.encode_prompts(self.processing_class, prompts, self.args.max_prompt_tokens, name)
 
-    def _row(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self.prompts))
-        if getattr(self, "_order", (None,))[0] != epoch:
-            generator = torch.Generator().manual_seed(_mix(self.args.seed, 1, epoch))
-            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
-        return self._order[1][offset]
-
-    def _generator(self, purpose: str, device: torch.device | str = "cpu", extra: int = 0) -> torch.Generator:
-        """Randomness as a pure function of (seed, purpose, update, process): nothing to save, nothing to lose.
-
-        The plan of minibatches is drawn alike on all processes: each takes its own rows of the same ones.
-        """
-        purposes = {"sample": 2, "plan": 3}
-        process = 0 if purpose == "plan" else self.accelerator.process_index
-        seed = _mix(self.args.seed, purposes[purpose], self.update_index, process, extra)
-        return torch.Generator(device).manual_seed(seed)
-
     def _plan(self, lengths: Sequence[int], inner_epoch: int) -> list[list[list[int]]]:
-        args, here = self.args, (self.accelerator.process_index, self.accelerator.num_processes)
-        generator = self._generator("plan", extra=inner_epoch)
+        args, here = self.args, (self.draws.process, self.draws.processes)
+        generator = self.draws.generator("plan", self.update_index, extra=inner_epoch)
         plan = plan_minibatches(lengths, args.minibatch_size, args.tokens_per_microbatch, generator, *here)
         return sharding.even_plan(plan, self.module)
 
@@ -510,12 +496,3 @@ def _optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimi
 def _frozen_base(model: Any) -> bool:
     """Only adapters are trained, so the base can be kept in the precision that it computes in."""
     return isinstance(model, str | Path) and is_adapter(model)
-
-
-def _mix(*parts: int) -> int:
-    """One 63-bit seed from several numbers; neighbours give unrelated streams."""
-    seed = 0x9E3779B97F4A7C15
-    for part in parts:
-        seed = ((seed ^ (part + 0x9E3779B9)) * 0xBF58476D1CE4E5B9) % 2**64
-        seed ^= seed >> 31
-    return seed % 2**63

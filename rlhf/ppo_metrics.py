@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,3 +75,22 @@ def samples(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]:
         }
         for i in range(min(count, len(rollout)))
     ]
+
+
+class Clock:
+    """Wall-clock seconds of one update, by phase."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds = dict.fromkeys(("generate", "score", "logprobs", "update"), 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - begun
+
+    def metrics(self, response_tokens: float) -> dict[str, float]:
+        total = time.perf_counter() - self.started
+        phases = {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
+        return phases | {"step_seconds": total, "tokens_per_second": response_tokens / total}

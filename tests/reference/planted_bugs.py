@@ -514,9 +514,10 @@ PLANTS = (
         name="resume_loses_the_sampler",
         bug="a resumed run starts with the first prompts again",
         shipped="NeMo-RL#3171, verl#2653",
-        file="rlhf/ppo.py",
-        old="        first = self.update_index * size\n",
-        new='        self._asked = getattr(self, "_asked", -1) + 1\n        first = self._asked * size\n',
+        file="rlhf/draws.py",
+        old="        first = update * rollout_size\n",
+        new='        asked = self.__dict__.setdefault("_asked", [-1])\n        asked[0] += 1\n'
+        "        first = asked[0] * rollout_size\n",
         test="tests/test_ppo.py::test_resume_is_exact_and_logs_every_update_once",
         here="the prompts are a pure function of seed and update",
     ),
@@ -524,11 +525,12 @@ PLANTS = (
         name="resume_loses_the_samplings_rng",
         bug="a resumed run draws its responses from the beginning of the random stream",
         shipped="NeMo-RL#3171, verl#2653",
-        file="rlhf/ppo.py",
-        old="        return torch.Generator(device).manual_seed(seed)\n\n    def _plan",
-        new="        seed = _mix(self.args.seed, purposes[purpose], process)\n"
+        file="rlhf/draws.py",
+        old="        return torch.Generator(device).manual_seed("
+        "_mix(self.seed, purposes[purpose], update, process, extra))\n",
+        new="        seed = _mix(self.seed, purposes[purpose], process)\n"
         '        streams = self.__dict__.setdefault("_streams", {})\n'
-        "        return streams.setdefault(purpose, torch.Generator(device).manual_seed(seed))\n\n    def _plan",
+        "        return streams.setdefault(purpose, torch.Generator(device).manual_seed(seed))\n",
         test="tests/test_ppo.py::test_resume_is_exact_and_logs_every_update_once",
         here="sampling and minibatches are drawn by generators that are pure functions of seed and update",
     ),

@@ -33,7 +33,18 @@ from rlhf.ppo_metrics import Clock, rollout_metrics, samples
 from rlhf.precision import ppo_dtype
 from rlhf.records import Prompt
 from rlhf.resume import TERMINATED, Termination, resume_point
-from rlhf.rollout import Batch, Engine, Responses, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
+from rlhf.rollout import (
+    FEWEST,
+    LAUNCH_TOKENS,
+    Batch,
+    Engine,
+    Responses,
+    Rollout,
+    TransformersEngine,
+    make_batch,
+    pad,
+    plan_minibatches,
+)
 from rlhf.saved_rollout import Origin, Save, saving_update, update_folder
 
 log = logging.getLogger("rlhf")
@@ -113,7 +124,7 @@ class PPOTrainer:
         self.moments = scores.RunningMoments()
         self.update_index = 0
         self.clock = Clock()
-        self._kept: tuple[list[list[list[int]]], Outputs] | None = None  # see `_collected`
+        self._kept: tuple[list[list[list[int]]], dict[tuple[int, ...], Outputs]] | None = None  # see `_fits_at_once`
         self.draws = Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.loop = CallbackLoop(
             args, callback_args, actor_critic.policy, tokenizer, self.optimizer, callbacks, self.accelerator
@@ -199,6 +210,7 @@ class PPOTrainer:
             values=blank.clone(),
         )
         with self.clock("logprobs"):
+            self._kept = (plan, {}) if self._fits_at_once(plan, lengths) else None
             for rows in (rows for minibatch in plan for rows in minibatch):
                 outputs = self._collected(rollout, rows)
                 for name in ("logprobs", "reference_logprobs", "entropy", "values"):
@@ -255,7 +267,7 @@ class PPOTrainer:
         steps: list[dict[str, float]] = []
         for inner_epoch in range(self.args.inner_epochs):
             plan = rollout.plan if inner_epoch == 0 else self._plan(lengths, inner_epoch)
-            outputs = kept[1] if kept is not None and kept[0] is plan else None
+            outputs = kept[1] if kept is not None and kept[0] is plan else {}
             epoch = [step for minibatch in plan if (step := self._optimizer_step(rollout, minibatch, outputs))]
             steps += epoch
             moved = sum(step["approx_kl_nats"] for step in epoch) / len(epoch)
@@ -286,7 +298,7 @@ class PPOTrainer:
             with self.accelerator.autocast(), self.actor_critic.sampling():
                 return self.engine.generate(prompt_ids, self.args.max_new_tokens, self.args.temperature, generator)
         except RuntimeError as error:
-            if "probability tensor" not in str(error):  # what torch.multinomial says of a NaN
+            if "probability" not in str(error):  # what torch.multinomial, too, says of a NaN
                 raise
             with self.actor_critic.active("policy") as policy:
                 where = finite.broken_prompt(policy, prompt_ids, self.processing_class)
@@ -294,24 +306,24 @@ class PPOTrainer:
             raise
 
     def _collected(self, rollout: Rollout, rows: list[int]) -> Outputs:
-        """What the models say of a micro-batch before the update.
-
-        Where it is the whole update (one inner epoch of one minibatch, in one piece, on one process), its forward is
-        also the update's: the graph is kept for `update`, and no second forward is made.
-        """
+        """What the models say of a micro-batch before the update."""
         batch, temperature = rollout.batch(rows, self.pad_id, self.device), self.args.temperature
-        whole = self.args.inner_epochs == 1 and rollout.plan == [[rows]] and self.accelerator.num_processes == 1
-        if not whole:
+        if self._kept is None:
             return self.module(batch, temperature, ("policy", "reference", "value"))
         with torch.enable_grad():
-            trained = self.module(batch, temperature, ("policy", "value"))
-        self._kept = (rollout.plan, trained)
-        return trained._replace(
-            reference_logprobs=self.module(batch, temperature, ("reference",)).reference_logprobs,
-        )
+            trained = self._kept[1][tuple(rows)] = self.module(batch, temperature, ("policy", "value"))
+        reference = self.module(batch, temperature, ("reference",))
+        return trained._replace(reference_logprobs=reference.reference_logprobs)
+
+    def _fits_at_once(self, plan: list[list[list[int]]], lengths: list[int]) -> bool:
+        """One inner epoch of one minibatch on one process, of no more tokens than a micro-batch may have: then the
+        forward of `collect` is also the update's. Its graphs are kept, and no second forward is made."""
+        alone = self.args.inner_epochs == 1 and len(plan) == 1 and self.accelerator.num_processes == 1
+        padded = sum(len(rows) * max(lengths[row] for row in rows) for minibatch in plan for rows in minibatch)
+        return alone and padded <= self.args.tokens_per_microbatch
 
     def _optimizer_step(
-        self, rollout: Rollout, minibatch: list[list[int]], outputs: Outputs | None = None
+        self, rollout: Rollout, minibatch: list[list[int]], outputs: dict[tuple[int, ...], Outputs] | None = None
     ) -> dict[str, float]:
         """One minibatch: gradients summed over its micro-batches, both norms clipped, one Adam step.
 
@@ -326,7 +338,7 @@ class PPOTrainer:
         for place, rows in enumerate(minibatch):
             last = place == len(minibatch) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, stats = self._losses(rollout, rows, count, outputs)
+                loss, stats = self._losses(rollout, rows, count, (outputs or {}).get(tuple(rows)))
                 self.accelerator.backward(loss * world)
             for name, value in stats.items():
                 join = torch.maximum if name in ("ratio_max", "ratio_error") else torch.add
@@ -471,7 +483,8 @@ class PPOTrainer:
     def _plan(self, lengths: Sequence[int], inner_epoch: int) -> list[list[list[int]]]:
         args, here = self.args, (self.draws.process, self.draws.processes)
         generator = self.draws.generator("plan", self.update_index, extra=inner_epoch)
-        plan = plan_minibatches(lengths, args.minibatch_size, args.tokens_per_microbatch, generator, *here)
+        launch = LAUNCH_TOKENS.get(self.device.type, FEWEST)
+        plan = plan_minibatches(lengths, args.minibatch_size, args.tokens_per_microbatch, generator, *here, launch)
         return sharding.even_plan(plan, self.module)
 
     def _set_learning_rates(self) -> None:

@@ -77,16 +77,18 @@ class _HeadLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
+        rows = _rows_at_once(weight)
         columns: list[tuple[Tensor, Tensor, Tensor]] = []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = _logits(h, weight, temperature)
-            top = logits.amax(-1, keepdim=True)
-            chosen = logits.gather(-1, y[:, None]) - top
-            shifted = logits.sub_(top)
-            powers = shifted.exp()
-            total = powers.sum(-1, keepdim=True)
-            mean = torch.linalg.vecdot(powers, shifted.clamp_(min=-1e4))[:, None] / total  # 0 * -inf counts 0
-            columns.append((chosen - total.log(), total.log() - mean, top + total.log()))
+        for h, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            for logits, y in zip((h @ weight.T).split(rows), labels.split(rows), strict=True):
+                logits = _scaled(logits, temperature)
+                top = logits.amax(-1, keepdim=True)
+                chosen = logits.gather(-1, y[:, None]) - top
+                shifted = logits.sub_(top)
+                powers = shifted.exp()
+                total = powers.sum(-1, keepdim=True)
+                mean = torch.linalg.vecdot(powers, shifted)[:, None] / total
+                columns.append((chosen - total.log(), total.log() - mean, top + total.log()))
         logprobs, entropy, normaliser = (torch.cat(part).squeeze(-1) for part in zip(*columns, strict=True))
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -96,25 +98,36 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
+        rows = _rows_at_once(weight)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        pieces = [x.split(ctx.chunk) for x in (hidden, targets, normaliser, grads[0] / ctx.temperature)]
-        for place, (h, y, n, g) in enumerate(zip(*pieces, strict=True)):
-            slope = _logits(h, weight, ctx.temperature).sub_(n[:, None]).exp_().mul_(-g[:, None])
-            slope.scatter_add_(-1, y[:, None], g[:, None])
-            slope = slope.to(h.dtype)
+        scaled = grads[0] / ctx.temperature
+        for start in range(0, len(hidden), ctx.chunk):
+            h = hidden[start : start + ctx.chunk]
+            slopes = h @ weight.T  # of the loss by each logit, once the loop has written them
+            for first in range(0, len(h), rows):
+                own = slice(start + first, start + min(first + rows, len(h)))
+                y, g = targets[own, None], scaled[own, None]
+                logits = slopes[first : first + rows]
+                slope = _scaled(logits, ctx.temperature).sub_(normaliser[own, None]).exp_().mul_(-g)
+                logits.copy_(slope.scatter_add_(-1, y, g))
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden.narrow(0, place * ctx.chunk, len(h)))
+                torch.mm(slopes, weight, out=grad_hidden[start : start + ctx.chunk])
             if grad_weight is not None and h.dtype == torch.float32:
-                grad_weight.addmm_(slope.T, h)
+                grad_weight.addmm_(slopes.T, h)
             elif grad_weight is not None:
-                grad_weight += slope.T @ h
+                grad_weight += slopes.T @ h
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _rows_at_once(weight: Tensor) -> int:
+    """Rows of logits whose passes stay in a CPU's cache; a GPU takes whole chunks."""
+    return max(1, 2**19 // weight.shape[0]) if weight.device.type == "cpu" else 2**31
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """In float32; in place where they are already."""
+    return logits.float() if temperature == 1.0 else logits.float().div_(temperature)
 
 
 def _chunk_logprobs(

@@ -173,7 +173,8 @@ class Trial:
 
 
 class Draws(TorchFunctionMode):
-    """Every torch.multinomial inside: the tokens it drew, and their log-probabilities as it was given them."""
+    """Every draw inside, by torch.multinomial or by torch.searchsorted in cumulative probabilities: the tokens, and
+    their log-probabilities as the draw was given them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,6 +185,10 @@ class Draws(TorchFunctionMode):
         if func in (torch.multinomial, Tensor.multinomial) and result.dim() == 2:
             weights = (args[0] if args else (kwargs or {})["input"]).double()
             chosen = weights.gather(-1, result) / weights.sum(-1, keepdim=True)
+            self.steps.append((result[:, 0].tolist(), chosen[:, 0].log().tolist()))
+        elif func is torch.searchsorted and result.dim() == 2:
+            levels = torch.nn.functional.pad(args[0].double(), (1, 0))
+            chosen = (levels.gather(-1, result + 1) - levels.gather(-1, result)) / levels[:, -1:]
             self.steps.append((result[:, 0].tolist(), chosen[:, 0].log().tolist()))
         return result
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,10 @@ class Responses:
 
     ids: list[list[int]]
     stopped: list[bool]
+
+
+LAUNCH_TOKENS = {"cpu": 64, "cuda": 2048}  # what starting one more micro-batch costs, in tokens computed meanwhile
+FEWEST = 1e9  # as if it cost so much that there are as few as possible
 
 
 class Engine(Protocol):
@@ -162,7 +166,15 @@ def sample(logits: Float[Tensor, "B V"], temperature: float, generator: torch.Ge
     """One token per row from ``softmax(logits / temperature)``; temperature 0 takes the most likely one."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    # torch.multinomial draws V random numbers for each row, which on a CPU takes longer than the head; one is enough
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    if not bool(cumulative[:, -1].isfinite().all()):
+        raise RuntimeError("sampling: a probability is not a number")
+    level = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, level, right=True).clamp_(max=logits.shape[-1] - 1).squeeze(-1)
 
 
 def pad(
@@ -266,29 +278,45 @@ def plan_minibatches(
     generator: torch.Generator,
     process: int = 0,
     processes: int = 1,
+    launch_tokens: float = FEWEST,
 ) -> list[list[list[int]]]:
     """Rows shuffled into minibatches, each cut into micro-batches of rows of similar length.
 
     Of `processes`, number `process` holds every `processes`-th row of the rollout and gets its part of every
     minibatch. To give all of them equal parts of the same minibatches, rows are dealt, not permuted freely: of
-    the rows with the same number modulo `minibatch_size`, each minibatch gets one. A micro-batch holds at most
-    `tokens_per_microbatch` padded prompt + response tokens (one row at the least).
+    the rows with the same number modulo `minibatch_size`, each minibatch gets one. Micro-batches: `split_by_tokens`.
     """
     share = minibatch_size // processes
     minibatches = -(-len(lengths) // share)
     places = torch.rand(minibatch_size, minibatches, generator=generator).argsort(-1)[process::processes]
     dealt = (places * share + torch.arange(share)[:, None]).T.tolist()
     rows = ([row for row in minibatch if row < len(lengths)] for minibatch in dealt)
-    return [list(split_by_tokens(minibatch, lengths, tokens_per_microbatch)) for minibatch in rows]
+    return [split_by_tokens(minibatch, lengths, tokens_per_microbatch, launch_tokens) for minibatch in rows]
 
 
-def split_by_tokens(rows: Sequence[int], lengths: Sequence[int], tokens_per_microbatch: int) -> Iterator[list[int]]:
-    """Cut rows, shortest first, into lists whose padded size stays within `tokens_per_microbatch`."""
-    batch: list[int] = []
-    for row in sorted(rows, key=lambda r: lengths[r]):
-        if batch and lengths[row] * (len(batch) + 1) > tokens_per_microbatch:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def split_by_tokens(
+    rows: Sequence[int], lengths: Sequence[int], tokens_per_microbatch: int, launch_tokens: float = FEWEST
+) -> list[list[int]]:
+    """Cut rows, shortest first, into micro-batches of at most `tokens_per_microbatch` padded prompt + response tokens
+    (one row at the least).
+
+    Of all such cuts the cheapest: padded tokens in all, and `launch_tokens` for each micro-batch, which is what
+    starting one costs beside its arithmetic.
+    """
+    order = sorted(rows, key=lambda r: lengths[r])
+    costs, starts = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        longest, best, where = lengths[order[end - 1]], float("inf"), end - 1
+        for start in range(end - 1, -1, -1):
+            padded = longest * (end - start)
+            if padded > tokens_per_microbatch and start < end - 1:
+                break
+            if costs[start] + padded + launch_tokens <= best:
+                best, where = costs[start] + padded + launch_tokens, start
+        costs.append(best)
+        starts.append(where)
+    cuts, end = [], len(order)
+    while end > 0:
+        cuts.append(order[starts[end] : end])
+        end = starts[end]
+    return cuts[::-1]

@@ -215,3 +215,31 @@ def test_tokens_per_microbatch_does_not_change_the_minibatches():
 def test_a_split_by_hand():
     assert list(split_by_tokens([0, 1, 2, 3], [4, 2, 9, 2], 8)) == [[1, 3], [0], [2]]
     assert list(split_by_tokens([], [], 8)) == []
+
+
+@pytest.mark.parametrize(
+    ("launch", "expected"),
+    [
+        (0, [[1, 3], [0], [2]]),  # no padding at all
+        (3, [[1, 3], [0], [2]]),  # 4 + 4 + 9 and three starts: 26; with [1, 3, 0], 12 + 9 and two: 27
+        (5, [[1, 3, 0], [2]]),  # 31 against 32 for three, and 41 for one
+        (16, [[1, 3, 0, 2]]),  # 36 + 16 against 21 + 32
+    ],
+)
+def test_of_all_splits_the_cheapest(launch, expected):
+    assert split_by_tokens([0, 1, 2, 3], [4, 2, 9, 2], 100, launch) == expected
+
+
+def test_no_split_is_cheaper():
+    """Against every way to cut a sorted list."""
+    lengths = torch.randint(1, 60, (9,), generator=generator()).tolist()
+    order = sorted(range(9), key=lambda r: lengths[r])
+
+    def cost(cuts: tuple[int, ...]) -> float:
+        parts = [order[a:b] for a, b in itertools.pairwise((0, *cuts, 9))]
+        sizes = [max(lengths[r] for r in part) * len(part) for part in parts]
+        return sum(sizes) + 20 * len(parts) if all(size <= 120 for size in sizes) else float("inf")
+
+    best = min(cost(cuts) for n in range(9) for cuts in itertools.combinations(range(1, 9), n))
+    found = split_by_tokens(range(9), lengths, 120, 20)
+    assert sum(max(lengths[r] for r in part) * len(part) + 20 for part in found) == best

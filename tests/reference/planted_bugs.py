@@ -205,8 +205,8 @@ PLANTS = (
         bug="the log-softmax is computed in bfloat16",
         shipped="OpenRLHF#634",
         file="rlhf/ppo_math.py",
-        old="logits = (hidden @ weight.T).float()",
-        new="logits = hidden @ weight.T",
+        old="return logits.float() if temperature == 1.0 else logits.float().div_(temperature)",
+        new="return logits if temperature == 1.0 else logits.div_(temperature)",
         test="tests/test_ppo_math.py::test_log_softmax_of_bf16_states_is_float32",
     ),
     # -- KL sign and clamps that kill its gradient

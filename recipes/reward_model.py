@@ -61,6 +61,7 @@ class RewardRecipe(RewardConfig):
                 raise InputError(f"{name}={values}: write different whole numbers, such as {EXAMPLES[name]}, or null")
 
 
+BEST = "best.safetensors"  # reward_models.best.BEST_FILE, whose module takes seconds to import
 EXAMPLES = {"seeds": "[0, 1, 2]", "sizes": "[500, 1000, 2000]"}
 
 
@@ -79,14 +80,13 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
     check_model(str(config.model), ("base", "sft", "ppo"))
     names = ("model", "train_data", "eval_data", "selection_data", "normalizer_data")
     stage = open_stage(name, config, {source: getattr(config, source) for source in names})
-    from reward_models import RewardModel
-    from reward_models.best import drop_best
-    from reward_models.evaluate import report_after_training
-
     if stage.complete:
-        drop_best(stage.folder)
+        (stage.folder / BEST).unlink(missing_ok=True)  # where it was killed right after the manifest
         return stage.outputs
     data = read_data(config)
+    from reward_models import RewardModel
+    from reward_models.evaluate import report_after_training
+
     trainer = build(config, data.train, data)  # finds what is wrong with the input, before anything is written
     stage.begin()
     outputs: dict[str, Any] = {}
@@ -101,7 +101,7 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
         outputs["sizes"].append(last | {key: outputs[key] for key in ("accuracy", "accuracy_ci", "n")})
         write_json_atomic(stage.folder / "sizes.json", outputs["sizes"])
     stage.finish(outputs, scorer.tokenizer, str(config.model))
-    drop_best(stage.folder)
+    (stage.folder / BEST).unlink(missing_ok=True)  # its weights are in the model now
     for folder in [*stage.folder.glob("seed-*"), *stage.folder.glob("size-*")]:
         shutil.rmtree(folder)
     return outputs
@@ -179,7 +179,7 @@ def best_of_seeds(config: RewardRecipe, data: Data, stage: Stage, name: str) -> 
     seed = min(found, key=lambda number: found[number]["eval_loss"])
     _barrier()
     if _is_main():
-        left = shutil.ignore_patterns("checkpoint-*", "best.safetensors", RESULT)
+        left = shutil.ignore_patterns("checkpoint-*", BEST, RESULT)
         shutil.copytree(stage.folder / f"seed-{seed}", stage.folder, ignore=left, dirs_exist_ok=True)
     _barrier()
     spread = {}

@@ -12,23 +12,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from evaluate_policy import EvaluationConfig, evaluation
+from ppo import PPORecipe, ppo
+from rankings import DataConfig, rankings
+from reward_model import RewardRecipe, reward_model
+from sft import SFTRecipe, sft
+from stage import open_stage
+
+from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.checkpoint import full_disk_explained, write_json_atomic
+from rlhf.report import write_report
+from rlhf.sources import require_there
+from rlhf.stages import Manifest
 
 console.quiet()
-
-from evaluate_policy import EvaluationConfig, evaluation  # noqa: E402
-from ppo import PPORecipe, ppo  # noqa: E402
-from rankings import DataConfig, rankings  # noqa: E402
-from reward_model import RewardRecipe, reward_model  # noqa: E402
-from sft import SFTRecipe, sft  # noqa: E402
-from stage import open_stage  # noqa: E402
-
-from rlhf import InputError, models  # noqa: E402
-from rlhf.checkpoint import full_disk_explained, write_json_atomic  # noqa: E402
-from rlhf.report import write_report  # noqa: E402
-from rlhf.sources import require_there  # noqa: E402
-from rlhf.stages import Manifest  # noqa: E402
 
 DATA_FIELDS = ("rankings", "prompts", "train_data", "eval_data", "seen_data", "selection_data", "normalizer_data")
 MODEL_FIELDS = ("model", "policy", "baseline", "reward_model")
@@ -119,7 +117,14 @@ def check(config: ChainConfig) -> None:
         given = {name: getattr(section, name, None) for name in (*DATA_FIELDS, *MODEL_FIELDS)}
         for name, place in given.items():
             if place and not Path(place).absolute().is_relative_to(run):  # what is in the run, a stage may yet write
-                require_there(place) if name in DATA_FIELDS else models.load_tokenizer(place)
+                require_there(place) if name in DATA_FIELDS else require_tokenizer(place)
+
+
+def require_tokenizer(model: str) -> None:
+    """Raise InputError where a model's folder or hub id has no tokenizer that loads."""
+    from rlhf.models import load_tokenizer
+
+    load_tokenizer(model)
 
 
 def make_data(config: DataConfig) -> dict[str, Any]:

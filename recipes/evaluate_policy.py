@@ -11,27 +11,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from stage import SECTIONS, check_model, from_siblings, open_stage
+
+from rlhf import InputError, chat, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.checkpoint import write_json_atomic
+from rlhf.entry import compute_dtype
+from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
+from rlhf.stages import Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf.evaluate import JudgeCard, PolicySamples
+    from rlhf.scores import RewardFunction
 
 console.quiet()
-
-import torch  # noqa: E402
-from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
-
-from reward_models import RewardModel  # noqa: E402
-from reward_models.evaluate import report_card  # noqa: E402
-from rlhf import InputError, chat, evaluate, models, preflight  # noqa: E402
-from rlhf.actor_critic import response_logprobs  # noqa: E402
-from rlhf.checkpoint import write_json_atomic  # noqa: E402
-from rlhf.entry import use_bf16  # noqa: E402
-from rlhf.evaluate import JudgeCard, PolicySamples  # noqa: E402
-from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl  # noqa: E402
-from rlhf.rollout import TransformersEngine, make_batch, split_by_tokens  # noqa: E402
-from rlhf.scores import RewardFunction  # noqa: E402
-from rlhf.stages import Manifest  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +106,13 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     stage = open_stage("evaluation", config, sources)
     if stage.complete:
         return stage.outputs
+    from reward_models import RewardModel
+    from rlhf import evaluate, preflight
+
+    dtype = compute_dtype(config.bf16)
     prompts = _prompts(config)
-    baseline_lm, tokenizer = _load(str(config.baseline), _dtype(config))
-    policy_lm, policy_tokenizer = _load(str(config.policy), _dtype(config))
+    baseline_lm, tokenizer = _load(str(config.baseline), dtype)
+    policy_lm, policy_tokenizer = _load(str(config.policy), dtype)
     for spec in filter(None, (config.parts, config.refused)):
         configs.import_function(spec)
     judge, card, scorer_card = _judge(config)
@@ -128,7 +129,7 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
         if config.best_of
         else None
     )
-    scorer = RewardModel.load(config.reward_model, dtype=_dtype(config)) if config.reward_model else judge
+    scorer = RewardModel.load(config.reward_model, dtype=dtype) if config.reward_model else judge
     ours, theirs, many = (_scored(config, s, scorer, judge, card.kind) for s in (ours, theirs, many))
     bar.update(bar.total)
     bar.close()
@@ -144,6 +145,8 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def _prompts(config: EvaluationConfig) -> list[Prompt]:
+    from rlhf import models, preflight
+
     prompts = read_prompts(config.eval_data)
     if config.seen_data:
         check_disjoint(read_prompts(config.seen_data), prompts, ("seen_data", "eval_data"))
@@ -153,15 +156,20 @@ def _prompts(config: EvaluationConfig) -> list[Prompt]:
 
 def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[str, Any]]:
     """The judge, its accuracy on held-out rankings, and the scoring reward model's report card."""
+    from reward_models import RewardModel
+    from reward_models.evaluate import report_card
+    from rlhf.evaluate import JudgeCard
+
+    dtype = compute_dtype(config.bf16)
     spec = str(config.judge)
     is_gold = ":" in spec and not Path(spec).exists()
-    judge = configs.import_function(spec) if is_gold else RewardModel.load(spec, dtype=_dtype(config))
+    judge = configs.import_function(spec) if is_gold else RewardModel.load(spec, dtype=dtype)
     kind = "gold" if is_gold else "reward_model"
     measured = {} if is_gold else _measured(spec)
     held_out = read_rankings(config.rankings) if config.rankings and not measured else []
     scorer_card: dict[str, Any] = {}
     if held_out and config.reward_model and is_gold:
-        scorer = RewardModel.load(config.reward_model, dtype=_dtype(config))
+        scorer = RewardModel.load(config.reward_model, dtype=dtype)
         scorer_card = report_card(scorer, held_out, seed=config.seed, gold=judge)
     card = report_card(judge, held_out, seed=config.seed) if held_out else measured
     if not card:
@@ -178,11 +186,11 @@ def _measured(folder: str) -> dict[str, Any]:
     return outputs if "accuracy_ci" in outputs else {}
 
 
-def _dtype(config: EvaluationConfig) -> torch.dtype:
-    return torch.bfloat16 if use_bf16(config.bf16) else torch.float32
-
-
 def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    import torch
+
+    from rlhf import models
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return models.load_policy(path, dtype=dtype).to(device).eval(), models.load_tokenizer(path)
 
@@ -190,6 +198,11 @@ def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def _sample(
     config: EvaluationConfig, prompts: Sequence[Prompt], model: Any, tokenizer: Any, seed: int, n: int = 1
 ) -> PolicySamples:
+    import torch
+
+    from rlhf import evaluate
+    from rlhf.rollout import TransformersEngine
+
     engine = TransformersEngine(model, chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
     generator = torch.Generator(model.device).manual_seed(seed)
     return evaluate.sample_policy(
@@ -198,18 +211,23 @@ def _sample(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def sequence_kl(
     policy: Any, baseline: Any, samples: PolicySamples, tokenizer: Any, config: EvaluationConfig
 ) -> tuple[float, ...]:
     """Per response of the policy, the summed log-probability difference to the baseline, in nats."""
+    import torch
+
+    from rlhf.actor_critic import response_logprobs
+    from rlhf.rollout import make_batch, split_by_tokens
+
     prompt_ids = [chat.encode_prompt(tokenizer, prompt.messages) for prompt in samples.repeated_prompts]
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, samples.ids, strict=True)]
     kl = [0.0] * len(lengths)
     for rows in split_by_tokens(range(len(lengths)), lengths, config.tokens_per_microbatch):
         batch = make_batch([prompt_ids[i] for i in rows], [list(samples.ids[i]) for i in rows], 0, policy.device)
-        mine = response_logprobs(policy, batch, config.temperature)[0]
-        base = response_logprobs(baseline, batch, config.temperature)[0]
+        with torch.no_grad():
+            mine = response_logprobs(policy, batch, config.temperature)[0]
+            base = response_logprobs(baseline, batch, config.temperature)[0]
         for row, value in zip(rows, (mine - base).sum(-1).tolist(), strict=True):
             kl[row] = value
     return tuple(kl)
@@ -220,6 +238,8 @@ def _scored(
 ) -> PolicySamples | None:
     if samples is None:
         return None
+    from rlhf import evaluate
+
     verdicts = evaluate.judge_samples(samples, judge)
     changes: dict[str, Any] = {"scores": evaluate.judge_samples(samples, scorer)}
     changes["gold_scores" if kind == "gold" else "judge_scores"] = verdicts

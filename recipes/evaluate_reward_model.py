@@ -14,20 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stage import check_model
+
+from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.entry import compute_dtype
+from rlhf.records import check_disjoint, read_rankings
 
 console.quiet()
-
-import torch  # noqa: E402
-from stage import check_model  # noqa: E402
-
-from reward_models import RewardModel  # noqa: E402
-from reward_models.card_page import headlines  # noqa: E402
-from reward_models.evaluate import reward_report, save_reward_report  # noqa: E402
-from rlhf import InputError  # noqa: E402
-from rlhf.entry import use_bf16  # noqa: E402
-from rlhf.records import check_disjoint, read_rankings  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +66,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
     train = read_rankings(config.train_data) if config.train_data else None
     if train is not None:
         check_disjoint(train, rankings, ("train_data", "data"))
+    from reward_models.card_page import headlines
+    from reward_models.evaluate import reward_report, save_reward_report
+
     scorer, second = _scorer(config.reward_model, config), None
     if config.second_model:
         second = _scorer(config.second_model, config)
@@ -92,8 +89,9 @@ def _scorer(spec: str, config: ReportConfig) -> Any:
     if ":" in spec and not Path(spec).exists():
         return configs.import_function(spec)
     check_model(spec, ("reward_model", "judge"))
-    dtype = torch.bfloat16 if use_bf16(config.bf16) else torch.float32
-    return RewardModel.load(spec, dtype=dtype, tokens_per_microbatch=config.tokens_per_microbatch)
+    from reward_models import RewardModel
+
+    return RewardModel.load(spec, dtype=compute_dtype(config.bf16), tokens_per_microbatch=config.tokens_per_microbatch)
 
 
 def main(argv: list[str]) -> None:

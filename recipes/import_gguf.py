@@ -11,15 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf import console
 
 console.quiet()
-
-import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
-from rlhf import InputError  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +32,9 @@ def import_gguf(config: ImportConfig) -> None:
     file = Path(config.file)
     if not file.is_file():
         raise InputError(f"{file}: no such file; name a .gguf file")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     try:
         loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     except ImportError as error:

@@ -16,32 +16,21 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.table import Table
+
+from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.rollout_view import Sort, number, response_lines, response_page, response_view, rows_table
+
+if TYPE_CHECKING:
+    from rlhf.ppo import PPOTrainer
+    from rlhf.rollout import Rollout
+    from rlhf.saved_rollout import Origin
 
 console.quiet()
-
-import torch  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from rich import box  # noqa: E402
-from rich.table import Table  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
-
-from rlhf import InputError, ppo_state  # noqa: E402
-from rlhf.ppo import PPOTrainer  # noqa: E402
-from rlhf.rollout import Rollout  # noqa: E402
-from rlhf.rollout_view import Sort, number, response_lines, response_page, response_view, rows_table  # noqa: E402
-from rlhf.saved_rollout import (  # noqa: E402
-    BROKEN,
-    Origin,
-    load_rollout,
-    read_logged,
-    reason,
-    saved_updates,
-    update_folder,
-)
 
 RECOMPUTED = ("rewards", "advantages", "returns")
 
@@ -84,6 +73,8 @@ class InspectConfig:
 
 def inspect(config: InspectConfig) -> bool:
     """Show what was asked for; False where a replay differs from the log."""
+    from rlhf.saved_rollout import load_rollout, saved_updates, update_folder
+
     stage = ppo_folder(config.run)
     updates = saved_updates(stage)
     if config.update is None:
@@ -119,6 +110,8 @@ def ppo_folder(run: str) -> Path:
 
 def updates_table(stage: Path, updates: list[int]) -> Table:
     """A line per kept update."""
+    from rlhf.saved_rollout import read_logged, update_folder
+
     names = ("score", "kl_nats", "entropy_nats", "response_tokens", "eos_rate", "explained_variance")
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("update", *names, "MB"):
@@ -148,6 +141,10 @@ def show_row(config: InspectConfig, folder: Path, rollout: Rollout, row: int) ->
 
 
 def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    from rlhf.saved_rollout import reason
+
     try:
         return AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
     except (OSError, ValueError) as error:
@@ -173,6 +170,10 @@ class Compared:
 
 def replay(folder: Path, config: InspectConfig) -> bool:
     """Run a saved update again, print the comparison; is every number as it was logged?"""
+    import torch
+
+    from rlhf.saved_rollout import Origin, load_rollout, read_logged
+
     origin = Origin.read(folder)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != origin.processes:
@@ -201,6 +202,10 @@ def replay(folder: Path, config: InspectConfig) -> bool:
 
 def build_trainer(folder: Path, origin: Origin, config: InspectConfig, rollout: Rollout, scratch: str) -> PPOTrainer:
     """The run's trainer as it was built, without trackers; its weights come with the state."""
+    from peft import LoraConfig
+
+    from rlhf.ppo import PPOTrainer
+
     model = config.model or origin.model
     value_model = config.value_model or origin.value_model
     if model is None:
@@ -227,6 +232,9 @@ def _no_score(**columns: Any) -> list[float]:
 
 
 def load_state(trainer: PPOTrainer, folder: Path) -> None:
+    from rlhf import ppo_state
+    from rlhf.saved_rollout import BROKEN, reason
+
     try:
         ppo_state.load(trainer, folder)
     except InputError:

@@ -10,22 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from stage import SECTIONS, check_model, from_siblings, open_stage
+
+from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.checkpoint import full_disk_explained
+from rlhf.ppo_config import PPOConfig
+from rlhf.records import read_prompts
 
 console.quiet()
-
-import torch  # noqa: E402
-from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
-
-from reward_models import RewardClient, RewardModel  # noqa: E402
-from reward_models.grader import RubricGrader  # noqa: E402
-from rlhf import InputError  # noqa: E402
-from rlhf.callbacks import ProgressCallback  # noqa: E402
-from rlhf.checkpoint import full_disk_explained  # noqa: E402
-from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
-from rlhf.precision import ppo_dtype  # noqa: E402
-from rlhf.records import read_prompts  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +66,12 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
     stage = open_stage("ppo", config, sources)
     if stage.complete:
         return stage.outputs
-    dtype = ppo_dtype(config.bf16)
+    from rlhf.callbacks import ProgressCallback
+    from rlhf.ppo import PPOTrainer
+
     trainer = PPOTrainer(
         str(config.model),
-        score_functions(config, dtype),
+        score_functions(config),
         args=config,
         train_dataset=read_prompts(config.train_data)[: config.max_prompts],
         eval_dataset=config.eval_data,
@@ -94,8 +89,13 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
     return stage.finish(outputs, trainer.processing_class, str(config.model))
 
 
-def score_functions(config: PPORecipe, dtype: torch.dtype) -> list[Any]:
+def score_functions(config: PPORecipe) -> list[Any]:
     """Everything that scores a response, in the order of reward_weights."""
+    from reward_models import RewardClient, RewardModel
+    from reward_models.grader import RubricGrader
+    from rlhf.precision import ppo_dtype
+
+    dtype = ppo_dtype(config.bf16)
     functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model, dtype=dtype)]
     functions += [
         RewardClient(spec) if spec.startswith(("http://", "https://")) else configs.import_function(spec)

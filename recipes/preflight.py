@@ -15,22 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from chain import ChainConfig
+from stage import check_model, from_siblings
+
+from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.preflight_text import Finding
+from rlhf.records import read_demonstrations, read_prompts, read_rankings
 
 console.quiet()
-
-from chain import ChainConfig  # noqa: E402
-from stage import check_model, from_siblings  # noqa: E402
-
-from reward_models import RewardModel  # noqa: E402
-from reward_models.trainer import RewardTrainer  # noqa: E402
-from rlhf import InputError, preflight  # noqa: E402
-from rlhf.ppo import PPOTrainer  # noqa: E402
-from rlhf.precision import ppo_dtype  # noqa: E402
-from rlhf.preflight_text import Finding  # noqa: E402
-from rlhf.records import read_demonstrations, read_prompts, read_rankings  # noqa: E402
-from rlhf.sft import SFTTrainer  # noqa: E402
 
 Phases = Iterator[list[Finding]]
 
@@ -50,6 +43,9 @@ def sft(config: Any, scratch: str) -> Phases:
         demonstrations = "rankings/train.jsonl"
     config = _inputs(config, model="base", train_data=demonstrations)
     check_model(str(config.model), ("base", "sft", "ppo"))
+    from rlhf import preflight
+    from rlhf.sft import SFTTrainer
+
     rows = read_demonstrations(config.train_data)[: config.max_rows]
     trainer = SFTTrainer(str(config.model), args=replace(config, output_dir=scratch), train_dataset=rows)
     return preflight.sft_findings(trainer)
@@ -59,6 +55,9 @@ def reward_model(config: Any, scratch: str) -> Phases:
     """Findings on the reward model's training, as recipes/reward_model.py would start it."""
     config = _inputs(config, model="sft", train_data="rankings/train.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
+    from reward_models import RewardTrainer
+    from rlhf import preflight
+
     train, args = read_rankings(config.train_data), replace(config, output_dir=scratch)
     return preflight.reward_model_findings(RewardTrainer(str(config.model), args=args, train_dataset=train))
 
@@ -68,6 +67,11 @@ def ppo(config: Any, scratch: str) -> Phases:
     optional = "?" if config.reward_functions else ""
     config = _inputs(config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
+    from reward_models import RewardModel
+    from rlhf import preflight
+    from rlhf.ppo import PPOTrainer
+    from rlhf.precision import ppo_dtype
+
     functions: list[Any] = []
     if config.reward_model:
         check_model(config.reward_model, ("reward_model", "judge"))

@@ -14,25 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stage import SECTIONS, from_siblings, open_stage
+
+from rlhf import InputError, chat, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
 
 console.quiet()
-
-import torch  # noqa: E402
-from stage import SECTIONS, from_siblings, open_stage  # noqa: E402
-
-from rlhf import InputError, chat, evaluate, models  # noqa: E402
-from rlhf.records import (  # noqa: E402
-    Prompt,
-    Ranking,
-    prompt_key,
-    read_prompts,
-    read_rankings,
-    split_by_prompt,
-    write_jsonl,
-)
-from rlhf.rollout import TransformersEngine  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +109,11 @@ def rankings(config: DataConfig) -> dict[str, Any]:
 
 def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -> list[Ranking]:
     """K responses of the SFT model to each prompt, ranked by the labeler; `begin` is called once all is read."""
+    import torch
+
+    from rlhf import evaluate, models
+    from rlhf.rollout import TransformersEngine
+
     prompts = read_prompts(config.prompts)
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.comparisons]

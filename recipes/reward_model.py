@@ -14,26 +14,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from stage import SECTIONS, Stage, check_model, from_siblings, open_stage
+
+from reward_models.config import RewardConfig
+from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.checkpoint import full_disk_explained, write_json_atomic
+from rlhf.entry import compute_dtype
+from rlhf.records import Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
+from rlhf.stages import drop_checkpoints
+
+if TYPE_CHECKING:
+    from reward_models import RewardTrainer
 
 console.quiet()
-
-import torch  # noqa: E402
-from stage import SECTIONS, Stage, check_model, from_siblings, open_stage  # noqa: E402
-
-from reward_models import RewardModel  # noqa: E402
-from reward_models.best import drop_best  # noqa: E402
-from reward_models.evaluate import report_after_training, report_card  # noqa: E402
-from reward_models.trainer import RewardConfig, RewardTrainer  # noqa: E402
-from rlhf import InputError  # noqa: E402
-from rlhf.callbacks import attach  # noqa: E402
-from rlhf.checkpoint import full_disk_explained, write_json_atomic  # noqa: E402
-from rlhf.entry import use_bf16  # noqa: E402
-from rlhf.records import Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt  # noqa: E402
-from rlhf.stages import drop_checkpoints  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +61,7 @@ class RewardRecipe(RewardConfig):
                 raise InputError(f"{name}={values}: write different whole numbers, such as {EXAMPLES[name]}, or null")
 
 
+BEST = "best.safetensors"  # reward_models.best.BEST_FILE, whose module takes seconds to import
 EXAMPLES = {"seeds": "[0, 1, 2]", "sizes": "[500, 1000, 2000]"}
 
 
@@ -84,16 +81,19 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
     names = ("model", "train_data", "eval_data", "selection_data", "normalizer_data")
     stage = open_stage(name, config, {source: getattr(config, source) for source in names})
     if stage.complete:
-        drop_best(stage.folder)
+        (stage.folder / BEST).unlink(missing_ok=True)  # where it was killed right after the manifest
         return stage.outputs
     data = read_data(config)
+    from reward_models import RewardModel
+    from reward_models.evaluate import report_after_training
+
     trainer = build(config, data.train, data)  # finds what is wrong with the input, before anything is written
     stage.begin()
     outputs: dict[str, Any] = {}
     if config.sizes:
         outputs["sizes"] = accuracy_curve(config, data, stage, name)
     outputs |= best_of_seeds(config, data, stage, name) if config.seeds else train_once(trainer, stage, name)
-    scorer = RewardModel.load(stage.folder, dtype=dtype_of(config))
+    scorer = RewardModel.load(stage.folder, dtype=compute_dtype(config.bf16))
     outputs = report_after_training(scorer, data.held_out, data.train, stage.folder, config.seed) | outputs
     outputs |= {"score_mean": scorer.normalizer.mean, "score_std": scorer.normalizer.std}
     if config.sizes:
@@ -101,7 +101,7 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
         outputs["sizes"].append(last | {key: outputs[key] for key in ("accuracy", "accuracy_ci", "n")})
         write_json_atomic(stage.folder / "sizes.json", outputs["sizes"])
     stage.finish(outputs, scorer.tokenizer, str(config.model))
-    drop_best(stage.folder)
+    (stage.folder / BEST).unlink(missing_ok=True)  # its weights are in the model now
     for folder in [*stage.folder.glob("seed-*"), *stage.folder.glob("size-*")]:
         shutil.rmtree(folder)
     return outputs
@@ -129,6 +129,8 @@ def read_data(config: RewardRecipe) -> Data:
 
 
 def build(config: RewardRecipe, train: Sequence[Ranking], data: Data) -> RewardTrainer:
+    from reward_models import RewardTrainer
+
     watched = data.selection or (data.held_out if config.eval_steps else None)
     return RewardTrainer(
         str(config.model),
@@ -147,6 +149,8 @@ def trained(config: RewardRecipe, train: Sequence[Ranking], data: Data, name: st
 
 
 def run(trainer: RewardTrainer, name: str) -> None:
+    from rlhf.callbacks import attach
+
     attach(trainer, name, ("loss", "accuracy", "learning_rate"), trainer.config.output_dir)
     trainer.train(resume_from_checkpoint=True)
 
@@ -166,7 +170,7 @@ def best_of_seeds(config: RewardRecipe, data: Data, stage: Stage, name: str) -> 
         with full_disk_explained(own.output_dir):
             trainer.save_model(own.output_dir)
         measured = trainer.evaluate(data.selection)
-        card = report_card(_scorer(trainer), data.held_out, seed=config.seed)
+        card = _card(trainer, data, config.seed)
         return {"eval_loss": measured["eval_loss"], "accuracy": card["accuracy"], **_about(trainer)}
 
     found = {
@@ -175,7 +179,7 @@ def best_of_seeds(config: RewardRecipe, data: Data, stage: Stage, name: str) -> 
     seed = min(found, key=lambda number: found[number]["eval_loss"])
     _barrier()
     if _is_main():
-        left = shutil.ignore_patterns("checkpoint-*", "best.safetensors", RESULT)
+        left = shutil.ignore_patterns("checkpoint-*", BEST, RESULT)
         shutil.copytree(stage.folder / f"seed-{seed}", stage.folder, ignore=left, dirs_exist_ok=True)
     _barrier()
     spread = {}
@@ -200,7 +204,7 @@ def accuracy_curve(config: RewardRecipe, data: Data, stage: Stage, name: str) ->
         part = [ranking for ranking in data.train if prompt_key(ranking.prompt) in within]
 
         def train(own: RewardRecipe, part: list[Ranking] = part, size: int = size) -> dict[str, Any]:
-            card = report_card(_scorer(trained(own, part, data, f"{name} {size}")), data.held_out, seed=config.seed)
+            card = _card(trained(own, part, data, f"{name} {size}"), data, config.seed)
             return {key: card[key] for key in ("accuracy", "accuracy_ci", "n")}
 
         result = _once(config, stage.folder / f"size-{size}", train)
@@ -228,25 +232,29 @@ def _about(trainer: RewardTrainer) -> dict[str, Any]:
     return {"training_prompts": len(trainer.train_dataset), **best}
 
 
-def _scorer(trainer: RewardTrainer) -> RewardModel:
-    return RewardModel(trainer.model, trainer.processing_class, trainer.normalizer)
+def _card(trainer: RewardTrainer, data: Data, seed: int) -> dict[str, Any]:
+    from reward_models import RewardModel
+    from reward_models.evaluate import report_card
+
+    scorer = RewardModel(trainer.model, trainer.processing_class, trainer.normalizer)
+    return report_card(scorer, data.held_out, seed=seed)
 
 
 def _is_main() -> bool:
+    import torch
+
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _barrier() -> None:
+    import torch
+
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
 def _prompts(rankings: Sequence[Ranking]) -> int:
     return len({prompt_key(ranking.prompt) for ranking in rankings})
-
-
-def dtype_of(config: RewardRecipe) -> torch.dtype:
-    return torch.bfloat16 if use_bf16(config.bf16) else torch.float32
 
 
 def main(argv: list[str]) -> None:

@@ -19,18 +19,13 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from reward_models.client import TOKEN_VARIABLE
+from reward_models.server import ServerConfig, create_app, token_counter
+from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf import console
+from rlhf.entry import compute_dtype
 
 console.quiet()
-
-import torch  # noqa: E402
-
-from reward_models import RewardModel  # noqa: E402
-from reward_models.client import TOKEN_VARIABLE  # noqa: E402
-from reward_models.server import ServerConfig, create_app, token_counter  # noqa: E402
-from rlhf import InputError  # noqa: E402
-from rlhf.entry import use_bf16  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +60,11 @@ def serve(config: ServeRecipe) -> None:
             f"{TOKEN_VARIABLE} (or, if all may come in: --allow_no_token true)"
         )
     listening = _bind(config.host, config.port)  # before the model is read: a port in use is told at once
-    dtype = torch.bfloat16 if use_bf16(config.bf16) else torch.float32
+    import uvicorn
+
+    from reward_models import RewardModel
+
+    dtype = compute_dtype(config.bf16)
     model = RewardModel.load(config.reward_model, dtype=dtype, tokens_per_microbatch=config.max_batch_tokens)
     app = create_app(
         lambda conversations: model.score(conversations).tolist(),
@@ -74,8 +73,6 @@ def serve(config: ServeRecipe) -> None:
         name=Path(config.reward_model).name,
         token=token,
     )
-    import uvicorn
-
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     shown = f"[{config.host}]" if ":" in config.host else config.host
     console.stage_line(

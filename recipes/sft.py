@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stage import SECTIONS, check_model, from_siblings, open_stage
+
 from rlhf import config as configs
 from rlhf import console
+from rlhf.checkpoint import full_disk_explained
+from rlhf.records import read_demonstrations
+from rlhf.sft_config import SFTConfig
 
 console.quiet()
-
-from stage import SECTIONS, check_model, from_siblings, open_stage  # noqa: E402
-
-from rlhf.callbacks import attach  # noqa: E402
-from rlhf.checkpoint import full_disk_explained  # noqa: E402
-from rlhf.records import read_demonstrations  # noqa: E402
-from rlhf.sft import SFTConfig, SFTTrainer  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,9 @@ def sft(config: SFTRecipe) -> dict[str, Any]:
     stage = open_stage("sft", config, sources)
     if stage.complete:
         return stage.outputs
+    from rlhf.callbacks import attach
+    from rlhf.sft import SFTTrainer
+
     rows = read_demonstrations(config.train_data)[: config.max_rows]
     trainer = SFTTrainer(str(config.model), args=config, train_dataset=rows, eval_dataset=config.eval_data)
     attach(trainer, "sft", ("loss", "token_accuracy", "learning_rate"), stage.folder)

@@ -2,6 +2,9 @@
 
 A run is one folder; a stage is a folder in it. What a stage needs and its config does not name, it takes from
 its sibling folders: `python recipes/ppo.py --config my.yaml` finds the SFT model and the reward model there.
+
+A recipe imports configs at its top, and what needs torch inside the functions that use it: loading that takes
+seconds, and `--help`, a mistyped flag and a stage that is complete need none of it.
 """
 
 from __future__ import annotations

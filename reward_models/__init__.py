@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
     "RewardClient": "reward_models.client",
-    "RewardConfig": "reward_models.trainer",
+    "RewardConfig": "reward_models.config",
     "RewardTrainer": "reward_models.trainer",
     "RewardModel": "reward_models.scoring",
 }
@@ -19,8 +19,9 @@ __all__ = ["RewardClient", "RewardConfig", "RewardModel", "RewardTrainer"]
 
 if TYPE_CHECKING:
     from reward_models.client import RewardClient
+    from reward_models.config import RewardConfig
     from reward_models.scoring import RewardModel
-    from reward_models.trainer import RewardConfig, RewardTrainer
+    from reward_models.trainer import RewardTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Literal
-
-import trl
+from typing import TYPE_CHECKING, Literal
 
 from rlhf import InputError
 from rlhf.entry import require_divides, training_arguments, use_bf16
+
+if TYPE_CHECKING:
+    import trl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,8 @@ class RewardConfig:
 
 def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
     """Our settings as the TrainingArguments that trl's trainer and the callbacks receive."""
+    import trl
+
     world = int(os.environ.get("WORLD_SIZE", "1"))
     together = config.microbatch_size * world
     require_divides("microbatch_size x processes", together, "prompts_per_batch", config.prompts_per_batch)

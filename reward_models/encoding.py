@@ -6,16 +6,18 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import InputError, chat
 from rlhf.records import Ranking
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ def encode_rankings(
         )
     _tell_left_out(rankings, ties, too_long, max_length, name, remaining=len(rows))
     _scale_weights(rows, name)
+    from datasets import Dataset, Features, List, Value
+
     tokens = List(Value("int32"))
     features = {"chosen_ids": tokens, "rejected_ids": tokens, "other_ids": List(tokens), "margin": Value("float32")}
     features |= {"weight": Value("float32")}

@@ -25,6 +25,13 @@ def response_text(completion: str | Messages) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def conversation(prompt: str | Messages, completion: str | Messages) -> Messages:
+    """Prompt and completion, each text or messages, as one list of messages."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    return asked + said
+
+
 def column_values(function: str, column: str, columns: Mapping[str, Any]) -> list[Any]:
     """A dataset column that `function` needs, one value per response. Raises InputError where there is none."""
     if column not in columns:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.encoding import pad_right
+from reward_models.functions import conversation
 from rlhf import InputError, chat, encoders, models, stages
 from rlhf.models import ScoreNormalizer
 
@@ -115,13 +116,6 @@ class RewardModel:
             logger.warning(text, self.__name__, self._limit, longest)
         self._told = True
         return [encoders.shortened(ids, self._limit) for ids in sequences]
-
-
-def conversation(prompt: str | Messages, completion: str | Messages) -> Messages:
-    """Prompt and completion, each text or messages, as one list of messages."""
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-    return asked + said
 
 
 def _check_stage(folder: Path) -> None:

@@ -23,13 +23,15 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from reward_models.scoring import RewardModel, conversation
+from reward_models.functions import conversation
 from rlhf import InputError, chat
-from rlhf.preflight_models import max_positions
 from rlhf.records import ROLES
 from rlhf.sources import show
+
+if TYPE_CHECKING:
+    from reward_models.scoring import RewardModel
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,8 @@ class Refused(Exception):
 def token_counter(model: RewardModel) -> Callable[[Messages], int]:
     """How many tokens a conversation has. Raises Refused where the model's positions do not reach so far (on a GPU
     it would break down for good), and InputError where its template does not take the roles."""
+    from rlhf.preflight_models import max_positions
+
     window = max_positions(model.model)
 
     def count(messages: Messages) -> int:

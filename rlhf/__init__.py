@@ -36,9 +36,9 @@ class RunStopped(RuntimeError):
 
 
 _PUBLIC = {
-    "SFTConfig": "rlhf.sft",
+    "SFTConfig": "rlhf.sft_config",
     "SFTTrainer": "rlhf.sft",
-    "PPOConfig": "rlhf.ppo",
+    "PPOConfig": "rlhf.ppo_config",
     "PPOTrainer": "rlhf.ppo",
     "Prompt": "rlhf.records",
     "Demonstration": "rlhf.records",
@@ -67,7 +67,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from rlhf.ppo import PPOConfig, PPOTrainer
+    from rlhf.ppo import PPOTrainer
+    from rlhf.ppo_config import PPOConfig
     from rlhf.records import (
         Demonstration,
         Prompt,
@@ -77,7 +78,8 @@ if TYPE_CHECKING:
         read_prompts,
         read_rankings,
     )
-    from rlhf.sft import SFTConfig, SFTTrainer
+    from rlhf.sft import SFTTrainer
+    from rlhf.sft_config import SFTConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -13,9 +13,12 @@ import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rlhf import InputError, RunStopped
+
+if TYPE_CHECKING:
+    import torch
 
 Arguments = TypeVar("Arguments")
 
@@ -186,6 +189,13 @@ def use_bf16(setting: bool | str | None) -> bool:
     if setting in (None, "auto"):
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return bool(setting)
+
+
+def compute_dtype(setting: bool | str | None) -> torch.dtype:
+    """bfloat16 or float32, by `use_bf16`."""
+    import torch
+
+    return torch.bfloat16 if use_bf16(setting) else torch.float32
 
 
 def _batch_arithmetic(batch_size: int, microbatch_size: int | None) -> dict[str, int]:

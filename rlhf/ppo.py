@@ -21,7 +21,19 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from rlhf import InputError, RunStopped, chat, finite, ppo_math, ppo_state, preflight, records, scores, sharding
+from rlhf import (
+    InputError,
+    RunStopped,
+    chat,
+    finite,
+    ppo_math,
+    ppo_state,
+    precision,
+    preflight,
+    records,
+    scores,
+    sharding,
+)
 from rlhf.actor_critic import ActorCritic, Outputs, build_actor_critic, enable_gradient_checkpointing
 from rlhf.checkpoint import full_disk_explained, mark_complete, save_checkpoint
 from rlhf.config import resume_settings
@@ -30,7 +42,6 @@ from rlhf.loop import CallbackLoop, callback_arguments
 from rlhf.models import is_adapter, load_tokenizer, lora_config
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_metrics import Clock, rollout_metrics, samples
-from rlhf.precision import ppo_dtype
 from rlhf.records import Prompt
 from rlhf.resume import TERMINATED, Termination, resume_point
 from rlhf.rollout import (
@@ -87,7 +98,8 @@ class PPOTrainer:
         self.eval_prompts, self.eval_prompt_ids = (
             self._read(eval_dataset, "eval_dataset") if eval_dataset is not None else ([], [])
         )
-        mixed = ppo_dtype(args.bf16)
+        mixed = precision.ppo_dtype(args.bf16)
+        log.info("precision: %s", precision.explained(args.bf16))
         callback_args = callback_arguments(args)  # before Accelerator: transformers resets its state
         self.accelerator = Accelerator(mixed_precision="bf16" if mixed == torch.bfloat16 else "no")
         args.check_processes(self.accelerator.num_processes)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
-
-log = logging.getLogger("rlhf")
 
 
 def bf16_hardware() -> str | None:
@@ -22,11 +18,13 @@ def ppo_dtype(setting: bool | None) -> torch.dtype:
 
     Weights that are trained, Adam's moments, log-softmax, values and everything after them are float32 either way.
     """
-    if setting is not None:
-        return torch.bfloat16 if setting else torch.float32
+    fast = bf16_hardware() is not None if setting is None else setting
+    return torch.bfloat16 if fast else torch.float32
+
+
+def explained(setting: bool | None) -> str:
+    """The choice, for the log."""
     hardware = bf16_hardware()
-    log.info(
-        "precision: %s",
-        f"bfloat16 autocast ({hardware}); bf16: false computes in float32" if hardware else "float32",
-    )
-    return torch.bfloat16 if hardware else torch.float32
+    if setting is not None:
+        return f"{'bfloat16 autocast' if setting else 'float32'}, as bf16: {str(setting).lower()} says"
+    return f"bfloat16 autocast ({hardware}); bf16: false computes in float32" if hardware else "float32"

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.records import Messages
-from rlhf.rollout import Rollout
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
+
+    from rlhf.rollout import Rollout
 
 End = Literal["", "stop", "cut"]
 Sort = Literal["score", "kl", "tokens"]

@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,18 +118,55 @@ def test_names_that_say_nothing():
     assert not [p for p in SOURCES if p.stem in ("utils", "util", "helpers", "common", "misc")]
 
 
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "matplotlib"}
+RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if '__name__ == "__main__"' in p.read_text("utf-8"))
+
+
+def answers(code: str, *argv: str) -> tuple[str, set[str], float]:
+    """What a fresh process printed, which heavy modules it had loaded by its end, and its seconds."""
+    listing = "import atexit, sys; atexit.register(lambda: print('loaded:', *sys.modules, file=sys.stderr))\n"
+    command = [sys.executable, "-c", listing + code, *argv]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    seconds = time.perf_counter() - began
+    return done.stdout, HEAVY & set(done.stderr.rpartition("loaded:")[2].split()), seconds
+
+
 def test_import_rlhf_is_light():
-    probe = (
-        "import sys, time; start = time.perf_counter(); import rlhf; seconds = time.perf_counter() - start; "
-        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'peft'} & set(sys.modules); print(seconds, sorted(heavy))"
-    )
-    answers = [
-        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True)
-        for _ in range(3)
-    ]
-    seconds, heavy = zip(*(answer.stdout.strip().split(" ", 1) for answer in answers), strict=True)
-    assert set(heavy) == {"[]"}
+    probe = "import time; start = time.perf_counter(); import rlhf; print(time.perf_counter() - start)"
+    seconds, heavy, _ = zip(*(answers(probe) for _ in range(3)), strict=True)
+    assert heavy == (set(), set(), set())
     assert min(map(float, seconds)) < 0.3
+
+
+def test_settings_are_made_without_torch():
+    code = "from reward_models import RewardConfig as R; from rlhf import PPOConfig as P, SFTConfig as S"
+    assert answers(f"{code}; print(P().seed, R().seed, S().seed)")[:2] == ("0 0 0\n", set())
+
+
+AS_SCRIPT = """
+import runpy, sys
+recipe = sys.argv[1]
+sys.path[0] = "recipes"
+for flags in (["--help"], ["--no_such_flag", "1"]):
+    sys.argv = [recipe, *flags]
+    try:
+        runpy.run_path(recipe, run_name="__main__")
+    except SystemExit as end:
+        print("exit code", end.code)
+"""
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_and_a_wrong_flag_are_answered_without_torch(recipe):
+    text, heavy, _ = answers(AS_SCRIPT, f"recipes/{recipe}.py")
+    assert text.startswith("usage:")
+    assert [line for line in text.splitlines() if line.startswith("exit code")] == ["exit code 0", "exit code 2"]
+    assert heavy == set()
+
+
+def test_help_is_quick():
+    assert min(answers(AS_SCRIPT, "recipes/chain.py")[2] for _ in range(3)) < 1.5
 
 
 @pytest.mark.parametrize("package", ["rlhf", "reward_models"])

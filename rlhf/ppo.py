@@ -29,10 +29,10 @@ from rlhf.draws import Draws
 from rlhf.loop import CallbackLoop, callback_arguments
 from rlhf.models import default_dtype, is_adapter, load_tokenizer, lora_config
 from rlhf.ppo_config import PPOConfig
-from rlhf.ppo_metrics import Clock, rollout_metrics, samples
+from rlhf.ppo_metrics import Clock, engine_metrics, rollout_metrics, samples
 from rlhf.records import Prompt
 from rlhf.resume import TERMINATED, Termination, resume_point
-from rlhf.rollout import Batch, Engine, Responses, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
+from rlhf.rollout import Engine, Follower, Responses, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
 from rlhf.saved_rollout import Origin, Save, saving_update, update_folder
 
 log = logging.getLogger("rlhf")
@@ -106,6 +106,8 @@ class PPOTrainer:
         self.engine = engine or TransformersEngine(
             actor_critic.policy, self.stop_ids, self.pad_id, args.generation_batch_size
         )
+        if isinstance(self.engine, Follower):
+            self.engine.follow(actor_critic.policy, self.stop_ids)
         self.kl_coef = args.kl_coef
         self.moments = scores.RunningMoments()
         self.update_index = 0
@@ -194,6 +196,7 @@ class PPOTrainer:
             reference_logprobs=blank.clone(),
             entropy=blank.clone(),
             values=blank.clone(),
+            engine_logprobs=responses.padded_logprobs(),
         )
         with self.clock("logprobs"):
             for rows in (rows for minibatch in plan for rows in minibatch):
@@ -263,7 +266,8 @@ class PPOTrainer:
         metrics["optimizer_steps"] = len(steps)
         del metrics["ratio_error"]
         rates = {"kl_coef": self.kl_coef, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        metrics = rollout_metrics(rollout, self.accelerator, self.kl_coef) | rates | metrics
+        sampled = engine_metrics(rollout, self.accelerator, self.args.importance_cap)
+        metrics = rollout_metrics(rollout, self.accelerator, self.kl_coef) | sampled | rates | metrics
         if self.args.kl_target_nats is not None:
             self.kl_coef = ppo_math.adapt_kl_coef(
                 self.kl_coef,
@@ -325,7 +329,7 @@ class PPOTrainer:
         return {name: self._joined(name, value) for name, value in totals.items()} | norms
 
     def _losses(self, rollout: Rollout, rows: list[int], count: float) -> tuple[Tensor, dict[str, Tensor]]:
-        batch: Batch = rollout.batch(rows, self.pad_id, self.device)
+        batch = rollout.batch(rows, self.pad_id, self.device)
         index, width = torch.tensor(rows), batch.targets.shape[1]
         old_logprobs, old_values, advantages, returns = (
             getattr(rollout, name)[index, :width].to(self.device)
@@ -333,8 +337,12 @@ class PPOTrainer:
         )
         mask = rollout.trained_mask[index, :width].to(self.device)
         outputs = self.module(batch, self.args.temperature, ("policy", "value"))
+        weights = None
+        if rollout.engine_logprobs is not None:
+            theirs = rollout.engine_logprobs[index, :width].to(self.device)
+            weights = ppo_math.importance_weights(old_logprobs, theirs, mask, self.args.importance_cap)
         policy_loss, policy = ppo_math.policy_loss(
-            outputs.logprobs, old_logprobs, advantages, mask, self.args.clip_ratio, count
+            outputs.logprobs, old_logprobs, advantages, mask, self.args.clip_ratio, count, weights
         )
         value_loss, value = ppo_math.value_loss(outputs.values, old_values, returns, mask, self.args.clip_value, count)
         error = torch.where(mask, (outputs.logprobs.detach() - old_logprobs).exp() - 1.0, 0.0).abs().max()

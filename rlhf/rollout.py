@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +21,21 @@ from rlhf.records import Prompt
 
 @dataclass(frozen=True)
 class Responses:
-    """What an engine wrote: token ids (with the stop token where there is one), and whether each stopped."""
+    """What an engine wrote: token ids (with the stop token where there is one), and whether each stopped.
+
+    logprobs: each token's log-probability in nats under the distribution that the engine drew it from (at the
+    temperature); None from an engine that computes as the trainer does, whose draws need no correction.
+    """
 
     ids: list[list[int]]
     stopped: list[bool]
+    logprobs: list[list[float]] | None = None
+
+    def padded_logprobs(self) -> Float[Tensor, "N T"] | None:
+        """`logprobs` in a rectangle, 0 on padding."""
+        if self.logprobs is None:
+            return None
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in self.logprobs], batch_first=True)
 
 
 class Engine(Protocol):
@@ -33,6 +44,14 @@ class Engine(Protocol):
     def generate(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
     ) -> Responses: ...
+
+
+@runtime_checkable
+class Follower(Engine, Protocol):
+    """An engine with weights of its own: the trainer hands it the policy whose weights each `generate` must sample
+    with, and the ids that end a response."""
+
+    def follow(self, policy: Any, stop_ids: Sequence[int]) -> None: ...
 
 
 class TransformersEngine:
@@ -217,6 +236,7 @@ class Rollout:
     reference_logprobs: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"]
     values: Float[Tensor, "N T"]
+    engine_logprobs: Float[Tensor, "N T"] | None = None  # what the engine says it drew the tokens with, where it does
     raw_scores: Float[Tensor, "N"] | None = None
     own_scores: Mapping[str, Float[Tensor, "N"]] = field(
         default_factory=dict

@@ -312,9 +312,7 @@ def test_the_loss_is_weighted_and_the_value_loss_is_not(servers, tmp_path):
 
 
 def test_the_built_in_loop_logs_nothing_of_it(servers, tmp_path):
-    trainer = PPOTrainer(
-        str(policy_of(servers)), length_share, trainer_of(servers, tmp_path).args, PROMPTS
-    )
+    trainer = PPOTrainer(str(policy_of(servers)), length_share, trainer_of(servers, tmp_path).args, PROMPTS)
     assert not isinstance(trainer.engine, Follower)
     rollout = trainer.advantages(trainer.score(trainer.collect(trainer.next_prompts())))
     assert rollout.engine_logprobs is None

@@ -1,17 +1,17 @@
 """The vLLM engine against a second process that serves a tiny model's tokens over HTTP (`reference/token_server.py`).
 
 trl's client is the real one, and so are its requests, the announcements of weights and what it reads of the answers.
-What stands in for vLLM is `OverHTTP` below: the tensors that NCCL would carry go as POST /tensor. So the names, types,
-shapes, order and values of the weights are tested, and that the server waits for them while they are sent; NCCL and
-vLLM's own reading of the weights are not.
+What stands in for vLLM is `reference/vllm_over_http.py`: the tensors that NCCL would carry go as POST /tensor. So the
+names, types, shapes, order and values of the weights are tested, and that the server waits for them while they are
+sent; NCCL and vLLM's own reading of the weights are not.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import math
+import os
 import re
 import socket
 import subprocess
@@ -20,14 +20,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
 from peft import LoraConfig, get_peft_model
-from reference import token_server
+from reference import token_server, vllm_over_http
 from reference.tiny_chain import chain, save_adapter, save_base, shake
+from reference.vllm_over_http import STAND_INS, Engine, make_trainer
 from requests.adapters import HTTPAdapter
 from transformers import AutoModelForCausalLM
 from trl.generation import vllm_client
@@ -35,75 +35,31 @@ from trl.generation import vllm_client
 from rlhf import InputError, RunStopped, chat, ppo_math
 from rlhf.metrics import METRICS, check
 from rlhf.models import load_policy, load_tokenizer
-from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo import PPOTrainer
 from rlhf.rollout import Follower
 from rlhf.vllm_engine import VLLMEngine, policy_weights, read_answer
 
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
-PROMPTS = [{"prompt": f"Count to {word}, please" + "!" * (i % 4)} for i, word in enumerate(WORDS)]
-
-
-def length_share(prompts, completions, completion_ids, **columns):
-    return [len(ids) / 10 + ids[0] / 400 for ids in completion_ids]
-
-
-# -- what stands in for vLLM and NCCL ------------------------------------------------------------------------
-
-
-class OverHTTP:
-    """The two names of vLLM's that trl's client sends weights by."""
-
-    @staticmethod
-    def trainer_init(init_info):
-        return SimpleNamespace(group=SimpleNamespace(), **init_info)
-
-    @staticmethod
-    def trainer_send_weights(iterator, trainer_args):
-        assert trainer_args.group.world_size == 2  # the trainer and one worker
-        for _, tensor in iterator:
-            buffer = io.BytesIO()
-            torch.save(tensor.cpu(), buffer)
-            assert requests.post(f"{OverHTTP.url}/tensor", buffer.getvalue(), timeout=20).status_code == 200
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
 def pretended_vllm(monkeypatch):
-    """What trl's client needs of an installed vLLM (none is), and nothing else of it."""
-    for name, value in {
-        "is_vllm_available": lambda *args, **kwargs: True,
-        "get_ip": lambda: "127.0.0.1",
-        "NCCLWeightTransferEngine": OverHTTP,
-        "NCCLTrainerSendWeightsArgs": SimpleNamespace,
-    }.items():
+    for name, value in STAND_INS.items():
         monkeypatch.setattr(vllm_client, name, value, raising=False)
 
 
-class Engine(VLLMEngine):
-    """With the one method replaced that asks for a GPU."""
-
-    def transfer_device(self):
-        OverHTTP.url = self.url
-        return torch.device("cuda")
-
-
 class Servers:
-    """Processes of reference/token_server.py, started together on first use: importing torch takes seconds."""
+    """reference/token_server.py, and a copy of it that may die."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        flags = {"plain": [], "raw": ["--logprobs-mode", "raw_logprobs"], "victim": []}
-        self.processes = {
-            name: subprocess.Popen(
-                [sys.executable, token_server.__file__, folder, *more], stdout=subprocess.PIPE, text=True
-            )
-            for name, more in flags.items()
-        }
-        self.urls: dict[str, str] = {}
+        self.process = subprocess.Popen(
+            [sys.executable, token_server.__file__, folder], stdout=subprocess.PIPE, text=True
+        )
+        self.urls = [f"http://127.0.0.1:{int(port)}" for port in self.process.stdout.readline().split()]
 
-    def url(self, name: str = "plain") -> str:
-        if name not in self.urls:
-            self.urls[name] = f"http://127.0.0.1:{int(self.processes[name].stdout.readline())}"
-        return self.urls[name]
+    def url(self) -> str:
+        return self.urls[0]
 
     def post(self, path: str, **content):
         answer = requests.post(f"{self.url()}{path}", json=content, timeout=20)
@@ -120,15 +76,15 @@ STARTED: list[Servers] = []
 @pytest.fixture(scope="module", autouse=True)
 def stopped_at_the_end() -> Iterator[None]:
     yield
-    for process in (process for servers in STARTED for process in servers.processes.values()):
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    for servers in STARTED:
+        servers.process.kill()
+        servers.process.wait()
+        servers.process.stdout.close()
 
 
 @pytest.fixture
 def servers(tmp_path_factory, tiny_model, tiny_tokenizer) -> Iterator[Servers]:
-    """The servers begin with the weights of the folder `full/base`."""
+    """The servers begin with the weights of the folder `full/base`; importing torch takes them seconds."""
     if not STARTED:
         folder = tmp_path_factory.mktemp("models")
         for kind in ("full", "lora"):
@@ -157,13 +113,7 @@ def draw(engine: VLLMEngine, prompts, seed: int = 3, tokens: int = 12, temperatu
 
 
 def trainer_of(servers: Servers, folder: Path, engine=None, kind: str = "full", **changes) -> PPOTrainer:
-    config = PPOConfig(**{
-        "output_dir": str(folder), "updates": 2, "rollout_size": 8, "minibatch_size": 4, "inner_epochs": 1,
-        "max_new_tokens": 10, "learning_rate": 1e-2, "temperature": 0.7, "bf16": False, "missing_eos": "off",
-        "preflight": False,
-    } | changes)  # fmt: skip
-    policy = policy_of(servers, kind)
-    return PPOTrainer(str(policy), length_share, config, PROMPTS, engine=engine or Engine(servers.url()))
+    return make_trainer(str(policy_of(servers, kind)), str(folder), engine or Engine(servers.url()), **changes)
 
 
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7], [20, 21]]
@@ -312,13 +262,31 @@ def test_the_loss_is_weighted_and_the_value_loss_is_not(servers, tmp_path):
 
 
 def test_the_built_in_loop_logs_nothing_of_it(servers, tmp_path):
-    trainer = PPOTrainer(str(policy_of(servers)), length_share, trainer_of(servers, tmp_path).args, PROMPTS)
+    trainer = make_trainer(str(policy_of(servers)), str(tmp_path), None)
     assert not isinstance(trainer.engine, Follower)
     rollout = trainer.advantages(trainer.score(trainer.collect(trainer.next_prompts())))
     assert rollout.engine_logprobs is None
     names = {"importance_weight", "importance_capped", "engine_kl_nats"}
     assert not names & set(trainer.update(rollout))
     assert names <= set(METRICS)
+
+
+@pytest.mark.long
+def test_of_two_processes_one_sends_the_weights_and_both_sample_with_them(servers, tmp_path):
+    """Launched by torchrun; each process compares its log-probabilities with the engine's."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [vllm_over_http.__file__, servers.url(), policy_of(servers), tmp_path]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    paths = [entry["path"] for entry in servers.post("/log")["log"]]
+    order = [path for path in paths if "weight" in path or "completions" in path]
+    sending = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+    sampling = ["/v1/completions"] * 8
+    assert order == ["/init_weight_transfer_engine", *sending, *sampling, *sending, *sampling]
 
 
 # -- the weights that are sent -------------------------------------------------------------------------------
@@ -458,7 +426,8 @@ def test_a_server_that_was_started_otherwise(servers, fault, message):
 
 
 def test_logprobs_that_leave_out_the_temperature_are_refused(servers):
-    engine = following(servers, engine=Engine(servers.url("raw")))
+    servers.post("/fault", fault="raw logprobs")
+    engine = following(servers)
     with pytest.raises(InputError, match=r"logprobs_mode='raw_logprobs'.*--logprobs-mode processed_logprobs"):
         draw(engine, IDS)
 
@@ -511,7 +480,7 @@ def test_a_server_that_hangs(servers):
 
 
 def test_a_server_that_dies_in_the_middle_of_a_run(servers, tmp_path):
-    url = servers.url("victim")
+    url = servers.urls[1]
     trainer = trainer_of(servers, tmp_path, Engine(url), updates=5)
     trainer.engine.client.session.mount(url, HTTPAdapter())  # trl tries for a minute whether it comes back
     update = trainer.update
@@ -527,7 +496,6 @@ def test_a_server_that_dies_in_the_middle_of_a_run(servers, tmp_path):
         trainer.train()
     one_line(error)
     assert trainer.update_index == 2
-    assert servers.processes["victim"].wait(20) == 1
     with pytest.raises(RunStopped, match=f"{url}: sending the weights failed"):
         trainer.collect(trainer.next_prompts())
 

@@ -1,18 +1,19 @@
 """A program that serves a tiny model's tokens over HTTP as `vllm serve` would, for trl's VLLMClient.
 
-    python tests/reference/token_server.py MODEL_FOLDER [--logprobs-mode raw_logprobs]      prints its port
+    python tests/reference/token_server.py MODEL_FOLDER      prints two ports
 
 The tokens are a plain loop's: a whole forward for every token, in float64 from the logits on. What a vLLM server gets
 over NCCL comes here as POST /tensor, one after the other, while /update_weights waits for them as vLLM's workers do.
-POST /fault {"fault": name} makes it misbehave; GET /log tells what it was asked.
+POST /fault {"fault": name} makes it misbehave; GET /log tells what it was asked. The second port is that of a copy,
+a process of its own, that may die of a fault.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,9 +31,8 @@ KNOWN = {*FULL_SOFTMAX, "model", "prompt", "return_token_ids", "return_tokens_as
 class Served:
     """The model and everything that requests share."""
 
-    def __init__(self, folder: str, logprobs_mode: str):
+    def __init__(self, folder: str):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.logprobs_mode = logprobs_mode
         self.lock = threading.Lock()
         self.arrived = threading.Condition()
         self.tensors: list[torch.Tensor] = []
@@ -59,8 +59,7 @@ class Served:
                 logits = self.model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, -1].double()
             drawn_from = (logits / request["temperature"]).log_softmax(-1)
             ids.append(int(torch.multinomial(drawn_from.exp(), 1, generator=draw)))
-            told = logits.log_softmax(-1) if self.logprobs_mode == "raw_logprobs" else drawn_from
-            logprobs.append(float(told[ids[-1]]))
+            logprobs.append(float(drawn_from[ids[-1]]))
         tokens = [f"token_id:{token}" for token in ids]
         choice = {
             "prompt_token_ids": prompt,
@@ -132,9 +131,8 @@ class Served:
             return {"data": [{"id": "tiny"}]}
         if path == "/server_info":
             transfer = None if self.fault == "no weight transfer" else {"backend": "nccl"}
-            return {"vllm_config": {
-                "weight_transfer_config": transfer, "model_config": {"logprobs_mode": self.logprobs_mode},
-            }}  # fmt: skip
+            mode = "raw_logprobs" if self.fault == "raw logprobs" else "processed_logprobs"
+            return {"vllm_config": {"weight_transfer_config": transfer, "model_config": {"logprobs_mode": mode}}}
         if path == "/get_world_size":
             return {"world_size": 1}
         if path == "/v1/completions":
@@ -176,15 +174,21 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("--logprobs-mode", default="processed_logprobs")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    Handler.served = Served(arguments.folder, arguments.logprobs_mode)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    print(server.server_address[1], flush=True)
-    server.serve_forever()
+    torch.set_num_threads(1)  # and no thread is there before the copy is made
+    Handler.served = Served(sys.argv[1])
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+    print(*(server.server_address[1] for server in servers), flush=True)
+    is_copy = os.fork() == 0
+    servers[not is_copy].server_close()
+    if is_copy:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    servers[is_copy].serve_forever()
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class PPORecipe(PPOConfig):
     """Prompts; default: the run's rankings/prompts.jsonl."""
     eval_data: str | None = None
     """Held-out prompts, for eval_steps."""
+    vllm_server: str | None = None
+    """Address of a vLLM server (http://host:port) that samples the responses; null: the built-in loop."""
     max_prompts: int | None = None
     """Use only the first so many prompts."""
     overwrite: bool = False
@@ -76,6 +78,7 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         train_dataset=read_prompts(config.train_data)[: config.max_prompts],
         eval_dataset=config.eval_data,
         value_model=None if config.value_model == "shared_trunk" else config.reward_model,
+        engine=vllm_engine(config.vllm_server),
         callbacks=[
             ProgressCallback("ppo", ("score", "kl_nats", "clip_fraction", "explained_variance", "response_tokens"))
         ],
@@ -87,6 +90,14 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
     shown = ("score", "kl_nats", "entropy_nats", "explained_variance", "response_tokens", "eos_rate", "kl_coef")
     outputs = {name: metrics[name] for name in shown if name in metrics} | {"updates": trainer.update_index}
     return stage.finish(outputs, trainer.processing_class, str(config.model))
+
+
+def vllm_engine(url: str | None) -> Any:
+    if url is None:
+        return None
+    from rlhf.vllm_engine import VLLMEngine
+
+    return VLLMEngine(url)
 
 
 def score_functions(config: PPORecipe) -> list[Any]:

@@ -172,12 +172,11 @@ class ActorCritic(nn.Module):
 
     @contextmanager
     def sampling(self) -> Any:
-        """Inside, an engine may run `self.policy` itself, and for as many steps as its own responses need. LoRA layers
-        are merged there (see `rlhf.lora.merged`)."""
+        """Inside, an engine may run `self.policy` itself, and for as many steps as its own responses need."""
         if sharding.is_sharded(self):
             # an empty forward, for no role: FSDP2 takes what runs first for the root, and that must not be a layer
             self(None, 1.0, ())
-        with sharding.whole(self, self.policy), lora_layers.merged(self.policy):
+        with sharding.whole(self, self.policy):
             yield
 
     def _trained(self, model: Any) -> list[str]:

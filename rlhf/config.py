@@ -56,7 +56,7 @@ INHERITED = ("seed", "output_dir")
 NO_EFFECT = (
     "output_dir", "overwrite", "report_to", "logging_steps", "save_steps", "save_rollouts", "samples_logged",
     "microbatch_size", "tokens_per_microbatch", "generation_batch_size", "gradient_checkpointing",
-    "save_total_limit", "on_alarm", "preflight", "on_score_failure", "score_timeout_seconds",
+    "save_total_limit", "on_alarm", "preflight", "on_score_failure", "score_timeout_seconds", "vllm_server",
 )  # fmt: skip
 """Fields that don't change what a run computes, or only what it does when something goes wrong: not part of its
 fingerprint, so that an interrupted run may go on with others."""

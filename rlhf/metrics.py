@@ -105,6 +105,21 @@ _PPO = (
         "at equal length",
     ),
     Metric(
+        "importance_weight", "ratio", "mean of the weights that correct for an engine that samples from slightly other "
+        "probabilities than the trainer computes: min(trainer / engine, importance_cap)",
+        0.9, 1.1, "the engine samples from another distribution (its weights, temperature or stop ids): see "
+        "engine_kl_nats",
+    ),
+    Metric(
+        "importance_capped", "share of tokens", "tokens whose weight was cut at importance_cap", None, 0.05,
+        "engine and trainer disagree on many tokens: see engine_kl_nats",
+    ),
+    Metric(
+        "engine_kl_nats", "nats per token", "mean k3 estimate of KL(engine || trainer) on the same tokens", None, 0.05,
+        "the engine does not sample from the policy: are its weights the current ones, its precision and temperature "
+        "the trainer's, and does it report log-probabilities at the temperature?",
+    ),
+    Metric(
         "dropped_responses", "responses", "left out of the update because scoring them failed "
         "(on_score_failure=drop)", None, 0.0,
         "scoring fails again and again, and what fails is never penalised: read the warnings in the log, repair the "

@@ -39,20 +39,20 @@ from rlhf.checkpoint import full_disk_explained, mark_complete, save_checkpoint
 from rlhf.config import resume_settings
 from rlhf.draws import Draws
 from rlhf.loop import CallbackLoop, callback_arguments
-from rlhf.models import is_adapter, load_tokenizer, lora_config
+from rlhf.models import is_adapter, lora_config
 from rlhf.ppo_config import PPOConfig
-from rlhf.ppo_metrics import Clock, rollout_metrics, samples
+from rlhf.ppo_evaluation import evaluate
+from rlhf.ppo_metrics import Clock, engine_metrics, rollout_metrics, samples
 from rlhf.records import Prompt
 from rlhf.resume import TERMINATED, Termination, resume_point
 from rlhf.rollout import (
     FEWEST,
     LAUNCH_TOKENS,
-    Batch,
     Engine,
+    Follower,
     Responses,
     Rollout,
     TransformersEngine,
-    make_batch,
     pad,
     plan_minibatches,
 )
@@ -93,7 +93,7 @@ class PPOTrainer:
         self.args = args = args or PPOConfig()
         self.reward_funcs = scores.check_functions(reward_funcs)
         self.reward_weights = args.weights_for(len(self.reward_funcs))
-        self.processing_class = tokenizer = _tokenizer(model, processing_class)
+        self.processing_class = tokenizer = preflight.policy_tokenizer(model, processing_class)
         self.prompts, self.prompt_ids = self._read(train_dataset, "train_dataset")
         self.eval_prompts, self.eval_prompt_ids = (
             self._read(eval_dataset, "eval_dataset") if eval_dataset is not None else ([], [])
@@ -132,6 +132,8 @@ class PPOTrainer:
         self.engine = engine or TransformersEngine(
             actor_critic.policy, self.stop_ids, self.pad_id, args.generation_batch_size
         )
+        if isinstance(self.engine, Follower):
+            self.engine.follow(actor_critic.policy, self.stop_ids)
         self.kl_coef = args.kl_coef
         self.moments = scores.RunningMoments()
         self.update_index = 0
@@ -220,6 +222,7 @@ class PPOTrainer:
             reference_logprobs=blank.clone(),
             entropy=blank.clone(),
             values=blank.clone(),
+            engine_logprobs=responses.padded_logprobs(),
         )
         with self.clock("logprobs"):
             self._kept = (plan, {}) if self._fits_at_once(plan, lengths) else None
@@ -291,7 +294,8 @@ class PPOTrainer:
         metrics["optimizer_steps"] = len(steps)
         del metrics["ratio_error"]
         rates = {"kl_coef": self.kl_coef, "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        metrics = rollout_metrics(rollout, self.accelerator, self.kl_coef) | rates | metrics
+        sampled = engine_metrics(rollout, self.accelerator, self.args.importance_cap)
+        metrics = rollout_metrics(rollout, self.accelerator, self.kl_coef) | sampled | rates | metrics
         if self.args.kl_target_nats is not None:
             self.kl_coef = ppo_math.adapt_kl_coef(
                 self.kl_coef,
@@ -375,7 +379,7 @@ class PPOTrainer:
         self, rollout: Rollout, rows: list[int], count: float, outputs: Outputs | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, and its statistics; `outputs`: its forward, where that is already made."""
-        batch: Batch = rollout.batch(rows, self.pad_id, self.device)
+        batch = rollout.batch(rows, self.pad_id, self.device)
         index, width = torch.tensor(rows), batch.targets.shape[1]
         old_logprobs, old_values, advantages, returns = (
             getattr(rollout, name)[index, :width].to(self.device)
@@ -385,8 +389,12 @@ class PPOTrainer:
         outputs = outputs or self.module(batch, self.args.temperature, ("policy", "value"))
         assert outputs.logprobs is not None
         assert outputs.values is not None
+        weights = None
+        if rollout.engine_logprobs is not None:
+            theirs = rollout.engine_logprobs[index, :width].to(self.device)
+            weights = ppo_math.importance_weights(old_logprobs, theirs, mask, self.args.importance_cap)
         policy_loss, policy = ppo_math.policy_loss(
-            outputs.logprobs, old_logprobs, advantages, mask, self.args.clip_ratio, count
+            outputs.logprobs, old_logprobs, advantages, mask, self.args.clip_ratio, count, weights
         )
         value_loss, value = ppo_math.value_loss(outputs.values, old_values, returns, mask, self.args.clip_value, count)
         error = torch.where(mask, (outputs.logprobs.detach() - old_logprobs).exp() - 1.0, 0.0).abs().max()
@@ -394,30 +402,9 @@ class PPOTrainer:
         value_weight = self.args.value_loss_coef if self.actor_critic.shared_trunk else 1.0
         return policy_loss + value_weight * value_loss, stats | policy._asdict() | value._asdict()
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""
-        prompts, ids = self.eval_prompts, self.eval_prompt_ids
-        generator = torch.Generator(self.device).manual_seed(self.args.seed)
-        responses = self._generate(ids, generator)
-        texts = [chat.decode_response(self.processing_class, r) for r in responses.ids]
-        score, _ = self._raw_scores(
-            prompts, texts, responses.ids,
-            lambda name, value: self.loop.log_metric(f"eval_{name}", value),
-            lambda name, values: None,
-        )  # fmt: skip
-        kl = 0.0
-        for start in range(0, len(ids), 16):
-            rows = slice(start, start + 16)
-            batch = make_batch(ids[rows], responses.ids[rows], self.pad_id, self.device)
-            out = self.module(batch, self.args.temperature, ("policy", "reference"))
-            kl += float((out.logprobs - out.reference_logprobs).sum())
-        return {
-            "eval_score": float(score.nanmean()),
-            "eval_kl_nats": kl / len(ids),
-            "eval_response_tokens": sum(map(len, responses.ids)) / len(ids),
-            "eval_eos_rate": sum(responses.stopped) / len(ids),
-        }
+        return evaluate(self)
 
     def save_model(self, folder: str | Path | None = None) -> None:
         """The policy (full weights or adapter, safetensors) and its tokenizer, in `folder` or output_dir."""
@@ -525,19 +512,6 @@ class PPOTrainer:
 
     def _due(self, every: int, metrics: dict[str, float]) -> bool:
         return every > 0 and (self.update_index % every == 0 or self._finished(metrics))
-
-
-def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if given is None:
-        if not isinstance(model, str | Path):
-            raise InputError("processing_class is missing; with a model object, pass its tokenizer")
-        return load_tokenizer(model)
-    added = chat.prepare_tokenizer(given)
-    if added:
-        raise InputError(
-            f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
-        )
-    return given
 
 
 def _optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimizer:

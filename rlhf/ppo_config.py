@@ -80,6 +80,9 @@ class PPOConfig:
     """lambda of generalised advantage estimation."""
     clip_ratio: float = 0.2
     """The policy's ratio is clipped to 1 +- this."""
+    importance_cap: float = 2.0
+    """Largest weight of a token by which an engine's own probabilities (vLLM's) are corrected to the trainer's; .inf
+    in YAML truncates nothing. Engines that don't report theirs, as the built-in one, are not corrected."""
     clip_value: float = 0.2
     """New values are clipped to the old ones +- this; .inf in YAML switches it off."""
     normalize_scores: bool = False
@@ -160,6 +163,9 @@ class PPOConfig:
             "value_warmup_updates", "warmup_updates", "eval_steps", "save_steps", "save_rollouts", "samples_logged",
         ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _require(
+            "importance_cap", self.importance_cap, self.importance_cap >= 1, "at least 1, the weight where both agree"
+        )
         for name in ("gamma", "lam"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("adam_beta1", "adam_beta2", "lora_dropout"):

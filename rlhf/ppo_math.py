@@ -223,6 +223,23 @@ def rescale(
     return torch.where(mask, (x.float() - mean) * torch.rsqrt(var + 1e-8) + mean, 0.0)
 
 
+def importance_weights(
+    logprobs: Float[Tensor, "B T"],
+    engine_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    cap: float,
+) -> Float[Tensor, "B T"]:
+    """``min(exp(logprobs - engine_logprobs), cap)``: how much likelier each token is under the policy as the trainer
+    computes it than under the engine that sampled it; 0 on padding, no gradient.
+
+    Truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training"; Ionides 2008): the same weights, in another precision or by other kernels, are another distribution.
+    `logprobs` are those before the update (`policy_loss`'s `old_logprobs`). cap=float("inf") truncates nothing.
+    """
+    log_ratio = torch.where(mask, logprobs.detach().float() - engine_logprobs.float(), 0.0)
+    return torch.where(mask, log_ratio.exp().clamp(max=cap), 0.0)
+
+
 def policy_loss(
     logprobs: Float[Tensor, "B T"],
     old_logprobs: Float[Tensor, "B T"],
@@ -230,26 +247,30 @@ def policy_loss(
     mask: Bool[Tensor, "B T"],
     clip_ratio: float,
     count: float | Tensor | None = None,
+    weights: Float[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, ""], PolicyStats]:
     """PPO's clipped surrogate (1707.06347, eq. 7), a mean over `count` tokens (default: the mask's own).
 
     ``ratio = exp(logprobs - old_logprobs)``; ``objective = min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``;
     ``loss = -objective``. `count` is the number of real tokens in the whole minibatch, over all its
-    micro-batches and processes, so that no split changes the gradient.
+    micro-batches and processes, so that no split changes the gradient. `weights` (`importance_weights`) multiply
+    each token's objective and carry no gradient; they enter none of the statistics.
     """
     log_ratio = torch.where(mask, logprobs.float() - old_logprobs.float(), 0.0)
     ratio = log_ratio.exp()
     advantages = torch.where(mask, advantages.float(), 0.0)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1.0 - clip_ratio, 1.0 + clip_ratio) * advantages
-    objective = masked_mean(torch.minimum(unclipped, clipped), mask, count)
+    objective = torch.minimum(unclipped, clipped)
+    if weights is not None:
+        objective = objective * torch.where(mask, weights.detach().float(), 0.0)
     with torch.no_grad():
         stats = PolicyStats(
             clip_fraction=masked_mean((clipped < unclipped).float(), mask, count),
             approx_kl_nats=masked_mean(torch.expm1(log_ratio) - log_ratio, mask, count),
             ratio_max=torch.where(mask, ratio, 0.0).max(),  # on padding the ratio is 1, which could be the largest
         )
-    return -objective, stats
+    return -masked_mean(objective, mask, count), stats
 
 
 def value_loss(

@@ -59,6 +59,24 @@ def rollout_metrics(rollout: Rollout, accelerator: Accelerator, kl_coef: float) 
     }
 
 
+def engine_metrics(rollout: Rollout, accelerator: Accelerator, cap: float) -> dict[str, float]:
+    """How far the engine that sampled is from the trainer, per token, over all processes' trained tokens; nothing
+    where the engine does not report its log-probabilities."""
+    if rollout.engine_logprobs is None:
+        return {}
+    mask = rollout.trained_mask
+    ours, theirs = (torch.where(mask, x, 0.0) for x in (rollout.logprobs, rollout.engine_logprobs))
+    weights = ppo_math.importance_weights(ours, theirs, mask, cap)
+    kl = ppo_math.kl_estimate(theirs, ours, "k3")
+    sums = torch.stack([x.double().sum() for x in (weights, mask & (ours - theirs > math.log(cap)), kl, mask)])
+    weight, capped, kl_nats, tokens = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+    return {
+        "importance_weight": weight / tokens,
+        "importance_capped": capped / tokens,
+        "engine_kl_nats": kl_nats / tokens,
+    }
+
+
 def samples(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]:
     """The rollout's first ``count`` rows, as lines of samples.jsonl, each function's own score among them; null where
     there is none (the function does not apply, or scoring failed and the response was dropped)."""

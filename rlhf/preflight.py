@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from rlhf import preflight_rewards as on_rewards
 from rlhf import preflight_sft as on_sft
 from rlhf import preflight_text as on_text
 from rlhf.actor_critic import ActorCritic
+from rlhf.models import load_tokenizer
 from rlhf.preflight_text import Finding
 from rlhf.records import Prompt
 
@@ -271,3 +273,17 @@ def value_start(value_model: Any, functions: Sequence[Any], tokenizer: PreTraine
             return candidate
         log.warning("the reward model reads other tokens than the policy: the value model starts from the policy")
     return None
+
+
+def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one in the policy's folder; refused where its chat tokens were never learned."""
+    if given is None:
+        if not isinstance(model, str | Path):
+            raise InputError("processing_class is missing; with a model object, pass its tokenizer")
+        return load_tokenizer(model)
+    added = chat.prepare_tokenizer(given)
+    if added:
+        raise InputError(
+            f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
+        )
+    return given

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,16 +15,27 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from rlhf import InputError
+from rlhf import InputError, lora
 from rlhf.records import Prompt
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What an engine wrote: token ids (with the stop token where there is one), and whether each stopped."""
+    """What an engine wrote: token ids (with the stop token where there is one), and whether each stopped.
+
+    logprobs: each token's log-probability in nats under the distribution that the engine drew it from (at the
+    temperature); None from an engine that computes as the trainer does, whose draws need no correction.
+    """
 
     ids: list[list[int]]
     stopped: list[bool]
+    logprobs: list[list[float]] | None = None
+
+    def padded_logprobs(self) -> Float[Tensor, "N T"] | None:
+        """`logprobs` in a rectangle, 0 on padding."""
+        if self.logprobs is None:
+            return None
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in self.logprobs], batch_first=True)
 
 
 LAUNCH_TOKENS = {"cpu": 64, "cuda": 2048}  # what starting one more micro-batch costs, in tokens computed meanwhile
@@ -37,6 +48,14 @@ class Engine(Protocol):
     def generate(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
     ) -> Responses: ...
+
+
+@runtime_checkable
+class Follower(Engine, Protocol):
+    """An engine with weights of its own: the trainer hands it the policy whose weights each `generate` must sample
+    with, and the ids that end a response."""
+
+    def follow(self, policy: Any, stop_ids: Sequence[int]) -> None: ...
 
 
 class TransformersEngine:
@@ -66,11 +85,12 @@ class TransformersEngine:
             if not self._checked:
                 check_decoding(self.model, self.pad_id)
                 self._checked = True
-            for start in range(0, len(order), self.rows_per_batch):
-                rows = order[start : start + self.rows_per_batch]
-                batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, generator)
-                for row, response in zip(rows, batch, strict=True):
-                    ids[row] = response
+            with lora.merged(self.model):
+                for start in range(0, len(order), self.rows_per_batch):
+                    rows = order[start : start + self.rows_per_batch]
+                    batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, generator)
+                    for row, response in zip(rows, batch, strict=True):
+                        ids[row] = response
         finally:
             self.model.train(training)
         return Responses(ids, [response[-1] in self.stop_ids for response in ids])
@@ -231,6 +251,7 @@ class Rollout:
     reference_logprobs: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"]
     values: Float[Tensor, "N T"]
+    engine_logprobs: Float[Tensor, "N T"] | None = None  # what the engine says it drew the tokens with, where it does
     raw_scores: Float[Tensor, "N"] | None = None
     own_scores: Mapping[str, Float[Tensor, "N"]] = field(
         default_factory=dict

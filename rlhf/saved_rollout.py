@@ -40,7 +40,9 @@ from rlhf.records import Prompt
 from rlhf.rollout import Rollout
 
 PER_RESPONSE = ("stopped", "raw_scores", "scores", "used")
-PER_TOKEN = ("mask", "logprobs", "reference_logprobs", "entropy", "values", "rewards", "advantages", "returns")
+PER_TOKEN = (
+    "mask", "logprobs", "reference_logprobs", "engine_logprobs", "entropy", "values", "rewards", "advantages", "returns"
+)  # fmt: skip
 BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError)
 """What torch.load and the code that takes its result apart raise on a file that was cut short or is another's."""
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from reference import two_processes
 from reference.tiny_chain import chain
-from reference.two_processes import KINDS, PPO_KINDS, STAGES
+from reference.two_processes import KINDS, PPO_KINDS, STAGES, GivenResponses
 
 from reward_models import RewardTrainer
 from rlhf import rollout
@@ -138,6 +138,15 @@ def test_micro_batches(runs, stage, kind, rows):
     same(runs.run(stage, kind, **changes), runs.plain(stage, kind))
 
 
+def test_micro_batches_without_importance_weights(runs):
+    """The runs beside this one have an engine that says what it drew tokens with; most have none."""
+    plain = runs.run("ppo", "full", engine=GivenResponses())
+    same(runs.run("ppo", "full", engine=GivenResponses(), tokens_per_microbatch=60), plain)
+    assert all("importance_weight" not in row for row in plain["logs"])
+    weighted = runs.plain("ppo", "full")
+    assert plain["logs"][0]["policy_loss"] != pytest.approx(weighted["logs"][0]["policy_loss"], rel=1e-2)
+
+
 @every_stage_and_kind
 def test_gradient_checkpointing(runs, stage, kind):
     same(runs.run(stage, kind, gradient_checkpointing=True), runs.plain(stage, kind))
@@ -235,6 +244,8 @@ def test_the_plain_runs_are_what_they_should_be(runs):
     assert len(ppo["gradients"]) == 2 * 2 * 2  # updates x inner epochs x minibatches
     np.testing.assert_allclose(ppo["rates"], [[0.1, 0.1]] * 8)
     assert all(0 < row["clip_fraction"] < 1 for row in ppo["logs"])
+    weights = [(row["importance_weight"], row["importance_capped"], row["engine_kl_nats"]) for row in ppo["logs"]]
+    assert all(0.1 < capped < 0.9 and weight < 2 for weight, capped, _ in weights), weights
     assert abs(ppo["logs"][1]["kl_nats"]) > 0.1
     assert ppo["kl_coef"] != 0.05
     assert ppo["moments"]["count"] == 16

@@ -402,6 +402,33 @@ def test_policy_statistics_by_hand():
     close([loss, stats.clip_fraction, stats.approx_kl_nats, stats.ratio_max], [-0.25, 0.1, kl / 10, 1.5])
 
 
+def test_importance_weights_by_hand():
+    # probabilities under the trainer 0.5, 0.1, 0.9, under the engine 0.25, 0.2, 0.1: ratios 2, 0.5, 9
+    logprobs = torch.tensor([[math.log(0.5), math.log(0.1)], [math.log(0.9), math.nan]], requires_grad=True)
+    engine = torch.tensor([[math.log(0.25), math.log(0.2)], [math.log(0.1), math.inf]])
+    mask = prefix_mask([2, 1])
+    weights = ppo_math.importance_weights(logprobs, engine, mask, 3.0)
+    close(weights, [[2.0, 0.5], [3.0, 0.0]])
+    assert not weights.requires_grad
+    close(ppo_math.importance_weights(logprobs, engine, mask, math.inf), [[2.0, 0.5], [9.0, 0.0]])
+    close(ppo_math.importance_weights(logprobs, logprobs.detach(), mask, 1.0), [[1.0, 1.0], [1.0, 0.0]])
+
+
+def test_a_weight_multiplies_its_tokens_objective_and_gradient():
+    # objectives 2.4 (clipped), 1 and -0.9 as in test_policy_statistics_by_hand, weights 0.5, 2 and 1.5
+    new = torch.tensor([[math.log(1.5), math.log(0.5)], [math.log(0.9), 0.0]], requires_grad=True)
+    old, mask = torch.zeros(2, 2), prefix_mask([2, 1])
+    advantages = torch.tensor([[2.0, 2.0], [-1.0, math.inf]])
+    weights = torch.tensor([[0.5, 2.0], [1.5, math.nan]], requires_grad=True)
+    loss, stats = ppo_math.policy_loss(new, old, advantages, mask, 0.2, None, weights)
+    close(loss, -(0.5 * 2.4 + 2.0 * 1.0 + 1.5 * -0.9) / 3)
+    _, unweighted = ppo_math.policy_loss(new, old, advantages, mask, 0.2)
+    close(list(stats), list(unweighted))
+    loss.backward()
+    close(new.grad, [[0.0, -2.0 * 0.5 * 2.0 / 3], [1.5 * 0.9 * 1.0 / 3, 0.0]])  # -weight * ratio * A / 3; clipped: 0
+    assert weights.grad is None
+
+
 def test_the_largest_ratio_is_not_that_of_padding():
     """On padding new and old are taken as equal: a ratio of 1, larger than that of any token here."""
     leaf = torch.tensor([[math.log(0.5), 0.0, 0.0]], requires_grad=True)

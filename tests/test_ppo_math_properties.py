@@ -353,6 +353,37 @@ def test_policy_gradient_by_finite_differences(columns, clip):
         near(gradient, (ends[0] - ends[1]) / (2 * step), abs(a) * max(ratio, 1) / n)
 
 
+CAPS = st.sampled_from([1.0, 1.5, 2.0, math.inf])
+
+
+@holds(columns=policies(), cap=CAPS)
+def test_importance_weights(columns, cap):
+    ours, engine, _ = columns
+    weights = ppo_math.importance_weights(ours.tensor, engine.tensor, ours.mask, cap)
+    expected = padded_like(ours, slow.importance_weights(ours.rows, engine.rows, cap))
+    near(weights, expected, expected)
+    assert weights.dtype == torch.float32
+
+
+@holds(columns=policies(), engine=st.data(), clip=CLIPS, cap=CAPS, which=st.integers(0, 4))
+def test_weighted_policy_loss(columns, engine, clip, cap, which):
+    """The engine's log-probs are another draw of the same shape: the old ones, some of them moved."""
+    new, old, advantages = columns
+    count, meant = counts(int(new.mask.sum()))[which]
+    moved = numbers(engine.draw, old.tensor.shape, 4.0)
+    rows = [[x + d for x, d in zip(row, ds[: len(row)], strict=True)] for row, ds in zip(old.rows, moved, strict=True)]
+    theirs = with_padding(rows, old.tensor.shape[1], engine.draw(st.sampled_from(GARBAGE)), torch.float64)
+    weights = ppo_math.importance_weights(old.tensor, theirs, new.mask, cap)
+    weights = torch.where(new.mask, weights, engine.draw(st.sampled_from(GARBAGE)))
+    loss, stats = ppo_math.policy_loss(new.tensor, old.tensor, advantages.tensor, new.mask, clip, count, weights)
+    factors = slow.importance_weights(old.rows, rows, cap)
+    expected = slow.policy_loss(new.rows, old.rows, advantages.rows, clip, meant, factors)
+    terms = np.concatenate(factors) * np.maximum(np.exp(flat(new) - flat(old)), 1) * np.abs(flat(advantages))
+    near(loss, expected[0], terms.sum() / meant)
+    plain = ppo_math.policy_loss(new.tensor, old.tensor, advantages.tensor, new.mask, clip, count)[1]
+    assert all(torch.equal(one, other) for one, other in zip(stats, plain, strict=True))
+
+
 @holds(columns=ragged(3), clip=VALUE_CLIPS, which=st.integers(0, 4))
 def test_value_loss(columns, clip, which):
     new, old, returns = columns
@@ -381,10 +412,22 @@ def test_value_gradient_by_finite_differences(columns, clip):
         near(gradient, (ends[0] - ends[1]) / (2 * step), size / n)
 
 
-@holds(columns=ragged(3, limit=4.0, scales=(1.0,)), which=st.sampled_from(["policy", "value"]), data=st.data())
+def weighted_policy_loss(new, old, advantages, engine, mask, clip, count):
+    weights = ppo_math.importance_weights(old, engine, mask, 2.0)
+    return ppo_math.policy_loss(new, old, advantages, mask, clip, count, weights)
+
+
+@holds(
+    columns=ragged(4, limit=4.0, scales=(1.0,)),
+    which=st.sampled_from(["policy", "weighted policy", "value"]),
+    data=st.data(),
+)
 def test_rows_apart_padded_otherwise_and_in_another_order_add_up_to_the_whole(columns, which, data):
     """The contract behind micro-batches: with the whole count, any split gives the same loss, gradient and metrics."""
-    function = ppo_math.policy_loss if which == "policy" else ppo_math.value_loss
+    function = {
+        "policy": ppo_math.policy_loss, "weighted policy": weighted_policy_loss, "value": ppo_math.value_loss,
+    }[which]  # fmt: skip
+    columns = columns[: 4 if which == "weighted policy" else 3]
     lengths = [len(row) for row in columns[0].rows]
     leaves = [torch.tensor(row, requires_grad=True) for row in columns[0].rows]
     order = data.draw(st.permutations(range(len(lengths))))
@@ -409,7 +452,7 @@ def test_rows_apart_padded_otherwise_and_in_another_order_add_up_to_the_whole(co
 
     whole = run([list(range(len(lengths)))])
     split = run([order[a:b] for a, b in itertools.pairwise(cuts)])
-    size = 8 * math.exp(8)  # the largest ratio times the largest advantage, and room
+    size = 16 * math.exp(8)  # the largest ratio times the largest advantage and weight, and room
     near(split[0], whole[0], size)
     near(split[1], whole[1], size)
     near(split[2], whole[2], size / sum(lengths))

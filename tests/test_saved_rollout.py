@@ -63,7 +63,7 @@ def odd_rollout(rows: int = 3, width: int = 4, update: int = 6, first: float = 0
     mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
     columns = {}
     for place, name in enumerate(
-        ("logprobs", "reference_logprobs", "entropy", "values", "rewards", "advantages", "returns")
+        ("logprobs", "reference_logprobs", "entropy", "values", "rewards", "advantages", "returns", "engine_logprobs")
     ):
         numbers = first + place + torch.arange(rows * width).view(rows, width) / 7
         columns[name] = torch.where(mask, numbers, 0.0)
@@ -95,7 +95,7 @@ def test_a_rollout_comes_back_exactly(tmp_path):
     same_rollout(load_rollout(tmp_path), rollout)
     same_rollout(load_rollout(tmp_path, 0), rollout)
     early = dataclasses.replace(
-        rollout, **dict.fromkeys(("raw_scores", "scores", "rewards", "advantages", "returns"), None)
+        rollout, **dict.fromkeys(("raw_scores", "scores", "rewards", "advantages", "returns", "engine_logprobs"), None)
     )
     save_rollout(tmp_path, early, 0)
     same_rollout(load_rollout(tmp_path), early)
@@ -122,7 +122,7 @@ def test_the_rows_of_all_processes(tmp_path):
     for i in range(5):
         own, row = (one, i) if i < 3 else (two, i - 3)
         n = len(own.response_ids[row])
-        for name in ("logprobs", "entropy", "values", "rewards"):
+        for name in ("logprobs", "entropy", "values", "rewards", "engine_logprobs"):
             np.testing.assert_array_equal(getattr(both, name)[i, :n], getattr(own, name)[row, :n])
             assert (getattr(both, name)[i, n:] == 0).all()
         assert both.mask[i].tolist() == [True] * n + [False] * (6 - n)

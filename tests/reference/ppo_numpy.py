@@ -71,14 +71,23 @@ def adapt_kl_coef(kl_coef, kl_nats, target_nats, responses, horizon):
     return kl_coef + kl_coef * float(np.clip((kl_nats - target_nats) / target_nats, -0.2, 0.2)) * responses / horizon
 
 
-def policy_loss(rows, old_rows, advantage_rows, clip_ratio, count=None):
+def importance_weights(rows, engine_rows, cap):
+    """Probability of each token under the trainer over that under the engine, at most `cap` (Yao et al. 2025)."""
+    return [
+        [min(math.exp(ours) / math.exp(theirs), cap) for ours, theirs in zip(row, engine_row, strict=True)]
+        for row, engine_row in zip(rows, engine_rows, strict=True)
+    ]
+
+
+def policy_loss(rows, old_rows, advantage_rows, clip_ratio, count=None, weight_rows=None):
     """(loss, share clipped, KL(old || new) by k3, largest ratio) of a ragged rollout."""
     objective, clipped, kl, n, largest = 0.0, 0, 0.0, 0, 0.0
-    for row, old, advantages in zip(rows, old_rows, advantage_rows, strict=True):
-        for new_logp, old_logp, a in zip(row, old, advantages, strict=True):
+    weight_rows = [[1.0] * len(row) for row in rows] if weight_rows is None else weight_rows
+    for row, old, advantages, weights in zip(rows, old_rows, advantage_rows, weight_rows, strict=True):
+        for new_logp, old_logp, a, weight in zip(row, old, advantages, weights, strict=True):
             ratio = math.exp(new_logp - old_logp)
             bounded = min(max(ratio, 1 - clip_ratio), 1 + clip_ratio)
-            objective += min(ratio * a, bounded * a)
+            objective += weight * min(ratio * a, bounded * a)
             clipped += bounded * a < ratio * a
             kl += ratio - 1 - (new_logp - old_logp)
             largest = max(largest, ratio)

@@ -38,7 +38,13 @@ SMALL_STEP = 1e-6  # so small that every step's gradient can be compared as clos
 
 
 class GivenResponses:
-    """Not sampled: a response is a function of its prompt, so that every split of the prompts sees the same."""
+    """Not sampled: a response is a function of its prompt, so that every split of the prompts sees the same.
+
+    with_logprobs: it also says what it drew them with, around what the tiny models say of a token (-6 or so).
+    """
+
+    def __init__(self, with_logprobs: bool = False):
+        self.with_logprobs = with_logprobs
 
     def generate(self, prompt_ids, max_new_tokens, temperature, generator):
         ids, stopped = [], []
@@ -47,7 +53,8 @@ class GivenResponses:
             row = [4 + (key + 13 * k * k) % 390 for k in range(1 + key % (max_new_tokens - 1))]
             stopped.append(key % 3 > 0)
             ids.append([*row, 2] if stopped[-1] else row)
-        return Responses(ids, stopped)
+        logprobs = [[-7.2 + (token + 3 * place) % 7 / 5 for place, token in enumerate(row)] for row in ids]
+        return Responses(ids, stopped, logprobs if self.with_logprobs else None)
 
 
 class Gradients(TrainerCallback):
@@ -85,7 +92,9 @@ def some_lengths(prompts, completions, completion_ids, number, log_metric, **col
     return [None if n % 4 == 0 else len(ids) / 10 for n, ids in zip(number, completion_ids, strict=True)]
 
 
-def ppo(policy: str, reward_model: str, folder: str, trainer_class=PPOTrainer, tokenizer=None, **changes) -> dict:
+def ppo(
+    policy: str, reward_model: str, folder: str, trainer_class=PPOTrainer, tokenizer=None, engine=None, **changes
+) -> dict:
     """Two updates of two minibatches and two inner epochs; Adam is damped so that its steps follow the gradients."""
     config = PPOConfig(**{
         "output_dir": folder, "updates": 2, "rollout_size": 8, "minibatch_size": 4, "inner_epochs": 2,
@@ -95,7 +104,8 @@ def ppo(policy: str, reward_model: str, folder: str, trainer_class=PPOTrainer, t
         "bf16": False,
     } | changes)  # fmt: skip
     functions = [odd_share, RewardModel.load(reward_model, device="cpu"), some_lengths]
-    trainer = trainer_class(policy, functions, config, PROMPTS[:11], PROMPTS[11:], tokenizer, engine=GivenResponses())
+    engine = engine or GivenResponses(with_logprobs=True)
+    trainer = trainer_class(policy, functions, config, PROMPTS[:11], PROMPTS[11:], tokenizer, engine=engine)
     gradients, prompts, rates = [], [], []
     step, collect = trainer.optimizer.step, trainer.collect
 

@@ -125,12 +125,17 @@ def trunk_forward(sizes: Sizes, lengths: Sequence[int], lora_rank: int = 0) -> i
 
 
 def trunk_backward(sizes: Sizes, lengths: Sequence[int], lora_rank: int = 0) -> int:
-    """Operations of its backward pass: without LoRA for inputs and weights alike; with it, for weights of adapters only.
+    """Operations of its backward pass: gradients of inputs and weights; with LoRA, of inputs and adapter weights.
 
-    Attention has two products forward and four backward."""
-    base, adapters = sizes.trunk_weights, sizes.adapter_weights(lora_rank)
-    per_token = 2 * base + 4 * adapters if lora_rank else 4 * base
-    return per_token * sum(lengths) + 2 * attention_flops(sizes, causal_pairs(lengths))
+    Attention has two products forward and four backward. Under LoRA nothing is trained below the first layer's query,
+    key and value: their inputs need no gradient."""
+    s = sizes
+    if lora_rank:
+        per_token = 2 * s.trunk_weights + 4 * s.adapter_weights(lora_rank)
+        per_token -= 2 * sum(a * b + lora_rank * a for a, b in s.matrices[:3])
+    else:
+        per_token = 4 * s.trunk_weights
+    return per_token * sum(lengths) + 2 * attention_flops(s, causal_pairs(lengths))
 
 
 def head_forward(sizes: Sizes, tokens: int) -> int:

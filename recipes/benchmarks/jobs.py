@@ -36,7 +36,8 @@ def run_job(
     result.unlink(missing_ok=True)
     (folder / "job.json").write_text(json.dumps(job | {"folder": str(folder)}, indent=1) + "\n")
     paths = [str(path) for path in (site, ROOT) if path] + [os.environ.get("PYTHONPATH", "")]
-    settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"}
+    settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    settings |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if threads is not None:
         settings |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [sys.executable, str(ROOT / "recipes/benchmarks" / script), str(folder / "job.json")]

@@ -5,13 +5,12 @@
 
 trl 1.12.0, the last with a PPOTrainer, is installed into a folder of its own (--trl_folder), without touching the
 environment. Each run is a process of its own, one after another. Results go to <output_dir>/results.json, tables to
-tables.md beside it.
+tables.md beside it. On a GPU the same script uses it (bfloat16 and memory as CUDA counts it); not yet run on one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -50,8 +49,8 @@ class BenchmarkConfig:
     """A Llama-like model for the case smollm2: a folder or hub id."""
     updates: int = 3
     """Updates per run; the first warms up, medians are of the others."""
-    threads: int = 0
-    """Threads of every run; 0: one per CPU."""
+    threads: int | None = None
+    """Threads of every run; null: torch's own choice."""
     trl_folder: str = f".bench/trl-{TRL_VERSION}"
     """Where trl is installed beside ours."""
     toy_run: str = "{output_dir}/toy_{seed}"
@@ -59,7 +58,7 @@ class BenchmarkConfig:
     seeds: int = 3
     """Runs of the quality part."""
     quality_updates: int | None = None
-    """Updates after which the quality part gives up; null: as many as the toy config trains."""
+    """Updates over which the quality part's learning rate falls to 0 and after which it gives up; null: the toy's."""
 
     def __post_init__(self) -> None:
         for name, chosen, known in (("cases", self.cases, list(CASES)), ("runs", self.runs, [*OURS, *TRL])):
@@ -69,14 +68,9 @@ class BenchmarkConfig:
         for name in ("updates", "seeds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.quality_updates is not None and self.quality_updates < 1:
-            raise InputError(f"quality_updates={self.quality_updates} must be at least 1 or null")
-        if self.threads < 0:
-            raise InputError(f"threads={self.threads} must be 0 (one per CPU) or more")
-
-    @property
-    def used_threads(self) -> int:
-        return self.threads or os.cpu_count() or 1
+        for name in ("threads", "quality_updates"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1 or null")
 
 
 def install_trl(folder: Path) -> Path:
@@ -162,10 +156,10 @@ def speed(config: BenchmarkConfig, board: Board) -> None:
 def measure(run: str, job: dict[str, Any], folder: Path, config: BenchmarkConfig, site: Path | None) -> dict[str, Any]:
     """One run of one case, in its own process."""
     if run in OURS:
-        return run_job("ours_worker.py", job | {"settings": OURS[run]}, folder, threads=config.used_threads)
+        return run_job("ours_worker.py", job | {"settings": OURS[run]}, folder, threads=config.threads)
     precision = "bf16" if TRL[run]["autocast"] else "no"
     return run_job(
-        "trl_worker.py", job | {"settings": TRL[run]}, folder, threads=config.used_threads, site=site,
+        "trl_worker.py", job | {"settings": TRL[run]}, folder, threads=config.threads, site=site,
         ACCELERATE_MIXED_PRECISION=precision,
     )  # fmt: skip
 
@@ -184,7 +178,7 @@ def show_speed(name: str, case: Case, result: dict[str, Any], config: BenchmarkC
     tokens = (sum(lengths) + case.rollout_size * case.new_tokens) // case.minibatches
     job = {"sizes": result["sizes"], "tokens": tokens}
     folder = board.folder / name / "machine"
-    threads = config.used_threads
+    threads = config.threads
     machine = board.attempt(f"{name}: the machine", partial(run_job, "machine.py", job, folder, threads=threads))
     ours = [run for run in summaries if run in OURS]
     if machine is None or not ours:
@@ -222,7 +216,7 @@ def quality_part(config: BenchmarkConfig, board: Board) -> None:
     for seed in range(config.seeds):
         run = Path(config.toy_run.format(output_dir=board.folder, seed=seed))
         folder, updates = board.folder / "quality" / f"seed_{seed}", config.quality_updates
-        work = partial(quality.measure, run, seed, folder, config.used_threads, site, updates)
+        work = partial(quality.measure, run, seed, folder, config.threads, site, updates)
         row = board.attempt(f"quality: seed {seed}", work)
         if row is not None:
             rows.append(row)
@@ -233,7 +227,7 @@ def quality_part(config: BenchmarkConfig, board: Board) -> None:
 
 def scaling_part(config: BenchmarkConfig, board: Board) -> None:
     """Seconds and memory of our update against rollout size, response length and model size."""
-    work = partial(scaling.measure, board.folder / "scaling", config.updates, config.used_threads)
+    work = partial(scaling.measure, board.folder / "scaling", config.updates, config.threads)
     result = board.attempt("scaling", work)
     if result is not None:
         board.keep("scaling", result)

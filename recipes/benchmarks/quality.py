@@ -13,13 +13,21 @@ from typing import Any
 from bench_tables import markdown
 from jobs import run_job
 
+AS_TRL = {"value_learning_rate": None, "value_warmup_updates": 0}
+"""What the toy config sets and trl's PPO has no setting for, off: the value model learns as fast as the policy, and
+both from the first update."""
 
-def measure(run: Path, seed: int, folder: Path, threads: int, site: Path | None, updates: int | None = None) -> dict:
-    """One seed: the mark, and ours and trl's way to it. Makes the toy chain where `run` has none."""
+
+def measure(run: Path, seed: int, folder: Path, threads: int | None, site: Path | None, updates: int | None) -> dict:
+    """One seed: the mark, and each side's way to it. Makes the toy chain where `run` has none.
+
+    ours: trl's hyperparameters; ours_config: the toy config as it is; trl: left out where `site` is None."""
     job = {"run": str(run.absolute()), "seed": seed, "updates": updates}
     mark = run_job("toy_mark.py", job, folder / "mark", threads=threads)
     job |= {"mark": mark["mark"]}
-    row = {"seed": seed, **mark, "ours": run_job("quality_ours.py", job, folder / "ours", threads=threads)}
+    row = {"seed": seed, **mark}
+    for side, settings in (("ours", AS_TRL), ("ours_config", {})):
+        row[side] = run_job("quality_ours.py", job | {"settings": settings}, folder / side, threads=threads)
     if site is not None:
         row["trl"] = run_job("quality_trl.py", job, folder / "trl", threads=threads, site=site)
     return row
@@ -27,20 +35,29 @@ def measure(run: Path, seed: int, folder: Path, threads: int, site: Path | None,
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One line per seed and their median. A side that never passes the mark shows the seconds that it trained."""
-    lines = []
-    for row in rows:
-        ours, theirs = row["ours"], row.get("trl")
-        lines.append(
-            [
-                row["seed"], f"{row['sft']:.2f}", f"{row['best_of_16']:.2f}", f"{row['mark']:.2f}",
-                _reached(ours), _reached(theirs), _ratio(ours, theirs),
-            ]
-        )  # fmt: skip
-    ratios = [r for r in (ratio(row["ours"], row.get("trl")) for row in rows) if r is not None]
-    middle = f"{median(ratios):.2f}" if len(ratios) == len(rows) else "-"
-    lines.append(["median", "", "", "", "", "", middle])
-    headers = ["seed", "gold of SFT", "of best-of-16", "mark", "ours: s (updates)", "trl: s (updates)", "trl / ours"]
-    return markdown(headers, lines)
+    lines = [
+        [
+            row["seed"], f"{row['sft']:.2f}", f"{row['best_of_16']:.2f}", f"{row['mark']:.2f}",
+            *(_reached(row.get(side)) for side in ("ours", "ours_config", "trl")),
+            *(_ratio(row[side], row.get("trl")) for side in ("ours", "ours_config")),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    middles = []
+    for side in ("ours", "ours_config"):
+        ratios = [r for r in (ratio(row[side], row.get("trl")) for row in rows) if r is not None]
+        middles.append(f"{median(ratios):.2f}" if len(ratios) == len(rows) else "-")
+    lines.append(["median", "", "", "", "", "", "", *middles])
+    headers = [
+        "seed",
+        "gold of SFT",
+        "of best-of-16",
+        "mark",
+        "ours: s (updates)",
+        "ours, toy.yaml",
+        "trl: s (updates)",
+    ]
+    return markdown([*headers, "trl / ours", "trl / ours, toy.yaml"], lines)
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any] | None) -> float | None:

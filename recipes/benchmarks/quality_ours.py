@@ -20,9 +20,13 @@ from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
 
 def work(job: Job) -> Result:
-    """Gold score and seconds of training after every update; seconds until the mark, None if it is never passed."""
+    """Gold score and seconds of training after every update; seconds until the mark, None if it is never passed.
+
+    `settings` win over the toy config's."""
     run = Path(job["run"])
-    args = configs.from_dict(PPOConfig, settings()["ppo"] | {"output_dir": job["folder"]}, "toy.yaml: ppo")
+    args = configs.from_dict(
+        PPOConfig, settings()["ppo"] | job["settings"] | {"output_dir": job["folder"]}, "toy.yaml: ppo"
+    )
     args = replace(args, seed=job["seed"], save_steps=0, updates=job["updates"] or args.updates)
     clock = GoldClock(run, models.load_tokenizer(str(run / "sft")), job["mark"], job["seed"])
     trainer = PPOTrainer(

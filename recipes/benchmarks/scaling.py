@@ -45,7 +45,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
-def measure(folder: Path, updates: int, threads: int) -> dict[str, Any]:
+def measure(folder: Path, updates: int, threads: int | None) -> dict[str, Any]:
     """Every point in a process of its own: {curve: {"sizes", "seconds", "bytes"}}; bytes without the libraries'."""
     done: dict[str, dict[str, Any]] = {}
     curves = {}
@@ -64,7 +64,7 @@ def measure(folder: Path, updates: int, threads: int) -> dict[str, Any]:
     return curves
 
 
-def point(case: Case, folder: Path, updates: int, threads: int) -> dict[str, Any]:
+def point(case: Case, folder: Path, updates: int, threads: int | None) -> dict[str, Any]:
     """Median seconds per update after the first, peak bytes above those of the imports, weights of the model."""
     job = {"case": case.as_job(), "model": None, "updates": max(2, updates)}
     made = run_job("synthetic.py", job, folder / "made", threads=threads)

@@ -366,3 +366,23 @@ def test_ours_and_trls_side_by_side(tmp_path, monkeypatch):
         for seconds in result["updates"]:
             assert all(value > 0 for value in seconds.values())
     assert "ours against the limit" in (tmp_path / "out/tables.md").read_text()
+
+
+@pytest.mark.long
+def test_a_toy_chain_is_made_and_ours_runs_on_it(tmp_path, monkeypatch):
+    """The quality part from nothing, with the smoke config in the toy's place."""
+    toy_clock, toy_mark, ours = map(load, ("toy_clock", "toy_mark", "quality_ours"))
+    for module in (toy_clock, toy_mark):
+        monkeypatch.setattr(module, "TOY", ROOT / "recipes/configs/smoke.yaml")
+    monkeypatch.chdir(ROOT)
+    job = {"run": str(tmp_path / "run"), "seed": 0, "folder": str(tmp_path / "ours"), "updates": 2}
+    with recipe._restored():
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        mark = toy_mark.work(job)
+        assert mark["mark"] == pytest.approx((mark["sft"] + mark["best_of_16"]) / 2)
+        result = ours.work(job | {"mark": 10.1, "settings": quality.AS_TRL})  # gold ends at 10
+        assert result["seconds"] is None
+        assert [row["update"] for row in result["history"]] == [1, 2]
+        passed = ours.work(job | {"mark": 0.0, "settings": {}, "folder": str(tmp_path / "again")})
+    assert passed["seconds"] == passed["history"][0]["seconds"] > 0
+    assert len(passed["history"]) == 1

@@ -81,7 +81,7 @@ TRL: dict[str, dict[str, Any]] = {
 }
 """trl's PPOTrainer at its defaults (its bf16=True reaches no forward pass: it is float32), under bf16 autocast with a
 LoRA policy whose reference is the policy with adapters off, and that with the frozen weights held in bf16 too. The
-value model is always trained whole: trl has no adapter for it. `ours_full` and `trl_defaults` are the identical pair."""
+value model is always trained whole: trl has no adapter for it. `ours_full` and `trl_defaults` are the same work."""
 
 SPEED_SETTINGS = {
     "learning_rate": 1e-6, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "temperature": 1.0, "clip_ratio": 0.2,

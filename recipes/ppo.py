@@ -23,8 +23,8 @@ from reward_models.grader import RubricGrader  # noqa: E402
 from rlhf import InputError  # noqa: E402
 from rlhf.callbacks import ProgressCallback  # noqa: E402
 from rlhf.checkpoint import full_disk_explained  # noqa: E402
-from rlhf.entry import use_bf16  # noqa: E402
 from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
+from rlhf.precision import ppo_dtype  # noqa: E402
 from rlhf.records import read_prompts  # noqa: E402
 
 
@@ -73,14 +73,14 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
     stage = open_stage("ppo", config, sources)
     if stage.complete:
         return stage.outputs
-    dtype = torch.bfloat16 if use_bf16(config.bf16) else torch.float32
+    dtype = ppo_dtype(config.bf16)
     trainer = PPOTrainer(
         str(config.model),
         score_functions(config, dtype),
         args=config,
         train_dataset=read_prompts(config.train_data)[: config.max_prompts],
         eval_dataset=config.eval_data,
-        value_model=config.reward_model,
+        value_model=None if config.value_model == "shared_trunk" else config.reward_model,
         callbacks=[
             ProgressCallback("ppo", ("score", "kl_nats", "clip_fraction", "explained_variance", "response_tokens"))
         ],

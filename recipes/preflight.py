@@ -20,15 +20,14 @@ from rlhf import console
 
 console.quiet()
 
-import torch  # noqa: E402
 from chain import ChainConfig  # noqa: E402
 from stage import check_model, from_siblings  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
 from reward_models.trainer import RewardTrainer  # noqa: E402
 from rlhf import InputError, preflight  # noqa: E402
-from rlhf.entry import use_bf16  # noqa: E402
 from rlhf.ppo import PPOTrainer  # noqa: E402
+from rlhf.precision import ppo_dtype  # noqa: E402
 from rlhf.preflight_text import Finding  # noqa: E402
 from rlhf.records import read_demonstrations, read_prompts, read_rankings  # noqa: E402
 from rlhf.sft import SFTTrainer  # noqa: E402
@@ -72,15 +71,14 @@ def ppo(config: Any, scratch: str) -> Phases:
     functions: list[Any] = []
     if config.reward_model:
         check_model(config.reward_model, ("reward_model", "judge"))
-        dtype = torch.bfloat16 if use_bf16(config.bf16) else torch.float32
-        functions.append(RewardModel.load(config.reward_model, dtype=dtype))
+        functions.append(RewardModel.load(config.reward_model, dtype=ppo_dtype(config.bf16)))
     functions += [configs.import_function(spec) for spec in config.reward_functions or []]
     trainer = PPOTrainer(
         str(config.model),
         functions,
         args=replace(config, output_dir=scratch),
         train_dataset=read_prompts(config.train_data)[: config.max_prompts],
-        value_model=config.reward_model,
+        value_model=None if config.value_model == "shared_trunk" else config.reward_model,
     )
     return preflight.ppo_findings(trainer)
 

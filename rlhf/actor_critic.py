@@ -17,10 +17,12 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlhf import InputError, sharding
+from rlhf import lora as lora_layers
+from rlhf.attention import use_short_rows
+from rlhf.heads import head_weight, logits_function
 from rlhf.models import (
     ScoreNormalizer,
     backbone,
@@ -36,8 +38,9 @@ from rlhf.ppo_math import token_logprobs
 from rlhf.rollout import Batch
 
 Role = Literal["policy", "reference", "value"]
+ValueKind = Literal["separate", "adapter", "shared_trunk"]
 ADAPTERS = {"policy": "default", "reference": "reference", "value": "value"}
-LOGITS_PER_CHUNK = 2**26  # 256 MiB of float32 logits at once
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}  # 16 MiB of float32 logits at once fit a CPU's cache; 256 MiB
 
 
 class Outputs(NamedTuple):
@@ -59,30 +62,41 @@ class RewardModelLike(Protocol):
 class ActorCritic(nn.Module):
     """The three models of PPO: adapters on the policy's backbone, or separate models."""
 
-    def __init__(self, policy: Any, reference: Any | None, value: Any | None, head: nn.Linear):
+    def __init__(
+        self, policy: Any, reference: Any | None, value: Any | None, head: nn.Linear, shared_trunk: bool = False
+    ):
         super().__init__()
+        self.shared_trunk = shared_trunk  # the value head stands on the policy's own hidden states
         self.policy: Any = policy
         self.reference = reference  # None: the adapter "reference" on the policy's backbone
-        self.value = value  # None: the adapter "value" on the policy's backbone
+        self.value = value  # None: the adapter "value" on the policy's backbone, or the policy itself
         self.value_head = head
         # by this name accelerate's FSDP2 asks a module for its layers
         self._no_split_modules = sharding.layer_classes([m for m in (policy, reference, value) if m is not None])
 
     def forward(self, batch: Batch, temperature: float, roles: Sequence[Role] = ("policy", "value")) -> Outputs:
         outputs: dict[str, Tensor] = {}
+        together = self.shared_trunk and {"policy", "value"} <= set(roles)
         for role in roles:
+            if role == "value" and together:
+                continue  # the policy's forward is the value model's
             with self.active(role) as model:
+                hidden = response_hidden(model, batch)
+                if role == "value" or (role == "policy" and together):
+                    outputs["values"] = self._values(hidden, batch)
                 if role == "value":
-                    hidden = response_hidden(model, batch)
-                    values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
-                    outputs["values"] = torch.where(batch.mask, values, 0.0)
                     continue
-                logprobs, entropy = response_logprobs(model, batch, temperature)
+                logprobs, entropy = hidden_logprobs(model, hidden, batch, temperature)
                 if role == "policy":
                     outputs |= {"logprobs": logprobs, "entropy": entropy}
                 else:
                     outputs["reference_logprobs"] = logprobs
         return Outputs(**outputs)
+
+    def _values(self, hidden: Float[Tensor, "B T H"], batch: Batch) -> Float[Tensor, "B T"]:
+        with torch.autocast(hidden.device.type, enabled=False):  # a value in bfloat16 has three digits
+            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        return torch.where(batch.mask, values, 0.0)
 
     @contextmanager
     def active(self, role: Role) -> Any:
@@ -92,7 +106,11 @@ class ActorCritic(nn.Module):
             yield model  # a model of its own; a given reference may itself be an adapter
             return
         model = self.policy if model is None else model
-        use_adapter(model, ADAPTERS[role], self._trained(model))
+        if not isinstance(model, PeftModel):  # trained whole, and the value model's trunk too
+            yield model
+            return
+        adapter = ADAPTERS["policy" if self.shared_trunk and role == "value" else role]
+        use_adapter(model, adapter, self._trained(model))
         try:
             yield model
         finally:
@@ -103,6 +121,12 @@ class ActorCritic(nn.Module):
 
     def value_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if p.requires_grad and _is_value(name)]
+
+    def clipped_together(self) -> dict[str, list[nn.Parameter]]:
+        """Whose gradient norms are clipped, each on its own: the models that share no weights."""
+        if self.shared_trunk:
+            return {"policy_grad_norm": self.policy_parameters() + self.value_parameters()}
+        return {"policy_grad_norm": self.policy_parameters(), "value_grad_norm": self.value_parameters()}
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: every trained tensor, and nothing of the frozen ones.
@@ -148,11 +172,12 @@ class ActorCritic(nn.Module):
 
     @contextmanager
     def sampling(self) -> Any:
-        """Inside, an engine may run `self.policy` itself, and for as many steps as its own responses need."""
+        """Inside, an engine may run `self.policy` itself, and for as many steps as its own responses need. LoRA layers
+        are merged there (see `rlhf.lora.merged`)."""
         if sharding.is_sharded(self):
             # an empty forward, for no role: FSDP2 takes what runs first for the root, and that must not be a layer
             self(None, 1.0, ())
-        with sharding.whole(self, self.policy):
+        with sharding.whole(self, self.policy), lora_layers.merged(self.policy):
             yield
 
     def _trained(self, model: Any) -> list[str]:
@@ -173,9 +198,15 @@ def response_logprobs(
     model: Any, batch: Batch, temperature: float
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Log-probabilities of the response tokens under a causal model, and entropies, in nats; 0 on padding."""
+    return hidden_logprobs(model, response_hidden(model, batch), batch, temperature)
+
+
+def hidden_logprobs(
+    model: Any, hidden: Float[Tensor, "B T H"], batch: Batch, temperature: float
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """`response_logprobs` from `response_hidden`."""
     weight = head_weight(model)
-    chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])
-    hidden = response_hidden(model, batch)
+    chunk = max(1, LOGITS_PER_CHUNK.get(weight.device.type, 2**26) // weight.shape[0])
     logprobs, entropy = token_logprobs(hidden, weight, batch.targets, temperature, chunk, logits_function(model))
     return torch.where(batch.mask, logprobs, 0.0), torch.where(batch.mask, entropy, 0.0)
 
@@ -185,16 +216,32 @@ def build_actor_critic(
     *,
     ref_model: str | Path | PreTrainedModel | None = None,
     value_model: str | Path | PreTrainedModel | RewardModelLike | None = None,
+    value_kind: ValueKind | None = None,
     lora: LoraConfig | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> ActorCritic:
     """Load or copy the three models. Where the reward model cannot serve, the value model is the policy's
-    trunk under a zero head (value_model=None)."""
+    trunk under a zero head (value_model=None).
+
+    value_kind: "separate" (a model of its own), "adapter" (on the policy's backbone; needs LoRA) or "shared_trunk" (a
+    zero head on the policy's own hidden states: one forward for both); None: adapter under LoRA, else separate.
+    """
     policy = load_policy(model, dtype=dtype, lora=lora, seed=seed)
     reference = _build_reference(policy, ref_model, dtype)
-    value, head = _build_value(policy, value_model, dtype)
-    actor_critic = ActorCritic(policy, reference, value, head)
+    if value_kind == "adapter" and not isinstance(policy, PeftModel):
+        raise InputError("value_model=adapter needs a LoRA policy; set lora_rank, or take separate or shared_trunk")
+    shared = value_kind == "shared_trunk"
+    if shared and value_model is not None:
+        raise InputError("value_model=shared_trunk starts from a zero head: leave the value model to start from out")
+    if shared:
+        value, head = None, _zero_head(policy)
+    else:
+        value, head = _build_value(policy, value_model, dtype, own_trunk=value_kind == "separate")
+    actor_critic = ActorCritic(policy, reference, value, head, shared)
+    for part in (policy, reference, value):
+        use_short_rows(part)
+    lora_layers.fuse(actor_critic)
     disable_dropout(actor_critic)
     if reference is not None:
         reference.requires_grad_(False).eval()
@@ -216,17 +263,23 @@ def _build_reference(policy: Any, ref_model: Any, dtype: torch.dtype | None) -> 
     return clone(policy)
 
 
-def _build_value(policy: Any, source: Any, dtype: torch.dtype | None) -> tuple[nn.Module | None, nn.Linear]:
-    width = head_weight(policy).shape[1]  # not config.hidden_size: OPT may project its last hidden states
-    device = next(policy.parameters()).device
+def _zero_head(policy: Any) -> nn.Linear:
+    weight = head_weight(policy)  # its width, not config.hidden_size: OPT may project its last hidden states
+    return _head(torch.zeros(1, weight.shape[1]), torch.zeros(1)).to(weight.device)
+
+
+def _build_value(
+    policy: Any, source: Any, dtype: torch.dtype | None, own_trunk: bool
+) -> tuple[nn.Module | None, nn.Linear]:
+    device, adapted = next(policy.parameters()).device, isinstance(policy, PeftModel) and not own_trunk
     if source is None:
-        head = _head(torch.zeros(1, width), torch.zeros(1))
-        if isinstance(policy, PeftModel):
+        if adapted:
             _copy_adapter(policy, "value")
-            return None, head.to(device)
-        value = clone(policy)
+            return None, _zero_head(policy)
+        value: Any = _merged_copy(policy) if isinstance(policy, PeftModel) else clone(policy)
+        value.float().requires_grad_(True)
         _drop_head(value)
-        return value, head.to(device)
+        return value, _zero_head(policy)
     scalar: Any
     if isinstance(source, str | Path):
         scalar, normalizer = load_scalar_model(source, dtype)
@@ -236,20 +289,24 @@ def _build_value(policy: Any, source: Any, dtype: torch.dtype | None) -> tuple[n
     else:
         scalar, normalizer, adapter = source.model, source.normalizer, None
     head = _normalised_head(score_head(scalar), normalizer).to(device)
-    if isinstance(policy, PeftModel) and isinstance(scalar, PeftModel) and _same_base(policy, scalar):
+    if adapted and isinstance(scalar, PeftModel) and _same_base(policy, scalar):
         _take_adapter(policy, scalar, adapter)
         return None, head
     if isinstance(scalar, PeftModel):
-        if isinstance(policy, PeftModel):
+        if adapted:
             raise InputError(
                 "value model: a LoRA reward model over another base than the policy's; train both over one base"
             )
-        trunk = copy.deepcopy(scalar).merge_and_unload()  # beside a policy trained whole, so is the value model
+        trunk = _merged_copy(scalar)  # beside a policy trained whole, so is the value model
     else:
         trunk = scalar if isinstance(source, str | Path) else clone(scalar)
     trunk.float().requires_grad_(True)
     trunk.score.requires_grad_(False)  # replaced by `head`, which also carries the normaliser
     return trunk.to(device), head
+
+
+def _merged_copy(model: PeftModel) -> Any:
+    return copy.deepcopy(model).merge_and_unload()
 
 
 def _head(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -335,43 +392,6 @@ def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> Callable[[], 
             use_adapter(model, before, trained)
 
     return lambda: (nullcontext(), recompute(model.active_adapter))
-
-
-def head_weight(model: Any) -> Tensor:
-    """The language head's weight [V, H]; with trained token embeddings tied to it, the merged one."""
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    output = plain.get_output_embeddings()
-    if isinstance(getattr(output, "weight", None), DTensor):
-        raise InputError(
-            "the language head is sharded apart from the whole; in accelerate's configuration, set "
-            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and leave fsdp_transformer_layer_cls_to_wrap out"
-        )
-    if isinstance(output, nn.Linear):
-        return output.weight
-    layer = getattr(output, "token_adapter", output)
-    if hasattr(layer, "get_merged_weights"):
-        return layer.get_merged_weights(layer.active_adapters)
-    raise InputError(f"{type(plain).__name__}: language head {type(output).__name__} is not a linear layer")
-
-
-def logits_function(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """What the family does to its logits after the head: bias, scaling, soft cap. None for most."""
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = plain.config
-    bias = getattr(plain.get_output_embeddings(), "bias", None)
-    scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if bias is None and not scale and not divisor and not cap:
-        return None
-
-    def after_head(logits: Tensor) -> Tensor:
-        logits = logits if bias is None else logits + bias
-        logits = logits * scale if scale else logits
-        logits = logits / divisor if divisor else logits
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return after_head
 
 
 def _is_value(name: str) -> bool:

@@ -22,14 +22,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rlhf import InputError, RunStopped, chat, finite, ppo_math, ppo_state, preflight, records, scores, sharding
-from rlhf.actor_critic import ActorCritic, build_actor_critic, enable_gradient_checkpointing
+from rlhf.actor_critic import ActorCritic, Outputs, build_actor_critic, enable_gradient_checkpointing
 from rlhf.checkpoint import full_disk_explained, mark_complete, save_checkpoint
 from rlhf.config import resume_settings
 from rlhf.draws import Draws
 from rlhf.loop import CallbackLoop, callback_arguments
-from rlhf.models import default_dtype, is_adapter, load_tokenizer, lora_config
+from rlhf.models import is_adapter, load_tokenizer, lora_config
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_metrics import Clock, rollout_metrics, samples
+from rlhf.precision import ppo_dtype
 from rlhf.records import Prompt
 from rlhf.resume import TERMINATED, Termination, resume_point
 from rlhf.rollout import Batch, Engine, Responses, Rollout, TransformersEngine, make_batch, pad, plan_minibatches
@@ -75,19 +76,21 @@ class PPOTrainer:
         self.eval_prompts, self.eval_prompt_ids = (
             self._read(eval_dataset, "eval_dataset") if eval_dataset is not None else ([], [])
         )
-        mixed = default_dtype() if args.bf16 is None else (torch.bfloat16 if args.bf16 else torch.float32)
+        mixed = ppo_dtype(args.bf16)
         callback_args = callback_arguments(args)  # before Accelerator: transformers resets its state
         self.accelerator = Accelerator(mixed_precision="bf16" if mixed == torch.bfloat16 else "no")
         args.check_processes(self.accelerator.num_processes)
         sharding.configure(self.accelerator)
         lora = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-        value_start = preflight.value_start(value_model, self.reward_funcs, tokenizer)
+        shared = args.value_model == "shared_trunk"  # then the value head starts from zero
+        value_start = value_model if shared else preflight.value_start(value_model, self.reward_funcs, tokenizer)
         self._origin = Origin.of(args, self.accelerator, len(self.reward_funcs), model, ref_model, value_start)
         self._peft_config = peft_config
         actor_critic = build_actor_critic(
             model,
             ref_model=ref_model,
             value_model=value_start,
+            value_kind=args.value_model,
             lora=lora,
             dtype=mixed if lora is not None or _frozen_base(model) else torch.float32,
             seed=args.seed,
@@ -110,6 +113,7 @@ class PPOTrainer:
         self.moments = scores.RunningMoments()
         self.update_index = 0
         self.clock = Clock()
+        self._kept: tuple[list[list[list[int]]], Outputs] | None = None  # see `_collected`
         self.draws = Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.loop = CallbackLoop(
             args, callback_args, actor_critic.policy, tokenizer, self.optimizer, callbacks, self.accelerator
@@ -173,7 +177,6 @@ class PPOTrainer:
         Log-probabilities, reference log-probabilities and values are computed with the micro-batch plan of the
         first inner epoch, so that in fp32 the first ratio is 1 (and, at the start, the KL is 0) to the last bit.
         """
-        args = self.args
         prompt_ids = [chat.encode_prompt(self.processing_class, p.messages) for p in prompts]
         with self.clock("generate"):
             responses = self._generate(prompt_ids, self.draws.generator("sample", self.update_index, self.device))
@@ -197,10 +200,9 @@ class PPOTrainer:
         )
         with self.clock("logprobs"):
             for rows in (rows for minibatch in plan for rows in minibatch):
-                batch = rollout.batch(rows, self.pad_id, self.device)
-                outputs = self.module(batch, args.temperature, ("policy", "reference", "value"))
+                outputs = self._collected(rollout, rows)
                 for name in ("logprobs", "reference_logprobs", "entropy", "values"):
-                    values = getattr(outputs, name).float().cpu()
+                    values = getattr(outputs, name).detach().float().cpu()
                     getattr(rollout, name)[torch.tensor(rows), : values.shape[1]] = values
         self._require_finite(finite.broken_place(rollout))
         return rollout
@@ -248,11 +250,13 @@ class PPOTrainer:
         if rollout.advantages is None or rollout.returns is None:
             raise ValueError("update: the rollout has no advantages; call advantages(rollout) first")
         self._set_learning_rates()
+        kept, self._kept = self._kept, None
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         steps: list[dict[str, float]] = []
         for inner_epoch in range(self.args.inner_epochs):
             plan = rollout.plan if inner_epoch == 0 else self._plan(lengths, inner_epoch)
-            epoch = [step for minibatch in plan if (step := self._optimizer_step(rollout, minibatch))]
+            outputs = kept[1] if kept is not None and kept[0] is plan else None
+            epoch = [step for minibatch in plan if (step := self._optimizer_step(rollout, minibatch, outputs))]
             steps += epoch
             moved = sum(step["approx_kl_nats"] for step in epoch) / len(epoch)
             if self.args.stop_approx_kl_nats is not None and moved > self.args.stop_approx_kl_nats:
@@ -289,7 +293,26 @@ class PPOTrainer:
             self._require_finite(where or "sampling: a probability is not a number")
             raise
 
-    def _optimizer_step(self, rollout: Rollout, minibatch: list[list[int]]) -> dict[str, float]:
+    def _collected(self, rollout: Rollout, rows: list[int]) -> Outputs:
+        """What the models say of a micro-batch before the update.
+
+        Where it is the whole update (one inner epoch of one minibatch, in one piece, on one process), its forward is
+        also the update's: the graph is kept for `update`, and no second forward is made.
+        """
+        batch, temperature = rollout.batch(rows, self.pad_id, self.device), self.args.temperature
+        whole = self.args.inner_epochs == 1 and rollout.plan == [[rows]] and self.accelerator.num_processes == 1
+        if not whole:
+            return self.module(batch, temperature, ("policy", "reference", "value"))
+        with torch.enable_grad():
+            trained = self.module(batch, temperature, ("policy", "value"))
+        self._kept = (rollout.plan, trained)
+        return trained._replace(
+            reference_logprobs=self.module(batch, temperature, ("reference",)).reference_logprobs,
+        )
+
+    def _optimizer_step(
+        self, rollout: Rollout, minibatch: list[list[int]], outputs: Outputs | None = None
+    ) -> dict[str, float]:
         """One minibatch: gradients summed over its micro-batches, both norms clipped, one Adam step.
 
         Losses are means over the minibatch's real tokens on all processes, so each micro-batch divides by that
@@ -303,14 +326,14 @@ class PPOTrainer:
         for place, rows in enumerate(minibatch):
             last = place == len(minibatch) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, stats = self._losses(rollout, rows, count)
+                loss, stats = self._losses(rollout, rows, count, outputs)
                 self.accelerator.backward(loss * world)
             for name, value in stats.items():
                 join = torch.maximum if name in ("ratio_max", "ratio_error") else torch.add
                 totals[name] = join(totals[name], value) if name in totals else value
         frozen = rollout.update < self.args.value_warmup_updates
         models = self.actor_critic
-        groups = {"policy_grad_norm": models.policy_parameters(), "value_grad_norm": models.value_parameters()}
+        groups = models.clipped_together()
         norms = {name: float(torch.nn.utils.clip_grad_norm_(p, self.args.max_grad_norm)) for name, p in groups.items()}
         if not all(map(math.isfinite, norms.values())):
             rows = [row for rows in minibatch for row in rows]
@@ -318,13 +341,16 @@ class PPOTrainer:
                 finite.broken_step(rollout, rows, models, lambda rows: self._losses(rollout, rows, count)[0])
             )
         if frozen:
-            for parameter in groups["policy_grad_norm"]:
+            for parameter in models.policy_parameters():
                 parameter.grad = None
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {name: self._joined(name, value) for name, value in totals.items()} | norms
+        return self._joined(totals) | norms
 
-    def _losses(self, rollout: Rollout, rows: list[int], count: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(
+        self, rollout: Rollout, rows: list[int], count: float, outputs: Outputs | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, and its statistics; `outputs`: its forward, where that is already made."""
         batch: Batch = rollout.batch(rows, self.pad_id, self.device)
         index, width = torch.tensor(rows), batch.targets.shape[1]
         old_logprobs, old_values, advantages, returns = (
@@ -332,14 +358,17 @@ class PPOTrainer:
             for name in ("logprobs", "values", "advantages", "returns")
         )
         mask = rollout.trained_mask[index, :width].to(self.device)
-        outputs = self.module(batch, self.args.temperature, ("policy", "value"))
+        outputs = outputs or self.module(batch, self.args.temperature, ("policy", "value"))
+        assert outputs.logprobs is not None
+        assert outputs.values is not None
         policy_loss, policy = ppo_math.policy_loss(
             outputs.logprobs, old_logprobs, advantages, mask, self.args.clip_ratio, count
         )
         value_loss, value = ppo_math.value_loss(outputs.values, old_values, returns, mask, self.args.clip_value, count)
         error = torch.where(mask, (outputs.logprobs.detach() - old_logprobs).exp() - 1.0, 0.0).abs().max()
         stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(), "ratio_error": error}
-        return policy_loss + value_loss, stats | policy._asdict() | value._asdict()
+        value_weight = self.args.value_loss_coef if self.actor_critic.shared_trunk else 1.0
+        return policy_loss + value_weight * value_loss, stats | policy._asdict() | value._asdict()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -463,9 +492,11 @@ class PPOTrainer:
         tensor = torch.as_tensor(float(value), dtype=torch.float64, device=self.device)
         return float(self.accelerator.reduce(tensor, "sum"))
 
-    def _joined(self, name: str, value: Tensor) -> float:
-        gathered = self.accelerator.gather(value.reshape(1).float())
-        return float(gathered.max() if name in ("ratio_max", "ratio_error") else gathered.sum())
+    def _joined(self, shares: dict[str, Tensor]) -> dict[str, float]:
+        """A minibatch's statistics over all processes, in one exchange."""
+        gathered = self.accelerator.gather(torch.stack([share.float() for share in shares.values()])[None]).cpu()
+        largest, total = gathered.amax(0).tolist(), gathered.sum(0).tolist()
+        return {name: largest[i] if name in ("ratio_max", "ratio_error") else total[i] for i, name in enumerate(shares)}
 
     def _due(self, every: int, metrics: dict[str, float]) -> bool:
         return every > 0 and (self.update_index % every == 0 or self._finished(metrics))
@@ -490,7 +521,10 @@ def _optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimi
         {"params": actor_critic.value_parameters(), "lr": args.value_lr},
     ]
     betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
+    fused = all(p.device.type in ("cpu", "cuda") for p in actor_critic.parameters())
+    return torch.optim.AdamW(
+        groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused or None
+    )
 
 
 def _frozen_base(model: Any) -> bool:

@@ -13,15 +13,12 @@ SCHEDULES = ("linear", "cosine", "constant")
 MISSING_EOS = ("replace", "subtract", "off")
 ON_SCORE_FAILURE = ("error", "drop")
 ON_ALARM = ("warn", "save", "stop")
+VALUE_MODELS = ("separate", "adapter", "shared_trunk", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """Settings of `PPOTrainer`. Sizes are counted in responses; KL in nats per response.
-
-    There is no value-loss coefficient: policy and value model share no trained weights and Adam does not feel a
-    constant factor; `value_learning_rate` is the setting that acts.
-    """
+    """Settings of `PPOTrainer`. Sizes are counted in responses; KL in nats per response."""
 
     output_dir: str = "runs/ppo"
     """Where checkpoints, metrics and samples go."""
@@ -53,6 +50,12 @@ class PPOConfig:
     """How both rates fall to 0 over the updates."""
     warmup_updates: int = 0
     """Updates over which both rates rise from 0 to their peak."""
+    value_model: Literal["separate", "adapter", "shared_trunk"] | None = None
+    """A model of its own; an adapter on the policy's backbone (LoRA); or a head on the policy's own hidden states, with
+    one forward for both. null: adapter under LoRA, else separate."""
+    value_loss_coef: float = 0.1
+    """Weight of the value loss beside the policy's on a shared trunk. Elsewhere the two share no weights, and Adam does
+    not feel a constant factor: value_learning_rate acts there."""
     value_warmup_updates: int = 0
     """First updates in which the policy stands still and the value model learns (PPO-max, 2307.04964)."""
     adam_beta1: float = 0.9
@@ -107,7 +110,7 @@ class PPOConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, more time, the same result."""
     bf16: bool | None = None
-    """Mixed precision; null: on where a GPU has bfloat16."""
+    """Mixed precision; null: on where the hardware is fast at it (GPUs, CPUs with AVX512-BF16 or AMX); the log says."""
     eval_steps: int = 0
     """Evaluate every so many updates and at the end; 0: never."""
     save_steps: int = 0
@@ -144,16 +147,17 @@ class PPOConfig:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name, choices in (
             ("lr_schedule", SCHEDULES), ("missing_eos", MISSING_EOS), ("on_alarm", ON_ALARM),
-            ("on_score_failure", ON_SCORE_FAILURE),
+            ("on_score_failure", ON_SCORE_FAILURE), ("value_model", VALUE_MODELS),
         ):  # fmt: skip
-            _require(name, repr(getattr(self, name)), getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            fine = ", ".join(str(choice or "null") for choice in choices)
+            _require(name, repr(getattr(self, name)), getattr(self, name) in choices, f"one of {fine}")
         require_divides("minibatch_size", self.minibatch_size, "rollout_size", self.rollout_size)
         _require("temperature", self.temperature, self.temperature > 0, "positive: PPO needs a distribution to sample")
         for name in ("learning_rate", "max_grad_norm", "clip_ratio", "clip_value", "adam_epsilon"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in (
-            "kl_coef", "missing_eos_penalty", "lora_rank", "lora_alpha", "weight_decay", "value_warmup_updates",
-            "warmup_updates", "eval_steps", "save_steps", "save_rollouts", "samples_logged",
+            "kl_coef", "value_loss_coef", "missing_eos_penalty", "lora_rank", "lora_alpha", "weight_decay",
+            "value_warmup_updates", "warmup_updates", "eval_steps", "save_steps", "save_rollouts", "samples_logged",
         ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("gamma", "lam"):

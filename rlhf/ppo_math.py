@@ -12,7 +12,8 @@ Sources: Schulman et al. 2017 (PPO, 1707.06347), Schulman et al. 2016 (GAE, 1506
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -52,25 +53,74 @@ def token_logprobs(
     does to its logits after the head (bias, scaling, soft cap).
     """
     flat, labels = hidden.flatten(0, 1), targets.flatten()
-    pieces = [(flat[i : i + chunk], labels[i : i + chunk]) for i in range(0, len(labels), chunk)]
-    if len(pieces) == 1 or not torch.is_grad_enabled():
-        parts = [_chunk_logprobs(h, weight, y, temperature, logits_fn) for h, y in pieces]
-    else:
-        parts = [
-            checkpoint(_chunk_logprobs, h, weight, y, temperature, logits_fn, use_reentrant=False) for h, y in pieces
-        ]
-    logprobs = torch.cat([p[0] for p in parts]).view(targets.shape)
-    entropy = torch.cat([p[1] for p in parts]).view(targets.shape)
-    return logprobs, entropy
+    device = flat.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else flat.dtype
+    flat, weight = flat.to(dtype), weight.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if logits_fn is None:
+            logprobs, entropy = _HeadLogprobs.apply(flat, weight, labels, temperature, chunk)
+        else:
+            pieces = [(flat[i : i + chunk], labels[i : i + chunk]) for i in range(0, len(labels), chunk)]
+            again = partial(checkpoint, _chunk_logprobs, use_reentrant=False) if len(pieces) > 1 else _chunk_logprobs
+            parts = [again(h, weight, y, temperature, logits_fn) for h, y in pieces]
+            logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs.view(targets.shape), entropy.view(targets.shape)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """`_chunk_logprobs` of each chunk, with the gradient written out: ``one-hot - softmax``, from logits made anew.
+
+    Few passes over each chunk, in place: on a CPU these passes cost more than the matrix product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = _logits(h, weight, temperature)
+            top = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(-1, y[:, None]) - top
+            shifted = logits.sub_(top)
+            powers = shifted.exp()
+            total = powers.sum(-1, keepdim=True)
+            mean = torch.linalg.vecdot(powers, shifted.clamp_(min=-1e4))[:, None] / total  # 0 * -inf counts 0
+            columns.append((chosen - total.log(), total.log() - mean, top + total.log()))
+        logprobs, entropy, normaliser = (torch.cat(part).squeeze(-1) for part in zip(*columns, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        pieces = [x.split(ctx.chunk) for x in (hidden, targets, normaliser, grads[0] / ctx.temperature)]
+        for place, (h, y, n, g) in enumerate(zip(*pieces, strict=True)):
+            slope = _logits(h, weight, ctx.temperature).sub_(n[:, None]).exp_().mul_(-g[:, None])
+            slope.scatter_add_(-1, y[:, None], g[:, None])
+            slope = slope.to(h.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, weight, out=grad_hidden.narrow(0, place * ctx.chunk, len(h)))
+            if grad_weight is not None and h.dtype == torch.float32:
+                grad_weight.addmm_(slope.T, h)
+            elif grad_weight is not None:
+                grad_weight += slope.T @ h
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _chunk_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, logits_fn: LogitsFn | None
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, logits_fn: LogitsFn
 ) -> tuple[Tensor, Tensor]:
-    logits = hidden @ weight.to(hidden.dtype).T
-    if logits_fn is not None:
-        logits = logits_fn(logits)
-    logits = logits.float() / temperature
+    logits = logits_fn(hidden @ weight.T).float() / temperature
     normaliser = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
     with torch.no_grad():

@@ -215,7 +215,7 @@ def check_logits(actor_critic: ActorCritic, prompt_ids: list[int], tolerance: fl
     if worst > tolerance:
         raise InputError(
             f"preflight: log-probabilities differ from the model's own by {worst:.3g} nats (> {tolerance}); "
-            "its family changes logits after the head in a way rlhf.actor_critic.logits_function doesn't know"
+            "its family changes logits after the head in a way rlhf.heads.logits_function doesn't know"
         )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rlhf import chat
-from rlhf.actor_critic import ActorCritic, Outputs, head_weight, response_logprobs
+from rlhf.actor_critic import ActorCritic, Outputs, response_logprobs
+from rlhf.heads import head_weight
 from rlhf.preflight_text import Finding
 from rlhf.records import Prompt
 from rlhf.rollout import Batch, Responses, make_batch
@@ -194,7 +195,8 @@ def sample_trial(trainer: Any) -> Trial:
     prompt_ids = [trainer.prompt_ids[i] for i in rows]
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
     most = min(RESPONSE_TOKENS, trainer.args.max_new_tokens)
-    with torch.no_grad(), trainer.accelerator.autocast(), Draws() as draws:
+    sampling = trainer.accelerator.unwrap_model(trainer.module).sampling()
+    with torch.no_grad(), trainer.accelerator.autocast(), sampling, Draws() as draws:
         responses = trainer.engine.generate(prompt_ids, most, trainer.args.temperature, generator)
     return Trial(
         [trainer.prompts[i] for i in rows],
@@ -252,7 +254,7 @@ def check_own_logits(own: ActorCritic, trial: Trial, outputs: TrialOutputs) -> F
         "logits",
         f"log-probabilities are {worst:.3g} nats from the model's own",
         worst <= limits(outputs.exact).worst,
-        "its family changes logits after the head in a way rlhf.actor_critic.logits_function doesn't know",
+        "its family changes logits after the head in a way rlhf.heads.logits_function doesn't know",
         "teach it there",
     )
 

@@ -107,13 +107,15 @@ def next_logits(
     cache: Cache,
 ) -> Float[Tensor, "B V"]:
     """Logits of the token after `input_ids`, whose S - L predecessors stand in the cache."""
+    # as an index: a slice is no contiguous tensor, and its product with the head makes B copies of the head on a CPU
+    last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
     return model(
         input_ids=input_ids,
         attention_mask=attention,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last,
     ).logits[:, -1]
 
 

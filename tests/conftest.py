@@ -26,6 +26,12 @@ CORPUS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def precision_of_any_machine(monkeypatch):
+    """PPO chooses bfloat16 where a CPU is fast at it; tests that compare to the last bit mean float32 everywhere."""
+    monkeypatch.setattr("rlhf.precision.bf16_hardware", lambda: None)
+
+
 @pytest.fixture
 def tiny_tokenizer():
     """Byte-level BPE of about 400 entries with ChatML's tokens, no chat template; a fresh one for each test."""

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rlhf import InputError, ppo_state, sharding
-from rlhf.actor_critic import head_weight
+from rlhf.heads import head_weight
 from rlhf.models import load_policy, lora_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,6 +274,6 @@ def test_settings_that_cannot_be_right_are_refused(monkeypatch, variable, value,
 
 def test_a_head_that_is_sharded_by_itself_is_refused(monkeypatch, tiny_model):
     """Its weight would be a part of the vocabulary outside its own forward."""
-    monkeypatch.setattr("rlhf.actor_critic.DTensor", nn.Parameter)
+    monkeypatch.setattr("rlhf.heads.DTensor", nn.Parameter)
     with pytest.raises(InputError, match="TRANSFORMER_BASED_WRAP"):
         head_weight(tiny_model)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from reference import two_processes
 from reference.tiny_chain import chain
-from reference.two_processes import STAGES
+from reference.two_processes import KINDS, PPO_KINDS, STAGES
 
 from reward_models import RewardTrainer
 from rlhf import rollout
@@ -29,10 +29,11 @@ from rlhf.rollout import plan_minibatches
 from rlhf.sft import SFTTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("full", "lora")
 SPLIT = {"ppo": "tokens_per_microbatch", "sft": "microbatch_size", "reward_model": "microbatch_size"}
-every_stage = pytest.mark.parametrize("stage", STAGES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_stage_and_kind = pytest.mark.parametrize(
+    ("stage", "kind"), [(stage, kind) for stage in STAGES for kind in KINDS] + [("ppo", kind) for kind in PPO_KINDS]
+)
 
 
 class Runs:
@@ -51,6 +52,7 @@ class Runs:
 
     def run(self, stage: str, kind: str, **changes) -> dict:
         out = self.folder / f"out{len(list(self.folder.glob('out*')))}"
+        changes = two_processes.mode(stage, kind) | changes
         return STAGES[stage](*two_processes.folders(self.folder, kind), str(out), **changes)
 
     def launched(self, launcher: str) -> dict:
@@ -58,7 +60,7 @@ class Runs:
         if not self.together:
             started = {name: self.start(name, size) for name, size in (("torchrun", 1), ("accelerate", 2))}
             for stage in STAGES:
-                for kind in KINDS:
+                for kind in (*KINDS, *PPO_KINDS) if stage == "ppo" else KINDS:
                     self.plain(stage, kind)
             for name, process in started.items():
                 _, errors = process.communicate(timeout=240)
@@ -109,7 +111,7 @@ def same(one: dict, other: dict, tolerance: float = 1e-5) -> None:
         for name, gradient in mine.items():
             largest = float(theirs[name].abs().max())
             worst = float((gradient - theirs[name]).abs().max())
-            assert worst <= allowed * largest + 1e-12, f"step {step}, {name}: {worst / largest:.1e} of the largest"
+            assert worst <= allowed * largest + 1e-8, f"step {step}, {name}: {worst / largest:.1e} of the largest"
         assert max(float(gradient.abs().max()) for gradient in mine.values()) > 1e-3
     assert [row.keys() for row in one["logs"]] == [row.keys() for row in other["logs"]]
     for mine, theirs in zip(one["logs"], other["logs"], strict=True):
@@ -128,8 +130,7 @@ def numbers(value) -> np.ndarray:
 # -- one process ---------------------------------------------------------------------------------------------
 
 
-@every_kind
-@every_stage
+@every_stage_and_kind
 @pytest.mark.parametrize("rows", [1, 2])
 def test_micro_batches(runs, stage, kind, rows):
     """One row at a time; two, and one at an epoch's end (11 rows); the plain run has four, and three at the end."""
@@ -137,8 +138,7 @@ def test_micro_batches(runs, stage, kind, rows):
     same(runs.run(stage, kind, **changes), runs.plain(stage, kind))
 
 
-@every_kind
-@every_stage
+@every_stage_and_kind
 def test_gradient_checkpointing(runs, stage, kind):
     same(runs.run(stage, kind, gradient_checkpointing=True), runs.plain(stage, kind))
 
@@ -169,7 +169,7 @@ def test_more_padding_and_a_tokenizer_that_pads_on_the_left(runs, stage, kind, t
     same(wide, runs.plain(stage, kind))
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [*KINDS, *PPO_KINDS])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_more_padding_of_a_rollout(runs, kind, side, monkeypatch):
     """Every micro-batch is padded further and, on the left, begins with padding, as an engine's batch would."""
@@ -196,8 +196,7 @@ class Backwards(PPOTrainer):
         return super().next_prompts()[::-1]
 
 
-@every_kind
-@every_stage
+@every_stage_and_kind
 def test_order_of_rows(runs, stage, kind):
     """All rows in one step, in another order."""
     if stage == "ppo":
@@ -216,8 +215,7 @@ def test_order_of_rows(runs, stage, kind):
 # -- two processes -------------------------------------------------------------------------------------------
 
 
-@every_kind
-@every_stage
+@every_stage_and_kind
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes(runs, launcher, stage, kind):
     """Whatever they log, learning rates, steps, prompts, KL coefficient, running moments and normaliser included."""

@@ -33,6 +33,7 @@ RANKINGS = [
     }
     for i in range(18)
 ]
+KINDS, PPO_KINDS = ("full", "lora"), ("full shared_trunk", "lora shared_trunk", "lora separate")
 SMALL_STEP = 1e-6  # so small that every step's gradient can be compared as closely as the first one's
 
 
@@ -149,21 +150,28 @@ def reward_model(
 STAGES = {"ppo": ppo, "sft": sft, "reward_model": reward_model}
 
 
+def mode(stage: str, kind: str) -> dict[str, str]:
+    """The second word of a kind such as "lora shared_trunk": PPO's value model."""
+    return {"value_model": kind.split()[1]} if stage == "ppo" and " " in kind else {}
+
+
 def folders(root: str | Path, kind: str) -> tuple[str, str]:
+    kind = kind.split()[0]
     policy = Path(root, kind, "sft" if kind == "lora" else "base")
     return str(policy), str(Path(root, kind, "reward_model"))
 
 
 def main(root: str, microbatch: str, output: str) -> None:
-    """Every stage in full weights and, with gradient checkpointing, in LoRA; the main process saves what came out."""
+    """Every stage in full weights and, with gradient checkpointing, in LoRA, and PPO's other value models; the main
+    process saves what came out."""
     results = {}
     for name, stage in STAGES.items():
         size = (
             {"tokens_per_microbatch": 30 * int(microbatch)} if name == "ppo" else {"microbatch_size": int(microbatch)}
         )
-        for kind in ("full", "lora"):
+        for kind in KINDS if name != "ppo" else (*KINDS, *PPO_KINDS):
             folder = str(Path(output).with_suffix("") / name / kind)
-            settings = size | {"gradient_checkpointing": kind == "lora"}
+            settings = size | {"gradient_checkpointing": kind == "lora"} | mode(name, kind)
             results[f"{name}, {kind}"] = stage(*folders(root, kind), folder, **settings)
     if torch.distributed.get_rank() == 0:
         torch.save(results, output)

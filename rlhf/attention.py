@@ -1,0 +1,67 @@
+"""Attention on CPUs: short rows as plain matrix products, several times faster there than torch's fused kernel.
+
+Measured with 2 x 9 heads of 64, rows of 94 tokens, bfloat16, forward and backward: a quarter of the time. From a few
+hundred tokens on, the fused kernel wins, and needs no [B, heads, T, S] tensor: `short_rows` hands such rows to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "rlhf_short_rows"
+MOST_TOKENS = 256  # keys of a row; above, torch's kernel
+
+
+def short_rows(
+    module: torch.nn.Module,
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B K S D"],
+    value: Float[Tensor, "B K S E"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention, [B, T, H, E]; the heads that share a key head are one matrix product, keys are not repeated.
+
+    The signature is transformers'. Whatever is unusual (long rows, dropout, a soft cap, sinks, a position bias) goes to
+    its `sdpa_attention_forward`.
+    """
+    batch, heads, tokens, width = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and attention_mask is None
+    unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
+    if keys > MOST_TOKENS or unusual or heads % groups or (causal and 1 < tokens != keys):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    scale = width**-0.5 if scaling is None else scaling
+    packed = (query * scale).reshape(batch, groups, -1, width)
+    weights = (packed @ key.transpose(-1, -2)).view(batch, heads, tokens, keys)
+    if causal and tokens > 1:
+        attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        weights = weights.masked_fill(~attention_mask[..., :keys], torch.finfo(weights.dtype).min)
+    elif attention_mask is not None:
+        weights = weights + attention_mask[..., :keys]
+    weights = weights.softmax(-1).view(batch, groups, -1, keys)
+    return (weights @ value).view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+
+
+def use_short_rows(model: Any) -> None:
+    """Where a model on a CPU would use torch's fused kernel, let it use `short_rows`."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if model is None or model.device.type != "cpu" or getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return
+    AttentionInterface.register(NAME, short_rows)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)

@@ -1,0 +1,32 @@
+"""Which precision PPO computes in: bfloat16 where the hardware multiplies it several times faster than float32."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+log = logging.getLogger("rlhf")
+
+
+def bf16_hardware() -> str | None:
+    """What makes bfloat16 matrix products fast here: a GPU's name, or a CPU's instructions; None where nothing does."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name() if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    capabilities = torch.cpu.get_capabilities()
+    return next((name for name in ("amx_bf16", "avx512_bf16", "sve_bf16") if capabilities.get(name)), None)
+
+
+def ppo_dtype(setting: bool | None) -> torch.dtype:
+    """What PPO's matrix products are computed in; as the user said, else (None) what is fast here.
+
+    Weights that are trained, Adam's moments, log-softmax, values and everything after them are float32 either way.
+    """
+    if setting is not None:
+        return torch.bfloat16 if setting else torch.float32
+    hardware = bf16_hardware()
+    log.info(
+        "precision: %s",
+        f"bfloat16 autocast ({hardware}); bf16: false computes in float32" if hardware else "float32",
+    )
+    return torch.bfloat16 if hardware else torch.float32

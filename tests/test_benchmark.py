@@ -259,9 +259,9 @@ def test_synthetic_text_has_the_tokens_it_was_made_with(job):
     assert [len(row["prompt"].split()) for row in synthetic.make_prompts(tokenizer, [6, 9])] == [1, 4]
 
 
-@pytest.mark.parametrize("settings", [{"bf16": False}, {"bf16": False, "lora_rank": 4}])
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}, {"lora_rank": 4, "value_model": "shared_trunk"}])
 def test_ours_runs_and_never_stops_early(job, settings):
-    result = load("ours_worker").work(job | {"settings": settings})
+    result = load("ours_worker").work(job | {"settings": {"bf16": False} | settings})
     assert result["response_tokens"] == [4 * 5]
     (seconds,) = result["updates"]
     phases = sum(seconds[name] for name in ("generate", "score", "logprobs", "update"))

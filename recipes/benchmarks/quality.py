@@ -13,9 +13,9 @@ from typing import Any
 from bench_tables import markdown
 from jobs import run_job
 
-AS_TRL = {"value_learning_rate": None, "value_warmup_updates": 0}
+AS_TRL = {"value_learning_rate": None, "value_warmup_updates": 0, "bf16": False}
 """What the toy config sets and trl's PPO has no setting for, off: the value model learns as fast as the policy, and
-both from the first update."""
+both from the first update. And float32, in which trl computes there."""
 
 
 def measure(run: Path, seed: int, folder: Path, threads: int | None, site: Path | None, updates: int | None) -> dict:

@@ -9,7 +9,7 @@ PY = .venv/bin/python
 demo: .venv/installed
 	$(PY) recipes/chain.py --config recipes/configs/toy.yaml
 
-# Hours on a laptop (about two on 2 cores); --only speed, quality or scaling runs one part: see the script's --help.
+# About an hour on 2 cores; with --only speed, quality or scaling one part of it: see the script's --help.
 bench: .venv/installed
 	$(PY) recipes/benchmarks/ppo_vs_trl.py
 

@@ -98,6 +98,8 @@ def work(job: Job) -> Result:
     trainer = ppo_trainer.PPOTrainer(
         args, tokenizer, train_dataset=Dataset.from_dict({"input_ids": ids}), callbacks=[clock], **models
     )
+    precision = "bf16" if settings["autocast"] else "no"
+    assert trainer.accelerator.mixed_precision == precision, f"{trainer.accelerator.mixed_precision}, not {precision}"
     trainer.train()
     tokens = [case.rollout_size * case.new_tokens] * job["updates"]
     return {"updates": clock.updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}

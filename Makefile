@@ -4,10 +4,14 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PY = .venv/bin/python
 
-.PHONY: demo test test-long check format clean
+.PHONY: demo bench test test-long check format clean
 
 demo: .venv/installed
 	$(PY) recipes/chain.py --config recipes/configs/toy.yaml
+
+# About an hour on 2 cores; with --only speed, quality or scaling one part of it: see the script's --help.
+bench: .venv/installed
+	$(PY) recipes/benchmarks/ppo_vs_trl.py
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(PY) -m pytest
@@ -37,4 +41,4 @@ format: .venv/installed-dev
 	touch .venv/installed $@
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .bench runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

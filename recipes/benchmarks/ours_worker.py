@@ -1,0 +1,64 @@
+"""Ours, for some updates of a case: seconds by phase and peak memory. Started by the benchmark, on a job file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf import console
+
+console.quiet()
+
+import torch  # noqa: E402
+from cases import SPEED_SETTINGS, Case  # noqa: E402
+from jobs import Job, Result, memory, resident_bytes, serve  # noqa: E402
+from peft import TaskType  # noqa: E402
+from synthetic import make_prompts  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+from reward_models import RewardModel  # noqa: E402
+from rlhf.models import lora_config, new_scalar_model  # noqa: E402
+from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
+
+PHASES = ("generate", "score", "logprobs", "update")
+
+
+def work(job: Job) -> Result:
+    """`updates` updates; of each, seconds by phase."""
+    imported = resident_bytes()
+    case, settings = Case.of_job(job["case"]), job["settings"]
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+    reward = make_reward(job["model"], tokenizer, settings)
+    args = PPOConfig(
+        output_dir=job["folder"],
+        updates=job["updates"],
+        rollout_size=case.rollout_size,
+        minibatch_size=case.minibatch_size,
+        inner_epochs=case.inner_epochs,
+        max_new_tokens=case.new_tokens,
+        missing_eos="off",
+        preflight=False,  # it refuses random weights
+        **{**SPEED_SETTINGS, **settings},
+    )
+    prompts = make_prompts(tokenizer, case.prompt_lengths)
+    trainer = PPOTrainer(job["model"], reward, args=args, train_dataset=prompts, processing_class=tokenizer)
+    trainer.engine.stop_ids = ()  # every response has `new_tokens` tokens
+    trainer.train()
+    logged = [json.loads(line) for line in Path(job["folder"], "metrics.jsonl").read_text().splitlines()]
+    updates = [{name: row[f"{name}_seconds"] for name in PHASES} | {"step": row["step_seconds"]} for row in logged]
+    tokens = [row["response_tokens"] * case.rollout_size for row in logged]
+    return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}
+
+
+def make_reward(model: str, tokenizer: Any, settings: dict[str, Any]) -> RewardModel:
+    """A reward model of the policy's size under a random head: an adapter where the policy is one, else in full."""
+    rank, dtype = settings.get("lora_rank", 0), torch.bfloat16 if settings.get("bf16") else torch.float32
+    lora = lora_config(rank, settings.get("lora_alpha", 32.0), task_type=TaskType.SEQ_CLS)
+    scalar: Any = new_scalar_model(model, seed=1, dtype=dtype if rank else torch.float32, lora=lora)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return RewardModel(scalar.to(device), tokenizer)
+
+
+if __name__ == "__main__":
+    serve(work)

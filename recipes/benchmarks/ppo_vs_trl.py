@@ -1,0 +1,244 @@
+"""Our PPO against trl's, side by side on this machine: speed and memory, time to quality, scaling.
+
+    python recipes/benchmarks/ppo_vs_trl.py
+    python recipes/benchmarks/ppo_vs_trl.py --only speed --cases "[tiny]" --updates 2
+
+trl 1.12.0, the last with a PPOTrainer, is installed into a folder of its own (--trl_folder), without touching the
+environment. Each run is a process of its own, one after another. Results go to <output_dir>/results.json, tables to
+tables.md beside it. On a GPU the same script uses it (bfloat16 and memory as CUDA counts it); not yet run on one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import bench_tables
+import quality
+import scaling
+from cases import CASES, OURS, TRL, Case
+from jobs import run_job
+from limit import Sizes, Update, count
+
+from rlhf import InputError
+from rlhf import config as configs
+
+TRL_VERSION = "1.12.0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What to measure, and where."""
+
+    output_dir: str = "runs/benchmark"
+    """Results, tables, and every run's log."""
+    only: Literal["speed", "quality", "scaling"] | None = None
+    """One part alone; null: all three."""
+    cases: list[str] = field(default_factory=lambda: list(CASES))
+    """Of the speed part: tiny (4 layers, 256 wide, 49k words), smollm2 (the model of --model)."""
+    runs: list[str] = field(default_factory=lambda: [*OURS, *TRL])
+    """Of the speed part: ours and trl's, by their names in cases.py."""
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """A Llama-like model for the case smollm2: a folder or hub id."""
+    updates: int = 3
+    """Updates per run; the first warms up, medians are of the others."""
+    threads: int | None = None
+    """Threads of every run; null: torch's own choice."""
+    trl_folder: str = f".bench/trl-{TRL_VERSION}"
+    """Where trl is installed beside ours."""
+    toy_run: str = "{output_dir}/toy_{seed}"
+    """A finished toy chain for the quality part; {seed} stands for its number. One that is missing is made."""
+    seeds: int = 3
+    """Runs of the quality part."""
+    quality_updates: int | None = None
+    """Updates over which the quality part's learning rate falls to 0 and after which it gives up; null: the toy's."""
+
+    def __post_init__(self) -> None:
+        for name, chosen, known in (("cases", self.cases, list(CASES)), ("runs", self.runs, [*OURS, *TRL])):
+            wrong = [one for one in chosen if one not in known]
+            if wrong or not chosen:
+                raise InputError(f"{name}={chosen}: {wrong[0] if wrong else 'nothing'} is none of {', '.join(known)}")
+        for name in ("updates", "seeds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("threads", "quality_updates"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1 or null")
+
+
+def install_trl(folder: Path) -> Path:
+    """trl 1.12.0 without its dependencies (ours serve it) in a folder of its own; the folder.
+
+    Raises InputError where pip fails."""
+    if (folder / "trl" / "experimental" / "ppo" / "ppo_trainer.py").is_file():
+        return folder.absolute()
+    command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), f"trl=={TRL_VERSION}"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise InputError(f"trl {TRL_VERSION} could not be installed into {folder}: {reason}")
+    return folder.absolute()
+
+
+@dataclass
+class Board:
+    """Results so far: kept on disk after every run, so that an interrupted benchmark loses nothing."""
+
+    folder: Path
+    results: dict[str, Any] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def attempt(self, name: str, run: Callable[[], Any]) -> Any:
+        """What a run gives; None, and a line, where it fails."""
+        print(f"{name} ...", flush=True)
+        try:
+            return run()
+        except InputError as error:
+            self.failures.append(f"{name}: {error}")
+            print(f"{name}: left out: {error}", flush=True)
+            return None
+
+    def keep(self, part: str, result: Any) -> None:
+        self.results[part] = result
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def show(self, title: str, text: str) -> None:
+        if text:
+            print(f"\n### {title}\n\n{text}\n", flush=True)
+            self.tables.append(f"### {title}\n\n{text}\n")
+            (self.folder / "tables.md").write_text("\n".join(self.tables))
+
+
+def benchmark(config: BenchmarkConfig) -> Board:
+    """Run the parts that were asked for."""
+    board = Board(Path(config.output_dir).absolute())
+    board.keep("config", configs.to_dict(config) | {"python": platform.python_version(), "machine": platform.machine()})
+    parts = {"speed": speed, "quality": quality_part, "scaling": scaling_part}
+    for name, part in parts.items():
+        if config.only in (None, name):
+            part(config, board)
+    return board
+
+
+def speed(config: BenchmarkConfig, board: Board) -> None:
+    """Seconds per update and peak memory of every run of every case; the ratios; the limit."""
+    theirs = any(name in TRL for name in config.runs)
+    site = board.attempt("install trl", partial(install_trl, Path(config.trl_folder))) if theirs else None
+    results: dict[str, Any] = {}
+    for name in config.cases:
+        case, folder = CASES[name], board.folder / name
+        job = {"case": case.as_job(), "model": config.model, "updates": config.updates}
+        made = board.attempt(f"{name}: model", partial(run_job, "synthetic.py", job, folder / "made"))
+        if made is None:
+            continue
+        job |= {"model": made["model"], "tokenizer": made["tokenizer"]}
+        results[name] = {"sizes": made["sizes"], "runs": {}}
+        for run in config.runs:
+            if run in TRL and site is None:
+                continue
+            result = board.attempt(f"{name}: {run}", partial(measure, run, job, folder / run, config, site))
+            if result is not None:
+                results[name]["runs"][run] = result
+                board.keep("speed", results)
+        show_speed(name, case, results[name], config, board)
+        board.keep("speed", results)
+
+
+def measure(run: str, job: dict[str, Any], folder: Path, config: BenchmarkConfig, site: Path | None) -> dict[str, Any]:
+    """One run of one case, in its own process."""
+    if run in OURS:
+        return run_job("ours_worker.py", job | {"settings": OURS[run]}, folder, threads=config.threads)
+    precision = "bf16" if TRL[run]["autocast"] else "no"
+    return run_job(
+        "trl_worker.py", job | {"settings": TRL[run]}, folder, threads=config.threads, site=site,
+        ACCELERATE_MIXED_PRECISION=precision,
+    )  # fmt: skip
+
+
+def show_speed(name: str, case: Case, result: dict[str, Any], config: BenchmarkConfig, board: Board) -> None:
+    """A case's tables: speed, ratios, and ours against the limit of this machine."""
+    summaries = {run: bench_tables.summarize(numbers) for run, numbers in result["runs"].items()}
+    result["summary"] = summaries
+    if not summaries:
+        return
+    lengths = case.prompt_lengths
+    about = f"{case.rollout_size} prompts of {lengths[0]}-{lengths[-1]} tokens, {case.new_tokens} new tokens, "
+    about += f"{case.inner_epochs} inner epochs, {case.minibatches} minibatches"
+    board.show(f"{name}: {about}", bench_tables.speed_table(summaries))
+    board.show(f"{name}: ours against trl", bench_tables.ratio_table(summaries))
+    tokens = (sum(lengths) + case.rollout_size * case.new_tokens) // case.minibatches
+    job = {"sizes": result["sizes"], "tokens": tokens}
+    folder = board.folder / name / "machine"
+    threads = config.threads
+    machine = board.attempt(f"{name}: the machine", partial(run_job, "machine.py", job, folder, threads=threads))
+    ours = [run for run in summaries if run in OURS]
+    if machine is None or not ours:
+        return
+    result["machine"] = machine
+    result["limit"] = {run: limits(run, case, Sizes.of(result["sizes"]), machine) for run in ours}
+    text = f"{machine['device']}: {machine['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16, "
+    text += f"{machine['float32'] / 1e9:.0f} in float32, {machine['bandwidth'] / 1e9:.1f} GB/s\n\n"
+    board.show(f"{name}: ours against the limit", text + bench_tables.limit_table(summaries, result["limit"]))
+
+
+def limits(run: str, case: Case, sizes: Sizes, machine: dict[str, Any]) -> dict[str, float]:
+    """The least seconds of each phase of one of our runs."""
+    settings = OURS[run]
+    rank = settings.get("lora_rank", 0)
+    half = bool(settings.get("bf16"))
+    update = Update(
+        sizes=sizes,
+        prompts=case.prompt_lengths,
+        responses=[case.new_tokens] * case.rollout_size,
+        inner_epochs=case.inner_epochs,
+        minibatches=case.minibatches,
+        lora_rank=rank,
+        value_model=settings.get("value_model", "adapter" if rank else "separate"),
+        weight_bytes=2 if half and rank else 4,
+    )
+    peak = machine["bfloat16" if half else "float32"]
+    return {phase: work.seconds(peak, machine["bandwidth"]) for phase, work in count(update).items()}
+
+
+def quality_part(config: BenchmarkConfig, board: Board) -> None:
+    """Seconds until the toy world's gold score passes the mark, ours and trl's, seed by seed."""
+    site = board.attempt("install trl", partial(install_trl, Path(config.trl_folder)))
+    rows = []
+    for seed in range(config.seeds):
+        run = Path(config.toy_run.format(output_dir=board.folder, seed=seed))
+        folder, updates = board.folder / "quality" / f"seed_{seed}", config.quality_updates
+        work = partial(quality.measure, run, seed, folder, config.threads, site, updates)
+        row = board.attempt(f"quality: seed {seed}", work)
+        if row is not None:
+            rows.append(row)
+            board.keep("quality", rows)
+    if rows:
+        board.show("Seconds until the gold score passes the mark", quality.table(rows))
+
+
+def scaling_part(config: BenchmarkConfig, board: Board) -> None:
+    """Seconds and memory of our update against rollout size, response length and model size."""
+    work = partial(scaling.measure, board.folder / "scaling", config.updates, config.threads)
+    result = board.attempt("scaling", work)
+    if result is not None:
+        board.keep("scaling", result)
+        board.show("What an update of ours costs, by size", scaling.table(result))
+
+
+def main(argv: list[str]) -> None:
+    board = benchmark(configs.load(BenchmarkConfig, argv, description=__doc__ or ""))
+    if board.failures:
+        raise InputError(f"{len(board.failures)} runs failed, first {board.failures[0]}")
+
+
+if __name__ == "__main__":
+    configs.run(main)

@@ -1,0 +1,56 @@
+"""A toy chain up to its reward model, and the mark: midway between the gold scores of SFT and of its best-of-16.
+
+python recipes/benchmarks/toy_mark.py job.json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rlhf import console
+
+console.quiet()
+
+import numpy as np  # noqa: E402
+from jobs import ROOT, Job, Result, serve  # noqa: E402
+from toy_clock import TOY, held_out, judge, sampled  # noqa: E402
+
+from reward_models import RewardModel  # noqa: E402
+from rlhf import config as configs  # noqa: E402
+from rlhf import evaluate, models  # noqa: E402
+
+BEST_OF = 16
+
+
+def work(job: Job) -> Result:
+    """{"sft", "best_of_16", "mark"}: gold scores on the held-out prompts."""
+    run = Path(job["run"])
+    if not (run / "reward_model/manifest.json").is_file():
+        make_chain(run, job["seed"])
+    model, tokenizer = models.load_policy(str(run / "sft")).eval(), models.load_tokenizer(str(run / "sft"))
+    prompts, gold = held_out(run), judge()
+    samples = sampled(model, tokenizer, prompts, job["seed"], n=BEST_OF)
+    golds = np.array(evaluate.judge_samples(samples, gold)).reshape(len(prompts), BEST_OF)
+    scores = evaluate.judge_samples(samples, RewardModel.load(str(run / "reward_model")))
+    picked = evaluate.best_of_n(np.array(scores).reshape(len(prompts), BEST_OF))
+    best = float(golds[np.arange(len(prompts)), picked].mean())
+    sft = float(golds.mean())
+    return {"sft": sft, f"best_of_{BEST_OF}": best, "mark": (sft + best) / 2}
+
+
+def make_chain(run: Path, seed: int) -> None:
+    """The toy chain's stages before PPO, by the recipes' own functions; complete stages are skipped."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import chain
+
+    config = configs.load(chain.ChainConfig, ["--config", str(TOY), "--output_dir", str(run), "--seed", str(seed)])
+    chain.make_data(config.data)
+    chain.make_base(config.base)
+    chain.sft(config.sft)
+    chain.rankings(config.data)
+    chain.reward_model(config.reward_model)
+
+
+if __name__ == "__main__":
+    serve(work)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
@@ -114,3 +115,31 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.merged_weight = None
+
+
+def share_base(policy: nn.Module, other: Any) -> int:
+    """Let another adapter over the same base (a reward model) read the policy's frozen weights: one copy in memory.
+
+    Weights are shared where name, shape, precision, device and every value agree; both sides have them frozen. The
+    number of tensors that are.
+    """
+    if not (isinstance(policy, PeftModel) and isinstance(other, PeftModel)):
+        return 0
+    ours = {_base_name(name): p for name, p in policy.named_parameters() if not p.requires_grad and _is_base(name)}
+    shared = 0
+    for name, theirs in other.named_parameters():
+        mine = ours.get(_base_name(name))
+        if mine is None or theirs.requires_grad or not _is_base(name):
+            continue
+        if (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device) and mine.equal(theirs):
+            theirs.data = mine.data
+            shared += 1
+    return shared
+
+
+def _is_base(name: str) -> bool:
+    return not any(part in name for part in ("lora_", "modules_to_save", "original_module", "trainable_tokens"))
+
+
+def _base_name(name: str) -> str:
+    return name.replace("base_layer.", "").replace("token_adapter.", "")

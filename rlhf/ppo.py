@@ -34,12 +34,13 @@ from rlhf import (
     scores,
     sharding,
 )
-from rlhf.actor_critic import ActorCritic, Outputs, build_actor_critic, enable_gradient_checkpointing
+from rlhf import lora as lora_layers
+from rlhf.actor_critic import ActorCritic, Outputs, Role, build_actor_critic, enable_gradient_checkpointing
 from rlhf.checkpoint import full_disk_explained, mark_complete, save_checkpoint
 from rlhf.config import resume_settings
 from rlhf.draws import Draws
 from rlhf.loop import CallbackLoop, callback_arguments
-from rlhf.models import is_adapter, lora_config
+from rlhf.models import is_adapter, lora_config, release_freed_memory
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_evaluation import evaluate
 from rlhf.ppo_metrics import Clock, engine_metrics, rollout_metrics, samples
@@ -122,6 +123,9 @@ class PPOTrainer:
             enable_gradient_checkpointing(actor_critic)
         self.device = self.accelerator.device
         actor_critic.to(self.device)
+        for function in self.reward_funcs:  # a reward model's adapter over the same base
+            lora_layers.share_base(actor_critic.policy, getattr(function, "model", None))
+        release_freed_memory()
         preflight.check_logits(actor_critic, self.prompt_ids[0], 1e-3 if mixed == torch.float32 else 0.5)
         self.actor_critic = actor_critic
         self.reference_given = ref_model is not None  # else the KL at step 0 must be 0: preflight checks it
@@ -137,6 +141,9 @@ class PPOTrainer:
         self.kl_coef = args.kl_coef
         self.moments = scores.RunningMoments()
         self.update_index = 0
+        # models that share nothing need not hold their activations at once; DDP wants one backward of the whole
+        apart = self.accelerator.num_processes == 1 and not actor_critic.shared_trunk
+        self._at_once: list[tuple[Role, ...]] = [("policy",), ("value",)] if apart else [("policy", "value")]
         self.clock = Clock()
         self._kept: tuple[list[list[list[int]]], dict[tuple[int, ...], Outputs]] | None = None  # see `_fits_at_once`
         self.draws = Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
@@ -353,9 +360,12 @@ class PPOTrainer:
         totals: dict[str, Tensor] = {}
         for place, rows in enumerate(minibatch):
             last = place == len(minibatch) - 1
+            stats: dict[str, Tensor] = {}
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, stats = self._losses(rollout, rows, count, (outputs or {}).get(tuple(rows)))
-                self.accelerator.backward(loss * world)
+                for roles in self._at_once:
+                    loss, more = self._losses(rollout, rows, count, roles, (outputs or {}).get(tuple(rows)))
+                    self.accelerator.backward(loss * world)
+                    stats |= more
             for name, value in stats.items():
                 join = torch.maximum if name in ("ratio_max", "ratio_error") else torch.add
                 totals[name] = join(totals[name], value) if name in totals else value
@@ -376,7 +386,12 @@ class PPOTrainer:
         return self._joined(totals) | norms
 
     def _losses(
-        self, rollout: Rollout, rows: list[int], count: float, outputs: Outputs | None = None
+        self,
+        rollout: Rollout,
+        rows: list[int],
+        count: float,
+        roles: Sequence[Role] = ("policy", "value"),
+        outputs: Outputs | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, and its statistics; `outputs`: its forward, where that is already made."""
         batch = rollout.batch(rows, self.pad_id, self.device)
@@ -386,21 +401,28 @@ class PPOTrainer:
             for name in ("logprobs", "values", "advantages", "returns")
         )
         mask = rollout.trained_mask[index, :width].to(self.device)
-        outputs = outputs or self.module(batch, self.args.temperature, ("policy", "value"))
-        assert outputs.logprobs is not None
-        assert outputs.values is not None
-        weights = None
-        if rollout.engine_logprobs is not None:
-            theirs = rollout.engine_logprobs[index, :width].to(self.device)
-            weights = ppo_math.importance_weights(old_logprobs, theirs, mask, self.args.importance_cap)
-        policy_loss, policy = ppo_math.policy_loss(
-            outputs.logprobs, old_logprobs, advantages, mask, self.args.clip_ratio, count, weights
-        )
-        value_loss, value = ppo_math.value_loss(outputs.values, old_values, returns, mask, self.args.clip_value, count)
-        error = torch.where(mask, (outputs.logprobs.detach() - old_logprobs).exp() - 1.0, 0.0).abs().max()
-        stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach(), "ratio_error": error}
-        value_weight = self.args.value_loss_coef if self.actor_critic.shared_trunk else 1.0
-        return policy_loss + value_weight * value_loss, stats | policy._asdict() | value._asdict()
+        outputs = outputs or self.module(batch, self.args.temperature, roles)
+        loss, stats = torch.zeros((), device=self.device), {}
+        if "policy" in roles:
+            assert outputs.logprobs is not None
+            weights = None
+            if rollout.engine_logprobs is not None:
+                theirs = rollout.engine_logprobs[index, :width].to(self.device)
+                weights = ppo_math.importance_weights(old_logprobs, theirs, mask, self.args.importance_cap)
+            policy_loss, policy = ppo_math.policy_loss(
+                outputs.logprobs, old_logprobs, advantages, mask, self.args.clip_ratio, count, weights
+            )
+            error = torch.where(mask, (outputs.logprobs.detach() - old_logprobs).exp() - 1.0, 0.0).abs().max()
+            loss, stats = loss + policy_loss, {"policy_loss": policy_loss.detach(), "ratio_error": error}
+            stats |= policy._asdict()
+        if "value" in roles:
+            assert outputs.values is not None
+            value_loss, value = ppo_math.value_loss(
+                outputs.values, old_values, returns, mask, self.args.clip_value, count
+            )
+            loss = loss + (self.args.value_loss_coef if self.actor_critic.shared_trunk else 1.0) * value_loss
+            stats |= {"value_loss": value_loss.detach()} | value._asdict()
+        return loss, stats
 
     def evaluate(self) -> dict[str, float]:
         """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""

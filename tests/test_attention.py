@@ -286,10 +286,15 @@ def test_under_an_adapter_and_for_nobody():
     assert eager.config._attn_implementation == "eager", "what the user chose stays"
 
 
-def test_on_a_gpu_torchs_kernel_stays():
+def test_on_a_gpu_torchs_kernel_stays(monkeypatch):
+    """For a model that is there already, and for one that is moved there later, as the trainer does."""
     model = new_model("llama").to("meta")
     use_short_rows(model)
     assert model.config._attn_implementation == "sdpa"
+    calls = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **kwargs: calls.append(args) or 5)
+    assert short_rows(module(4, 2), *(part.to("meta") for part in states(4, 2)), None) == 5
+    assert len(calls) == 1
 
 
 def test_what_is_saved_does_not_know(tmp_path):

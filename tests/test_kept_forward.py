@@ -23,6 +23,9 @@ KINDS = [(False, "separate"), (True, "adapter"), (False, "shared_trunk"), (True,
 IDS = ["full separate", "lora adapter", "full shared_trunk", "lora shared_trunk", "lora separate"]
 
 
+TWO = pytest.mark.parametrize("kind", KINDS[1:3], ids=IDS[1:3], indirect=True)  # where the others would say no more
+
+
 @pytest.fixture(params=KINDS, ids=IDS)
 def kind(request, tmp_path, tiny_model, tiny_tokenizer) -> tuple[Any, str]:
     """(policy and reward model folders, what the value model is)."""
@@ -58,12 +61,15 @@ def without_keeping(trainer: PPOTrainer) -> PPOTrainer:
 def watch_forwards(trainer: PPOTrainer, monkeypatch) -> list[str]:
     """Whose trunk was run, or "head" for log-probabilities, with a + where a graph was recorded."""
     seen: list[str] = []
-    note = lambda what: seen.append(what + "+" * torch.is_grad_enabled())  # noqa: E731
     models, plain = trainer.actor_critic, actor_critic.token_logprobs
+
+    def note(name: str) -> None:
+        who = getattr(models.policy, "active_adapter", name) if name == "policy" else name
+        seen.append(who + "+" * torch.is_grad_enabled())
+
     for name in ("policy", "reference", "value"):
         if getattr(models, name) is not None:
-            trunk = backbone(getattr(models, name))
-            trunk.register_forward_hook(lambda *_, name=name: note(getattr(models.policy, "active_adapter", name) if name == "policy" else name))  # fmt: skip
+            backbone(getattr(models, name)).register_forward_hook(lambda *_, name=name: note(name))
     monkeypatch.setattr(actor_critic, "token_logprobs", lambda *args: note("head") or plain(*args))
     return seen
 
@@ -120,6 +126,7 @@ def test_the_gradient_is_the_papers(trainer_of, kind):
     same(seen[0], {name: p.grad for name, p in fresh.named_parameters() if p.grad is not None})
 
 
+@TWO
 def test_gradient_checkpointing_recomputes_what_is_kept(trainer_of):
     """Each piece under the adapter that was active when it was collected."""
     plain, checkpointed = trainer_of(), trainer_of(gradient_checkpointing=True)
@@ -132,6 +139,7 @@ def test_gradient_checkpointing_recomputes_what_is_kept(trainer_of):
     same(*seen, tolerance=1e-6)
 
 
+@TWO
 @pytest.mark.parametrize(
     "changes", [{"inner_epochs": 2}, {"minibatch_size": 6}, {"tokens_per_microbatch": 150}], ids=lambda c: next(iter(c))
 )
@@ -143,6 +151,7 @@ def test_nothing_is_kept_where_the_update_needs_more(trainer_of, changes):
     assert trainer.update(rollout)["step0_ratio_error"] == 0.0
 
 
+@TWO
 def test_nothing_is_kept_with_several_processes(trainer_of, monkeypatch):
     """DDP sums gradients for the forward that it saw last."""
     trainer = trainer_of()
@@ -157,6 +166,7 @@ def test_nothing_is_kept_with_several_processes(trainer_of, monkeypatch):
 # -- stages by hand ----------------------------------------------------------------------------------------
 
 
+@TWO
 def test_a_rollout_may_be_used_twice(trainer_of):
     """The second time from the weights as they are then: a ratio that is no longer 1."""
     one, two = trainer_of(learning_rate=1e-2), without_keeping(trainer_of(learning_rate=1e-2))
@@ -169,6 +179,7 @@ def test_a_rollout_may_be_used_twice(trainer_of):
         assert torch.equal(tensor, weights(two)[name]), name
 
 
+@TWO
 def test_rollouts_may_be_used_in_another_order(trainer_of):
     """What is kept is the last one's; an update on another one makes its own forward, and so does the last one's later,
     since the weights have moved."""
@@ -181,6 +192,7 @@ def test_rollouts_may_be_used_in_another_order(trainer_of):
         assert torch.equal(tensor, weights(two)[name]), name
 
 
+@TWO
 def test_evaluating_between_the_stages_changes_nothing(trainer_of):
     rows = [{"prompt": "Count to two", "number": 2}]
     one, two = trainer_of(eval_rows=rows), trainer_of(eval_rows=rows)
@@ -192,6 +204,7 @@ def test_evaluating_between_the_stages_changes_nothing(trainer_of):
         assert torch.equal(tensor, weights(two)[name]), name
 
 
+@TWO
 def test_a_broken_row_is_found_and_no_step_is_taken(trainer_of):
     """A return so large that its square is infinite: only that row's own loss shows it."""
     trainer = trainer_of()
@@ -207,6 +220,7 @@ def test_a_broken_row_is_found_and_no_step_is_taken(trainer_of):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
 
 
+@TWO
 def test_a_broken_model_is_found_while_collecting(trainer_of):
     trainer = trainer_of()
     with torch.no_grad():
@@ -215,6 +229,7 @@ def test_a_broken_model_is_found_while_collecting(trainer_of):
         trainer.collect(trainer.next_prompts())
 
 
+@TWO
 def test_norms_are_of_what_is_clipped(trainer_of, kind):
     """Policy and value model each on its own; on a shared trunk all together, under one name."""
     free, clipped = trainer_of(max_grad_norm=1e9), trainer_of(max_grad_norm=1e-3)

@@ -1,4 +1,4 @@
-"""What the value model stands on: a model of its own, an adapter on the policy's backbone, or the policy's own trunk."""
+"""What the value model stands on: a model of its own, an adapter on the policy's backbone, or the policy's trunk."""
 
 from __future__ import annotations
 

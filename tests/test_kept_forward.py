@@ -183,9 +183,13 @@ def test_a_rollout_may_be_used_twice(trainer_of):
 def test_rollouts_may_be_used_in_another_order(trainer_of):
     """What is kept is the last one's; an update on another one makes its own forward, and so does the last one's later,
     since the weights have moved."""
-    one, two = trainer_of(learning_rate=1e-2), without_keeping(trainer_of(learning_rate=1e-2))
+    settings = {"learning_rate": 1e-2, "updates": 9}
+    one, two = trainer_of(**settings), without_keeping(trainer_of(**settings))
     for trainer in (one, two):
-        older, newer = prepared(trainer), prepared(trainer)
+        older = prepared(trainer)
+        trainer.update_index += 1
+        newer = prepared(trainer)
+        assert older.response_ids != newer.response_ids
         assert trainer.update(older)["step0_ratio_error"] == 0.0
         assert trainer.update(newer)["step0_ratio_error"] > 1e-3
     for name, tensor in weights(one).items():

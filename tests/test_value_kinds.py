@@ -210,6 +210,7 @@ def test_a_model_of_its_own_under_lora_starts_with_normalised_scores(tmp_path, f
 @pytest.mark.parametrize("folders", ["lora"], indirect=True)
 def test_without_a_reward_model_it_is_the_policy_merged_under_a_zero_head(folders):
     models = build_actor_critic(folders[0], value_kind="separate")
+    assert not any("lora_" in name for name, _ in models.value.named_parameters())
     shake(models.value_head, 3, 0.3)
     seen, expected = (m(batch_of(), 1.0, ("value",)).values.detach() for m in (models, shared(folders)))
     np.testing.assert_allclose(seen, expected, atol=1e-5)

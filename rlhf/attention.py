@@ -33,13 +33,14 @@ def short_rows(
 ) -> tuple[Tensor, None]:
     """Softmax attention, [B, T, H, E]; the heads that share a key head are one matrix product, keys are not repeated.
 
-    The signature is transformers'. Whatever is unusual (long rows, dropout, a soft cap, sinks, a position bias) goes to
-    its `sdpa_attention_forward`.
+    The signature is transformers'. Whatever is unusual (long rows, dropout, a soft cap, sinks, a position bias), or on
+    another device, goes to its `sdpa_attention_forward`.
     """
     batch, heads, tokens, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and attention_mask is None
     unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
+    unusual = unusual or query.device.type != "cpu"  # models are loaded on the CPU, and moved to a GPU afterwards
     if keys > MOST_TOKENS or unusual or heads % groups or (causal and 1 < tokens != keys):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs

@@ -61,21 +61,21 @@ class FusedLinear(LoraLinear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         dtype = _computed_in(x)
-        rows = x.flatten(0, -2).to(dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
         weight, a, b = (t.to(dtype) for t in (base.weight, self.lora_A[name].weight, self.lora_B[name].weight))
         bias = None if base.bias is None else base.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             out = LoraProduct.apply(rows, weight, bias, a, b, self.scaling[name])
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def _fusable(self, args: Any, kwargs: Any) -> str | None:
         """The one active adapter, where the short way computes what peft would."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(names) != 1:
             return None
-        name, weight = names[0], self.get_base_layer().weight
-        dropout = self.lora_dropout[name]
-        plain = name not in self.lora_variant and self.lora_B[name].bias is None and not weight.requires_grad
+        name, dropout = names[0], self.lora_dropout[names[0]]
+        frozen = not any(p.requires_grad for p in self.get_base_layer().parameters())  # peft can train its bias alone
+        plain = name not in self.lora_variant and self.lora_B[name].bias is None and frozen
         return name if plain and (isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0.0) else None
 
     def merge_for_sampling(self) -> None:
@@ -83,8 +83,10 @@ class FusedLinear(LoraLinear):
         base: Any = self.get_base_layer()
         name = self._fusable((), {})
         if name is not None:
-            whole = base.weight.float() + self.get_delta_weight(name).float()
-            self.merged_weight = whole.to(_computed_in(base.weight))
+            dtype = _computed_in(base.weight)
+            with torch.autocast(base.weight.device.type, enabled=False):  # else B A is rounded, and their sum again
+                whole = base.weight.float() + self.get_delta_weight(name).float()
+            self.merged_weight = whole.to(dtype)
 
 
 def _computed_in(x: Tensor) -> torch.dtype:

@@ -39,8 +39,9 @@ def make(
 ) -> PPOTrainer:
     value_model = changes.pop("value_model", None)
     eval_rows = changes.pop("eval_rows", None)
+    own = {"output_dir": str(folder / "run"), "value_model": changes.pop("value_kind", None)}
     return PPOTrainer(
-        model, functions, PPOConfig(**({"output_dir": str(folder / "run")} | SMALL | changes)), rows, eval_rows,
+        model, functions, PPOConfig(**(own | SMALL | changes)), rows, eval_rows,
         processing_class=tokenizer, value_model=value_model, callbacks=callbacks, engine=engine,
     )  # fmt: skip
 
@@ -448,8 +449,14 @@ class StopAfter(TrainerCallback):
         control.should_training_stop |= state.global_step == self.update
 
 
-def test_resume_is_exact_and_logs_every_update_once(tmp_path, folders):
+@pytest.mark.parametrize(
+    ("lora", "kind"),
+    [(False, "separate"), (True, "adapter"), (False, "shared_trunk"), (True, "shared_trunk"), (True, "separate")],
+)
+def test_resume_is_exact_and_logs_every_update_once(tmp_path, tiny_model, tiny_tokenizer, lora, kind):
+    folders = chain(tmp_path, tiny_model, tiny_tokenizer, lora)
     settings = {
+        "value_kind": kind,
         "updates": 4,
         "save_steps": 2,
         "normalize_scores": True,

@@ -43,6 +43,7 @@ from rlhf.loop import CallbackLoop, callback_arguments
 from rlhf.models import is_adapter, lora_config, release_freed_memory
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_evaluation import evaluate
+from rlhf.ppo_losses import losses
 from rlhf.ppo_metrics import Clock, engine_metrics, rollout_metrics, samples
 from rlhf.records import Prompt
 from rlhf.resume import TERMINATED, Termination, resume_point
@@ -394,35 +395,9 @@ class PPOTrainer:
         outputs: Outputs | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, and its statistics; `outputs`: its forward, where that is already made."""
-        batch = rollout.batch(rows, self.pad_id, self.device)
-        index, width = torch.tensor(rows), batch.targets.shape[1]
-        old_logprobs, old_values, advantages, returns = (
-            getattr(rollout, name)[index, :width].to(self.device)
-            for name in ("logprobs", "values", "advantages", "returns")
-        )
-        mask = rollout.trained_mask[index, :width].to(self.device)
-        outputs = outputs or self.module(batch, self.args.temperature, roles)
-        loss, stats = torch.zeros((), device=self.device), {}
-        if "policy" in roles:
-            assert outputs.logprobs is not None
-            weights = None
-            if rollout.engine_logprobs is not None:
-                theirs = rollout.engine_logprobs[index, :width].to(self.device)
-                weights = ppo_math.importance_weights(old_logprobs, theirs, mask, self.args.importance_cap)
-            policy_loss, policy = ppo_math.policy_loss(
-                outputs.logprobs, old_logprobs, advantages, mask, self.args.clip_ratio, count, weights
-            )
-            error = torch.where(mask, (outputs.logprobs.detach() - old_logprobs).exp() - 1.0, 0.0).abs().max()
-            loss, stats = loss + policy_loss, {"policy_loss": policy_loss.detach(), "ratio_error": error}
-            stats |= policy._asdict()
-        if "value" in roles:
-            assert outputs.values is not None
-            value_loss, value = ppo_math.value_loss(
-                outputs.values, old_values, returns, mask, self.args.clip_value, count
-            )
-            loss = loss + (self.args.value_loss_coef if self.actor_critic.shared_trunk else 1.0) * value_loss
-            stats |= {"value_loss": value_loss.detach()} | value._asdict()
-        return loss, stats
+        if outputs is None:
+            outputs = self.module(rollout.batch(rows, self.pad_id, self.device), self.args.temperature, roles)
+        return losses(rollout, rows, outputs, roles, count, self.args)
 
     def evaluate(self) -> dict[str, float]:
         """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""

@@ -258,7 +258,9 @@ def test_every_response_is_trained_once_per_inner_epoch(tmp_path, full):
     trainer = make(tmp_path, full[0], inner_epochs=3)
     rollout, trained = prepared(trainer), []
     losses = trainer._losses
-    trainer._losses = lambda rollout, rows, *rest: trained.extend(rows) or losses(rollout, rows, *rest)
+    trainer._losses = lambda rollout, rows, count, roles, *rest: (
+        ("policy" in roles and trained.extend(rows)) or losses(rollout, rows, count, roles, *rest)
+    )
     trainer.update(rollout)
     epochs = [trained[i : i + 12] for i in range(0, 36, 12)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 3

@@ -176,7 +176,7 @@ class ActorCritic(nn.Module):
         if sharding.is_sharded(self):
             # an empty forward, for no role: FSDP2 takes what runs first for the root, and that must not be a layer
             self(None, 1.0, ())
-        with sharding.whole(self, self.policy):
+        with sharding.whole(self, self.policy), torch.compiler.set_stance("force_eager"):
             yield
 
     def _trained(self, model: Any) -> list[str]:
@@ -378,6 +378,17 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
         plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable(kwargs)  # the second name is transformers' older one, deprecated in 5.23
+
+
+def compile_layers(actor_critic: ActorCritic) -> None:
+    """Compile the models' layers where they stand (torch.compile by region: layers that are alike share their code).
+
+    Sampling stays as it is (`sampling`): every step of a cache would be another shape.
+    """
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # adapters x grad modes
+    for module in actor_critic.modules():
+        if type(module).__name__ in actor_critic._no_split_modules:
+            module.compile(dynamic=True)
 
 
 def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> Callable[[], tuple[Any, Any]]:

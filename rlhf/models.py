@@ -8,10 +8,8 @@ object. LoRA adapters are never merged: every stage of the chain is an adapter o
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -328,13 +326,6 @@ def _zero_dropouts(thing: Any) -> None:
     for name, value in list(vars(thing).items()):
         if "drop" in name and isinstance(value, float):
             setattr(thing, name, 0.0)
-
-
-def release_freed_memory() -> None:
-    """Give the system back what loading has freed: glibc keeps it, and that is as much as the models themselves."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:

@@ -35,12 +35,20 @@ from rlhf import (
     sharding,
 )
 from rlhf import lora as lora_layers
-from rlhf.actor_critic import ActorCritic, Outputs, Role, build_actor_critic, enable_gradient_checkpointing
+from rlhf.actor_critic import (
+    ActorCritic,
+    Outputs,
+    Role,
+    build_actor_critic,
+    compile_layers,
+    enable_gradient_checkpointing,
+)
 from rlhf.checkpoint import full_disk_explained, mark_complete, save_checkpoint
 from rlhf.config import resume_settings
 from rlhf.draws import Draws
 from rlhf.loop import CallbackLoop, callback_arguments
-from rlhf.models import is_adapter, lora_config, release_freed_memory
+from rlhf.memory import keep_large_blocks, release_freed_memory
+from rlhf.models import is_adapter, lora_config
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_evaluation import evaluate
 from rlhf.ppo_losses import losses
@@ -120,13 +128,8 @@ class PPOTrainer:
             dtype=mixed if lora is not None or _frozen_base(model) else torch.float32,
             seed=args.seed,
         )
-        if args.gradient_checkpointing:
-            enable_gradient_checkpointing(actor_critic)
         self.device = self.accelerator.device
-        actor_critic.to(self.device)
-        for function in self.reward_funcs:  # a reward model's adapter over the same base
-            lora_layers.share_base(actor_critic.policy, getattr(function, "model", None))
-        release_freed_memory()
+        self._place(actor_critic)
         preflight.check_logits(actor_critic, self.prompt_ids[0], 1e-3 if mixed == torch.float32 else 0.5)
         self.actor_critic = actor_critic
         self.reference_given = ref_model is not None  # else the KL at step 0 must be 0: preflight checks it
@@ -151,6 +154,19 @@ class PPOTrainer:
         self.loop = CallbackLoop(
             args, callback_args, actor_critic.policy, tokenizer, self.optimizer, callbacks, self.accelerator
         )
+
+    def _place(self, actor_critic: ActorCritic) -> None:
+        """On the device, with what of memory and time can be saved there."""
+        if self.args.gradient_checkpointing:
+            enable_gradient_checkpointing(actor_critic)
+        actor_critic.to(self.device)
+        for function in self.reward_funcs:  # a reward model's adapter over the same base
+            lora_layers.share_base(actor_critic.policy, getattr(function, "model", None))
+        release_freed_memory()
+        if self.device.type == "cpu":
+            keep_large_blocks()
+        if self.args.compile:
+            compile_layers(actor_critic)
 
     # -- the loop ------------------------------------------------------------------------------------------
 

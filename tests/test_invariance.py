@@ -152,6 +152,12 @@ def test_gradient_checkpointing(runs, stage, kind):
     same(runs.run(stage, kind, gradient_checkpointing=True), runs.plain(stage, kind))
 
 
+@pytest.mark.long
+@every_kind
+def test_compiled_layers(runs, kind):
+    same(runs.run("ppo", kind, compile=True), runs.plain("ppo", kind), 3e-5)
+
+
 def widened(batch: dict[str, torch.Tensor], places: int) -> dict[str, torch.Tensor]:
     """A supervised batch padded further, with tokens on the padding that mean something."""
     fill = {"input_ids": 7, "attention_mask": 0, "labels": -100}

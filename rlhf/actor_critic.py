@@ -122,6 +122,12 @@ class ActorCritic(nn.Module):
     def value_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if p.requires_grad and _is_value(name)]
 
+    def roles_at_once(self, processes: int) -> list[tuple[Role, ...]]:
+        """The models of each backward. Those that share nothing go one after the other, and never hold their
+        activations together; DDP wants one backward of the whole."""
+        apart = processes == 1 and not self.shared_trunk
+        return [("policy",), ("value",)] if apart else [("policy", "value")]
+
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
         """Whose gradient norms are clipped, each on its own: the models that share no weights."""
         if self.shared_trunk:

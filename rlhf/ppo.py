@@ -137,17 +137,14 @@ class PPOTrainer:
         self.module, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
         self.stop_ids = chat.stop_ids(tokenizer)
         self.pad_id = chat.pad_id(tokenizer)
-        self.engine = engine or TransformersEngine(
-            actor_critic.policy, self.stop_ids, self.pad_id, args.generation_batch_size
-        )
+        own = TransformersEngine(actor_critic.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
+        self.engine = engine or own
         if isinstance(self.engine, Follower):
             self.engine.follow(actor_critic.policy, self.stop_ids)
         self.kl_coef = args.kl_coef
         self.moments = scores.RunningMoments()
         self.update_index = 0
-        # models that share nothing need not hold their activations at once; DDP wants one backward of the whole
-        apart = self.accelerator.num_processes == 1 and not actor_critic.shared_trunk
-        self._at_once: list[tuple[Role, ...]] = [("policy",), ("value",)] if apart else [("policy", "value")]
+        self._at_once = actor_critic.roles_at_once(self.accelerator.num_processes)
         self.clock = Clock()
         self._kept: tuple[list[list[list[int]]], dict[tuple[int, ...], Outputs]] | None = None  # see `_fits_at_once`
         self.draws = Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)

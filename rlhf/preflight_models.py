@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,7 +202,8 @@ def sample_trial(trainer: Any) -> Trial:
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
     most = min(RESPONSE_TOKENS, trainer.args.max_new_tokens)
     sampling = trainer.accelerator.unwrap_model(trainer.module).sampling()
-    with torch.no_grad(), trainer.accelerator.autocast(), sampling, Draws() as draws:
+    at_once = getattr(trainer.engine, "leaving_at_once", nullcontext)()
+    with torch.no_grad(), trainer.accelerator.autocast(), sampling, at_once, Draws() as draws:
         responses = trainer.engine.generate(prompt_ids, most, trainer.args.temperature, generator)
     return Trial(
         [trainer.prompts[i] for i in rows],

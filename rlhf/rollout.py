@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,7 +72,18 @@ class TransformersEngine:
         self.stop_ids = tuple(stop_ids)
         self.pad_id = pad_id
         self.rows_per_batch = rows_per_batch
+        # on a GPU, asking which rows have finished waits for it: there they leave the batch every so many steps
+        self.check_every = 1 if model.device.type == "cpu" else 8
         self._checked = False
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """Inside, rows leave the batch at the step that finishes them, on a GPU too."""
+        every, self.check_every = self.check_every, 1
+        try:
+            yield
+        finally:
+            self.check_every = every
 
     @torch.no_grad()
     def generate(
@@ -105,18 +117,21 @@ class TransformersEngine:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         attention = mask.long()
         alive = torch.arange(len(prompts), device=device)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         written = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.long, device=device)
         for step in range(max_new_tokens):
             logits = next_logits(self.model, input_ids, attention, positions, cache)
             token = sample(logits, temperature, generator)
-            written[alive, step] = token
-            going = ~torch.isin(token, stop)
-            if not bool(going.any()):
-                break
-            if not bool(going.all()):
-                keep = going.nonzero().squeeze(-1)
-                cache.reorder_cache(keep)  # every layer type has it, recurrent and convolutional ones too
-                alive, token, attention, positions = alive[keep], token[keep], attention[keep], positions[keep]
+            written[alive, step] = torch.where(done, -1, token)
+            done = done | torch.isin(token, stop)
+            if (step + 1) % self.check_every == 0:
+                keep = (~done).nonzero().squeeze(-1)
+                if len(keep) == 0:
+                    break
+                if len(keep) < len(done):
+                    cache.reorder_cache(keep)  # every layer type has it, recurrent and convolutional ones too
+                    alive, token, attention, positions = alive[keep], token[keep], attention[keep], positions[keep]
+                    done = done[keep]
             attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
             positions = positions[:, -1:] + 1
             input_ids = token[:, None]

@@ -16,6 +16,7 @@ from reference.tiny_chain import chain, shake
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from reward_models import RewardModel
 from rlhf import actor_critic as actor_critics
 from rlhf import lora
 from rlhf.actor_critic import build_actor_critic, enable_gradient_checkpointing, use_adapter
@@ -434,3 +435,38 @@ def test_weights_that_were_trained_since_are_merged_anew():
         shake(fused, seed, 0.3, only="lora_")
         with torch.no_grad(), lora.merged(fused):
             np.testing.assert_allclose(fused(inputs(3, 16)), plain(inputs(3, 16)), atol=1e-5)
+
+
+# -- one base for the reward model too -----------------------------------------------------------------------
+
+
+def pointers(model: Any, base: bool) -> dict[str, int]:
+    return {name: p.data_ptr() for name, p in model.named_parameters() if ("lora_" not in name) == base}
+
+
+def test_a_reward_model_over_the_same_base_reads_the_policys_weights(tmp_path, tiny_model, tiny_tokenizer):
+    policy_folder, reward_folder = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
+    policy = build_actor_critic(policy_folder).policy
+    reward = RewardModel.load(reward_folder, device="cpu")
+    messages = [[{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one two three"}]]
+    before = reward.score(messages)
+    trunk = [name for name in pointers(reward.model, base=True) if "score" not in name]
+    assert lora.share_base(policy, reward.model) == len(trunk) > 10
+    mine, theirs = pointers(policy, base=True), pointers(reward.model, base=True)
+    assert {theirs[name] for name in trunk} <= set(mine.values())
+    assert not set(pointers(policy, base=False).values()) & set(pointers(reward.model, base=False).values())
+    assert torch.equal(reward.score(messages), before)
+
+
+def test_weights_that_differ_anywhere_stay_apart(tmp_path, tiny_model, tiny_tokenizer):
+    policy_folder, reward_folder = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
+    policy = build_actor_critic(policy_folder).policy
+    reward = RewardModel.load(reward_folder, device="cpu").model
+    name, weight = next((n, p) for n, p in reward.named_parameters() if n.endswith("q_proj.base_layer.weight"))
+    with torch.no_grad():
+        weight[0, 0] += 1e-6
+    before, shared = weight.clone(), lora.share_base(policy, reward)
+    assert shared == len([n for n in pointers(reward, base=True) if "score" not in n]) - 1
+    assert torch.equal(dict(reward.named_parameters())[name], before)
+    assert lora.share_base(policy, tiny_model) == lora.share_base(tiny_model, reward) == 0
+    assert lora.share_base(policy, None) == 0

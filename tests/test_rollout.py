@@ -182,6 +182,22 @@ def test_batch_positions_stand_before_their_tokens():
             assert batch.input_ids[b, place + 1] == batch.targets[b, t]
 
 
+@pytest.mark.parametrize("every", [2, 3, 50])
+def test_rows_that_leave_later_write_nothing_more(tiny_model, every):
+    """As on a GPU, where finished rows stay in the batch for some steps; greedy, so that rows don't share draws."""
+    prompts = [[5, 6, 7], [9], [20, 21, 22, 23, 24], [11, 12]]
+    first = TransformersEngine(tiny_model, (), 0).generate(prompts, 12, 0.0, generator())
+    stops = sorted({first.ids[0][2], first.ids[1][5], first.ids[2][0]})
+    engine = TransformersEngine(tiny_model, stops, 0)
+    expected = engine.generate(prompts, 12, 0.0, generator())
+    assert {len(ids) for ids in expected.ids} != {12}
+    engine.check_every = every
+    assert engine.generate(prompts, 12, 0.0, generator()) == expected
+    with engine.leaving_at_once():
+        assert engine.check_every == 1
+    assert engine.check_every == every
+
+
 # -- micro-batch plans -------------------------------------------------------------------------------------
 
 

@@ -68,9 +68,11 @@ def token_logprobs(
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """`_chunk_logprobs` of each chunk, with the gradient written out: ``one-hot - softmax``, from logits made anew.
+    """`_chunk_logprobs` of each chunk, with the gradient written out: few passes over each block of logits, in place.
 
-    Few passes over each chunk, in place: on a CPU these passes cost more than the matrix product.
+    Each log-probability depends on its own row of `hidden` alone: ``d logprob / d hidden = (weight[target] - softmax
+    @ weight) / temperature``. That is computed while the probabilities are there, so backward only multiplies by it.
+    Where the head is trained too, backward makes the logits anew.
     """
 
     @staticmethod
@@ -78,30 +80,43 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
         rows = _rows_at_once(weight)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
         columns: list[tuple[Tensor, Tensor, Tensor]] = []
-        for h, labels in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            for logits, y in zip((h @ weight.T).split(rows), labels.split(rows), strict=True):
-                logits = _scaled(logits, temperature)
+        for start in range(0, len(hidden), chunk):
+            products = hidden[start : start + chunk] @ weight.T
+            for first in range(0, len(products), rows):
+                block = products[first : first + rows]
+                y = targets[start + first : start + first + len(block), None]
+                logits = _scaled(block, temperature)
                 top = logits.amax(-1, keepdim=True)
-                chosen = logits.gather(-1, y[:, None]) - top
-                shifted = logits.sub_(top)
+                chosen = logits.gather(-1, y) - top
+                shifted = logits.sub_(top).clamp_(min=-1e30)  # p = 0 at a logit of -inf: 0 * -inf counts 0
                 powers = shifted.exp()
                 total = powers.sum(-1, keepdim=True)
                 mean = torch.linalg.vecdot(powers, shifted)[:, None] / total
                 columns.append((chosen - total.log(), total.log() - mean, top + total.log()))
+                if slopes is not None:
+                    block.copy_(powers.div_(total).mul_(-1.0).scatter_add_(-1, y, torch.ones_like(total)))
+            if slopes is not None:
+                torch.mm(products, weight, out=slopes[start : start + chunk])
         logprobs, entropy, normaliser = (torch.cat(part).squeeze(-1) for part in zip(*columns, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.quick = temperature, chunk, slopes is not None
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = grads[0] / ctx.temperature
+        if ctx.quick:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * scaled[:, None]).to(slopes.dtype), None, None, None, None
         hidden, weight, targets, normaliser = ctx.saved_tensors
         rows = _rows_at_once(weight)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        scaled = grads[0] / ctx.temperature
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), ctx.chunk):
             h = hidden[start : start + ctx.chunk]
             slopes = h @ weight.T  # of the loss by each logit, once the loop has written them
@@ -111,13 +126,12 @@ class _HeadLogprobs(torch.autograd.Function):
                 logits = slopes[first : first + rows]
                 slope = _scaled(logits, ctx.temperature).sub_(normaliser[own, None]).exp_().mul_(-g)
                 logits.copy_(slope.scatter_add_(-1, y, g))
-            if grad_hidden is not None:
-                torch.mm(slopes, weight, out=grad_hidden[start : start + ctx.chunk])
-            if grad_weight is not None and h.dtype == torch.float32:
+            torch.mm(slopes, weight, out=grad_hidden[start : start + ctx.chunk])
+            if h.dtype == torch.float32:
                 grad_weight.addmm_(slopes.T, h)
-            elif grad_weight is not None:
+            else:
                 grad_weight += slopes.T @ h
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def _rows_at_once(weight: Tensor) -> int:

@@ -196,12 +196,11 @@ class Draws(TorchFunctionMode):
 
 def sample_trial(trainer: Any) -> Trial:
     """Short responses to a few prompts of different lengths, sampled as the run will."""
-    rows = spread([len(ids) for ids in trainer.prompt_ids[:256]], PROMPT_TOKENS)
-    rows = rows[: getattr(trainer.engine, "rows_per_batch", ROWS)]
+    at_most = getattr(trainer.engine, "rows_per_batch", ROWS)
+    rows = spread([len(ids) for ids in trainer.prompt_ids[:256]], PROMPT_TOKENS)[:at_most]
     prompt_ids = [trainer.prompt_ids[i] for i in rows]
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
-    most = min(RESPONSE_TOKENS, trainer.args.max_new_tokens)
-    sampling = trainer.accelerator.unwrap_model(trainer.module).sampling()
+    most, sampling = min(RESPONSE_TOKENS, trainer.args.max_new_tokens), trainer.actor_critic.sampling()
     at_once = getattr(trainer.engine, "leaving_at_once", nullcontext)()
     with torch.no_grad(), trainer.accelerator.autocast(), sampling, at_once, Draws() as draws:
         responses = trainer.engine.generate(prompt_ids, most, trainer.args.temperature, generator)

@@ -86,7 +86,7 @@ def test_bfloat16(chunk, trained):
     same(seen, truth, 0.02)
     same(seen, run(generic(0.7, chunk), torch.bfloat16, trained), 0.02)
     error = lambda result: float((result[2].double() - truth[2]).square().mean())  # noqa: E731
-    assert error(seen) <= 1.1 * error(run(generic(0.7, chunk), torch.bfloat16, trained))
+    assert error(seen) <= (1.1 if trained[1] else 1.5) * error(run(generic(0.7, chunk), torch.bfloat16, trained))
 
 
 def test_under_autocast_float32_weights_get_float32_gradients():
@@ -211,8 +211,8 @@ def test_no_more_than_a_chunk_of_logits_exists(dtype, trained):
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t),
     ):
         logprobs, _ = ppo_math.token_logprobs(hidden, weight, targets, 0.9, chunk)
-        assert sizes.products == tokens / chunk
+        assert sizes.products == tokens / chunk * (1 if trained else 2)  # with a frozen head, the slopes at once
         logprobs.sum().backward()
-    assert sizes.products == tokens / chunk * (4 if trained else 3)  # forward; again, to the hidden states and weight
+    assert sizes.products == tokens / chunk * (4 if trained else 2)  # forward; again, to the hidden states and weight
     assert sizes.largest == chunk * vocabulary
     assert max(saved) <= vocabulary * width, "the graph holds its inputs and a number per token"

@@ -195,7 +195,7 @@ PLANTS = (
         bug="the log-prob of the most likely token instead of the sampled one",
         shipped="NeMo-RL#3297",
         file="rlhf/ppo_math.py",
-        old="logits.gather(-1, y[:, None]) - top",
+        old="logits.gather(-1, y) - top",
         new="logits.amax(-1, keepdim=True) - top",
         test="tests/test_ppo_math.py::test_the_sampled_token_counts_and_not_the_most_likely_one",
     ),

@@ -358,6 +358,7 @@ def test_mixed_precision_does_not_round_what_is_sent(servers, monkeypatch):
         ({"modules_to_save": ["lm_head"]}, "a copy of its own"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # of a layer without one: that is the case
 def test_adapters_that_cannot_be_sent_are_refused_at_once(servers, changes, message):
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **changes)
     policy = get_peft_model(load_policy(policy_of(servers)), config)

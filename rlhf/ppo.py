@@ -109,7 +109,8 @@ class PPOTrainer:
             self._read(eval_dataset, "eval_dataset") if eval_dataset is not None else ([], [])
         )
         mixed = precision.ppo_dtype(args.bf16)
-        log.info("precision: %s", precision.explained(args.bf16))
+        if args.bf16 is None:
+            log.info("precision: %s", precision.explained())
         callback_args = callback_arguments(args)  # before Accelerator: transformers resets its state
         self.accelerator = Accelerator(mixed_precision="bf16" if mixed == torch.bfloat16 else "no")
         args.check_processes(self.accelerator.num_processes)

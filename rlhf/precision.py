@@ -22,9 +22,7 @@ def ppo_dtype(setting: bool | None) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def explained(setting: bool | None) -> str:
-    """The choice, for the log."""
+def explained() -> str:
+    """What is chosen without a setting, for the log."""
     hardware = bf16_hardware()
-    if setting is not None:
-        return f"{'bfloat16 autocast' if setting else 'float32'}, as bf16: {str(setting).lower()} says"
     return f"bfloat16 autocast ({hardware}); bf16: false computes in float32" if hardware else "float32"

@@ -21,6 +21,7 @@ test-long: .venv/installed-dev
 
 check: .venv/installed-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff check recipes --isolated --select F --line-length 120  # F821 too: recipes import inside functions
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 

@@ -19,7 +19,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf import InputError, sharding
+from rlhf import InputError, norms, sharding
 from rlhf import lora as lora_layers
 from rlhf.attention import use_short_rows
 from rlhf.heads import head_weight, logits_function
@@ -29,6 +29,7 @@ from rlhf.models import (
     clone,
     disable_dropout,
     is_adapter,
+    is_quantized,
     load_policy,
     load_scalar_model,
     position_ids,
@@ -233,6 +234,10 @@ def build_actor_critic(
     zero head on the policy's own hidden states: one forward for both); None: adapter under LoRA, else separate.
     """
     policy = load_policy(model, dtype=dtype, lora=lora, seed=seed)
+    if is_quantized(policy) and (value_kind == "separate" or not isinstance(policy, PeftModel)):
+        raise InputError(
+            "a quantized model is trained through LoRA alone: set lora_rank, with value_model adapter or shared_trunk"
+        )
     reference = _build_reference(policy, ref_model, dtype)
     if value_kind == "adapter" and not isinstance(policy, PeftModel):
         raise InputError("value_model=adapter needs a LoRA policy; set lora_rank, or take separate or shared_trunk")
@@ -247,6 +252,7 @@ def build_actor_critic(
     for part in (policy, reference, value):
         use_short_rows(part)
     lora_layers.fuse(actor_critic)
+    norms.fuse(actor_critic)
     disable_dropout(actor_critic)
     if reference is not None:
         reference.requires_grad_(False).eval()

@@ -46,16 +46,27 @@ def short_rows(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
     scale = width**-0.5 if scaling is None else scaling
-    packed = (query * scale).reshape(batch, groups, -1, width)
-    weights = (packed @ key.transpose(-1, -2)).view(batch, heads, tokens, keys)
+    packed = query.reshape(batch * groups, -1, width)  # the heads of a group one below the other
     if causal and tokens > 1:
         attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        weights = weights.masked_fill(~attention_mask[..., :keys], torch.finfo(weights.dtype).min)
-    elif attention_mask is not None:
-        weights = weights + attention_mask[..., :keys]
-    weights = weights.softmax(-1).view(batch, groups, -1, keys)
-    return (weights @ value).view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+    bias = _bias(attention_mask, packed.dtype, (batch, heads, tokens, keys))
+    # scale and mask within the product: no passes of their own, forward or backward
+    weights = torch.baddbmm(bias.view(batch * groups, -1, keys), packed, key.flatten(0, 1).mT, alpha=scale)
+    out = weights.softmax(-1) @ value.flatten(0, 1)
+    return out.view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Tensor:
+    """What is added to the scores: a mask's own numbers, or a very small one where it says False; [B, H, T, S].
+
+    Never -inf, which the least float32 of a mask becomes in bfloat16: a row that sees nothing would be all NaN."""
+    least = 0.5 * torch.finfo(dtype).min
+    if mask is None:
+        return torch.zeros((), dtype=dtype).expand(shape).contiguous()
+    mask = mask[..., : shape[-1]]
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, least)
+    return mask.to(dtype).clamp(min=least).expand(shape).contiguous()
 
 
 def use_short_rows(model: Any) -> None:

@@ -32,7 +32,7 @@ class LoraProduct(torch.autograd.Function):
         out = nn.functional.linear(x, weight, bias)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = scaling
-        return out.addmm_(low, b.T, alpha=scaling)
+        return out.addmm_(low, b.T.contiguous(), alpha=scaling)  # as it lies, its product takes twice as long on a CPU
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -41,7 +41,7 @@ class LoraProduct(torch.autograd.Function):
         grad_low = (grad @ b).mul_(ctx.scaling)
         grad_x = (grad @ weight).addmm_(grad_low, a) if ctx.needs_input_grad[0] else None
         grad_a = grad_low.T @ x if ctx.needs_input_grad[3] else None
-        grad_b = (grad.T @ low).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        grad_b = (low.T @ grad).mul_(ctx.scaling).T if ctx.needs_input_grad[4] else None  # quicker than grad.T @ low
         return grad_x, None, None, grad_a, grad_b, None
 
 

@@ -161,6 +161,7 @@ def load_policy(
     else:
         _refuse_classifier(model)
         loaded = _from_pretrained(AutoModelForCausalLM, model, dtype)
+    keep_gradients(loaded)
     if isinstance(loaded, PeftModel):
         rank = getattr(loaded.peft_config["default"], "r", None)
         if lora is not None and lora.r != rank:
@@ -170,6 +171,25 @@ def load_policy(
             )
         return loaded
     return _with_adapter(loaded, lora, seed) if lora is not None else loaded
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Let bitsandbytes' 4-bit layers hand gradients down on CPUs, too.
+
+    On a CPU with AVX512-BF16 their first forward in eval mode (sampling, say) lays the weights out anew, for an
+    operator without a backward: whatever lies below the layer would get no gradient from then on, without an error
+    (bitsandbytes 0.50). Raises InputError where that has happened already."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise InputError("the 4-bit model has been run in eval mode, after which it can't learn: load it anew")
+        layer.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(model: Any) -> bool:
+    """Are weights held in 8 or 4 bits? Then only adapters beside them can be trained."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return bool(getattr(plain, "is_quantized", False))
 
 
 def new_scalar_model(

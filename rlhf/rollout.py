@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from rlhf import InputError, lora
+from rlhf.plain_generate import generate_alike, generate_gap, total_variation
 from rlhf.records import Prompt
+from rlhf.sampling import sample
+
+log = logging.getLogger("rlhf")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class TransformersEngine:
 
     rows_per_batch bounds memory; rows are grouped by prompt length. A hub model's generation_config is
     ignored: the distribution sampled from is the one the trainer scores. The first call checks that the
-    model's family can be sampled from in this way (`check_decoding`), and raises InputError where it can't.
+    model's family can be sampled from in this way (`can_decode`); one that can't is left to transformers'
+    `generate` (`rlhf.plain_generate`), and where that, too, differs from the model's own logits, InputError is raised.
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], pad_id: int, rows_per_batch: int = 256):
@@ -74,7 +80,7 @@ class TransformersEngine:
         self.rows_per_batch = rows_per_batch
         # on a GPU, asking which rows have finished waits for it: there they leave the batch every so many steps
         self.check_every = 1 if model.device.type == "cpu" else 8
-        self._checked = False
+        self._own_loop: bool | None = None  # not yet known
 
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
@@ -94,10 +100,13 @@ class TransformersEngine:
         training = self.model.training
         self.model.eval()  # gradient checkpointing in train mode would switch the cache off
         try:
-            if not self._checked:
-                check_decoding(self.model, self.pad_id)
-                self._checked = True
+            if self._own_loop is None:
+                self._own_loop = can_decode(self.model, self.pad_id)
             with lora.merged(self.model):
+                if not self._own_loop:
+                    settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
+                    ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
+                    order = []
                 for start in range(0, len(order), self.rows_per_batch):
                     rows = order[start : start + self.rows_per_batch]
                     batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, generator)
@@ -158,9 +167,29 @@ def next_logits(
     ).logits[:, -1]
 
 
+def can_decode(model: PreTrainedModel, pad_id: int) -> bool:
+    """Whether the decode loop samples what the model scores; False where `generate` does, InputError if neither."""
+    fault = decoding_fault(model, pad_id)
+    if fault is None:
+        return True
+    family = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    if not generate_gap(model, pad_id) <= most_apart(model.dtype):
+        raise InputError(
+            f"{family}: {fault}, and transformers' generate fails or differs too; PPO needs a causal decoder with "
+            "a working cache"
+        )
+    log.warning("%s: %s; so transformers' generate samples, rows of one prompt length at once: slower", family, fault)
+    return False
+
+
+def most_apart(dtype: torch.dtype) -> float:
+    """The total variation that two ways to the same probabilities may show."""
+    return 1e-3 if dtype == torch.float32 else 0.25  # in half precision, batch sizes alone make a difference
+
+
 @torch.no_grad()
-def check_decoding(model: PreTrainedModel, pad_id: int) -> None:
-    """Refuse a model for which the decode loop would sample from another distribution than the one it scores.
+def decoding_fault(model: PreTrainedModel, pad_id: int) -> str | None:
+    """Why the decode loop would sample from another distribution than the one the model scores; None if it does not.
 
     Two short rows, left-padded, the longer one leaving after a step, against each row alone in one forward:
     the same next-token probabilities? Not where a family keeps a state of its own instead of a cache (Mamba,
@@ -172,44 +201,25 @@ def check_decoding(model: PreTrainedModel, pad_id: int) -> None:
     alone = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0] for ids in (long, short)]
     expected = torch.stack([alone[0][-1], alone[1][-2], alone[1][-1]])
     if bool(expected.isnan().any()):
-        return  # broken weights: sampling itself stops on them
+        return None  # broken weights: sampling itself stops on them
     cache: Any = DynamicCache(config=model.config)
     input_ids, mask = pad([long, short[:-1]], pad_id, device, side="left")
     attention, last = mask.long(), torch.tensor([short[-1:]], device=device)
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    family = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
-    remedy = "PPO needs a causal decoder with one"
     try:
         first = next_logits(model, input_ids, attention, positions, cache)
         cache.reorder_cache(torch.tensor([1], device=device))
         attention = torch.cat([attention[1:], attention.new_ones(1, 1)], dim=1)
         second = next_logits(model, last, attention, positions[1:, -1:] + 1, cache)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{family}: sampling with transformers' key-value cache fails ({str(error).rstrip('.')}); {remedy}"
-        ) from error
-    apart = 0.5 * (torch.cat([first, second]).float().softmax(-1) - expected.float().softmax(-1)).abs().sum(-1).max()
-    limit = 1e-3 if expected.dtype == torch.float32 else 0.25  # in half precision, batch sizes alone make a difference
-    if not float(apart) <= limit:
-        raise InputError(
-            f"{family}: next-token probabilities of a batch with left padding and a key-value cache differ from those "
-            f"of a row alone by {float(apart):.2g} (total variation; at most {limit}); {remedy}"
-        )
-
-
-def sample(logits: Float[Tensor, "B V"], temperature: float, generator: torch.Generator) -> Int[Tensor, "B"]:
-    """One token per row from ``softmax(logits / temperature)``; temperature 0 takes the most likely one."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if probabilities.device.type != "cpu":
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
-    # torch.multinomial draws V random numbers for each row, which on a CPU takes longer than the head; one is enough
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    if not bool(cumulative[:, -1].isfinite().all()):
-        raise RuntimeError("sampling: a probability is not a number")
-    level = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, level, right=True).clamp_(max=logits.shape[-1] - 1).squeeze(-1)
+        return f"sampling with transformers' key-value cache fails ({str(error).rstrip('.')})"
+    apart, limit = total_variation(torch.cat([first, second]), expected), most_apart(expected.dtype)
+    if apart <= limit:
+        return None
+    return (
+        "next-token probabilities of a batch with left padding and a key-value cache differ from those of a row "
+        f"alone by {apart:.2g} (total variation; at most {limit})"
+    )
 
 
 def pad(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -124,10 +125,12 @@ def test_output_and_gradients_as_in_the_books_and_as_torch_has_them(handed_on, h
 
 
 def test_gradients_of_a_padded_query_are_numbers():
-    """Where somebody does use its output."""
-    parts = [part.requires_grad_() for part in states(4, 2)]
-    for mask in (left_padded(TOKENS, TOKENS), as_float(left_padded(TOKENS, TOKENS))):
+    """Where somebody does use its output; in bfloat16 the least float32 of a mask would be -inf."""
+    masks = (left_padded(TOKENS, TOKENS), as_float(left_padded(TOKENS, TOKENS)))
+    for mask, dtype in itertools.product(masks, (torch.float32, torch.bfloat16)):
+        parts = [part.to(dtype).requires_grad_() for part in states(4, 2)]
         out, _ = short_rows(module(4, 2), *parts, mask)
+        assert out.isfinite().all()
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.square().sum(), parts))
 
 

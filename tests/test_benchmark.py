@@ -73,14 +73,14 @@ def test_phases_by_hand():
     assert limit.logprobs(update()).flops == 3 * (forward + attention) + 2 * 2 * HEAD * 6
     assert limit.logprobs(update(value_model="shared_trunk")).flops == 2 * (forward + attention) + 4 * HEAD * 6
     work = limit.update_phase(update())
-    assert work.flops == 3 * (2 * 3 * (forward + attention) + 8 * HEAD * 6)
-    # 6 steps: weights in forward, and backward; the head once more; Adam on two full models.
-    assert work.bytes == 6 * (4 * (4 * TRUNK + 3 * HEAD) + 32 * 2 * (TRUNK + HEAD))
+    assert work.flops == 3 * (2 * 3 * (forward + attention) + 6 * HEAD * 6)
+    # 6 steps: weights in forward, and backward; Adam on two full models.
+    assert work.bytes == 6 * (4 * (4 * TRUNK + 2 * HEAD) + 32 * 2 * (TRUNK + HEAD))
     lora = limit.update_phase(update(lora_rank=3, value_model="adapter", weight_bytes=2))
     first = 2 * (64 + 32 + 32 + 3 * 3 * 8)  # what the first layer's query, key and value don't hand down
     trunk = 14 * (2 * (TRUNK + ADAPTER) + 2 * TRUNK + 4 * ADAPTER - first) + 3 * attention
-    assert lora.flops == 3 * (2 * trunk + 6 * HEAD * 6)
-    assert lora.bytes == 6 * (2 * (4 * TRUNK + 3 * HEAD) + 32 * 2 * ADAPTER)
+    assert lora.flops == 3 * (2 * trunk + 4 * HEAD * 6)
+    assert lora.bytes == 6 * (2 * (4 * TRUNK + 2 * HEAD) + 32 * 2 * ADAPTER)
 
 
 def test_step_is_the_sum_and_time_adds_up():

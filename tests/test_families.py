@@ -101,14 +101,12 @@ EXPERTS = {  # mixtures of experts, and hybrids with a recurrent state
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bert": (WIDE, "differ from those of a row alone"),  # sees later tokens
-    "mamba": (SIZES | {"state_size": 4}, "differ from those of a row alone"),  # a state instead of a cache
     "rwkv": (SIZES | {"context_length": 64}, "differ from those of a row alone"),
     "xlnet": ({"vocab_size": 400, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, "differ from those of"),
-    "recurrent_gemma": (HEAD | {"num_hidden_layers": 3, "lru_width": 32}, "differ from those of a row alone"),
-    "minimax": (
-        HEAD | {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
-        "MiniMax uses cache of its own",
-    ),
+}
+BY_GENERATE: dict[str, dict[str, Any]] = {  # a state instead of a key-value cache
+    "mamba": SIZES | {"state_size": 4},
+    "minimax": HEAD | {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
 }
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [30, 31], [9, 8, 7, 6]]
@@ -119,7 +117,10 @@ FEW = ["gpt2", "gpt_neox", "falcon", "gemma2", "granite"]
 
 
 def new_model(name: str) -> Any:
-    family, sizes = VARIANTS.get(name) or (name, (FAMILIES | MORE | EXPERTS).get(name) or REFUSED[name][0])
+    family, sizes = VARIANTS.get(name) or (
+        name,
+        (FAMILIES | MORE | EXPERTS | BY_GENERATE).get(name) or REFUSED[name][0],
+    )
     config = CONFIG_MAPPING[family](**sizes | {"pad_token_id": 3, "bos_token_id": None, "eos_token_id": 0})
     for field, value in list(vars(config).items()):
         if "drop" in field and isinstance(value, float):
@@ -372,6 +373,66 @@ def test_a_reward_model_of_the_family_keeps_its_trunk_and_its_head(family, tmp_p
     theirs = loaded.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in scalar.state_dict().items())
     assert type(loaded).__name__.endswith("ForSequenceClassification")
+
+
+# -- whose state only `generate` can use -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BY_GENERATE)
+def test_a_family_without_a_cache_of_keys_is_sampled_by_generate(name, caplog):
+    model = new_model(name)
+    model.generation_config = GenerationConfig(top_k=1, repetition_penalty=9.0)  # as a hub model might ship
+    engine = TransformersEngine(model, [], 3, rows_per_batch=2)
+    prompts = [*PROMPTS, [40, 41]]  # two alike, and two batches of that length
+    expected = []
+    for prompt in prompts:  # independent: the whole row again for every token, without any state
+        ids = list(prompt)
+        for _ in range(5):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert engine.generate(prompts, 5, 0.0, generator()).ids == expected
+    assert "so transformers' generate samples" in caplog.text
+    engine.stop_ids = (expected[0][2], expected[3][1])
+    stopped = engine.generate(prompts, 5, 0.0, generator())
+    cut = [next((i + 1 for i, t in enumerate(row) if t in engine.stop_ids), 5) for row in expected]
+    assert stopped.ids == [row[:n] for row, n in zip(expected, cut, strict=True)]
+    assert stopped.stopped == [row[n - 1] in engine.stop_ids for row, n in zip(expected, cut, strict=True)]
+    assert model.generation_config.top_k == 1
+
+
+def test_generate_draws_from_the_full_softmax_at_the_temperature():
+    """Counts of 4,000 first tokens against 0.5-temperature probabilities; and the same seed draws the same."""
+    model, rows = new_model("mamba"), 4000
+    model.generation_config = GenerationConfig(top_k=1)
+    engine = TransformersEngine(model, [], 3, rows_per_batch=rows)
+    state = torch.get_rng_state()
+    ids = engine.generate([[5, 6]] * rows, 1, 0.5, generator()).ids
+    assert ids == engine.generate([[5, 6]] * rows, 1, 0.5, generator()).ids
+    assert ids != engine.generate([[5, 6]] * rows, 1, 0.5, generator(1)).ids
+    assert torch.equal(state, torch.get_rng_state()), "the global generator should be put back"
+    with torch.no_grad():
+        probabilities = (model(torch.tensor([[5, 6]])).logits[0, -1].double() / 0.5).softmax(-1).numpy()
+    counts = np.bincount([row[0] for row in ids], minlength=400)
+    common = probabilities * rows >= 5
+    expected = np.append(probabilities[common], probabilities[~common].sum()) * rows
+    seen = np.append(counts[common], counts[~common].sum())
+    assert common.sum() > 50
+    assert ((seen - expected) ** 2 / expected).sum() < len(expected) + 4 * (2 * len(expected)) ** 0.5
+
+
+@pytest.mark.parametrize("name", BY_GENERATE)
+def test_ppo_with_generate(name, built, tmp_path_factory, tmp_path, tiny_tokenizer):
+    """One update, preflight's checks included: among them that KL is 0 and the ratio 1 before it. And what PPO scores is
+    what the model says."""
+    trainer = ppo(folder_of(name, built, tmp_path_factory, tiny_tokenizer), tmp_path, low_share, lora=False)
+    metrics = trainer.train()
+    assert abs(metrics["kl_nats"]) < 1e-4
+    assert metrics["policy_grad_norm"] > 0.0
+    module = trainer.accelerator.unwrap_model(trainer.module)
+    trainer.save_model(tmp_path / "saved")
+    with torch.no_grad():
+        logprobs = module(make_batch(PROMPTS, RESPONSES, 3, "cpu"), 1.0, ("policy",)).logprobs
+    check_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval(), logprobs)
 
 
 # -- who is refused ----------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from rlhf.rollout import TransformersEngine, make_batch, pad, plan_minibatches, sample, split_by_tokens
+from rlhf.rollout import TransformersEngine, make_batch, pad, plan_minibatches, split_by_tokens
+from rlhf.sampling import draw, sample
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26], [30, 31], [9, 8, 7, 6]]
 
@@ -136,6 +137,37 @@ def test_sample_by_hand():
     expected = np.exp([0, 2, 4]) / np.exp([0, 2, 4]).sum()
     np.testing.assert_allclose(seen.numpy(), expected, atol=0.01)
     assert sample(logits[:2], 0.0, generator()).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 700, 1024])
+def test_a_draw_is_the_inverse_of_the_cumulative_probabilities(vocabulary, monkeypatch):
+    """At 2,000 levels, against a binary search in float64."""
+    p = torch.rand(vocabulary, generator=generator()).pow(6)
+    p[torch.rand(vocabulary, generator=generator(1)) < 0.3] = 0.0
+    p = p / p.sum()
+    levels = torch.rand(2000, 1, generator=generator(2), dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **given: levels)
+    seen = draw(p.expand(2000, -1).contiguous(), generator()).numpy()
+    ends = np.cumsum(p.double().numpy())
+    expected = np.searchsorted(ends / ends[-1], levels[:, 0].numpy(), side="right")
+    near = np.abs(ends[:, None] / ends[-1] - levels[:, 0].numpy()).min(0) < 1e-6  # sums in float32 may decide those
+    assert near.mean() < 0.05
+    np.testing.assert_array_equal(seen[~near], expected[~near])
+    assert (p[torch.from_numpy(seen)] > 0).all()
+
+
+@pytest.mark.parametrize("place", [0, 255, 256, 699])
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0 - 2.0**-53])
+def test_a_token_without_probability_is_never_drawn(place, level, monkeypatch):
+    p = torch.zeros(2, 700)
+    p[:, place] = 0.1
+    monkeypatch.setattr(torch, "rand", lambda *shape, **given: torch.full((2, 1), level, dtype=torch.float64))
+    assert draw(p, generator()).tolist() == [place, place]
+
+
+def test_a_draw_from_what_is_not_a_number_stops():
+    with pytest.raises(RuntimeError, match="a probability is not a number"):
+        draw(torch.tensor([[0.5, 0.5], [float("nan"), 0.5]]), generator())
 
 
 def test_the_generator_alone_decides(tiny_model):

@@ -6,9 +6,9 @@ any program can reach: norms, activations, softmax, sampling, padding, the traff
 
 Counted: one multiply-add is 2 operations. A matrix product with P weights costs 2 P per token forward, 2 P more
 backward for the gradient of its input and 2 P for that of its weights (which a frozen base under LoRA does not need).
-Attention is causal: token i meets i keys. The head runs at response positions only, and once more in backward, where
-its logits are recomputed instead of kept. Bytes: the weights, read once per decoding step and once per pass; the
-key-value cache, read at every decoding step; Adam's four numbers per trained weight.
+Attention is causal: token i meets i keys. The head runs at response positions only. Bytes: the weights, read once per
+decoding step and once per pass; the key-value cache, read at every decoding step; Adam's four numbers per trained
+weight.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def update_phase(update: Update) -> Work:
     s, rank, tokens = update.sizes, update.lora_rank, sum(update.responses)
     trunks = 1 if update.value_model == "shared_trunk" else 2
     trunk = trunk_forward(s, update.lengths, rank) + trunk_backward(s, update.lengths, rank)
-    head = head_forward(s, tokens) * (3 if rank else 4)  # forward, its recomputation, gradients of input (and weights)
-    passes = (2 * trunks * s.trunk_weights + 3 * s.head_weights) * update.weight_bytes
+    head = head_forward(s, tokens) * (2 if rank else 3)  # forward, gradients of input (and weights)
+    passes = 2 * (trunks * s.trunk_weights + s.head_weights) * update.weight_bytes
     step = passes + update.trained_weights * ADAM_BYTES
     return Work(trunks * trunk + head, step * update.minibatches) * update.inner_epochs
 

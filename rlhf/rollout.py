@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from rlhf import InputError, lora
+from rlhf.memory import release_freed_memory
 from rlhf.plain_generate import generate_alike, generate_gap, total_variation
 from rlhf.records import Prompt
 from rlhf.sampling import sample
@@ -114,6 +115,7 @@ class TransformersEngine:
                         ids[row] = response
         finally:
             self.model.train(training)
+        release_freed_memory()  # of the merged weights: what is trained next would not fit into their places
         return Responses(ids, [response[-1] in self.stop_ids for response in ids])
 
     def _decode(

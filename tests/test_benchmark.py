@@ -177,15 +177,18 @@ def test_time_to_quality_table():
         return {"seconds": seconds, "trained_seconds": trained, "history": [{}] * updates}
 
     mark = {"sft": 4.0, "best_of_16": 7.0, "mark": 5.5}
-    ours = {"ours": side(10.0, 10.0, 4), "ours_config": side(20.0, 20.0, 7)}
+    ours = {"ours": side(10.0, 10.0, 4), "ours, shared_trunk": side(5.0, 5.0, 4), "ours, toy.yaml": side(20.0, 20.0, 7)}
     passed = {"seed": 0, **mark, **ours, "trl": side(40.0, 40.0, 9)}
     never = {"seed": 1, **mark, **ours, "trl": side(None, 60.0, 28)}
     text = quality.table([passed, never])
-    assert "| 0 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 20.0 (7) | 40.0 (9) | 4.00 | 2.00 |" in text
-    assert "| 1 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 20.0 (7) | not in 60 (28) | > 6.00 | > 3.00 |" in text
-    assert "| median |  |  |  |  |  |  | 5.00 | 2.50 |" in text
+    assert "| 0 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 5.0 (4) | 20.0 (7) | 40.0 (9) | 4.00 | 8.00 | 2.00 |" in text
+    assert (
+        "| 1 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 5.0 (4) | 20.0 (7) | not in 60 (28) | > 6.00 | > 12.00 | > 3.00 |"
+        in text
+    )
+    assert "| median |  |  |  |  |  |  |  | 5.00 | 10.00 | 2.50 |" in text
     lost = quality.table([passed, never | {"ours": side(None, 60.0, 28)}])
-    assert "| median |  |  |  |  |  |  | - | 2.50 |" in lost
+    assert "| median |  |  |  |  |  |  |  | - | 10.00 | 2.50 |" in lost
 
 
 # -- settings ----------------------------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def test_generate_draws_from_the_full_softmax_at_the_temperature():
 
 @pytest.mark.parametrize("name", BY_GENERATE)
 def test_ppo_with_generate(name, built, tmp_path_factory, tmp_path, tiny_tokenizer):
-    """One update, preflight's checks included: among them that KL is 0 and the ratio 1 before it. And what PPO scores is
+    """One update, preflight's checks included: among them that KL is 0 and the ratio 1 before it. What PPO scores is
     what the model says."""
     trainer = ppo(folder_of(name, built, tmp_path_factory, tiny_tokenizer), tmp_path, low_share, lora=False)
     metrics = trainer.train()

@@ -67,8 +67,8 @@ CASES = {
 LORA = {"lora_rank": 16, "lora_alpha": 32.0}
 
 OURS: dict[str, dict[str, Any]] = {
-    "ours_adapter": {"bf16": True, "tokens_per_microbatch": 512, **LORA},
-    "ours_shared_trunk": {"bf16": True, "tokens_per_microbatch": 512, "value_model": "shared_trunk", **LORA},
+    "ours_adapter": {"bf16": True, "tokens_per_microbatch": 384, **LORA},
+    "ours_shared_trunk": {"bf16": True, "tokens_per_microbatch": 384, "value_model": "shared_trunk", **LORA},
     "ours_full": {"bf16": False},
 }
 """Settings of our PPOConfig. With LoRA, policy, reference and value model are adapters on one backbone, and so is the

@@ -18,16 +18,25 @@ AS_TRL = {"value_learning_rate": None, "value_warmup_updates": 0, "bf16": False}
 both from the first update. And float32, in which trl computes there."""
 
 
+OURS: dict[str, dict[str, Any]] = {
+    "ours": AS_TRL,
+    "ours, shared_trunk": AS_TRL | {"value_model": "shared_trunk"},
+    "ours, toy.yaml": {},
+}
+"""trl's hyperparameters; the same with the value head on the policy's own hidden states; the toy config as it is."""
+
+
 def measure(run: Path, seed: int, folder: Path, threads: int | None, site: Path | None, updates: int | None) -> dict:
     """One seed: the mark, and each side's way to it. Makes the toy chain where `run` has none.
 
-    ours: trl's hyperparameters; ours_config: the toy config as it is; trl: left out where `site` is None."""
+    trl is left out where `site` is None."""
     job = {"run": str(run.absolute()), "seed": seed, "updates": updates}
     mark = run_job("toy_mark.py", job, folder / "mark", threads=threads)
     job |= {"mark": mark["mark"]}
     row = {"seed": seed, **mark}
-    for side, settings in (("ours", AS_TRL), ("ours_config", {})):
-        row[side] = run_job("quality_ours.py", job | {"settings": settings}, folder / side, threads=threads)
+    for side, settings in OURS.items():
+        own = folder / side.replace(", ", "_")
+        row[side] = run_job("quality_ours.py", job | {"settings": settings}, own, threads=threads)
     if site is not None:
         row["trl"] = run_job("quality_trl.py", job, folder / "trl", threads=threads, site=site)
     return row
@@ -38,26 +47,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
             row["seed"], f"{row['sft']:.2f}", f"{row['best_of_16']:.2f}", f"{row['mark']:.2f}",
-            *(_reached(row.get(side)) for side in ("ours", "ours_config", "trl")),
-            *(_ratio(row[side], row.get("trl")) for side in ("ours", "ours_config")),
+            *(_reached(row.get(side)) for side in (*OURS, "trl")),
+            *(_ratio(row[side], row.get("trl")) for side in OURS),
         ]
         for row in rows
     ]  # fmt: skip
     middles = []
-    for side in ("ours", "ours_config"):
+    for side in OURS:
         ratios = [r for r in (ratio(row[side], row.get("trl")) for row in rows) if r is not None]
         middles.append(f"{median(ratios):.2f}" if len(ratios) == len(rows) else "-")
-    lines.append(["median", "", "", "", "", "", "", *middles])
-    headers = [
-        "seed",
-        "gold of SFT",
-        "of best-of-16",
-        "mark",
-        "ours: s (updates)",
-        "ours, toy.yaml",
-        "trl: s (updates)",
-    ]
-    return markdown([*headers, "trl / ours", "trl / ours, toy.yaml"], lines)
+    lines.append(["median", *([""] * (4 + len(OURS))), *middles])
+    headers = ["seed", "gold of SFT", "of best-of-16", "mark", *(f"{side}: s (updates)" for side in (*OURS, "trl"))]
+    return markdown([*headers, *(f"trl / {side}" for side in OURS)], lines)
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any] | None) -> float | None:

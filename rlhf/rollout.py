@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from rlhf import InputError, lora
 from rlhf.memory import release_freed_memory
-from rlhf.plain_generate import generate_alike, generate_gap, total_variation
+from rlhf.plain_generate import generate_agrees, generate_alike, most_apart, total_variation
 from rlhf.records import Prompt
 from rlhf.sampling import sample
 
@@ -175,18 +175,13 @@ def can_decode(model: PreTrainedModel, pad_id: int) -> bool:
     if fault is None:
         return True
     family = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
-    if not generate_gap(model, pad_id) <= most_apart(model.dtype):
+    if not generate_agrees(model, pad_id):
         raise InputError(
             f"{family}: {fault}, and transformers' generate fails or differs too; PPO needs a causal decoder with "
             "a working cache"
         )
     log.warning("%s: %s; so transformers' generate samples, rows of one prompt length at once: slower", family, fault)
     return False
-
-
-def most_apart(dtype: torch.dtype) -> float:
-    """The total variation that two ways to the same probabilities may show."""
-    return 1e-3 if dtype == torch.float32 else 0.25  # in half precision, batch sizes alone make a difference
 
 
 @torch.no_grad()

@@ -398,6 +398,8 @@ def test_a_family_without_a_cache_of_keys_is_sampled_by_generate(name, caplog):
     assert stopped.ids == [row[:n] for row, n in zip(expected, cut, strict=True)]
     assert stopped.stopped == [row[n - 1] in engine.stop_ids for row, n in zip(expected, cut, strict=True)]
     assert model.generation_config.top_k == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # float32 weights: the limit is that of the logits' precision
+        assert len(TransformersEngine(model, [], 3).generate(prompts, 2, 0.0, generator()).ids) == len(prompts)
 
 
 def test_generate_draws_from_the_full_softmax_at_the_temperature():

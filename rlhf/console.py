@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LIBRARIES = ("transformers", "datasets", "trl", "peft", "accelerate", "huggingface_hub", "httpx", "httpcore")
+_LIBRARIES = (
+    "transformers", "datasets", "trl", "peft", "accelerate", "bitsandbytes", "huggingface_hub", "httpx", "httpcore"
+)  # fmt: skip
 
 
 @cache

@@ -19,10 +19,11 @@ from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf import InputError, norms, sharding
+from rlhf import InputError, gated, norms, packing, sharding
 from rlhf import lora as lora_layers
-from rlhf.attention import use_short_rows
+from rlhf.attention import use_short_rows, uses_short_rows
 from rlhf.heads import head_weight, logits_function
+from rlhf.lora import use_adapter
 from rlhf.models import (
     ScoreNormalizer,
     backbone,
@@ -72,6 +73,7 @@ class ActorCritic(nn.Module):
         self.reference = reference  # None: the adapter "reference" on the policy's backbone
         self.value = value  # None: the adapter "value" on the policy's backbone, or the policy itself
         self.value_head = head
+        self.packs = False  # may rows of different lengths be computed as one long row? (`rlhf.packing`)
         # by this name accelerate's FSDP2 asks a module for its layers
         self._no_split_modules = sharding.layer_classes([m for m in (policy, reference, value) if m is not None])
 
@@ -82,7 +84,7 @@ class ActorCritic(nn.Module):
             if role == "value" and together:
                 continue  # the policy's forward is the value model's
             with self.active(role) as model:
-                hidden = response_hidden(model, batch)
+                hidden = response_hidden(model, batch, self.packs)
                 if role == "value" or (role == "policy" and together):
                     outputs["values"] = self._values(hidden, batch)
                 if role == "value":
@@ -122,6 +124,10 @@ class ActorCritic(nn.Module):
 
     def value_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if p.requires_grad and _is_value(name)]
+
+    def most_tokens(self, wanted: int) -> int:
+        """Of a micro-batch, where `wanted` are asked for; beyond it would be padded, and padding was not counted."""
+        return min(wanted, packing.MOST_TOKENS) if self.packs else wanted
 
     def roles_at_once(self, processes: int) -> list[tuple[Role, ...]]:
         """The models of each backward. Those that share nothing go one after the other, and never hold their
@@ -190,8 +196,12 @@ class ActorCritic(nn.Module):
         return [name for name in (ADAPTERS["policy"], ADAPTERS["value"]) if name in model.peft_config]
 
 
-def response_hidden(model: Any, batch: Batch) -> Float[Tensor, "B T H"]:
-    """Hidden states of the positions before each response token."""
+def response_hidden(model: Any, batch: Batch, packed: bool = False) -> Float[Tensor, "B T H"]:
+    """Hidden states of the positions before each response token; packed: computed without the padding."""
+    if packed and not batch.attention_mask.all() and batch.attention_mask.sum() <= packing.MOST_TOKENS:
+        places = batch.attention_mask.flatten().cumsum(0).view_as(batch.attention_mask) - 1
+        states = packing.packed_hidden(model, batch.input_ids, batch.attention_mask)
+        return states[places.clamp(min=0).gather(1, batch.positions())]
     mask = batch.attention_mask.long()
     hidden = backbone(model)(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
@@ -253,9 +263,12 @@ def build_actor_critic(
         use_short_rows(part)
     lora_layers.fuse(actor_critic)
     norms.fuse(actor_critic)
+    gated.fuse(actor_critic)
     disable_dropout(actor_critic)
     if reference is not None:
         reference.requires_grad_(False).eval()
+    models = [part for part in (policy, reference, value) if part is not None]
+    actor_critic.packs = all(uses_short_rows(part) and packing.can_pack(part) for part in models)
     if isinstance(policy, PeftModel):
         policy.set_adapter(ADAPTERS["policy"])
         policy.set_requires_grad([name for name in ("reference",) if name in policy.peft_config], False)
@@ -367,16 +380,6 @@ def _drop_head(model: PreTrainedModel) -> None:
     output = model.get_output_embeddings()
     if output is not None and output.weight is not model.get_input_embeddings().weight:
         output.requires_grad_(False)
-
-
-def use_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> None:
-    """Switch the active adapter and keep every trained one trainable.
-
-    `set_adapter` alone freezes the others, and a graph built before the switch would then get no gradients.
-    """
-    if model.active_adapter != name:
-        model.set_adapter(name, inference_mode=name not in trained)
-        model.set_requires_grad(list(trained), True)
 
 
 def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:

@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from rlhf.packing import Rows
+
 NAME = "rlhf_short_rows"
 MOST_TOKENS = 256  # keys of a row; above, torch's kernel
 
@@ -29,31 +31,50 @@ def short_rows(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    packed_rows: Rows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention, [B, T, H, E]; the heads that share a key head are one matrix product, keys are not repeated.
 
-    The signature is transformers'. Whatever is unusual (long rows, dropout, a soft cap, sinks, a position bias), or on
-    another device, goes to its `sdpa_attention_forward`.
+    The signature is transformers', and `packed_rows` says what the one row of a batch is made of. Whatever is unusual
+    (long rows, dropout, a soft cap, sinks, a position bias), or on another device, goes to `sdpa_attention_forward`.
     """
-    batch, heads, tokens, width = query.shape
+    if packed_rows is not None:
+        query, key, value = (packed_rows.unpack(part) for part in (query, key, value))
+        attention_mask = packed_rows.mask(attention_mask)
+    _, heads, tokens, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and attention_mask is None
     unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
     unusual = unusual or query.device.type != "cpu"  # models are loaded on the CPU, and moved to a GPU afterwards
     if keys > MOST_TOKENS or unusual or heads % groups or (causal and 1 < tokens != keys):
-        return sdpa_attention_forward(
+        result = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    scale = width**-0.5 if scaling is None else scaling
+        if packed_rows is None:
+            return result
+        out = result[0].transpose(1, 2)
+    else:
+        if causal and tokens > 1:
+            attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
+        out = _products(query, key, value, attention_mask, width**-0.5 if scaling is None else scaling)
+    return (out.transpose(1, 2).contiguous() if packed_rows is None else packed_rows.pack(out)), None
+
+
+def _products(
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B K S D"],
+    value: Float[Tensor, "B K S E"],
+    mask: Tensor | None,
+    scale: float,
+) -> Float[Tensor, "B H T E"]:
+    batch, heads, tokens, width = query.shape
+    groups, keys = key.shape[1], key.shape[2]
     packed = query.reshape(batch * groups, -1, width)  # the heads of a group one below the other
-    if causal and tokens > 1:
-        attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
-    bias = _bias(attention_mask, packed.dtype, (batch, heads, tokens, keys))
+    bias = _bias(mask, packed.dtype, (batch, heads, tokens, keys))
     # scale and mask within the product: no passes of their own, forward or backward
     weights = torch.baddbmm(bias.view(batch * groups, -1, keys), packed, key.flatten(0, 1).mT, alpha=scale)
-    out = weights.softmax(-1) @ value.flatten(0, 1)
-    return out.view(batch, heads, tokens, -1).transpose(1, 2).contiguous(), None
+    return (weights.softmax(-1) @ value.flatten(0, 1)).view(batch, heads, tokens, -1)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Tensor:
@@ -77,3 +98,9 @@ def use_short_rows(model: Any) -> None:
     AttentionInterface.register(NAME, short_rows)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+
+
+def uses_short_rows(model: Any) -> bool:
+    """On a CPU, does the model attend through `short_rows`?"""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return plain.device.type == "cpu" and getattr(plain.config, "_attn_implementation", None) == NAME

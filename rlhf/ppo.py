@@ -358,7 +358,7 @@ class PPOTrainer:
         forward of `collect` is also the update's. Its graphs are kept, and no second forward is made."""
         alone = self.args.inner_epochs == 1 and len(plan) == 1 and self.accelerator.num_processes == 1
         padded = sum(len(rows) * max(lengths[row] for row in rows) for minibatch in plan for rows in minibatch)
-        return alone and padded <= self.args.tokens_per_microbatch
+        return alone and (sum(lengths) if self.actor_critic.packs else padded) <= self.args.tokens_per_microbatch
 
     def _optimizer_step(
         self, rollout: Rollout, minibatch: list[list[int]], outputs: dict[tuple[int, ...], Outputs] | None = None
@@ -491,10 +491,10 @@ class PPOTrainer:
         return preflight.encode_prompts(self.processing_class, prompts, self.args.max_prompt_tokens, name)
 
     def _plan(self, lengths: Sequence[int], inner_epoch: int) -> list[list[list[int]]]:
-        args, here = self.args, (self.draws.process, self.draws.processes)
+        args, models, here = self.args, self.actor_critic, (self.draws.process, self.draws.processes)
         generator = self.draws.generator("plan", self.update_index, extra=inner_epoch)
-        launch = LAUNCH_TOKENS.get(self.device.type, FEWEST)
-        plan = plan_minibatches(lengths, args.minibatch_size, args.tokens_per_microbatch, generator, *here, launch)
+        tokens, launch = models.most_tokens(args.tokens_per_microbatch), LAUNCH_TOKENS.get(self.device.type, FEWEST)
+        plan = plan_minibatches(lengths, args.minibatch_size, tokens, generator, *here, launch, not models.packs)
         return sharding.even_plan(plan, self.module)
 
     def _set_learning_rates(self) -> None:

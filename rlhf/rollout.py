@@ -322,6 +322,7 @@ def plan_minibatches(
     process: int = 0,
     processes: int = 1,
     launch_tokens: float = FEWEST,
+    padded: bool = True,
 ) -> list[list[list[int]]]:
     """Rows shuffled into minibatches, each cut into micro-batches of rows of similar length.
 
@@ -334,28 +335,33 @@ def plan_minibatches(
     places = torch.rand(minibatch_size, minibatches, generator=generator).argsort(-1)[process::processes]
     dealt = (places * share + torch.arange(share)[:, None]).T.tolist()
     rows = ([row for row in minibatch if row < len(lengths)] for minibatch in dealt)
-    return [split_by_tokens(minibatch, lengths, tokens_per_microbatch, launch_tokens) for minibatch in rows]
+    return [split_by_tokens(minibatch, lengths, tokens_per_microbatch, launch_tokens, padded) for minibatch in rows]
 
 
 def split_by_tokens(
-    rows: Sequence[int], lengths: Sequence[int], tokens_per_microbatch: int, launch_tokens: float = FEWEST
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    tokens_per_microbatch: int,
+    launch_tokens: float = FEWEST,
+    padded: bool = True,
 ) -> list[list[int]]:
-    """Cut rows, shortest first, into micro-batches of at most `tokens_per_microbatch` padded prompt + response tokens
-    (one row at the least).
+    """Cut rows, shortest first, into micro-batches of at most `tokens_per_microbatch` prompt + response tokens (one row
+    at the least); padded: where rows are, those of padding count, too.
 
-    Of all such cuts the cheapest: padded tokens in all, and `launch_tokens` for each micro-batch, which is what
-    starting one costs beside its arithmetic.
+    Of all such cuts the cheapest: tokens in all, and `launch_tokens` for each micro-batch, which is what starting one
+    costs beside its arithmetic.
     """
     order = sorted(rows, key=lambda r: lengths[r])
     costs, starts = [0.0], [0]
     for end in range(1, len(order) + 1):
         longest, best, where = lengths[order[end - 1]], float("inf"), end - 1
+        tokens = 0
         for start in range(end - 1, -1, -1):
-            padded = longest * (end - start)
-            if padded > tokens_per_microbatch and start < end - 1:
+            tokens = longest * (end - start) if padded else tokens + lengths[order[start]]
+            if tokens > tokens_per_microbatch and start < end - 1:
                 break
-            if costs[start] + padded + launch_tokens <= best:
-                best, where = costs[start] + padded + launch_tokens, start
+            if costs[start] + tokens + launch_tokens <= best:
+                best, where = costs[start] + tokens + launch_tokens, start
         costs.append(best)
         starts.append(where)
     cuts, end = [], len(order)

@@ -42,7 +42,7 @@ from rlhf.rollout import Batch
 Role = Literal["policy", "reference", "value"]
 ValueKind = Literal["separate", "adapter", "shared_trunk"]
 ADAPTERS = {"policy": "default", "reference": "reference", "value": "value"}
-LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**26}  # at once; 32 and 256 MiB in float32
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}  # at once; 16 and 256 MiB in float32
 
 
 class Outputs(NamedTuple):

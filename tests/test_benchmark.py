@@ -284,6 +284,40 @@ def test_a_failed_run_is_one_line(tmp_path):
     assert board.failures == ["a run: no such thing"]
 
 
+TAKES_TURNS = """
+import sys
+sys.path[:0] = [{benchmarks!r}]
+from jobs import serve, wait_for_turn
+
+def work(job):
+    for update in range(3):
+        if job["name"] == "ill" and update == 1:
+            raise ValueError("lost heart")
+        with open({board!r}, "a") as board:
+            board.write(job["name"] + str(update) + " ")
+        wait_for_turn()
+    return {{"name": job["name"]}}
+
+serve(work)
+"""
+
+
+def test_runs_take_turns_update_by_update(tmp_path):
+    board, script = tmp_path / "board", tmp_path / "worker.py"
+    script.write_text(TAKES_TURNS.format(benchmarks=str(ROOT / "recipes/benchmarks"), board=str(board)))
+    workers = [
+        jobs.Worker(str(script), {"name": name}, tmp_path / name, in_turns=True) for name in ("one", "ill", "two")
+    ]
+    for worker in workers * 3:
+        worker.update()
+    assert board.read_text().split() == ["one0", "ill0", "two0", "one1", "two1", "one2", "two2"]
+    assert workers[0].result() == {"name": "one"}
+    with pytest.raises(InputError, match="ended with code 1: ValueError: lost heart"):
+        workers[1].result()
+    assert workers[2].result() == {"name": "two"}
+    assert jobs.run_job(str(script), {"name": "alone"}, tmp_path / "alone") == {"name": "alone"}
+
+
 class Time:
     """A clock that moves when it is told to."""
 

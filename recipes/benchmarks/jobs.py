@@ -1,8 +1,8 @@
 """One measurement, one process: its peak memory is then its own, and trl's version is its own too.
 
 The benchmark writes a job as JSON, starts a worker script on it, and reads the result that the worker leaves. This
-file is both ends: `run_job` for the benchmark, `serve` and the memory readings for a worker. It imports nothing
-heavy, so that the benchmark itself stays out of the way of what it measures.
+file is both ends: `Worker` and `run_job` for the benchmark, `serve`, turns and memory readings for a worker. It imports
+nothing heavy, so that the benchmark itself stays out of the way of what it measures.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +22,86 @@ from rlhf import InputError
 ROOT = Path(__file__).resolve().parent.parent.parent
 Job = dict[str, Any]
 Result = dict[str, Any]
+TURNS = "RLHF_BENCHMARK_TURNS"  # the ends of two pipes, for a worker that takes turns
 
 
-def run_job(
-    script: str, job: Job, folder: Path, *, threads: int | None = None, site: Path | None = None, **env: str
-) -> Result:
-    """Run `recipes/benchmarks/<script>` on a job in a process of its own; what it reports.
+class Worker:
+    """`recipes/benchmarks/<script>` at work on a job, in a process of its own.
 
-    folder: the job's own: holds job.json, log.txt and result.json. site: put before every installed package.
-    Raises InputError with the end of the log where the worker fails.
+    folder: the job's own: holds job.json, log.txt and result.json. site: put before every installed package. in_turns:
+    it stops after every update until it is told to go on (`update`), so that several can share a machine's moods.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    (folder / "job.json").write_text(json.dumps(job | {"folder": str(folder)}, indent=1) + "\n")
-    paths = [str(path) for path in (site, ROOT) if path] + [os.environ.get("PYTHONPATH", "")]
-    settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    settings |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if threads is not None:
-        settings |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = [sys.executable, str(ROOT / "recipes/benchmarks" / script), str(folder / "job.json")]
-    with (folder / "log.txt").open("w") as log:
-        code = subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | settings | env, check=False
-        ).returncode
-    if code or not result.is_file():
-        lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
-        raise InputError(f"{script} ended with code {code}: {lines[-1][:300]} (see {folder / 'log.txt'})")
-    return json.loads(result.read_text())
+
+    def __init__(
+        self,
+        script: str,
+        job: Job,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        site: Path | None = None,
+        in_turns: bool = False,
+        **env: str,
+    ):
+        self.script, self.folder = script, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)
+        (folder / "job.json").write_text(json.dumps(job | {"folder": str(folder)}, indent=1) + "\n")
+        paths = [str(path) for path in (site, ROOT) if path] + [os.environ.get("PYTHONPATH", "")]
+        settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        settings |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if threads is not None:
+            settings |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        self.env, self.in_turns = os.environ | settings | env, in_turns
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.done, told = os.pipe()
+        heard, self.go = os.pipe()
+        turns = {TURNS: f"{told},{heard}"} if self.in_turns else {}
+        command = [sys.executable, str(ROOT / "recipes/benchmarks" / self.script), str(self.folder / "job.json")]
+        with (self.folder / "log.txt").open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=self.env | turns, pass_fds=(told, heard)
+            )
+        os.close(told)
+        os.close(heard)
+        return process
+
+    def update(self) -> None:
+        """Let it compute one update (at first: start, too), and wait for its end, or for the worker's."""
+        if self.process is None:
+            self.process = self._start()
+        else:
+            with suppress(BrokenPipeError):  # it has ended: `result` says why
+                os.write(self.go, b".")
+        os.read(self.done, 1)
+
+    def result(self) -> Result:
+        """Wait for the end; what it reports. Raises InputError with the end of the log where the worker fails."""
+        self.process = self.process or self._start()
+        os.close(self.go)
+        code = self.process.wait()
+        os.close(self.done)
+        log, result = self.folder / "log.txt", self.folder / "result.json"
+        if code or not result.is_file():
+            lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+            raise InputError(f"{self.script} ended with code {code}: {lines[-1][:300]} (see {log})")
+        return json.loads(result.read_text())
+
+
+def run_job(script: str, job: Job, folder: Path, **settings: Any) -> Result:
+    """A `Worker` from start to end; what it reports."""
+    return Worker(script, job, folder, **settings).result()
+
+
+def wait_for_turn() -> None:
+    """A worker's, after every update: says that it is done, and waits until it may go on, where turns are taken."""
+    ends = os.environ.get(TURNS)
+    if ends:
+        told, heard = map(int, ends.split(","))
+        os.write(told, b".")
+        os.read(heard, 1)
 
 
 def serve(work: Callable[[Job], Result]) -> None:

@@ -12,16 +12,23 @@ console.quiet()
 
 import torch  # noqa: E402
 from cases import SPEED_SETTINGS, Case  # noqa: E402
-from jobs import Job, Result, memory, resident_bytes, serve  # noqa: E402
+from jobs import Job, Result, memory, resident_bytes, serve, wait_for_turn  # noqa: E402
 from peft import TaskType  # noqa: E402
 from synthetic import make_prompts  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
 from rlhf.models import lora_config, new_scalar_model  # noqa: E402
 from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
 PHASES = ("generate", "score", "logprobs", "update")
+
+
+class Turns(TrainerCallback):
+    """Waits between updates, off the clock."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_turn()
 
 
 def work(job: Job) -> Result:
@@ -39,10 +46,13 @@ def work(job: Job) -> Result:
         max_new_tokens=case.new_tokens,
         missing_eos="off",
         preflight=False,  # it refuses random weights
+        tokens_per_microbatch=case.tokens_per_microbatch,
         **{**SPEED_SETTINGS, **settings},
     )
     prompts = make_prompts(tokenizer, case.prompt_lengths)
-    trainer = PPOTrainer(job["model"], reward, args=args, train_dataset=prompts, processing_class=tokenizer)
+    trainer = PPOTrainer(
+        job["model"], reward, args=args, train_dataset=prompts, processing_class=tokenizer, callbacks=[Turns()]
+    )
     trainer.engine.stop_ids = ()  # every response has `new_tokens` tokens
     trainer.train()
     logged = [json.loads(line) for line in Path(job["folder"], "metrics.jsonl").read_text().splitlines()]

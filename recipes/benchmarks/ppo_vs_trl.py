@@ -4,8 +4,10 @@
     python recipes/benchmarks/ppo_vs_trl.py --only speed --cases "[tiny]" --updates 2
 
 trl 1.12.0, the last with a PPOTrainer, is installed into a folder of its own (--trl_folder), without touching the
-environment. Each run is a process of its own, one after another. Results go to <output_dir>/results.json, tables to
-tables.md beside it. On a GPU the same script uses it (bfloat16 and memory as CUDA counts it); not yet run on one.
+environment. Each run is a process of its own; the runs of a case take turns, an update each, so that a machine's slow
+minutes fall on all of them (all are in memory then: with little, choose --runs, or --take_turns false). Results go to
+<output_dir>/results.json, tables to tables.md beside it. On a GPU the same script uses it (bfloat16 and memory as CUDA
+counts it); not yet run on one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import bench_tables
 import quality
 import scaling
 from cases import CASES, OURS, TRL, Case
-from jobs import run_job
+from jobs import Worker, run_job
 from limit import Sizes, Update, count
 
 from rlhf import InputError
@@ -49,6 +51,8 @@ class BenchmarkConfig:
     """A Llama-like model for the case smollm2: a folder or hub id."""
     updates: int = 3
     """Updates per run; the first warms up, medians are of the others."""
+    take_turns: bool = True
+    """Of the speed part: ours, theirs, ours, theirs, update by update; false: one run after another."""
     threads: int | None = None
     """Threads of every run; null: torch's own choice."""
     trl_folder: str = f".bench/trl-{TRL_VERSION}"
@@ -142,24 +146,30 @@ def speed(config: BenchmarkConfig, board: Board) -> None:
             continue
         job |= {"model": made["model"], "tokenizer": made["tokenizer"]}
         results[name] = {"sizes": made["sizes"], "runs": {}}
-        for run in config.runs:
-            if run in TRL and site is None:
-                continue
-            result = board.attempt(f"{name}: {run}", partial(measure, run, job, folder / run, config, site))
-            if result is not None:
-                results[name]["runs"][run] = result
-                board.keep("speed", results)
+        runs = [run for run in config.runs if site is not None or run not in TRL]
+        for group in [runs] if config.take_turns else [[run] for run in runs]:
+            print(f"{name}: {', '.join(group)}: {config.updates} updates ...", flush=True)
+            workers = {run: start(run, job, folder / run, config, site) for run in group}
+            for _ in range(config.updates):
+                for worker in workers.values():
+                    worker.update()
+            for run, worker in workers.items():
+                result = board.attempt(f"{name}: {run}", worker.result)
+                if result is not None:
+                    results[name]["runs"][run] = result
+                    board.keep("speed", results)
         show_speed(name, case, results[name], config, board)
         board.keep("speed", results)
 
 
-def measure(run: str, job: dict[str, Any], folder: Path, config: BenchmarkConfig, site: Path | None) -> dict[str, Any]:
-    """One run of one case, in its own process."""
+def start(run: str, job: dict[str, Any], folder: Path, config: BenchmarkConfig, site: Path | None) -> Worker:
+    """One run of one case, in its own process, which waits after each update."""
     if run in OURS:
-        return run_job("ours_worker.py", job | {"settings": OURS[run]}, folder, threads=config.threads)
+        job = job | {"settings": OURS[run]}
+        return Worker("ours_worker.py", job, folder, threads=config.threads, in_turns=True)
     precision = "bf16" if TRL[run]["autocast"] else "no"
-    return run_job(
-        "trl_worker.py", job | {"settings": TRL[run]}, folder, threads=config.threads, site=site,
+    return Worker(
+        "trl_worker.py", job | {"settings": TRL[run]}, folder, threads=config.threads, site=site, in_turns=True,
         ACCELERATE_MIXED_PRECISION=precision,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from cases import SPEED_SETTINGS, Case, trl_names
 from datasets import Dataset
-from jobs import Job, Result, memory, resident_bytes, serve
+from jobs import Job, Result, memory, resident_bytes, serve, wait_for_turn
 from peft import LoraConfig
 from synthetic import make_prompts
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -68,7 +68,8 @@ class PhaseClock(TrainerCallback):
                 "step": ended - self._began,
             }
         )
-        self._began, self._marks = ended, {}
+        wait_for_turn()
+        self._began, self._marks = _now(), {}
 
 
 def work(job: Job) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
 from rlhf import chat
 from rlhf.models import ScoreNormalizer, load_policy, lora_config, new_scalar_model
@@ -33,7 +33,7 @@ def save_base(folder: Path, model, tokenizer) -> Path:
 def save_adapter(folder: Path, base: Path, tokenizer, seed: int = 1) -> Path:
     """An SFT adapter that is not the base: its LoRA weights are noise."""
     config = lora_config(4, 8.0, dropout=0.3, target_modules=TARGETS)
-    policy = get_peft_model(load_policy(base), config)
+    policy = load_policy(base, lora=config, seed=seed)
     shake(policy, seed, only="lora_")
     policy.save_pretrained(str(folder / "sft"))
     tokenizer.save_pretrained(folder / "sft")

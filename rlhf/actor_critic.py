@@ -73,9 +73,14 @@ class ActorCritic(nn.Module):
         self.reference = reference  # None: the adapter "reference" on the policy's backbone
         self.value = value  # None: the adapter "value" on the policy's backbone, or the policy itself
         self.value_head = head
-        self.packs = False  # may rows of different lengths be computed as one long row? (`rlhf.packing`)
+        self.packable = False  # would `rlhf.packing` compute the same?
         # by this name accelerate's FSDP2 asks a module for its layers
         self._no_split_modules = sharding.layer_classes([m for m in (policy, reference, value) if m is not None])
+
+    @property
+    def packs(self) -> bool:
+        """Are rows of different lengths computed as one long row? On a CPU: there its attention takes them apart."""
+        return self.packable and self.value_head.weight.device.type == "cpu"
 
     def forward(self, batch: Batch, temperature: float, roles: Sequence[Role] = ("policy", "value")) -> Outputs:
         outputs: dict[str, Tensor] = {}
@@ -268,7 +273,7 @@ def build_actor_critic(
     if reference is not None:
         reference.requires_grad_(False).eval()
     models = [part for part in (policy, reference, value) if part is not None]
-    actor_critic.packs = all(uses_short_rows(part) and packing.can_pack(part) for part in models)
+    actor_critic.packable = all(uses_short_rows(part) and packing.can_pack(part) for part in models)
     if isinstance(policy, PeftModel):
         policy.set_adapter(ADAPTERS["policy"])
         policy.set_requires_grad([name for name in ("reference",) if name in policy.peft_config], False)

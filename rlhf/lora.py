@@ -56,13 +56,13 @@ class LoraProduct(torch.autograd.Function):
         active = None if gated is None else nn.functional.silu(x)
         fed = x if active is None else active * gated
         grad_a = grad_low.T @ fed if ctx.needs_input_grad[3] else None
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, grad_a, grad_b, None, None
-        grad_fed = (grad @ weight).addmm_(grad_low, a)
-        if active is None:
-            return grad_fed, None, None, grad_a, grad_b, None, None
-        grad_x = torch.ops.aten.silu_backward(grad_fed * gated, x)
-        return grad_x, None, None, grad_a, grad_b, None, active.mul_(grad_fed)
+        grad_x, grad_gated = None, None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[6]:
+            grad_x = (grad @ weight).addmm_(grad_low, a)
+            if active is not None:
+                grad_gated = active.mul_(grad_x)
+                grad_x = torch.ops.aten.silu_backward(grad_x * gated, x)
+        return grad_x, None, None, grad_a, grad_b, None, grad_gated
 
 
 class FusedLinear(LoraLinear):

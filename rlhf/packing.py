@@ -22,7 +22,7 @@ GRAIN = 32  # tokens: its length is a multiple, for kernels are compiled for eac
 class Move(torch.autograd.Function):
     """Rows of x [n, D] in another order, `there` [m]; `back` [n] says where in it each row went.
 
-    Places of `there` that `back` does not name (padding) get no gradient's notice: nothing may depend on them.
+    What comes to places that `back` does not name (padding) must be used by nobody: it hands no gradient back.
     """
 
     @staticmethod

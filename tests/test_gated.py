@@ -32,11 +32,11 @@ def layer(kind: Any = LlamaMLP, act: str = "silu", dtype: torch.dtype = torch.fl
     return made.to(dtype)
 
 
-def adapted(plain: Any) -> Any:
+def adapted(plain: Any, *names: str) -> Any:
     """With LoRA layers, far from zero; in a holder, as peft's tree goes."""
     made = get_peft_model(
         nn.ModuleDict({"mlp": copy.deepcopy(plain)}),
-        LoraConfig(r=3, lora_alpha=6, target_modules=["gate_proj", "up_proj", "down_proj"]),
+        LoraConfig(r=3, lora_alpha=6, target_modules=list(names or ("gate_proj", "up_proj", "down_proj"))),
     )
     shake(made, 2, 0.3, only="lora_")
     mlp: Any = made.base_model.model["mlp"]
@@ -89,6 +89,19 @@ def test_gradients_against_autograd_in_float64(with_lora):
     for name, parameter in trained(wide).items():
         seen = trained(short)[name].grad.double()
         torch.testing.assert_close(seen, parameter.grad, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("names", [("up_proj", "down_proj"), ("gate_proj", "down_proj"), ("down_proj",), ("up_proj",)])
+def test_gradients_where_only_some_layers_are_adapted_and_the_input_has_none(names):
+    """As in a first layer under frozen embeddings."""
+    plain = adapted(layer(), *names)
+    short, x, up = fused(plain), numbers(3, WIDTH), numbers(3, WIDTH, seed=2)
+    short(x).backward(up)
+    wide = copy.deepcopy(plain).double()
+    wide(x.double()).backward(up.double())
+    assert len(trained(wide)) == 2 * len(names)
+    for name, parameter in trained(wide).items():
+        torch.testing.assert_close(trained(short)[name].grad.double(), parameter.grad, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(("with_lora", "expected"), [(False, 3), (True, 2)])

@@ -113,7 +113,7 @@ def test_which_families_are_packed_and_that_they_compute_the_same(name, widths):
     batch = make_batch(PROMPTS, RESPONSES, 3, "cpu")
     packed = model(batch, 0.8, ("policy", "reference", "value"))
     assert widths == ([] if name in PADDED else [(1, 64)] * 3)  # 60 tokens, and 4 that nobody reads
-    model.packs = False
+    model.packable = False
     padded = model(batch, 0.8, ("policy", "reference", "value"))
     for field, seen, expected in zip(packed._fields, packed, padded, strict=True):
         np.testing.assert_allclose(seen.detach(), expected.detach(), atol=2e-5, err_msg=field)
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_the_padded_batch(kind, checkpointing):
     for packs in (True, False):
         model = build_actor_critic(new_model("mistral"), value_kind=kind, lora=lora)
         assert model.packs
-        model.packs = packs
+        model.packable = packs
         shake(model, 5, 0.1, only="lora_")
         shake(model.value_head, 3, 0.3)
         if checkpointing:
@@ -150,7 +150,7 @@ def test_rows_that_are_too_long_for_our_attention(widths):
     batch = make_batch(prompts, [[8, 9], [10, 11, 12]], 3, "cpu")
     packed = model(batch, 1.0).logprobs
     assert len(widths) == 2
-    model.packs = False
+    model.packable = False
     np.testing.assert_allclose(packed.detach(), model(batch, 1.0).logprobs.detach(), atol=2e-5)
 
 
@@ -174,6 +174,15 @@ def test_long_rows_have_few_lengths(lengths, width, widths):
     batch = make_batch([[5] * (n - 1) for n in lengths], [[6]] * 2, 3, "cpu")
     model(batch, 1.0, ("policy",))
     assert widths == [(1, width)]
+
+
+def test_not_on_a_gpu():
+    """Where torch's kernel attends, and a mask of the whole batch would be paid for."""
+    model = build_actor_critic(new_model("llama"))
+    assert model.packs
+    model.to("meta")
+    assert not model.packs
+    assert model.most_tokens(10_000) == 10_000
 
 
 def own_attention(model: Any) -> Any:
@@ -267,7 +276,7 @@ def test_a_trainers_micro_batches_hold_so_many_real_tokens(tiny_model, tiny_toke
     monkeypatch.setattr(packing, "MOST_TOKENS", 100)
     (plan,) = made._plan(lengths, 0)
     assert len(plan) > 1, "beyond that a batch would be padded, and its padding was not counted"
-    made.actor_critic.packs = False
+    made.actor_critic.packable = False
     (plan,) = made._plan([30] * 8, 0)
     assert len(plan) == 1
 

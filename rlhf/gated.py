@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from rlhf.lora import FusedLinear
+from rlhf.norms import shorten
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as Llama names them, and the families after it
 
@@ -42,14 +43,7 @@ def _forward(self: Any, x: Float[Tensor, "*B H"]) -> Float[Tensor, "*B H"]:
 
 def fuse(model: nn.Module) -> None:
     """Give every MLP that computes what Llama's does the short forward; others (GeGLU, experts) stay as they are."""
-    known: dict[type, type | None] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind not in known:
-            known[kind] = type(kind.__name__, (kind,), {"forward": _forward}) if _as_llamas(module) else None
-        short = known[kind]
-        if short is not None:
-            module.__class__ = short
+    shorten(model, _as_llamas, _forward)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ tensors of x's size for each layer. `fuse` gives the layers a forward and a back
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,11 +46,16 @@ def _forward(self: Any, hidden_states: Float[Tensor, "*B H"]) -> Float[Tensor, "
 
 def fuse(model: nn.Module) -> None:
     """Give every RMSNorm that computes what Llama's does the short forward; others (Gemma's) stay as they are."""
+    shorten(model, _as_llamas, _forward)
+
+
+def shorten(model: nn.Module, alike: Callable[[Any], bool], forward: Callable[..., Tensor]) -> None:
+    """Put `forward` in the place of the modules' own, class by class, where the first of a class is `alike`."""
     known: dict[type, type | None] = {}
     for module in model.modules():
         kind = type(module)
         if kind not in known:
-            known[kind] = type(kind.__name__, (kind,), {"forward": _forward}) if _as_llamas(module) else None
+            known[kind] = type(kind.__name__, (kind,), {"forward": forward}) if alike(module) else None
         short = known[kind]
         if short is not None:
             module.__class__ = short

@@ -98,8 +98,11 @@ def test_logprobs_are_the_saved_models_own(folders, temperature):
         np.testing.assert_allclose(outputs.entropy[i, : len(response)], entropy, atol=1e-5)
 
 
-def test_neither_the_side_of_padding_nor_what_stands_on_it_matters(folders):
+@pytest.mark.parametrize("packed", [True, False])
+def test_neither_the_side_of_padding_nor_what_stands_on_it_matters(folders, packed):
     actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    assert actor_critic.packs
+    actor_critic.packable = packed
     batches = [batch_of(), left_padded(batch_of()), batch_of(pad=30), batch_of(pad=35)]
     wide = make_batch([*PROMPTS, [7] * 20], [*RESPONSES, [8] * 9], 3, "cpu")
     outputs = [actor_critic(b, 1.0, ("policy", "reference", "value")) for b in [*batches, wide]]
@@ -109,13 +112,16 @@ def test_neither_the_side_of_padding_nor_what_stands_on_it_matters(folders):
             np.testing.assert_allclose(getattr(other, name).detach()[:3, :4], expected, atol=1e-5)
 
 
-def test_neither_does_it_with_learned_positions():
+@pytest.mark.parametrize("packed", [True, False])
+def test_neither_does_it_with_learned_positions(packed):
     """Rotary positions forgive a shift; GPT-2's learned ones don't."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     shake(model, 0, 0.2)
     actor_critic = build_actor_critic(model)
+    assert actor_critic.packs
+    actor_critic.packable = packed
     one, other = (actor_critic(b, 1.0, ("policy",)).logprobs.detach() for b in (batch_of(), left_padded(batch_of())))
     np.testing.assert_allclose(one, other, atol=1e-5)
     alone = actor_critic(batch_of(PROMPTS[2:], RESPONSES[2:]), 1.0, ("policy",)).logprobs.detach()

@@ -23,6 +23,7 @@ from reference.two_processes import KINDS, PPO_KINDS, STAGES, GivenResponses
 
 from reward_models import RewardTrainer
 from rlhf import rollout
+from rlhf.actor_critic import ActorCritic
 from rlhf.models import load_tokenizer
 from rlhf.ppo import PPOTrainer
 from rlhf.rollout import plan_minibatches
@@ -186,9 +187,13 @@ def test_more_padding_and_a_tokenizer_that_pads_on_the_left(runs, stage, kind, t
 
 @pytest.mark.parametrize("kind", [*KINDS, *PPO_KINDS])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_more_padding_of_a_rollout(runs, kind, side, monkeypatch):
-    """Every micro-batch is padded further and, on the left, begins with padding, as an engine's batch would."""
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_more_padding_of_a_rollout(runs, kind, side, packed, monkeypatch):
+    """Every micro-batch is padded further and, on the left, begins with padding, as an engine's batch would; whether
+    its padding is left out of the models' forward, as on CPUs, or not."""
     plain, make_batch = runs.plain("ppo", kind), rollout.make_batch
+    if not packed:
+        monkeypatch.setattr(ActorCritic, "packs", False)
 
     def wide(*args):
         batch = make_batch(*args)

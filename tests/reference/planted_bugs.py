@@ -130,7 +130,7 @@ PLANTS = (
         file="rlhf/models.py",
         old="return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)",
         new="return torch.arange(attention_mask.shape[1]).expand(attention_mask.shape)",
-        test="tests/test_actor_critic.py::test_neither_does_it_with_learned_positions",
+        test="tests/test_actor_critic.py::test_neither_does_it_with_learned_positions[False]",
     ),
     # -- dropout on while scoring
     Plant(

@@ -23,7 +23,7 @@ from rlhf import InputError, gated, norms, packing, sharding
 from rlhf import lora as lora_layers
 from rlhf.attention import use_short_rows, uses_short_rows
 from rlhf.heads import head_weight, logits_function
-from rlhf.lora import use_adapter
+from rlhf.lora import active_adapter, adapter_in_use, by_thread
 from rlhf.models import (
     ScoreNormalizer,
     backbone,
@@ -38,6 +38,7 @@ from rlhf.models import (
 )
 from rlhf.ppo_math import token_logprobs
 from rlhf.rollout import Batch
+from rlhf.side_by_side import cores
 
 Role = Literal["policy", "reference", "value"]
 ValueKind = Literal["separate", "adapter", "shared_trunk"]
@@ -52,6 +53,10 @@ class Outputs(NamedTuple):
     entropy: Tensor | None = None
     reference_logprobs: Tensor | None = None
     values: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """Those of the roles that were asked for, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class RewardModelLike(Protocol):
@@ -74,6 +79,7 @@ class ActorCritic(nn.Module):
         self.value = value  # None: the adapter "value" on the policy's backbone, or the policy itself
         self.value_head = head
         self.packable = False  # would `rlhf.packing` compute the same?
+        self.by_thread = False  # the adapter switched on is the calling thread's own
         # by this name accelerate's FSDP2 asks a module for its layers
         self._no_split_modules = sharding.layer_classes([m for m in (policy, reference, value) if m is not None])
 
@@ -118,11 +124,8 @@ class ActorCritic(nn.Module):
             yield model
             return
         adapter = ADAPTERS["policy" if self.shared_trunk and role == "value" else role]
-        use_adapter(model, adapter, self._trained(model))
-        try:
+        with active_adapter(model, adapter, self._trained(model), self.by_thread):
             yield model
-        finally:
-            use_adapter(model, ADAPTERS["policy"], self._trained(model))
 
     def policy_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if p.requires_grad and not _is_value(name)]
@@ -135,10 +138,19 @@ class ActorCritic(nn.Module):
         return min(wanted, packing.MOST_TOKENS) if self.packs else wanted
 
     def roles_at_once(self, processes: int) -> list[tuple[Role, ...]]:
-        """The models of each backward. Those that share nothing go one after the other, and never hold their
-        activations together; DDP wants one backward of the whole."""
+        """The models of each backward: each its own where they share nothing; DDP wants one backward of the whole."""
         apart = processes == 1 and not self.shared_trunk
         return [("policy",), ("value",)] if apart else [("policy", "value")]
+
+    def side_by_side(self, processes: int) -> bool:
+        """Let policy and value model compute at the same time from now on, where that works; does it?
+
+        On a CPU with two cores or more, with models that keep no notes while they compute (those that can be packed,
+        without positions that grow with the longest row seen)."""
+        adapted = [model for model in (self.policy, self.value) if isinstance(model, PeftModel)]
+        alone = len(self.roles_at_once(processes)) > 1 and self.packs and cores() > 1
+        self.by_thread = alone and not _takes_notes(self) and all(map(by_thread, adapted))
+        return self.by_thread
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
         """Whose gradient norms are clipped, each on its own: the models that share no weights."""
@@ -265,10 +277,7 @@ def build_actor_critic(
         value, head = _build_value(policy, value_model, dtype, own_trunk=value_kind == "separate")
     actor_critic = ActorCritic(policy, reference, value, head, shared)
     for part in (policy, reference, value):
-        use_short_rows(part)
-    lora_layers.fuse(actor_critic)
-    norms.fuse(actor_critic)
-    gated.fuse(actor_critic)
+        in_few_passes(part)
     disable_dropout(actor_critic)
     if reference is not None:
         reference.requires_grad_(False).eval()
@@ -279,6 +288,14 @@ def build_actor_critic(
         policy.set_requires_grad([name for name in ("reference",) if name in policy.peft_config], False)
         policy.set_requires_grad(actor_critic._trained(policy), True)
     return actor_critic.train()
+
+
+def in_few_passes(model: Any) -> None:
+    """Let a model's layers compute what they compute in fewer passes over memory, where that is known how to."""
+    if isinstance(model, nn.Module):
+        use_short_rows(model)
+        for fuse in (lora_layers.fuse, norms.fuse, gated.fuse):
+            fuse(model)
 
 
 def _build_reference(policy: Any, ref_model: Any, dtype: torch.dtype | None) -> nn.Module | None:
@@ -387,6 +404,13 @@ def _drop_head(model: PreTrainedModel) -> None:
         output.requires_grad_(False)
 
 
+def _takes_notes(module: nn.Module) -> bool:
+    """Does a forward change what a later one computes with? transformers' rotary positions of these kinds do."""
+    kinds = [getattr(part, "rope_type", None) for part in module.modules()]
+    flat = [kind for some in kinds for kind in (some.values() if isinstance(some, dict) else [some])]
+    return any(kind in ("dynamic", "longrope") for kind in flat)
+
+
 def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
     """Recompute activations in backward, each under the adapter that was active in its forward."""
     for model in (actor_critic.policy, actor_critic.value):
@@ -394,7 +418,7 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
             continue
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if isinstance(model, PeftModel):
-            kwargs["context_fn"] = _adapter_contexts(model, actor_critic._trained(model))
+            kwargs["context_fn"] = _adapter_contexts(model, actor_critic)
         plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable(kwargs)  # the second name is transformers' older one, deprecated in 5.23
@@ -411,17 +435,12 @@ def compile_layers(actor_critic: ActorCritic) -> None:
             module.compile(dynamic=True)
 
 
-def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> Callable[[], tuple[Any, Any]]:
-    @contextmanager
-    def recompute(name: str) -> Any:
-        before = model.active_adapter
-        use_adapter(model, name, trained)
-        try:
-            yield
-        finally:
-            use_adapter(model, before, trained)
-
-    return lambda: (nullcontext(), recompute(model.active_adapter))
+def _adapter_contexts(model: PeftModel, actor_critic: ActorCritic) -> Callable[[], tuple[Any, Any]]:
+    trained = actor_critic._trained(model)
+    return lambda: (
+        nullcontext(),
+        active_adapter(model, adapter_in_use(model), trained, actor_critic.by_thread),
+    )
 
 
 def _is_value(name: str) -> bool:

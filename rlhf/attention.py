@@ -6,6 +6,7 @@ hundred tokens on, the fused kernel wins, and needs no [B, heads, T, S] tensor: 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rlhf.packing import Rows
+from rlhf.packing import PACKED, Rows
 
 NAME = "rlhf_short_rows"
 MOST_TOKENS = 256  # keys of a row; above, torch's kernel
@@ -41,7 +42,7 @@ def short_rows(
     """
     if packed_rows is not None:
         query, key, value = (packed_rows.unpack(part) for part in (query, key, value))
-        attention_mask = packed_rows.mask(attention_mask)
+        attention_mask = packed_rows.once(packed_rows.mask, attention_mask)
     _, heads, tokens, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and attention_mask is None
@@ -57,7 +58,9 @@ def short_rows(
     else:
         if causal and tokens > 1:
             attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
-        out = _products(query, key, value, attention_mask, width**-0.5 if scaling is None else scaling)
+        shape, dtype = (query.shape[0], heads, tokens, keys), query.dtype
+        bias = (_bias if packed_rows is None else partial(packed_rows.once, _bias))(attention_mask, dtype, shape)
+        out = _products(query, key, value, bias, width**-0.5 if scaling is None else scaling)
     return (out.transpose(1, 2).contiguous() if packed_rows is None else packed_rows.pack(out)), None
 
 
@@ -65,13 +68,12 @@ def _products(
     query: Float[Tensor, "B H T D"],
     key: Float[Tensor, "B K S D"],
     value: Float[Tensor, "B K S E"],
-    mask: Tensor | None,
+    bias: Float[Tensor, "B H T S"],
     scale: float,
 ) -> Float[Tensor, "B H T E"]:
     batch, heads, tokens, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     packed = query.reshape(batch * groups, -1, width)  # the heads of a group one below the other
-    bias = _bias(mask, packed.dtype, (batch, heads, tokens, keys))
     # scale and mask within the product: no passes of their own, forward or backward
     weights = torch.baddbmm(bias.view(batch * groups, -1, keys), packed, key.flatten(0, 1).mT, alpha=scale)
     return (weights.softmax(-1) @ value.flatten(0, 1)).view(batch, heads, tokens, -1)
@@ -90,13 +92,21 @@ def _bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, i
     return mask.to(dtype).clamp(min=least).expand(shape).contiguous()
 
 
+def _mask(**given: Any) -> Tensor | None:
+    """transformers' mask; of packed rows, each row's own part."""
+    rows = PACKED.get()
+    if rows is None or given.get("use_vmap"):  # then the function takes single numbers, not tensors of them
+        return sdpa_mask(**given)
+    return rows.mask_of(given["mask_function"])
+
+
 def use_short_rows(model: Any) -> None:
     """Where a model on a CPU would use torch's fused kernel, let it use `short_rows`."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     if model is None or model.device.type != "cpu" or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return
     AttentionInterface.register(NAME, short_rows)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -95,13 +96,24 @@ class FusedLinear(LoraLinear):
 
     def _fusable(self, args: Any, kwargs: Any) -> str | None:
         """The one active adapter, where the short way computes what peft would."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        named = _IN_THIS_THREAD.get()
+        names = [name for name in self.active_adapters if name in self.lora_A] if named is None else [named]
         if args or kwargs or self.disable_adapters or self.merged or len(names) != 1:
             return None
-        name, dropout = names[0], self.lora_dropout[names[0]]
+        return names[0] if self._short(names[0]) else None
+
+    def _short(self, name: str) -> bool:
+        """Does the short way compute what peft would, with this adapter?"""
+        if name not in self.lora_A:
+            return False
+        dropout = self.lora_dropout[name]
         frozen = not any(p.requires_grad for p in self.get_base_layer().parameters())  # peft can train its bias alone
         plain = name not in self.lora_variant and self.lora_B[name].bias is None and frozen
-        return name if plain and (isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0.0) else None
+        return plain and (isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0.0)
+
+    def has_all(self, adapters: Sequence[str]) -> bool:
+        """Could each of them be the one active adapter, and the short way taken?"""
+        return not self.disable_adapters and not self.merged and all(self._short(name) for name in adapters)
 
     def merge_for_sampling(self) -> None:
         """Keep ``W + scaling * B A`` beside the weights, where that is what the layer computes; see `merged`."""
@@ -110,7 +122,8 @@ class FusedLinear(LoraLinear):
         if name is not None:
             dtype = _computed_in(base.weight)
             with torch.autocast(base.weight.device.type, enabled=False):  # else B A is rounded, and their sum again
-                whole = base.weight.float() + self.get_delta_weight(name).float()
+                a, b = (t[name].weight.detach().float() for t in (self.lora_A, self.lora_B))  # type: ignore[operator]
+                whole = torch.addmm(base.weight.float(), b, a, alpha=self.scaling[name])
             self.merged_weight = whole.to(dtype)
 
 
@@ -142,6 +155,44 @@ def merged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.merged_weight = None
+
+
+_IN_THIS_THREAD: ContextVar[str | None] = ContextVar("adapter", default=None)
+"""The adapter that fused layers compute with, in the place of their own active one; see `active_adapter`."""
+
+
+@contextmanager
+def active_adapter(model: PeftModel, name: str, trained: Sequence[str], own_thread: bool = False) -> Iterator[None]:
+    """Inside, `model` computes with this adapter; `use_adapter`, undone afterwards.
+
+    own_thread: only for the calling thread, so that others can use other adapters meanwhile (`by_thread`)."""
+    if own_thread:
+        token = _IN_THIS_THREAD.set(name)
+        try:
+            yield
+        finally:
+            _IN_THIS_THREAD.reset(token)
+        return
+    before: Any = model.active_adapter
+    use_adapter(model, name, trained)
+    try:
+        yield
+    finally:
+        use_adapter(model, before, trained)
+
+
+def adapter_in_use(model: PeftModel) -> str:
+    """The adapter that `model` computes with in the calling thread."""
+    active: Any = model.active_adapter
+    return _IN_THIS_THREAD.get() or active
+
+
+def by_thread(model: PeftModel) -> bool:
+    """Can each thread have an adapter of its own? Where all that adapts `model` are fused layers, which all have every
+    adapter."""
+    adapted = _Adapted.of(model)
+    fused = all(isinstance(layer, FusedLinear) and layer.has_all(adapted.adapters) for layer in adapted.layers)
+    return adapted.only_layers and fused
 
 
 def use_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ from rlhf.actor_critic import (
     build_actor_critic,
     compile_layers,
     enable_gradient_checkpointing,
+    in_few_passes,
 )
 from rlhf.checkpoint import full_disk_explained, mark_complete, save_checkpoint
 from rlhf.config import resume_settings
@@ -67,10 +68,14 @@ from rlhf.rollout import (
     plan_minibatches,
 )
 from rlhf.saved_rollout import Origin, Save, saving_update, update_folder
+from rlhf.side_by_side import SideBySide
 
 log = logging.getLogger("rlhf")
 
 __all__ = ["PPOConfig", "PPOTrainer"]
+
+LARGEST = ("ratio_max", "ratio_error")  # of a minibatch's statistics, those of which the largest counts
+Kept = dict[tuple[tuple[int, ...], tuple[Role, ...]], Outputs]  # a micro-batch's forward, its graph not yet used
 
 
 class PPOTrainer:
@@ -145,9 +150,12 @@ class PPOTrainer:
         self.kl_coef = args.kl_coef
         self.moments = scores.RunningMoments()
         self.update_index = 0
-        self._at_once = actor_critic.roles_at_once(self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        self._at_once = actor_critic.roles_at_once(processes)
+        wanted = args.side_by_side and not args.compile  # compiled code has the number of threads written into it
+        self._side_by_side = SideBySide(2 if wanted and actor_critic.side_by_side(processes) else 1)
         self.clock = Clock()
-        self._kept: tuple[list[list[list[int]]], dict[tuple[int, ...], Outputs]] | None = None  # see `_fits_at_once`
+        self._kept: tuple[list[list[list[int]]], Kept] | None = None  # see `_fits_at_once`
         self.draws = Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.loop = CallbackLoop(
             args, callback_args, actor_critic.policy, tokenizer, self.optimizer, callbacks, self.accelerator
@@ -158,8 +166,10 @@ class PPOTrainer:
         if self.args.gradient_checkpointing:
             enable_gradient_checkpointing(actor_critic)
         actor_critic.to(self.device)
-        for function in self.reward_funcs:  # a reward model's adapter over the same base
-            lora_layers.share_base(actor_critic.policy, getattr(function, "model", None))
+        for function in self.reward_funcs:
+            scorer = getattr(function, "model", None)
+            in_few_passes(scorer)
+            lora_layers.share_base(actor_critic.policy, scorer)  # where it is an adapter over the same base
         release_freed_memory()
         if self.device.type == "cpu":
             keep_large_blocks()
@@ -248,11 +258,12 @@ class PPOTrainer:
         )
         with self.clock("logprobs"):
             self._kept = (plan, {}) if self._fits_at_once(plan, lengths) else None
-            for rows in (rows for minibatch in plan for rows in minibatch):
-                outputs = self._collected(rollout, rows)
-                for name in ("logprobs", "reference_logprobs", "entropy", "values"):
-                    values = getattr(outputs, name).detach().float().cpu()
-                    getattr(rollout, name)[torch.tensor(rows), : values.shape[1]] = values
+            groups: list[tuple[Role, ...]] = [*self._at_once, ("reference",)]
+            parts = [(rows, roles) for minibatch in plan for rows in minibatch for roles in groups]
+            outputs = self._side_by_side.run([partial(self._collected, rollout, rows, roles) for rows, roles in parts])
+            for (rows, _), output in zip(parts, outputs, strict=True):
+                for name, values in output.given().items():
+                    getattr(rollout, name)[torch.tensor(rows), : values.shape[1]] = values.detach().float().cpu()
         self._require_finite(finite.broken_place(rollout))
         return rollout
 
@@ -304,8 +315,8 @@ class PPOTrainer:
         steps: list[dict[str, float]] = []
         for inner_epoch in range(self.args.inner_epochs):
             plan = rollout.plan if inner_epoch == 0 else self._plan(lengths, inner_epoch)
-            outputs = kept[1] if kept is not None and kept[0] is plan else {}
-            epoch = [step for minibatch in plan if (step := self._optimizer_step(rollout, minibatch, outputs))]
+            ready = kept[1] if kept is not None and kept[0] is plan else {}
+            epoch = [step for minibatch in plan if (step := self._optimizer_step(rollout, minibatch, ready))]
             steps += epoch
             moved = sum(step["approx_kl_nats"] for step in epoch) / len(epoch)
             if self.args.stop_approx_kl_nats is not None and moved > self.args.stop_approx_kl_nats:
@@ -343,15 +354,14 @@ class PPOTrainer:
             self._require_finite(where or "sampling: a probability is not a number")
             raise
 
-    def _collected(self, rollout: Rollout, rows: list[int]) -> Outputs:
-        """What the models say of a micro-batch before the update."""
-        batch, temperature = rollout.batch(rows, self.pad_id, self.device), self.args.temperature
-        if self._kept is None:
-            return self.module(batch, temperature, ("policy", "reference", "value"))
+    def _collected(self, rollout: Rollout, rows: list[int], roles: tuple[Role, ...]) -> Outputs:
+        """What the models in `roles` say of a micro-batch before the update."""
+        batch = rollout.batch(rows, self.pad_id, self.device)
+        if self._kept is None or roles not in self._at_once:
+            return self.module(batch, self.args.temperature, roles)
         with torch.enable_grad():
-            trained = self._kept[1][tuple(rows)] = self.module(batch, temperature, ("policy", "value"))
-        reference = self.module(batch, temperature, ("reference",))
-        return trained._replace(reference_logprobs=reference.reference_logprobs)
+            outputs = self._kept[1][tuple(rows), roles] = self.module(batch, self.args.temperature, roles)
+        return outputs
 
     def _fits_at_once(self, plan: list[list[list[int]]], lengths: list[int]) -> bool:
         """One inner epoch of one minibatch on one process, of no more tokens than a micro-batch may have: then the
@@ -361,7 +371,7 @@ class PPOTrainer:
         return alone and (sum(lengths) if self.actor_critic.packs else padded) <= self.args.tokens_per_microbatch
 
     def _optimizer_step(
-        self, rollout: Rollout, minibatch: list[list[int]], outputs: dict[tuple[int, ...], Outputs] | None = None
+        self, rollout: Rollout, minibatch: list[list[int]], kept: Kept | None = None
     ) -> dict[str, float]:
         """One minibatch: gradients summed over its micro-batches, both norms clipped, one Adam step.
 
@@ -371,19 +381,10 @@ class PPOTrainer:
         count = self._sum(sum(int(rollout.trained_mask[rows].sum()) for rows in minibatch))
         if count == 0:  # all of its responses were dropped, on every process
             return {}
-        world = self.accelerator.num_processes
+        tasks = [partial(self._gradients, rollout, minibatch, count, roles, kept or {}) for roles in self._at_once]
         totals: dict[str, Tensor] = {}
-        for place, rows in enumerate(minibatch):
-            last = place == len(minibatch) - 1
-            stats: dict[str, Tensor] = {}
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
-                for roles in self._at_once:
-                    loss, more = self._losses(rollout, rows, count, roles, (outputs or {}).get(tuple(rows)))
-                    self.accelerator.backward(loss * world)
-                    stats |= more
-            for name, value in stats.items():
-                join = torch.maximum if name in ("ratio_max", "ratio_error") else torch.add
-                totals[name] = join(totals[name], value) if name in totals else value
+        for part in self._side_by_side.run(tasks):
+            totals |= part
         frozen = rollout.update < self.args.value_warmup_updates
         models = self.actor_critic
         groups = models.clipped_together()
@@ -399,6 +400,22 @@ class PPOTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self._joined(totals) | norms
+
+    def _gradients(
+        self, rollout: Rollout, minibatch: list[list[int]], count: float, roles: tuple[Role, ...], kept: Kept
+    ) -> dict[str, Tensor]:
+        """Add a minibatch's gradients to those of the models in `roles`; the sums of its statistics."""
+        world = self.accelerator.num_processes
+        totals: dict[str, Tensor] = {}
+        for place, rows in enumerate(minibatch):
+            last = place == len(minibatch) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                loss, stats = self._losses(rollout, rows, count, roles, kept.get((tuple(rows), roles)))
+                self.accelerator.backward(loss * world)
+            for name, value in stats.items():
+                join = torch.maximum if name in LARGEST else torch.add
+                totals[name] = join(totals[name], value) if name in totals else value
+        return totals
 
     def _losses(
         self,
@@ -519,7 +536,7 @@ class PPOTrainer:
         """A minibatch's statistics over all processes, in one exchange."""
         gathered = self.accelerator.gather(torch.stack([share.float() for share in shares.values()])[None]).cpu()
         largest, total = gathered.amax(0).tolist(), gathered.sum(0).tolist()
-        return {name: largest[i] if name in ("ratio_max", "ratio_error") else total[i] for i, name in enumerate(shares)}
+        return {name: largest[i] if name in LARGEST else total[i] for i, name in enumerate(shares)}
 
     def _due(self, every: int, metrics: dict[str, float]) -> bool:
         return every > 0 and (self.update_index % every == 0 or self._finished(metrics))

@@ -14,8 +14,8 @@ def sample(logits: Float[Tensor, "B V"], temperature: float, generator: torch.Ge
     """One token per row from ``softmax(logits / temperature)``; temperature 0 takes the most likely one."""
     if temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.float() if temperature == 1 else logits.float() / temperature
-    return draw(scaled.softmax(-1), generator)
+    scaled = logits if temperature == 1 else logits.float() / temperature
+    return draw(scaled.softmax(-1, dtype=torch.float32), generator)  # cast on the way, in no pass of its own
 
 
 def draw(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:

@@ -76,7 +76,7 @@ def watch_forwards(trainer: PPOTrainer, monkeypatch) -> list[str]:
 
 def test_each_model_runs_once_per_update(trainer_of, kind, monkeypatch):
     """With both, the language head runs once for the policy and once for the reference."""
-    trainer = trainer_of()
+    trainer = trainer_of(side_by_side=False)  # which has an order
     seen = watch_forwards(trainer, monkeypatch)
     lora, own = trainer.actor_critic.reference is None, kind[1] == "separate"
     policy = ["default+" if lora else "policy+", "head+"]
@@ -91,7 +91,7 @@ def test_each_model_runs_once_per_update(trainer_of, kind, monkeypatch):
         assert seen == [*policy, *value, "reference", "head"], "the update made another forward"
         assert trainer._kept is None
     assert (trainer.actor_critic.value is not None) == own
-    forgetful = without_keeping(trainer_of())  # what is saved by that
+    forgetful = without_keeping(trainer_of(side_by_side=False))  # what is saved by that
     seen = watch_forwards(forgetful, monkeypatch)
     forgetful.update(prepared(forgetful))
     assert [name.strip("+") for name in seen].count("head") == 3
@@ -156,11 +156,14 @@ def test_nothing_is_kept_with_several_processes(trainer_of, monkeypatch):
     """DDP sums gradients for the forward that it saw last."""
     trainer = trainer_of()
     rollout = prepared(trainer)
+    assert trainer._kept is not None
     trainer._kept = None
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
-    outputs = trainer._collected(rollout, rollout.plan[0][0])
+    lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+    assert not trainer._fits_at_once(rollout.plan, lengths)
+    outputs = trainer._collected(rollout, rollout.plan[0][0], ("policy", "value"))
     assert trainer._kept is None
-    assert outputs.reference_logprobs is not None
+    assert outputs.values is not None
 
 
 # -- stages by hand ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from reward_models import RewardModel
 from rlhf import actor_critic as actor_critics
 from rlhf import lora
-from rlhf.actor_critic import build_actor_critic, enable_gradient_checkpointing, use_adapter
+from rlhf.actor_critic import build_actor_critic, enable_gradient_checkpointing
 from rlhf.models import lora_config
 from rlhf.rollout import make_batch
 
@@ -390,7 +390,7 @@ def test_merged_is_of_the_active_adapter(products):
     x = inputs(3, 16)
     for name in ("other", "default"):
         for model in (plain, fused):
-            use_adapter(model, name, ["default", "other"])
+            lora.use_adapter(model, name, ["default", "other"])
         with torch.no_grad(), lora.merged(fused):
             np.testing.assert_allclose(fused(x), plain(x), atol=1e-5)
         assert all(p.requires_grad == ("lora_" in key) for key, p in fused.named_parameters())

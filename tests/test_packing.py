@@ -31,6 +31,7 @@ PADDED = {  # families that are not packed, and why
     "falcon_alibi": "an attention of its own",
     "bloom": "an attention of its own",
     "lfm2": "a convolution sees other tokens",
+    "stablelm": "its layers hand nothing on to attention",
 }
 
 
@@ -99,6 +100,40 @@ def test_a_rows_part_of_the_mask(heads):
     assert (floats[1, :, :, 1:] == torch.finfo(torch.float32).min).all()
     assert torch.equal(floats[0], torch.where(whole[0, :, :3, :3], 0.5, -9.0))
     assert rows.mask(None) is None
+
+
+def test_a_mask_given_as_a_function_comes_row_by_row():
+    """The same as its [N, N] taken apart, and a mask that is apart already stays as it is; on more places too."""
+    rows, wide = Rows.of(MASK), Rows.of(MASK, grain=4)
+    row_of = torch.tensor([[0, 0, 0, 1, 2, 2]])
+
+    def function(batch, head, query, key):
+        return (row_of[batch, query] == row_of[batch, key]) & (key <= query) & (query - key < 2)
+
+    count = torch.arange(6)
+    whole = function(torch.zeros(1, 1, 1, 1, dtype=torch.long), 0, count[:, None], count[None, :])
+    apart = rows.mask_of(function)
+    assert torch.equal(apart, rows.mask(whole))
+    assert rows.mask(apart) is apart
+    assert apart[0, 0].tolist() == [[True, False, False], [True, True, False], [False, True, True]]
+    assert wide.mask_of(function).shape == (3, 1, 4, 4)
+    assert torch.equal(wide.mask_of(function)[..., :3, :3], apart)
+    assert not wide.mask_of(function)[..., 3].any()
+
+
+def test_what_every_layer_needs_is_made_once():
+    rows, made = Rows.of(MASK), []
+
+    def make(*of):
+        made.append(of)
+        return torch.zeros(2)
+
+    mask = torch.ones(3)
+    first = rows.once(make, mask, 4)
+    assert rows.once(make, mask, 4) is first
+    assert rows.once(make, mask, 5) is not first
+    assert rows.once(make, mask.clone(), 4) is not first
+    assert len(made) == 3
 
 
 # -- models ------------------------------------------------------------------------------------------------

@@ -71,11 +71,13 @@ LORA = {"lora_rank": 16, "lora_alpha": 32.0}
 
 OURS: dict[str, dict[str, Any]] = {
     "ours_adapter": {"bf16": True, **LORA},
+    "ours_adapter_in_turn": {"bf16": True, "side_by_side": False, **LORA},
     "ours_shared_trunk": {"bf16": True, "value_model": "shared_trunk", **LORA},
     "ours_full": {"bf16": False},
 }
 """Settings of our PPOConfig. With LoRA, policy, reference and value model are adapters on one backbone, and so is the
-reward model on its own; without, they are four full models, as trl's are."""
+reward model on its own; without, they are four full models, as trl's are. In turn: policy and value model one after the
+other, which takes less memory."""
 
 TRL: dict[str, dict[str, Any]] = {
     "trl_defaults": {"autocast": False, "frozen_dtype": "float32", "lora_rank": 0},

@@ -277,7 +277,10 @@ def build_actor_critic(
         value, head = _build_value(policy, value_model, dtype, own_trunk=value_kind == "separate")
     actor_critic = ActorCritic(policy, reference, value, head, shared)
     for part in (policy, reference, value):
-        in_few_passes(part)
+        use_short_rows(part)
+    lora_layers.fuse(actor_critic)
+    norms.fuse(actor_critic)
+    gated.fuse(actor_critic)
     disable_dropout(actor_critic)
     if reference is not None:
         reference.requires_grad_(False).eval()
@@ -288,14 +291,6 @@ def build_actor_critic(
         policy.set_requires_grad([name for name in ("reference",) if name in policy.peft_config], False)
         policy.set_requires_grad(actor_critic._trained(policy), True)
     return actor_critic.train()
-
-
-def in_few_passes(model: Any) -> None:
-    """Let a model's layers compute what they compute in fewer passes over memory, where that is known how to."""
-    if isinstance(model, nn.Module):
-        use_short_rows(model)
-        for fuse in (lora_layers.fuse, norms.fuse, gated.fuse):
-            fuse(model)
 
 
 def _build_reference(policy: Any, ref_model: Any, dtype: torch.dtype | None) -> nn.Module | None:

@@ -6,13 +6,13 @@ hundred tokens on, the fused kernel wins, and needs no [B, heads, T, S] tensor: 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -59,7 +59,7 @@ def short_rows(
         if causal and tokens > 1:
             attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
         shape, dtype = (query.shape[0], heads, tokens, keys), query.dtype
-        bias = (_bias if packed_rows is None else partial(packed_rows.once, _bias))(attention_mask, dtype, shape)
+        bias = _bias_once(attention_mask, dtype, shape)
         out = _products(query, key, value, bias, width**-0.5 if scaling is None else scaling)
     return (out.transpose(1, 2).contiguous() if packed_rows is None else packed_rows.pack(out)), None
 
@@ -77,6 +77,19 @@ def _products(
     # scale and mask within the product: no passes of their own, forward or backward
     weights = torch.baddbmm(bias.view(batch * groups, -1, keys), packed, key.flatten(0, 1).mT, alpha=scale)
     return (weights.softmax(-1) @ value.flatten(0, 1)).view(batch, heads, tokens, -1)
+
+
+_BIASES = WeakTensorKeyDictionary()  # by mask, then by precision and shape: all layers of a forward share their mask
+
+
+def _bias_once(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Tensor:
+    """`_bias`, made for the first layer that asks; masks are not changed in place."""
+    if mask is None or torch.compiler.is_compiling():
+        return _bias(mask, dtype, shape)
+    made = _BIASES.setdefault(mask, {})
+    if (dtype, shape) not in made:
+        made[dtype, shape] = _bias(mask, dtype, shape)
+    return made[dtype, shape]
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Tensor:

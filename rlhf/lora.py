@@ -140,18 +140,18 @@ def fuse(model: nn.Module) -> None:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+def merged(model: nn.Module) -> Iterator[list[FusedLinear]]:
     """Inside, every fused layer is one matrix product with ``W + scaling * B A``: decoding is bound by such products.
 
     A copy is made, rounded to the precision that is computed in; W, A and B themselves are never touched, so nothing
-    has to be undone. Only for running `model` without gradients, with its active adapter.
+    has to be undone. Only for running `model` without gradients, with its active adapter. The layers are handed out.
     """
     layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
     try:
         with torch.no_grad():
             for layer in layers:
                 layer.merge_for_sampling()
-        yield
+        yield layers
     finally:
         for layer in layers:
             layer.merged_weight = None

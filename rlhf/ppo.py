@@ -27,6 +27,7 @@ from rlhf import (
     chat,
     finite,
     ppo_math,
+    ppo_optimizer,
     ppo_state,
     precision,
     preflight,
@@ -42,7 +43,6 @@ from rlhf.actor_critic import (
     build_actor_critic,
     compile_layers,
     enable_gradient_checkpointing,
-    in_few_passes,
 )
 from rlhf.checkpoint import full_disk_explained, mark_complete, save_checkpoint
 from rlhf.config import resume_settings
@@ -139,8 +139,7 @@ class PPOTrainer:
         preflight.check_logits(actor_critic, self.prompt_ids[0], 1e-3 if mixed == torch.float32 else 0.5)
         self.actor_critic = actor_critic
         self.reference_given = ref_model is not None  # else the KL at step 0 must be 0: preflight checks it
-        optimizer = _optimizer(actor_critic, args)
-        self.module, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
+        self.module, self.optimizer = self.accelerator.prepare(actor_critic, ppo_optimizer.build(actor_critic, args))
         self.stop_ids = chat.stop_ids(tokenizer)
         self.pad_id = chat.pad_id(tokenizer)
         own = TransformersEngine(actor_critic.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
@@ -150,10 +149,8 @@ class PPOTrainer:
         self.kl_coef = args.kl_coef
         self.moments = scores.RunningMoments()
         self.update_index = 0
-        processes = self.accelerator.num_processes
-        self._at_once = actor_critic.roles_at_once(processes)
-        wanted = args.side_by_side and not args.compile  # compiled code has the number of threads written into it
-        self._side_by_side = SideBySide(2 if wanted and actor_critic.side_by_side(processes) else 1)
+        self._at_once = actor_critic.roles_at_once(self.accelerator.num_processes)
+        self._side_by_side = SideBySide(2 if self._models_side_by_side() else 1)
         self.clock = Clock()
         self._kept: tuple[list[list[list[int]]], Kept] | None = None  # see `_fits_at_once`
         self.draws = Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
@@ -166,10 +163,8 @@ class PPOTrainer:
         if self.args.gradient_checkpointing:
             enable_gradient_checkpointing(actor_critic)
         actor_critic.to(self.device)
-        for function in self.reward_funcs:
-            scorer = getattr(function, "model", None)
-            in_few_passes(scorer)
-            lora_layers.share_base(actor_critic.policy, scorer)  # where it is an adapter over the same base
+        for function in self.reward_funcs:  # a reward model's adapter over the same base
+            lora_layers.share_base(actor_critic.policy, getattr(function, "model", None))
         release_freed_memory()
         if self.device.type == "cpu":
             keep_large_blocks()
@@ -309,7 +304,7 @@ class PPOTrainer:
         """
         if rollout.advantages is None or rollout.returns is None:
             raise ValueError("update: the rollout has no advantages; call advantages(rollout) first")
-        self._set_learning_rates()
+        ppo_optimizer.set_learning_rates(self.optimizer, self.args, self.update_index)
         kept, self._kept = self._kept, None
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         steps: list[dict[str, float]] = []
@@ -341,6 +336,10 @@ class PPOTrainer:
         return metrics
 
     # -- behind the stages ---------------------------------------------------------------------------------
+
+    def _models_side_by_side(self) -> bool:
+        wanted = self.args.side_by_side and not self.args.compile  # compiled code has its number of threads written in
+        return wanted and self.actor_critic.side_by_side(self.accelerator.num_processes)
 
     def _generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses:
         try:
@@ -514,11 +513,6 @@ class PPOTrainer:
         plan = plan_minibatches(lengths, args.minibatch_size, tokens, generator, *here, launch, not models.packs)
         return sharding.even_plan(plan, self.module)
 
-    def _set_learning_rates(self) -> None:
-        factor = self.args.lr_factor(self.update_index)
-        for group, rate in zip(self.optimizer.param_groups, (self.args.learning_rate, self.args.value_lr), strict=True):
-            group["lr"] = rate * factor
-
     def _moments(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and population variance over the real tokens of all processes."""
         count = self._sum(mask.sum())
@@ -540,18 +534,6 @@ class PPOTrainer:
 
     def _due(self, every: int, metrics: dict[str, float]) -> bool:
         return every > 0 and (self.update_index % every == 0 or self._finished(metrics))
-
-
-def _optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimizer:
-    groups = [
-        {"params": actor_critic.policy_parameters(), "lr": args.learning_rate},
-        {"params": actor_critic.value_parameters(), "lr": args.value_lr},
-    ]
-    betas = (args.adam_beta1, args.adam_beta2)
-    fused = all(p.device.type in ("cpu", "cuda") for p in actor_critic.parameters())
-    return torch.optim.AdamW(
-        groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused or None
-    )
 
 
 def _frozen_base(model: Any) -> bool:

@@ -103,7 +103,7 @@ class TransformersEngine:
         try:
             if self._own_loop is None:
                 self._own_loop = can_decode(self.model, self.pad_id)
-            with lora.merged(self.model):
+            with lora.merged(self.model) as merged:
                 if not self._own_loop:
                     settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
                     ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
@@ -115,7 +115,8 @@ class TransformersEngine:
                         ids[row] = response
         finally:
             self.model.train(training)
-        release_freed_memory()  # of the merged weights: what is trained next would not fit into their places
+        if merged:  # what is trained next would not fit into the places of their weights
+            release_freed_memory()
         return Responses(ids, [response[-1] in self.stop_ids for response in ids])
 
     def _decode(

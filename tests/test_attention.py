@@ -208,6 +208,29 @@ def test_arguments_that_say_nothing_are_not_unusual(handed_on):
     assert not handed_on
 
 
+def test_what_is_added_to_the_scores_is_made_once_for_a_mask_and_goes_with_it(monkeypatch):
+    made, plain = [], attention._bias
+
+    def spy(mask, dtype, shape):
+        made.append((dtype, shape))
+        return plain(mask, dtype, shape)
+
+    monkeypatch.setattr(attention, "_bias", spy)
+    before, mask = len(attention._BIASES), left_padded(TOKENS, TOKENS)
+    outputs = [short_rows(module(4, 2), *states(4, 2), mask)[0] for _ in range(3)]
+    assert len(made) == 1
+    assert torch.equal(outputs[0], outputs[2])
+    short_rows(module(4, 2), *(state.bfloat16() for state in states(4, 2)), mask)
+    short_rows(module(2, 1), *states(2, 1), mask)
+    assert len(made) == 3, "of another precision, or for other heads, it is another one"
+    other = mask.clone()
+    other[0, 0, -1, :3] = False
+    changed = short_rows(module(4, 2), *states(4, 2), other)[0]
+    assert not torch.equal(changed, outputs[0])
+    del mask, other
+    assert len(attention._BIASES) == before
+
+
 # -- models ------------------------------------------------------------------------------------------------
 
 OWN = {"gemma2", "bloom", "gptj", "falcon", "falcon_alibi"}  # they compute their attention themselves

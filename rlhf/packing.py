@@ -105,9 +105,10 @@ class Rows:
 
     def mask(self, whole: Tensor | None) -> Tensor | None:
         """Each row's part of the long row's mask [1, X, N, N]: [B, X, T, T], False (or the least number) on padding."""
-        if whole is None or whole.shape[0] == len(self.places):  # already apart: there are two rows, or more
+        rows, steps = self.places.shape
+        if whole is None or (whole.shape[0], whole.shape[-1]) == (rows, steps):  # already apart
             return whole
-        count, (rows, steps) = whole.shape[-1], self.places.shape
+        count = whole.shape[-1]
         index = self.places[:, :, None] * count + self.places[:, None, :]
         own = whole[0].flatten(1).index_select(1, index.flatten()).view(-1, rows, steps, steps).transpose(0, 1)
         least = False if own.dtype == torch.bool else torch.finfo(own.dtype).min

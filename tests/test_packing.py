@@ -121,6 +121,15 @@ def test_a_mask_given_as_a_function_comes_row_by_row():
     assert not wide.mask_of(function)[..., 3].any()
 
 
+def test_the_mask_of_one_row_with_places_to_spare():
+    rows, whole = Rows.of(torch.ones(1, 3, dtype=torch.bool), grain=4), torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    seen = rows.mask(whole)
+    assert seen.shape == (1, 1, 4, 4)
+    assert torch.equal(seen[..., :3, :3], whole)
+    assert not seen[..., 3].any()
+    assert rows.mask(seen) is seen
+
+
 def test_what_every_layer_needs_is_made_once():
     rows, made = Rows.of(MASK), []
 

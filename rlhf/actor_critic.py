@@ -146,10 +146,12 @@ class ActorCritic(nn.Module):
         """Let policy and value model compute at the same time from now on, where that works; does it?
 
         On a CPU with two cores or more, with models that keep no notes while they compute (those that can be packed,
-        without positions that grow with the longest row seen)."""
+        without positions that grow with the longest row seen), and where the value model, which has no language head,
+        has about half of the policy's work or more: else its cores would wait for the policy's."""
         adapted = [model for model in (self.policy, self.value) if isinstance(model, PeftModel)]
         alone = len(self.roles_at_once(processes)) > 1 and self.packs and cores() > 1
-        self.by_thread = alone and not _takes_notes(self) and all(map(by_thread, adapted))
+        alike = _layer_weights(self.policy) >= head_weight(self.policy).numel()
+        self.by_thread = alone and alike and not _takes_notes(self) and all(map(by_thread, adapted))
         return self.by_thread
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
@@ -397,6 +399,12 @@ def _drop_head(model: PreTrainedModel) -> None:
     output = model.get_output_embeddings()
     if output is not None and output.weight is not model.get_input_embeddings().weight:
         output.requires_grad_(False)
+
+
+def _layer_weights(model: Any) -> int:
+    """How many weights a token meets between its embedding and the head."""
+    trunk = backbone(model)
+    return sum(p.numel() for p in trunk.parameters()) - trunk.get_input_embeddings().weight.numel()
 
 
 def _takes_notes(module: nn.Module) -> bool:

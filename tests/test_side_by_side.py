@@ -178,7 +178,9 @@ def test_two_runs_are_equal_to_the_last_bit(trainer_of):
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
-@pytest.mark.parametrize("why", ["one core", "shared trunk", "compiled", "asked", "rotary positions that grow"])
+@pytest.mark.parametrize(
+    "why", ["one core", "shared trunk", "compiled", "asked", "rotary positions that grow", "a large head"]
+)
 def test_where_one_comes_after_the_other(tmp_path, tiny_model, tiny_tokenizer, why):
     folders = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
     if why == "one core":
@@ -188,6 +190,12 @@ def test_where_one_comes_after_the_other(tmp_path, tiny_model, tiny_tokenizer, w
         for part in policy.modules():
             if hasattr(part, "rope_type"):
                 part.rope_type = "dynamic"
+        assert not policy.side_by_side(processes=1)
+        return
+    if why == "a large head":
+        policy = build_actor_critic(folders[0])
+        assert policy.side_by_side(processes=1)
+        policy.policy.base_model.model.resize_token_embeddings(4000)
         assert not policy.side_by_side(processes=1)
         return
     changes = {

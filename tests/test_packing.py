@@ -337,3 +337,24 @@ def test_batches_keep_their_layout(widths):
         model(left, 1.0, ("policy",)).logprobs.detach(), model(batch, 1.0, ("policy",)).logprobs.detach(), atol=1e-5
     )
     assert widths == [(1, 64)] * 2
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 9), (torch.bfloat16, 32)])
+def test_in_half_precision_rows_have_places_for_a_multiple_of_32_keys(dtype, expected, monkeypatch):
+    """The longest row has 9 tokens; what stands on the places to spare changes nothing."""
+    model, seen, plain = new_model("mistral").to(dtype), [], Rows.of
+
+    def spy(mask, grain=1):
+        rows = plain(mask, grain)
+        seen.append(rows.places.shape[1])
+        return rows
+
+    monkeypatch.setattr(actor_critics.packing.Rows, "of", spy)
+    use_short_rows(model)
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        packed = packed_hidden(model, ids, mask)
+        alone = torch.cat([model.model(input_ids=ids[i : i + 1, :n]).last_hidden_state[0] for i, n in ((0, 9), (1, 4))])
+    assert seen == [expected]
+    np.testing.assert_allclose(packed.float(), alone.float(), atol=1e-5 if dtype == torch.float32 else 0.1)

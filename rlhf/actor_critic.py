@@ -150,8 +150,7 @@ class ActorCritic(nn.Module):
         has about half of the policy's work or more: else its cores would wait for the policy's."""
         adapted = [model for model in (self.policy, self.value) if isinstance(model, PeftModel)]
         alone = len(self.roles_at_once(processes)) > 1 and self.packs and cores() > 1
-        alike = _layer_weights(self.policy) >= head_weight(self.policy).numel()
-        self.by_thread = alone and alike and not _takes_notes(self) and all(map(by_thread, adapted))
+        self.by_thread = alone and not _takes_notes(self) and _alike(self.policy) and all(map(by_thread, adapted))
         return self.by_thread
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
@@ -401,10 +400,11 @@ def _drop_head(model: PreTrainedModel) -> None:
         output.requires_grad_(False)
 
 
-def _layer_weights(model: Any) -> int:
-    """How many weights a token meets between its embedding and the head."""
-    trunk = backbone(model)
-    return sum(p.numel() for p in trunk.parameters()) - trunk.get_input_embeddings().weight.numel()
+def _alike(policy: Any) -> bool:
+    """Does a value model, of the same layers and without the language head, have about the policy's work?"""
+    trunk = backbone(policy)
+    layers = sum(p.numel() for p in trunk.parameters()) - trunk.get_input_embeddings().weight.numel()
+    return layers >= head_weight(policy).numel()
 
 
 def _takes_notes(module: nn.Module) -> bool:

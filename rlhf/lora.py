@@ -86,7 +86,7 @@ class FusedLinear(LoraLinear):
             return nn.functional.linear(x.to(self.merged_weight.dtype), self.merged_weight, base.bias)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        dtype = _computed_in(x)
+        dtype = computed_in(x)
         rows, gate = (None if t is None else t.reshape(-1, t.shape[-1]).to(dtype) for t in (x, gated))
         weight, a, b = (t.to(dtype) for t in (base.weight, self.lora_A[name].weight, self.lora_B[name].weight))
         bias = None if base.bias is None else base.bias.to(dtype)
@@ -120,14 +120,15 @@ class FusedLinear(LoraLinear):
         base: Any = self.get_base_layer()
         name = self._fusable((), {})
         if name is not None:
-            dtype = _computed_in(base.weight)
+            dtype = computed_in(base.weight)
             with torch.autocast(base.weight.device.type, enabled=False):  # else B A is rounded, and their sum again
                 a, b = (t[name].weight.detach().float() for t in (self.lora_A, self.lora_B))  # type: ignore[operator]
                 whole = torch.addmm(base.weight.float(), b, a, alpha=self.scaling[name])
             self.merged_weight = whole.to(dtype)
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def computed_in(x: Tensor) -> torch.dtype:
+    """The precision of products with x: autocast's, else its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

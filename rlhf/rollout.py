@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from rlhf import InputError, lora
+from rlhf import InputError, few_rows, lora
 from rlhf.memory import release_freed_memory
 from rlhf.plain_generate import generate_agrees, generate_alike, most_apart, total_variation
 from rlhf.records import Prompt
@@ -103,7 +103,8 @@ class TransformersEngine:
         try:
             if self._own_loop is None:
                 self._own_loop = can_decode(self.model, self.pad_id)
-            with lora.merged(self.model) as merged:
+            most = min(len(prompt_ids), self.rows_per_batch)
+            with lora.merged(self.model) as merged, few_rows.laid_out(self.model, most) as laid_out:
                 if not self._own_loop:
                     settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
                     ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
@@ -115,7 +116,7 @@ class TransformersEngine:
                         ids[row] = response
         finally:
             self.model.train(training)
-        if merged:  # what is trained next would not fit into the places of their weights
+        if merged or laid_out:  # what is trained next would not fit into the places of their weights
             release_freed_memory()
         return Responses(ids, [response[-1] in self.stop_ids for response in ids])
 

@@ -12,7 +12,7 @@ from test_lora import both, inputs, linears, net, shake
 from torch import nn
 
 from rlhf import lora, rollout
-from rlhf.few_rows import laid_out
+from rlhf.few_rows import FEW, laid_out
 from rlhf.rollout import TransformersEngine
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -162,6 +162,13 @@ def test_what_is_left_alone(kind):
         assert layers == []
         assert vars(one).get("forward") is before
     assert vars(one).get("forward") is before
+
+
+def test_many_rows_are_multiplied_as_before():
+    one = linear()
+    with laid_out(one, FEW) as few, laid_out(one, FEW + 1) as many:
+        assert few == [one]
+        assert many == []
 
 
 def test_without_onednn(monkeypatch):

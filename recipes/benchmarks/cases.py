@@ -74,6 +74,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours_adapter_in_turn": {"bf16": True, "side_by_side": False, **LORA},
     "ours_shared_trunk": {"bf16": True, "value_model": "shared_trunk", **LORA},
     "ours_full": {"bf16": False},
+    "ours_full_in_turn": {"bf16": False, "side_by_side": False},
 }
 """Settings of our PPOConfig. With LoRA, policy, reference and value model are adapters on one backbone, and so is the
 reward model on its own; without, they are four full models, as trl's are. In turn: policy and value model one after the

@@ -217,7 +217,7 @@ class LocalModel:
         self._check_length(max(map(len, asked), default=0))
         device, pad_id = next(self.model.parameters()).device, chat.pad_id(self.tokenizer)
         answers: list[Any] = [None] * len(asked)
-        for rows in length_batches([len(ids) for ids in asked], self.tokens_per_microbatch, device):
+        for rows in length_batches([len(ids) for ids in asked], self.tokens_per_microbatch):
             input_ids, mask = pad([asked[row] for row in rows], pad_id, device, side="left")
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             output = self.model(

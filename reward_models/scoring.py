@@ -8,7 +8,7 @@ as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from reward_models.encoding import pad_right
 from reward_models.functions import conversation
 from rlhf import InputError, chat, encoders, models, stages
 from rlhf.models import ScoreNormalizer
-from rlhf.rollout import FEWEST, LAUNCH_TOKENS, split_by_tokens
 
 logger = logging.getLogger("rlhf")
 
@@ -139,13 +138,19 @@ def score_sequences(
     Sequences of like length share a micro-batch, so little is computed on padding."""
     scores = torch.empty(len(sequences), dtype=torch.float32)
     device = next(model.parameters()).device
-    for indices in length_batches([len(ids) for ids in sequences], tokens_per_microbatch, device):
+    for indices in length_batches([len(ids) for ids in sequences], tokens_per_microbatch):
         input_ids, attention_mask = pad_right([sequences[i] for i in indices], pad_id)
         scores[indices] = models.last_token_scores(model, input_ids.to(device), attention_mask.to(device)).cpu()
     return scores
 
 
-def length_batches(lengths: Sequence[int], tokens_per_microbatch: int, device: torch.device) -> list[list[int]]:
-    """Indices in micro-batches of at most so many padded tokens (a longer one goes alone), cut where it costs least."""
-    launch = LAUNCH_TOKENS.get(device.type, FEWEST)
-    return split_by_tokens(range(len(lengths)), lengths, tokens_per_microbatch, launch)
+def length_batches(lengths: Sequence[int], tokens_per_microbatch: int) -> Iterator[list[int]]:
+    """Indices in micro-batches of at most that many padded tokens, longest first; a longer one goes alone."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_microbatch:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -112,12 +112,9 @@ def test_a_response_may_contain_control_tokens_as_text(reward_folder):
 
 
 def test_length_batches_by_hand():
-    cpu, other = torch.device("cpu"), torch.device("meta")
-    assert length_batches([2, 9, 3, 4, 1], 9, other) == [[4, 0], [2, 3], [1]]  # 4, 8 and 9 tokens: as few as can be
-    assert length_batches([5, 6], 1, other) == [[0], [1]]
-    assert length_batches([], 10, cpu) == []
-    assert length_batches([10, 300, 12, 290], 4000, other) == [[0, 2, 3, 1]]
-    assert length_batches([10, 300, 12, 290], 4000, cpu) == [[0, 2], [3, 1]]  # 576 tokens less, for one start more
+    assert list(length_batches([2, 9, 3, 4, 1], 9)) == [[1], [3, 2], [0, 4]]
+    assert list(length_batches([5, 6], 1)) == [[1], [0]]
+    assert list(length_batches([], 10)) == []
 
 
 def test_pad_right_by_hand():

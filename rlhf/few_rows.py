@@ -2,7 +2,7 @@
 
 As they lie, row after row, oneDNN rearranges them within each product, and in float32 MKL is asked instead. Measured
 on two cores, 16 rows: weights [1536, 576] in bfloat16 120 us instead of 194, a head [49152, 576] 3.3 ms instead of
-6.6; [1536, 576] in float32 195 us instead of 408. With 128 rows a quarter is gained, with 256 hardly anything.
+6.6; [1536, 576] in float32 195 us instead of 408. With 128 rows a quarter is gained, with 256 often nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def laid_out(model: nn.Module, rows: int) -> Iterator[list[Any]]:
     """
     replaced: list[Any] = []
     try:
-        for layer in _linear_layers(model) if rows <= FEW else []:
+        for layer in _linear_layers(model) if 0 < rows <= FEW else []:
             product = _product(layer, rows)
             if product is not None:
                 layer.forward = product

@@ -164,11 +164,16 @@ def test_what_is_left_alone(kind):
     assert vars(one).get("forward") is before
 
 
-def test_many_rows_are_multiplied_as_before():
+def test_no_rows_and_many_rows_are_multiplied_as_before():
     one = linear()
-    with laid_out(one, FEW) as few, laid_out(one, FEW + 1) as many:
-        assert few == [one]
+    with laid_out(one, 0) as none, laid_out(one, FEW + 1) as many, laid_out(one, FEW) as few:
+        assert none == []
         assert many == []
+        assert few == [one]
+
+
+def test_no_prompts_no_responses(tiny_model: Any):
+    assert TransformersEngine(tiny_model, (2,), 3).generate([], 6, 1.0, torch.Generator()).ids == []
 
 
 def test_without_onednn(monkeypatch):

@@ -19,12 +19,13 @@ from reward_model import RewardRecipe, reward_model
 from sft import SFTRecipe, sft
 from stage import open_stage
 
-from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf.checkpoint import full_disk_explained, write_json_atomic
-from rlhf.report import write_report
+from rlhf.errors import InputError
+from rlhf.run import console
+from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
+from rlhf.run.report import write_report
+from rlhf.run.stages import Manifest
 from rlhf.sources import require_there
-from rlhf.stages import Manifest
 
 console.quiet()
 
@@ -122,7 +123,7 @@ def check(config: ChainConfig) -> None:
 
 def require_tokenizer(model: str) -> None:
     """Raise InputError where a model's folder or hub id has no tokenizer that loads."""
-    from rlhf.models import load_tokenizer
+    from rlhf.models.loading import load_tokenizer
 
     load_tokenizer(model)
 

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from stage import SECTIONS, check_model, from_siblings, open_stage
 
-from rlhf import InputError, chat, console
+from rlhf import chat
 from rlhf import config as configs
-from rlhf.checkpoint import write_json_atomic
-from rlhf.entry import compute_dtype
+from rlhf.errors import InputError
+from rlhf.ppo.build import encode_prompts, same_tokenizer
 from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
-from rlhf.stages import Manifest
+from rlhf.run import console
+from rlhf.run.checkpoint import write_json_atomic
+from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +110,7 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     if stage.complete:
         return stage.outputs
     from reward_models import RewardModel
-    from rlhf import evaluate, preflight
+    from rlhf import evaluate
 
     dtype = compute_dtype(config.bf16)
     prompts = _prompts(config)
@@ -121,7 +124,7 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     ours = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed)
     bar.update(1)
     theirs = _sample(config, prompts, policy_lm, policy_tokenizer, seed=config.seed + 1)
-    if preflight.same_tokenizer(tokenizer, policy_tokenizer):
+    if same_tokenizer(tokenizer, policy_tokenizer):
         theirs = replace(theirs, kl_nats=sequence_kl(policy_lm, baseline_lm, theirs, tokenizer, config))
     bar.update(2)
     many = (
@@ -145,19 +148,19 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def _prompts(config: EvaluationConfig) -> list[Prompt]:
-    from rlhf import models, preflight
+    from rlhf.models import loading as models
 
     prompts = read_prompts(config.eval_data)
     if config.seen_data:
         check_disjoint(read_prompts(config.seen_data), prompts, ("seen_data", "eval_data"))
     tokenizer = models.load_tokenizer(str(config.baseline))
-    return preflight.encode_prompts(tokenizer, prompts, config.max_prompt_tokens, "eval_data")[0][: config.max_prompts]
+    return encode_prompts(tokenizer, prompts, config.max_prompt_tokens, "eval_data")[0][: config.max_prompts]
 
 
 def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[str, Any]]:
     """The judge, its accuracy on held-out rankings, and the scoring reward model's report card."""
     from reward_models import RewardModel
-    from reward_models.evaluate import report_card
+    from reward_models.card.report import report_card
     from rlhf.evaluate import JudgeCard
 
     dtype = compute_dtype(config.bf16)
@@ -189,7 +192,7 @@ def _measured(folder: str) -> dict[str, Any]:
 def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     import torch
 
-    from rlhf import models
+    from rlhf.models import loading as models
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return models.load_policy(path, dtype=dtype).to(device).eval(), models.load_tokenizer(path)
@@ -201,7 +204,7 @@ def _sample(
     import torch
 
     from rlhf import evaluate
-    from rlhf.rollout import TransformersEngine
+    from rlhf.sampling.decode import TransformersEngine
 
     engine = TransformersEngine(model, chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -217,8 +220,9 @@ def sequence_kl(
     """Per response of the policy, the summed log-probability difference to the baseline, in nats."""
     import torch
 
-    from rlhf.actor_critic import response_logprobs
-    from rlhf.rollout import make_batch, split_by_tokens
+    from rlhf.models.forward import response_logprobs
+    from rlhf.padding import make_batch
+    from rlhf.ppo.plan import split_by_tokens
 
     prompt_ids = [chat.encode_prompt(tokenizer, prompt.messages) for prompt in samples.repeated_prompts]
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, samples.ids, strict=True)]

@@ -16,10 +16,11 @@ from typing import Any
 
 from stage import check_model
 
-from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf.entry import compute_dtype
+from rlhf.errors import InputError
 from rlhf.records import check_disjoint, read_rankings
+from rlhf.run import console
+from rlhf.run.precision import compute_dtype
 
 console.quiet()
 
@@ -66,8 +67,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
     train = read_rankings(config.train_data) if config.train_data else None
     if train is not None:
         check_disjoint(train, rankings, ("train_data", "data"))
-    from reward_models.card_page import headlines
-    from reward_models.evaluate import reward_report, save_reward_report
+    from reward_models.card.page import headlines
+    from reward_models.card.report import reward_report, save_reward_report
 
     scorer, second = _scorer(config.reward_model, config), None
     if config.second_model:

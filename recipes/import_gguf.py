@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf import InputError, console
 from rlhf import config as configs
+from rlhf.errors import InputError
+from rlhf.run import console
 
 console.quiet()
 

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf.rollout_view import Sort, number, response_lines, response_page, response_view, rows_table
+from rlhf.errors import InputError
+from rlhf.ppo.view import Sort, number, response_lines, response_page, response_view, rows_table
+from rlhf.run import console
 
 if TYPE_CHECKING:
-    from rlhf.ppo import PPOTrainer
-    from rlhf.rollout import Rollout
-    from rlhf.saved_rollout import Origin
+    from rlhf.ppo.rollout import Rollout
+    from rlhf.ppo.saved import Origin
+    from rlhf.ppo.trainer import PPOTrainer
 
 console.quiet()
 
@@ -73,7 +74,7 @@ class InspectConfig:
 
 def inspect(config: InspectConfig) -> bool:
     """Show what was asked for; False where a replay differs from the log."""
-    from rlhf.saved_rollout import load_rollout, saved_updates, update_folder
+    from rlhf.ppo.saved import load_rollout, saved_updates, update_folder
 
     stage = ppo_folder(config.run)
     updates = saved_updates(stage)
@@ -110,7 +111,7 @@ def ppo_folder(run: str) -> Path:
 
 def updates_table(stage: Path, updates: list[int]) -> Table:
     """A line per kept update."""
-    from rlhf.saved_rollout import read_logged, update_folder
+    from rlhf.ppo.saved import read_logged, update_folder
 
     names = ("score", "kl_nats", "entropy_nats", "response_tokens", "eos_rate", "explained_variance")
     table = Table(box=box.SIMPLE_HEAD)
@@ -143,7 +144,7 @@ def show_row(config: InspectConfig, folder: Path, rollout: Rollout, row: int) ->
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from rlhf.saved_rollout import reason
+    from rlhf.ppo.saved import reason
 
     try:
         return AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
@@ -172,7 +173,7 @@ def replay(folder: Path, config: InspectConfig) -> bool:
     """Run a saved update again, print the comparison; is every number as it was logged?"""
     import torch
 
-    from rlhf.saved_rollout import Origin, load_rollout, read_logged
+    from rlhf.ppo.saved import Origin, load_rollout, read_logged
 
     origin = Origin.read(folder)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -204,7 +205,7 @@ def build_trainer(folder: Path, origin: Origin, config: InspectConfig, rollout: 
     """The run's trainer as it was built, without trackers; its weights come with the state."""
     from peft import LoraConfig
 
-    from rlhf.ppo import PPOTrainer
+    from rlhf.ppo.trainer import PPOTrainer
 
     model = config.model or origin.model
     value_model = config.value_model or origin.value_model
@@ -232,8 +233,8 @@ def _no_score(**columns: Any) -> list[float]:
 
 
 def load_state(trainer: PPOTrainer, folder: Path) -> None:
-    from rlhf import ppo_state
-    from rlhf.saved_rollout import BROKEN, reason
+    from rlhf.ppo import run as ppo_state
+    from rlhf.ppo.saved import BROKEN, reason
 
     try:
         ppo_state.load(trainer, folder)

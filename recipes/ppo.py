@@ -12,11 +12,12 @@ from typing import Any
 
 from stage import SECTIONS, check_model, from_siblings, open_stage
 
-from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf.checkpoint import full_disk_explained
-from rlhf.ppo_config import PPOConfig
+from rlhf.errors import InputError
+from rlhf.ppo.config import PPOConfig
 from rlhf.records import read_prompts
+from rlhf.run import console
+from rlhf.run.checkpoint import full_disk_explained
 
 console.quiet()
 
@@ -68,8 +69,8 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
     stage = open_stage("ppo", config, sources)
     if stage.complete:
         return stage.outputs
-    from rlhf.callbacks import ProgressCallback
-    from rlhf.ppo import PPOTrainer
+    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.run.callbacks import ProgressCallback
 
     trainer = PPOTrainer(
         str(config.model),
@@ -95,7 +96,7 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
 def vllm_engine(url: str | None) -> Any:
     if url is None:
         return None
-    from rlhf.vllm_engine import VLLMEngine
+    from rlhf.sampling.vllm import VLLMEngine
 
     return VLLMEngine(url)
 
@@ -104,7 +105,7 @@ def score_functions(config: PPORecipe) -> list[Any]:
     """Everything that scores a response, in the order of reward_weights."""
     from reward_models import RewardClient, RewardModel
     from reward_models.grader import RubricGrader
-    from rlhf.precision import ppo_dtype
+    from rlhf.run.precision import ppo_dtype
 
     dtype = ppo_dtype(config.bf16)
     functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model, dtype=dtype)]

@@ -18,10 +18,14 @@ from typing import Any, Literal
 from chain import ChainConfig
 from stage import check_model, from_siblings
 
-from rlhf import InputError, console
+from reward_models.preflight import reward_model_findings
 from rlhf import config as configs
-from rlhf.preflight_text import Finding
+from rlhf.errors import InputError
+from rlhf.ppo.preflight import ppo_findings
+from rlhf.preflight.measure import Finding
 from rlhf.records import read_demonstrations, read_prompts, read_rankings
+from rlhf.run import console
+from rlhf.sft.preflight import sft_findings
 
 console.quiet()
 
@@ -43,12 +47,11 @@ def sft(config: Any, scratch: str) -> Phases:
         demonstrations = "rankings/train.jsonl"
     config = _inputs(config, model="base", train_data=demonstrations)
     check_model(str(config.model), ("base", "sft", "ppo"))
-    from rlhf import preflight
-    from rlhf.sft import SFTTrainer
+    from rlhf.sft.trainer import SFTTrainer
 
     rows = read_demonstrations(config.train_data)[: config.max_rows]
     trainer = SFTTrainer(str(config.model), args=replace(config, output_dir=scratch), train_dataset=rows)
-    return preflight.sft_findings(trainer)
+    return sft_findings(trainer)
 
 
 def reward_model(config: Any, scratch: str) -> Phases:
@@ -56,10 +59,9 @@ def reward_model(config: Any, scratch: str) -> Phases:
     config = _inputs(config, model="sft", train_data="rankings/train.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
     from reward_models import RewardTrainer
-    from rlhf import preflight
 
     train, args = read_rankings(config.train_data), replace(config, output_dir=scratch)
-    return preflight.reward_model_findings(RewardTrainer(str(config.model), args=args, train_dataset=train))
+    return reward_model_findings(RewardTrainer(str(config.model), args=args, train_dataset=train))
 
 
 def ppo(config: Any, scratch: str) -> Phases:
@@ -68,9 +70,8 @@ def ppo(config: Any, scratch: str) -> Phases:
     config = _inputs(config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
     from reward_models import RewardModel
-    from rlhf import preflight
-    from rlhf.ppo import PPOTrainer
-    from rlhf.precision import ppo_dtype
+    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.run.precision import ppo_dtype
 
     functions: list[Any] = []
     if config.reward_model:
@@ -84,7 +85,7 @@ def ppo(config: Any, scratch: str) -> Phases:
         train_dataset=read_prompts(config.train_data)[: config.max_prompts],
         value_model=None if config.value_model == "shared_trunk" else config.reward_model,
     )
-    return preflight.ppo_findings(trainer)
+    return ppo_findings(trainer)
 
 
 STAGES: dict[str, Callable[[Any, str], Phases]] = {"sft": sft, "reward_model": reward_model, "ppo": ppo}

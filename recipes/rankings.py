@@ -16,9 +16,12 @@ from typing import Any
 
 from stage import SECTIONS, from_siblings, open_stage
 
-from rlhf import InputError, chat, console
+from rlhf import chat
 from rlhf import config as configs
+from rlhf.errors import InputError
 from rlhf.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
+from rlhf.run import console
+from rlhf.run.precision import default_dtype
 
 console.quiet()
 
@@ -111,14 +114,15 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     """K responses of the SFT model to each prompt, ranked by the labeler; `begin` is called once all is read."""
     import torch
 
-    from rlhf import evaluate, models
-    from rlhf.rollout import TransformersEngine
+    from rlhf import evaluate
+    from rlhf.models import loading as models
+    from rlhf.sampling.decode import TransformersEngine
 
     prompts = read_prompts(config.prompts)
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.comparisons]
     tokenizer = models.load_tokenizer(model)
-    policy = models.load_policy(model, dtype=models.default_dtype())
+    policy = models.load_policy(model, dtype=default_dtype())
     label = configs.import_function(str(config.labeler))
     begin()
     device = "cuda" if torch.cuda.is_available() else "cpu"

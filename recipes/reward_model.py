@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from stage import SECTIONS, Stage, check_model, from_siblings, open_stage
 
 from reward_models.config import RewardConfig
-from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf.checkpoint import full_disk_explained, write_json_atomic
-from rlhf.entry import compute_dtype
+from rlhf.errors import InputError
 from rlhf.records import Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
-from rlhf.stages import drop_checkpoints
+from rlhf.run import console
+from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
+from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import drop_checkpoints
 
 if TYPE_CHECKING:
     from reward_models import RewardTrainer
@@ -85,7 +86,7 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
         return stage.outputs
     data = read_data(config)
     from reward_models import RewardModel
-    from reward_models.evaluate import report_after_training
+    from reward_models.card.report import report_after_training
 
     trainer = build(config, data.train, data)  # finds what is wrong with the input, before anything is written
     stage.begin()
@@ -149,7 +150,7 @@ def trained(config: RewardRecipe, train: Sequence[Ranking], data: Data, name: st
 
 
 def run(trainer: RewardTrainer, name: str) -> None:
-    from rlhf.callbacks import attach
+    from rlhf.run.callbacks import attach
 
     attach(trainer, name, ("loss", "accuracy", "learning_rate"), trainer.config.output_dir)
     trainer.train(resume_from_checkpoint=True)
@@ -234,7 +235,7 @@ def _about(trainer: RewardTrainer) -> dict[str, Any]:
 
 def _card(trainer: RewardTrainer, data: Data, seed: int) -> dict[str, Any]:
     from reward_models import RewardModel
-    from reward_models.evaluate import report_card
+    from reward_models.card.report import report_card
 
     scorer = RewardModel(trainer.model, trainer.processing_class, trainer.normalizer)
     return report_card(scorer, data.held_out, seed=seed)

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from reward_models.client import TOKEN_VARIABLE
 from reward_models.server import ServerConfig, create_app, token_counter
-from rlhf import InputError, console
 from rlhf import config as configs
-from rlhf.entry import compute_dtype
+from rlhf.errors import InputError
+from rlhf.run import console
+from rlhf.run.precision import compute_dtype
 
 console.quiet()
 

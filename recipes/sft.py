@@ -14,10 +14,10 @@ from typing import Any
 from stage import SECTIONS, check_model, from_siblings, open_stage
 
 from rlhf import config as configs
-from rlhf import console
-from rlhf.checkpoint import full_disk_explained
 from rlhf.records import read_demonstrations
-from rlhf.sft_config import SFTConfig
+from rlhf.run import console
+from rlhf.run.checkpoint import full_disk_explained
+from rlhf.sft.config import SFTConfig
 
 console.quiet()
 
@@ -50,8 +50,8 @@ def sft(config: SFTRecipe) -> dict[str, Any]:
     stage = open_stage("sft", config, sources)
     if stage.complete:
         return stage.outputs
-    from rlhf.callbacks import attach
-    from rlhf.sft import SFTTrainer
+    from rlhf.run.callbacks import attach
+    from rlhf.sft.trainer import SFTTrainer
 
     rows = read_demonstrations(config.train_data)[: config.max_rows]
     trainer = SFTTrainer(str(config.model), args=config, train_dataset=rows, eval_dataset=config.eval_data)

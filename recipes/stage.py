@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf import InputError, chat, console
-from rlhf.checkpoint import require_disk
+from rlhf import chat
 from rlhf.config import NO_EFFECT, to_dict
-from rlhf.stages import (
+from rlhf.errors import InputError
+from rlhf.run import console
+from rlhf.run.checkpoint import require_disk
+from rlhf.run.stages import (
     Manifest,
     begin_stage,
     data_fingerprint,

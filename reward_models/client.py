@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf import InputError, RunStopped
+from rlhf.errors import InputError, RunStopped
 
 Messages = list[dict[str, str]]
 TOKEN_VARIABLE = "RLHF_SERVER_TOKEN"

@@ -7,8 +7,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rlhf import InputError
-from rlhf.entry import require_divides, training_arguments, use_bf16
+from rlhf.errors import InputError, require_divides
+from rlhf.run.precision import use_bf16
+from rlhf.run.trl_arguments import training_arguments
 
 if TYPE_CHECKING:
     import trl

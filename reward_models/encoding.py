@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import InputError, chat
+from rlhf import chat
+from rlhf.errors import InputError
 from rlhf.records import Ranking
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf import InputError
+from rlhf.errors import InputError
 
 Messages = list[dict[str, str]]
 RewardFunction = Callable[..., list[float | None]]

@@ -36,8 +36,10 @@ from torch import Tensor, nn
 
 from reward_models.functions import response_text
 from reward_models.scoring import length_batches
-from rlhf import InputError, chat, config, models
-from rlhf.rollout import pad
+from rlhf import chat, config
+from rlhf.errors import InputError
+from rlhf.models import loading as models
+from rlhf.padding import pad
 
 log = logging.getLogger("rlhf")
 

@@ -29,7 +29,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from reward_models.functions import column_values, response_text
-from rlhf import InputError
+from rlhf.errors import InputError
 
 Rule = Callable[..., Sequence[float | None]]
 

@@ -20,8 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.encoding import pad_right
 from reward_models.functions import conversation
-from rlhf import InputError, chat, encoders, models, stages
-from rlhf.models import ScoreNormalizer
+from rlhf import chat
+from rlhf.errors import InputError
+from rlhf.models import encoders
+from rlhf.models import loading as models
+from rlhf.models.scalar import ScoreNormalizer, last_token_scores, load_scalar_model
+from rlhf.run import stages
 
 logger = logging.getLogger("rlhf")
 
@@ -75,7 +79,7 @@ class RewardModel:
         models.check_folder(path)
         _check_stage(Path(path))
         tokenizer = models.load_tokenizer(path)
-        model, normalizer = models.load_scalar_model(path, dtype)
+        model, normalizer = load_scalar_model(path, dtype)
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         nn.Module.to(model, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
         scorer = cls(model, tokenizer, normalizer, tokens_per_microbatch=tokens_per_microbatch, name=Path(path).name)
@@ -140,7 +144,7 @@ def score_sequences(
     device = next(model.parameters()).device
     for indices in length_batches([len(ids) for ids in sequences], tokens_per_microbatch):
         input_ids, attention_mask = pad_right([sequences[i] for i in indices], pad_id)
-        scores[indices] = models.last_token_scores(model, input_ids.to(device), attention_mask.to(device)).cpu()
+        scores[indices] = last_token_scores(model, input_ids.to(device), attention_mask.to(device)).cpu()
     return scores
 
 

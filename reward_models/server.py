@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from reward_models.functions import conversation
-from rlhf import InputError, chat
+from rlhf import chat
+from rlhf.errors import InputError
 from rlhf.records import ROLES
 from rlhf.sources import show
 
@@ -75,7 +76,7 @@ class Refused(Exception):
 def token_counter(model: RewardModel) -> Callable[[Messages], int]:
     """How many tokens a conversation has. Raises Refused where the model's positions do not reach so far (on a GPU
     it would break down for good), and InputError where its template does not take the roles."""
-    from rlhf.preflight_models import max_positions
+    from rlhf.preflight.measure import max_positions
 
     window = max_positions(model.model)
 

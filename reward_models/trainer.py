@@ -27,14 +27,21 @@ from reward_models import losses
 from reward_models.best import Best, KeepBest
 from reward_models.config import RewardConfig, trl_arguments
 from reward_models.encoding import RankingCollator, encode_rankings, responses_of
+from reward_models.preflight import check_reward_model
 from reward_models.scoring import score_sequences
-from rlhf import InputError, RunStopped, chat, encoders, models, preflight, sharding
-from rlhf.callbacks import Babysitter, attach
+from rlhf import chat
 from rlhf.config import resume_settings
-from rlhf.models import ScoreNormalizer
+from rlhf.errors import InputError, RunStopped
+from rlhf.models import encoders
+from rlhf.models import loading as models
+from rlhf.models.adapters import lora_config
+from rlhf.models.scalar import ScoreNormalizer, freeze_bias, is_scalar, new_scalar_model, score_head
+from rlhf.padding import position_ids
 from rlhf.records import Ranking, check_disjoint, read_demonstrations, read_rankings
-from rlhf.resume import resume_point
-from rlhf.sft import real_rows
+from rlhf.run import distributed as sharding
+from rlhf.run.callbacks import Babysitter, attach
+from rlhf.run.resume import resume_point
+from rlhf.sft.data import real_rows
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -167,13 +174,11 @@ class RewardTrainer(trl.RewardTrainer):
         takes what its head says of every position, since the model's own pooling would search for a pad id.
         """
         said: list[Tensor] = []
-        hook = models.score_head(cast(Any, self.model)).register_forward_hook(
-            lambda head, args, output: said.append(output)
-        )
+        hook = score_head(cast(Any, self.model)).register_forward_hook(lambda head, args, output: said.append(output))
         mask = inputs["attention_mask"]
         if encoders.is_encoder(cast(Any, self.model).config):
             return encoders.encoder_scores(model, inputs["input_ids"], mask)
-        places = models.position_ids(mask)
+        places = position_ids(mask)
         try:
             model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=places, use_cache=False)
         finally:
@@ -204,7 +209,7 @@ class RewardTrainer(trl.RewardTrainer):
         on from the newest complete checkpoint, if there is one."""
         folder = resume_point(self.accelerator, self.config.output_dir, resume_from_checkpoint, self._settings)
         if folder is None:
-            preflight.check_reward_model(self)
+            check_reward_model(self)
         self._seen.clear()
         with self._babysitter.watch():
             output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
@@ -347,7 +352,7 @@ def _reward_model(
     peft_config: LoraConfig | None,
 ) -> PreTrainedModel | PeftModel:
     """The model to train: a head on its backbone, room for the tokenizer's tokens, an adapter if asked for."""
-    adapter = copy.deepcopy(peft_config) or models.lora_config(
+    adapter = copy.deepcopy(peft_config) or lora_config(
         config.lora_rank,
         config.lora_alpha,
         config.lora_dropout,
@@ -355,10 +360,10 @@ def _reward_model(
         task_type=TaskType.SEQ_CLS,
     )
     continued = not isinstance(model, nn.Module) and models.is_adapter(model)
-    if isinstance(model, nn.Module) and models.is_scalar(model):
+    if isinstance(model, nn.Module) and is_scalar(model):
         scalar = model
     else:
-        scalar = models.new_scalar_model(model, seed=config.seed, lora=adapter if continued else None)
+        scalar = new_scalar_model(model, seed=config.seed, lora=adapter if continued else None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what the trainer would set, with a warning
         setattr(scalar.config, name, getattr(tokenizer, name))
     rows = cast(nn.Embedding, scalar.get_input_embeddings()).weight.shape[0]
@@ -381,7 +386,7 @@ def _reward_model(
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             scalar = get_peft_model(scalar, adapter)
-    models.freeze_bias(scalar)
+    freeze_bias(scalar)
     models.disable_dropout(scalar)
     if isinstance(scalar, PeftModel):
         for name, module in scalar.named_modules():

@@ -18,28 +18,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rlhf import moved
+from rlhf.errors import InputError, RunStopped
+
 __version__ = "0.1.0"
 
-
-class InputError(ValueError):
-    """A mistake in what the user handed in, told in one line: where, what was seen, what to do.
-
-    Recipes print it without a traceback and exit with code 2.
-    """
-
-
-class RunStopped(RuntimeError):
-    """A run that ended before its end for a reason that it names in one line; what is on disk is whole.
-
-    Recipes print it without a traceback and exit with code 1; the same command goes on from the last checkpoint.
-    """
-
+moved.install()
 
 _PUBLIC = {
-    "SFTConfig": "rlhf.sft_config",
-    "SFTTrainer": "rlhf.sft",
-    "PPOConfig": "rlhf.ppo_config",
-    "PPOTrainer": "rlhf.ppo",
+    "SFTConfig": "rlhf.sft.config",
+    "SFTTrainer": "rlhf.sft.trainer",
+    "PPOConfig": "rlhf.ppo.config",
+    "PPOTrainer": "rlhf.ppo.trainer",
     "Prompt": "rlhf.records",
     "Demonstration": "rlhf.records",
     "Ranking": "rlhf.records",
@@ -67,8 +57,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from rlhf.ppo import PPOTrainer
-    from rlhf.ppo_config import PPOConfig
+    from rlhf.ppo.config import PPOConfig
+    from rlhf.ppo.trainer import PPOTrainer
     from rlhf.records import (
         Demonstration,
         Prompt,
@@ -78,8 +68,8 @@ if TYPE_CHECKING:
         read_prompts,
         read_rankings,
     )
-    from rlhf.sft import SFTTrainer
-    from rlhf.sft_config import SFTConfig
+    from rlhf.sft.config import SFTConfig
+    from rlhf.sft.trainer import SFTTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from rlhf import InputError
+from rlhf.errors import InputError
 
 CHATML = (
     "{% for message in messages %}"

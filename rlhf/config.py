@@ -15,23 +15,31 @@ A flag wins over the YAML file, the file over the default. jsonargparse converts
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
-import inspect
-import itertools
 import json
 import math
-import textwrap
-import types
-import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf import InputError
-from rlhf.entry import import_function, require_divides, run, training_arguments, unknown
+from rlhf.errors import InputError, require_divides, run, unknown
+from rlhf.flags import (
+    all_flags,
+    allows_none,
+    expected,
+    field_of,
+    hints_of,
+    is_required,
+    one_line,
+    print_help,
+    put,
+    read_flags,
+    sections_of,
+    shown,
+)
+from rlhf.run.functions import import_function
+from rlhf.run.trl_arguments import training_arguments
 
 __all__ = [
     "fingerprint",
@@ -84,16 +92,16 @@ def load(
     fields flat works too. Raises InputError.
     """
     if "--help" in argv or "-h" in argv:
-        _print_help(cls, description)
+        print_help(cls, description)
         raise SystemExit(0)
-    known = dict(_flags(cls))
-    file, flags = _read_flags(argv, known)
+    known = dict(all_flags(cls))
+    file, flags = read_flags(argv, known)
     tree, places = read_yaml(file) if file else ({}, {})
     if file and section:
         own = {name.split(".")[0] for name in known}
         tree, places = _take_section(tree, places, file, section, known_sections, own)
     for path, value in flags:
-        _put(tree, path, value)
+        put(tree, path, value)
         places[path] = f"--{'.'.join(path)}"
     _inherit(cls, tree)
     return _build(cls, tree, (), places, str(file or "command line"))
@@ -122,11 +130,11 @@ def read_yaml(file: str | Path) -> tuple[dict[str, Any], Places]:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error)
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{file}{line}: broken YAML: {_one_line(problem)}") from None
+        raise InputError(f"{file}{line}: broken YAML: {one_line(problem)}") from None
     if tree is None:
         raise InputError(f"{file}: is empty; write one `field: value` per line, or drop --config")
     if not isinstance(tree, dict):
-        raise InputError(f"{file}: expected `field: value` lines, got {_shown(tree)}")
+        raise InputError(f"{file}: expected `field: value` lines, got {shown(tree)}")
     places: Places = {}
     _mark_lines(node, (), file, places)
     return tree, places
@@ -157,7 +165,7 @@ def _take_section(
         taken = {}
     if not isinstance(taken, dict):
         where = places[(section,)]
-        raise InputError(f"{where}: {section}: expected a section of fields, got {_shown(taken)}")
+        raise InputError(f"{where}: {section}: expected a section of fields, got {shown(taken)}")
     for name in set(INHERITED) & own & set(tree):
         if name not in taken:
             taken[name] = f"{tree[name]}/{section}" if name == "output_dir" else tree[name]
@@ -166,14 +174,14 @@ def _take_section(
 
 
 def _inherit(cls: type, tree: dict[str, Any]) -> None:
-    for name, (field, inner, optional) in _sections(cls).items():
+    for name, (field, inner, optional) in sections_of(cls).items():
         if not optional and field.default is dataclasses.MISSING:
             tree.setdefault(name, {})
         below = tree.get(name)
         if not isinstance(below, dict):
             continue
-        for key in set(INHERITED) & set(_hints(inner)) & set(_hints(cls)):
-            value = tree.get(key, _field(cls, key).default)
+        for key in set(INHERITED) & set(hints_of(inner)) & set(hints_of(cls)):
+            value = tree.get(key, field_of(cls, key).default)
             if key not in below and value is not dataclasses.MISSING and value is not None:
                 below[key] = f"{value}/{name}" if key == "output_dir" else value
         _inherit(inner, below)
@@ -183,8 +191,8 @@ def _build(cls: Any, tree: Any, path: tuple[str, ...], places: Places, where: st
     """``cls`` from a nested mapping; fields that it lacks are ``base``'s, or the defaults."""
     here = places.get(path, where)
     if not isinstance(tree, Mapping):
-        raise InputError(f"{here}: {'.'.join(path)}: expected a section of fields, got {_shown(tree)}")
-    sections, hints, values = _sections(cls), _hints(cls), {}
+        raise InputError(f"{here}: {'.'.join(path)}: expected a section of fields, got {shown(tree)}")
+    sections, hints, values = sections_of(cls), hints_of(cls), {}
     for key, value in tree.items():
         at = (*path, str(key))
         if key not in hints:
@@ -201,7 +209,7 @@ def _build(cls: Any, tree: Any, path: tuple[str, ...], places: Places, where: st
             default = field.default_factory() if callable(field.default_factory) else field.default
             default = default if isinstance(default, inner) else None
             values[key] = _build(inner, value, at, places, here, default)
-    missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in values]
+    missing = [f.name for f in dataclasses.fields(cls) if is_required(f) and f.name not in values]
     if missing and base is None:
         name = ".".join((*path, missing[0]))
         raise InputError(f"{here}: `{name}` is required; give --{name}, or {missing[0]}: in the YAML file")
@@ -209,7 +217,7 @@ def _build(cls: Any, tree: Any, path: tuple[str, ...], places: Places, where: st
         return dataclasses.replace(base, **values) if base is not None else cls(**values)
     except ValueError as error:  # a config's own checks
         prefix = f"{'.'.join(path)}: " if path else ""
-        raise InputError(_one_line(f"{prefix}{error}")) from None
+        raise InputError(one_line(f"{prefix}{error}")) from None
 
 
 def _convert(hint: Any, value: Any, label: str) -> Any:
@@ -219,171 +227,20 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
     parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--value", type=hint)
     try:
-        if value is None and not _allows_none(hint):
+        if value is None and not allows_none(hint):
             raise ValueError
         converted = parser.parse_object({"value": value}).value
         if isinstance(converted, float) and math.isnan(converted):
             raise ValueError
         return converted
     except (jsonargparse.ArgumentError, ValueError, TypeError):
-        raise InputError(f"{label}: expected {_expected(hint)}, got {_shown(value)}") from None
+        raise InputError(f"{label}: expected {expected(hint)}, got {shown(value)}") from None
 
 
 # ---------------------------------------------------------------- command line
 
 
-def _flags(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Every flag's dotted name and type; an optional section is a flag too, for `--base null`."""
-    sections = _sections(cls)
-    for name, hint in _hints(cls).items():
-        if name in sections:
-            if sections[name][2]:
-                yield ".".join((*path, name)), None
-            yield from _flags(sections[name][1], (*path, name))
-        else:
-            yield ".".join((*path, name)), hint
-
-
-def _read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[str | None, list[tuple[tuple[str, ...], str]]]:
-    file, flags, rest = None, [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise InputError(f"command line: unexpected {word!r}; options are written `--name value`")
-        name, equals, value = word[2:].partition("=")
-        if name != "config" and name not in known:
-            unknown(f"--{name}", ["--config", *(f"--{flag}" for flag in known)], "command line", "flag")
-        if not equals:
-            if rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            elif known.get(name) is bool:
-                value = "true"
-            else:
-                raise InputError(f"command line: --{name} needs a value")
-        if name != "config":
-            flags.append((tuple(name.split(".")), value))
-        elif file:
-            raise InputError(f"command line: --config is given twice: {file} and {value}")
-        else:
-            file = value
-    return file, flags
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: str) -> None:
-    for name in path[:-1]:
-        if not isinstance(tree.get(name), dict):
-            tree[name] = {}
-        tree = tree[name]
-    tree[path[-1]] = value
-
-
-def _print_help(cls: type, description: str) -> None:
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(
-        description=description or inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0],
-        usage="%(prog)s [--config FILE.yaml] [--name value ...]",
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="a YAML file; flags win over it")
-    _add_help(parser, parser, cls, ())
-    parser.print_help()
-
-
-def _add_help(parser: Any, group: Any, cls: type, path: tuple[str, ...]) -> None:
-    sections, docs = _sections(cls), _docs(cls)
-    for field in dataclasses.fields(cls):
-        if field.name not in sections:
-            factory = field.default_factory
-            default = factory() if callable(factory) else field.default
-            more = {"required": True} if default is dataclasses.MISSING else {"default": default}
-            flag = "--" + ".".join((*path, field.name))
-            group.add_argument(flag, type=_hints(cls)[field.name], help=docs.get(field.name, "-"), **more)
-    for name, (_, inner, optional) in sections.items():
-        title = ".".join((*path, name)) + (" (null turns it off)" if optional else "")
-        _add_help(parser, parser.add_argument_group(title, docs.get(name)), inner, (*path, name))
-
-
 # ---------------------------------------------------------------- dataclasses
-
-
-@cache
-def _hints(cls: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-@cache
-def _sections(cls: Any) -> dict[str, tuple[dataclasses.Field, Any, bool]]:
-    """Fields that are dataclasses themselves: name -> (field, class, may be None)."""
-    found = {}
-    for field in dataclasses.fields(cls):
-        hint = _hints(cls)[field.name]
-        for choice in _choices(hint):
-            if dataclasses.is_dataclass(choice):
-                found[field.name] = (field, choice, _allows_none(hint))
-    return found
-
-
-@cache
-def _docs(cls: type) -> dict[str, str]:
-    """The string under each field."""
-    docs: dict[str, str] = {}
-    for owner in reversed(cls.__mro__[:-1]):
-        try:
-            tree: Any = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for line, below in itertools.pairwise(tree.body):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and _is_text(below):
-                docs[line.target.id] = _one_line(below.value.value)
-    return docs
-
-
-def _is_text(line: Any) -> bool:
-    value = line.value if isinstance(line, ast.Expr) else None
-    return isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def _field(cls: type, name: str) -> dataclasses.Field:
-    return next(field for field in dataclasses.fields(cls) if field.name == name)
-
-
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _allows_none(hint: Any) -> bool:
-    return hint is Any or types.NoneType in _choices(hint)
-
-
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_NAMES[types.NoneType] = "null"
-
-
-def _expected(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if len(_choices(hint)) > 1:
-        return " or ".join(_expected(choice) for choice in _choices(hint))
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin in (list, tuple):
-        return "a list of " + " and ".join(_expected(arg) for arg in args if arg is not ...)
-    if origin is dict:
-        return f"a mapping to {_expected(args[1])}"
-    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _one_line(text: str) -> str:
-    return " ".join(str(text).split())
 
 
 # ---------------------------------------------------------------- writing

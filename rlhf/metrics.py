@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import InputError
+from rlhf.errors import InputError
 
 
 @dataclass(frozen=True)

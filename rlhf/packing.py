@@ -1,8 +1,8 @@
 """Rows of different lengths without padding: one behind the other as one long row, apart only inside attention.
 
 Everything but attention treats each token by itself, so a padded batch pays there for tokens that nobody reads.
-transformers knows the form (positions that start again at 0) and masks it; `rlhf.attention.short_rows` attends row by
-row.
+transformers knows the form (positions that start again at 0) and masks it; `rlhf.cpu.attention.short_rows` attends row
+by row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.models import backbone
+from rlhf.models.adapters import backbone
 
 Made = TypeVar("Made")
 

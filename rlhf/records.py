@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf import InputError
+from rlhf.errors import InputError
 from rlhf.sources import name_of, rows, show, wrong
 
 logger = logging.getLogger("rlhf")

@@ -23,8 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf import InputError, RunStopped
-from rlhf.finite import short
+from rlhf.errors import InputError, RunStopped, short
 from rlhf.records import Prompt
 
 log = logging.getLogger("rlhf")

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rlhf import InputError
+from rlhf.errors import InputError
 
 
 def wrong(name: str, seen: str, todo: str) -> InputError:

@@ -15,7 +15,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The shapes in ppo_math's signatures are checked at every call, by the trainers' tests too.
-install_import_hook("rlhf.ppo_math", "reference.checked")
+install_import_hook("rlhf.ppo.math", "reference.checked")
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -29,7 +29,7 @@ CORPUS = [
 @pytest.fixture(autouse=True)
 def precision_of_any_machine(monkeypatch):
     """PPO chooses bfloat16 where a CPU is fast at it; tests that compare to the last bit mean float32 everywhere."""
-    monkeypatch.setattr("rlhf.precision.bf16_hardware", lambda: None)
+    monkeypatch.setattr("rlhf.run.precision.bf16_hardware", lambda: None)
 
 
 @pytest.fixture

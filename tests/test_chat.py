@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from rlhf import InputError, chat
+from rlhf import chat
+from rlhf.errors import InputError
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -12,7 +12,6 @@ import pytest
 import transformers
 import trl
 
-from rlhf import InputError
 from rlhf.config import (
     fingerprint,
     from_dict,
@@ -24,6 +23,7 @@ from rlhf.config import (
     to_yaml,
     training_arguments,
 )
+from rlhf.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +372,7 @@ def test_arguments_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_batches_are_shared_out_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf.entry import _batch_arithmetic
+    from rlhf.run.trl_arguments import _batch_arithmetic
 
     monkeypatch.setenv("WORLD_SIZE", "4")
     found = _batch_arithmetic(32, 4)
@@ -386,7 +386,7 @@ def test_batches_are_shared_out_over_processes(monkeypatch: pytest.MonkeyPatch) 
 
 def test_importing_config_brings_no_heavy_library() -> None:
     code = (
-        "import sys, rlhf.config, rlhf.checkpoint, rlhf.metrics, rlhf.console, rlhf.report;"
+        "import sys, rlhf.config, rlhf.run.checkpoint, rlhf.metrics, rlhf.run.console, rlhf.run.report;"
         "print({'torch', 'transformers', 'jsonargparse', 'matplotlib', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

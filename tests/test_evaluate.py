@@ -11,22 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf import InputError
-from rlhf.evaluate import (
-    JudgeCard,
-    PolicySamples,
+from rlhf.errors import InputError
+from rlhf.evaluate import JudgeCard, PolicySamples, choose_best, compare, judge_samples, sample_policy, side_by_side
+from rlhf.intervals import (
     best_of_n,
     best_of_n_kl,
     bootstrap_interval,
-    choose_best,
     clustered_accuracy,
-    compare,
-    judge_samples,
     policy_kl,
     response_kl,
-    sample_policy,
     score_length_correlation,
-    side_by_side,
     win_rate,
     wins,
 )

@@ -2,7 +2,7 @@
 
 Policy and value model (PPO), reward model and SFT, each in full weights and in LoRA. A run's result is the gradient of
 every optimizer step, as the optimizer gets it, and every line of metrics.jsonl. What concerns one function alone is
-tested beside it: `test_actor_critic.py`, `test_scoring.py` and `test_rollout.py` (left padding).
+tested beside it: `ppo/test_actor_critic.py`, `reward_models/test_scoring.py` and `ppo/test_rollout.py` (left padding).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from reference.tiny_chain import chain
 from reference.two_processes import KINDS, PPO_KINDS, STAGES, GivenResponses
 
 from reward_models import RewardTrainer
-from rlhf import rollout
-from rlhf.actor_critic import ActorCritic
-from rlhf.models import load_tokenizer
-from rlhf.ppo import PPOTrainer
-from rlhf.rollout import plan_minibatches
-from rlhf.sft import SFTTrainer
+from rlhf.models.loading import load_tokenizer
+from rlhf.ppo import rollout
+from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.plan import plan_minibatches
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.sft.trainer import SFTTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLIT = {"ppo": "tokens_per_microbatch", "sft": "microbatch_size", "reward_model": "microbatch_size"}

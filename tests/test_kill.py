@@ -21,7 +21,7 @@ import pytest
 from reference import whole_chain
 from reference.whole_chain import STAGES, Started, Starter, copied, differences, fresh, kill_when, whole_checkpoints
 
-from rlhf.checkpoint import check_checkpoint
+from rlhf.run.checkpoint import check_checkpoint
 
 KILLS = 100
 SAVING = ("sft", "reward_model", "ppo")

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf import InputError
-from rlhf.callbacks import JsonlCallback
+from rlhf.errors import InputError
 from rlhf.metrics import _ALL, METRICS, check, from_logs, left_healthy_range, main, read_metrics
+from rlhf.run.callbacks import JsonlCallback
 
 NAMES = {
     "score", "score_std", "kl_nats", "objective", "entropy_nats", "clip_fraction", "value_clip_fraction",

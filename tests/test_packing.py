@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from reference.tiny_chain import shake
-from test_families import FAMILIES, VARIANTS, new_model
+from tests.models.test_families import FAMILIES, VARIANTS, new_model
 from torch import nn
 
-from rlhf import actor_critic as actor_critics
 from rlhf import chat, packing
-from rlhf.actor_critic import build_actor_critic, enable_gradient_checkpointing
-from rlhf.attention import MOST_TOKENS, use_short_rows
-from rlhf.models import backbone, lora_config
+from rlhf.cpu.attention import MOST_TOKENS, use_short_rows
+from rlhf.models.adapters import backbone, lora_config
 from rlhf.packing import Rows, can_pack, packed_hidden
-from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.rollout import Batch, make_batch, split_by_tokens
+from rlhf.padding import Batch, make_batch
+from rlhf.ppo import actor_critic as actor_critics
+from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing
+from rlhf.ppo.plan import split_by_tokens
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [30, 31], list(range(100, 125))]
 RESPONSES = [[30, 31], [32, 33, 34, 35], [36], [40, 41, 42, 43, 44, 45, 46, 47], [50, 51, 52]]
@@ -150,7 +151,7 @@ def test_what_every_layer_needs_is_made_once():
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 def test_which_families_are_packed_and_that_they_compute_the_same(name, widths):
-    """Against the padded batch, whose agreement with each row alone is tested in test_families.py."""
+    """Against the padded batch, whose agreement with each row alone is tested in models/test_families.py."""
     model = build_actor_critic(new_model(name))
     assert model.packs == (name not in PADDED)
     shake(model.value_head, 3, 0.3)

@@ -10,7 +10,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from rlhf import InputError, records
+from rlhf import records
+from rlhf.errors import InputError
 from rlhf.records import (
     Demonstration,
     Prompt,

@@ -28,11 +28,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reward_models import RewardModel
 from reward_models.rules import Length, Rules
-from rlhf import InputError, RunStopped, chat, scores
-from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.ppo_metrics import samples
+from rlhf import chat, scores
+from rlhf.errors import InputError, RunStopped
+from rlhf.ppo.logged import samples
+from rlhf.ppo.saved import load_rollout
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.records import Prompt
-from rlhf.saved_rollout import load_rollout
 
 CHAT = [Prompt([{"role": "user", "content": f"Question {i}?"}], {"answer": i}) for i in range(3)]
 TEXT = [Prompt([{"role": "user", "content": f"Question {i}?"}], {"answer": i}, text=True) for i in range(3)]

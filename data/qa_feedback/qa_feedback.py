@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rlhf import InputError
+from rlhf.errors import InputError
 from rlhf.records import write_jsonl
 
 ANSWERS = [f"prediction {number}" for number in (1, 2, 3, 4)]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf import InputError
 from rlhf.config import require_divides
+from rlhf.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

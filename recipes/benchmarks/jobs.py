@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf import InputError
+from rlhf.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Job = dict[str, Any]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf import console
+from rlhf.run import console
 
 console.quiet()
 
@@ -18,8 +18,9 @@ from synthetic import make_prompts  # noqa: E402
 from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
-from rlhf.models import lora_config, new_scalar_model  # noqa: E402
-from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
+from rlhf.models.adapters import lora_config  # noqa: E402
+from rlhf.models.scalar import new_scalar_model  # noqa: E402
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer  # noqa: E402
 
 PHASES = ("generate", "score", "logprobs", "update")
 

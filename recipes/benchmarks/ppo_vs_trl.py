@@ -29,8 +29,8 @@ from cases import CASES, OURS, TRL, Case
 from jobs import Worker, run_job
 from limit import Sizes, Update, count
 
-from rlhf import InputError
 from rlhf import config as configs
+from rlhf.errors import InputError
 
 TRL_VERSION = "1.12.0"
 

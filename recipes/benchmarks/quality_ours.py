@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf import console
+from rlhf.run import console
 
 console.quiet()
 
@@ -15,8 +15,8 @@ from toy_clock import GoldClock, MarkPassed, settings  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
 from rlhf import config as configs  # noqa: E402
-from rlhf import models  # noqa: E402
-from rlhf.ppo import PPOConfig, PPOTrainer  # noqa: E402
+from rlhf.models import loading as models  # noqa: E402
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer  # noqa: E402
 
 
 def work(job: Job) -> Result:

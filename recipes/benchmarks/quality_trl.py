@@ -20,11 +20,11 @@ from toy_clock import GoldClock, MarkPassed, settings
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl_worker import fixed_arguments
 
-from rlhf import models
 from rlhf.chat import encode_prompt
 from rlhf.config import from_dict, to_dict
-from rlhf.models import ScoreNormalizer
-from rlhf.ppo_config import PPOConfig
+from rlhf.models import loading as models
+from rlhf.models.scalar import ScoreNormalizer
+from rlhf.ppo.config import PPOConfig
 from rlhf.records import read_prompts
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from rlhf import chat, evaluate
 from rlhf import config as configs
 from rlhf.records import Prompt, read_prompts
-from rlhf.rollout import TransformersEngine
+from rlhf.sampling.decode import TransformersEngine
 
 TOY = ROOT / "recipes/configs/toy.yaml"
 

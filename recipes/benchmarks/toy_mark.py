@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rlhf import console
+from rlhf.run import console
 
 console.quiet()
 
@@ -18,7 +18,8 @@ from toy_clock import TOY, held_out, judge, sampled  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
 from rlhf import config as configs  # noqa: E402
-from rlhf import evaluate, models  # noqa: E402
+from rlhf import evaluate  # noqa: E402
+from rlhf.models import loading as models  # noqa: E402
 
 BEST_OF = 16
 

@@ -23,10 +23,11 @@ from transformers import TrainerCallback
 
 import rlhf.ppo
 from reference.two_processes import PROMPTS, GivenResponses, odd_share
-from rlhf import sharding
-from rlhf.models import backbone
-from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.rollout import Batch, make_batch, plan_minibatches
+from rlhf.models.adapters import backbone
+from rlhf.padding import Batch, make_batch
+from rlhf.ppo.plan import plan_minibatches
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf.run import distributed as sharding
 
 SETTINGS: dict[str, Any] = {
     "updates": 2, "rollout_size": 8, "minibatch_size": 8, "inner_epochs": 2, "max_new_tokens": 9, "learning_rate": 1e-3,
@@ -155,7 +156,7 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
 
 def main(config: str, folder: str, *arguments: str) -> None:
     os.environ |= {key: value for key, value in launch_environment(config).items() if key.startswith("FSDP_")}
-    rlhf.ppo.Accelerator = sharded_accelerator
+    rlhf.ppo.trainer.Accelerator = sharded_accelerator
     for kind, policy, reward in zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True):
         together, own = checks(Path(folder, kind), policy, reward)
         both: list[Any] = [None, None]

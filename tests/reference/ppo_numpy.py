@@ -1,6 +1,6 @@
 """PPO's mathematics once more: NumPy float64, one token at a time, no vectorisation, no masks that hide an index.
 
-Written from the papers (1707.06347, 1506.02438, 1909.08593, 2403.17031), not from `rlhf.ppo_math`. A rollout is a
+Written from the papers (1707.06347, 1506.02438, 1909.08593, 2403.17031), not from `rlhf.ppo.math`. A rollout is a
 list of rows; a row is a list of its real tokens' numbers, so that padding cannot enter.
 """
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from rlhf import console, entry
+from rlhf import errors
+from rlhf.run import console
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -42,7 +43,7 @@ def run(name: str, *flags: object) -> Result:
     try:
         with _restored(), contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             console.quiet()
-            entry.run(module.main)
+            errors.run(module.main)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:

@@ -14,8 +14,8 @@ import torch
 from transformers import TrainerCallback
 
 from reward_models import RewardConfig, RewardModel, RewardTrainer
-from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.sft import SFTConfig, SFTTrainer
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf.sft.trainer import SFTConfig, SFTTrainer
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 STEPS = 4

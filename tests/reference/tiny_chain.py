@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel
 
 from rlhf import chat
-from rlhf.models import ScoreNormalizer, load_policy, lora_config, new_scalar_model
+from rlhf.models.adapters import lora_config
+from rlhf.models.loading import load_policy
+from rlhf.models.scalar import ScoreNormalizer, new_scalar_model
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 NORMALIZER = ScoreNormalizer(mean=0.7, std=2.5, count=100)

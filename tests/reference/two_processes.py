@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from reward_models import RewardConfig, RewardModel, RewardTrainer
 from rlhf.metrics import read_metrics
-from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.rollout import Responses
-from rlhf.sft import SFTConfig, SFTTrainer
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf.sampling.engine import Responses
+from rlhf.sft.trainer import SFTConfig, SFTTrainer
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "more", "most"]
 PROMPTS = [{"prompt": f"Count to {word}, please" + "!" * (i % 4), "number": i} for i, word in enumerate(WORDS[:12])]

@@ -15,8 +15,8 @@ import requests
 import torch
 from trl.generation import vllm_client
 
-from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.vllm_engine import VLLMEngine
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf.sampling.vllm import VLLMEngine
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 PROMPTS = [{"prompt": f"Count to {word}, please" + "!" * (i % 4)} for i, word in enumerate(WORDS)]

@@ -1,0 +1,336 @@
+"""The report card as one HTML file that opens without a network, and its main numbers as lines of text.
+
+Everything that a model or a user wrote is escaped. The pictures are drawn by `card_plots`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reward_models.card import plots as card_plots
+from reward_models.card.sensitivity import PADDING
+from rlhf.run.report import number, percent, with_interval
+
+Report = Mapping[str, Any]
+
+BIAS = 0.1
+"""A feature is named when the model goes for it so much more often than the labels do (share of pairs)."""
+FLIPS, PADDING_CHANGE, MISCALIBRATED = 0.05, 0.01, 0.1
+MATTERS = 50
+"""Pairs below which a share is too uncertain to warn of."""
+
+
+def headlines(report: Report) -> list[str]:
+    """The main numbers, a sentence each."""
+    accuracy = with_interval(report, "accuracy")
+    lines = [f"Right on {accuracy} of {_pairs(report)} of {report['prompts']:,} prompts; a coin gets 50%."]
+    rule, chosen_on = report["length_rule"], report["length_rule_chosen_on"]
+    gain = _points(report["over_length_rule"])
+    length = with_interval(report, "length_baseline")
+    lines.append(f"Always the {rule} response (rule chosen on {chosen_on}): {length}. The model's lead: {gain}.")
+    words = report["bag_of_words"]
+    if words:
+        text = f"Bag of words trained on the same pairs: {with_interval(words, 'accuracy')}"
+        lines.append(f"{text}. The model's lead: {_points(words)}.")
+    else:
+        lines.append("No bag of words to compare with: name the training data (--train_data).")
+    if report["rewardbench"]:
+        sections = ", ".join(f"{name} {percent(value)}" for name, value in report["rewardbench"]["sections"].items())
+        lines.append(f"RewardBench: {percent(report['rewardbench']['mean'])} ({sections}).")
+    matched = report["surface"]["length_matched"]
+    if matched:
+        lines.append(f"Pairs of like length (within 10%): {with_interval(matched, 'accuracy')} of {matched['n']:,}.")
+    raw, fitted = report["calibration"], report["calibration"]["calibrated"]
+    text = f"Calibration: its confidence is off by {100 * raw['ece']:.1f} points on average (ECE)"
+    if raw["temperature"] is not None:
+        text += f", {100 * fitted['ece']:.1f} with differences divided by {number(raw['temperature'])}"
+    lines.append(f"{text}.")
+    return lines
+
+
+def advice(report: Report) -> list[str]:
+    """What is wrong, or may be, and what to do about it."""
+    found = []
+    if report["accuracy_ci"][0] <= 0.5:
+        found.append(
+            "No better than a coin, as far as these pairs can tell: PPO would climb noise. Try more pairs, cleaner "
+            "labels, another trunk or learning rate."
+        )
+    for name, lead in ((f"always taking the {report['length_rule']} response", report["over_length_rule"]),
+                       ("a bag of words", report["bag_of_words"])):  # fmt: skip
+        if lead and lead["difference_ci"][0] <= 0:
+            found.append(f"Not clearly better than {name}: a lead of {_points(lead)}.")
+    for column, rows in report["groups"].items():
+        bad = [row["name"] for row in rows if row["accuracy_ci"][1] < 0.5]
+        if bad:
+            found.append(f"Worse than a coin on {column}: {', '.join(bad)}.")
+    found += _biases(report["surface"]["features"])
+    calibration = report["calibration"]
+    if calibration["ece"] > MISCALIBRATED:
+        todo = f"divide differences by {number(calibration['temperature'])}" if calibration["temperature"] else ""
+        found.append(f"Confidence is off by {100 * calibration['ece']:.0f} points on average{'; ' * bool(todo)}{todo}.")
+    for row in (report["sensitivity"] or {"changes": []})["changes"]:
+        if row["name"] == PADDING and row.get("mean_change", 0) > PADDING_CHANGE:
+            found.append("Padding changes scores: the model reads tokens that the attention mask should hide.")
+        elif row.get("flips", 0) > FLIPS:
+            found.append(f"{row['name'][0].upper()}{row['name'][1:]} turns {percent(row['flips'])} of the pairs round.")
+    if report["best_of_n"]:
+        found += _over_optimised(report["best_of_n"])
+    return found
+
+
+def page(report: Report) -> str:
+    """The whole page. report: what `reward_report` returns, with `about` (see `save_reward_report`)."""
+    about = report["about"]
+    title = f"Report card of {about['reward_model']}"
+    source = " · ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items() if value)
+    parts = [
+        f"<p class=note>{_text(source)}</p>",
+        f"<ul class=short>{''.join(f'<li>{_text(line)}</li>' for line in headlines(report))}</ul>",
+    ]
+    warnings = advice(report)
+    if warnings:
+        items = "".join(f"<li>{_text(line)}</li>" for line in warnings)
+        parts.append(f"<div class=warning><strong>Look at</strong><ul>{items}</ul></div>")
+    sections = (_accuracy, _groups, _certainty, _surface, _sensitivity, _best_of_n, _most_wrong)
+    return _SHELL.format(title=_text(title), style=_STYLE, body="\n".join(parts + [show(report) for show in sections]))
+
+
+# ----------------------------------------------------------------------------------------------- sections
+
+
+def _accuracy(report: Report) -> str:
+    rows = [{**report, "name": "reward model"}]
+    rule = {"accuracy": report["length_baseline"], "accuracy_ci": report["length_baseline_ci"], "n": report["n"]}
+    rows.append({**rule, "name": f"always the {report['length_rule']} response"})
+    if report["bag_of_words"]:
+        rows.append({**report["bag_of_words"], "name": "bag of words"})
+    left = [f"{report['responses']:,} responses in {report['rankings']:,} rows."]
+    if report["ties_dropped"]:
+        empty = f"{report['rankings_without_a_pair']:,} of {report['rankings']:,} rows hold nothing else"
+        left.append(f"{report['ties_dropped']:,} ties (equal ranks or the same text) are left out; {empty}.")
+    if report["equal_scores"]:
+        left.append(f"{report['equal_scores']:,} pairs score the same and count half.")
+    if report["auc"] is not None:
+        left.append(
+            f"A preferred response outscores a rejected one of any prompt in {percent(report['auc'])} of cases."
+        )
+    note = "Intervals redraw prompts (bootstrap), leads are paired. In brackets: pairs."
+    body = f"<div class=wide>{card_plots.forest(rows, first=1)}</div>{_note(note)}{_note(' '.join(left))}"
+    return f"<h2>Accuracy</h2>{body}"
+
+
+def _groups(report: Report) -> str:
+    parts = []
+    for name, rows in {**report["groups"], **report["labelers"]}.items():
+        if rows:
+            parts.append(f"<h3>by {_text(name.replace('_', ' '))}</h3><div class=wide>{card_plots.forest(rows)}</div>")
+    bench = report["rewardbench"]
+    if bench:
+        table = [[name, percent(value)] for name, value in bench["sections"].items()]
+        parts.append(f"<h3>RewardBench</h3>{_table(['section', 'score'], [*table, ['mean', percent(bench['mean'])]])}")
+    for heading, key, note in (
+        (
+            "by score difference",
+            "by_margin",
+            "It should rise: where the scores are further apart, the model should be right more often.",
+        ),
+        ("by length", "by_length_difference", "A model that is right on one side only goes by length."),
+    ):
+        plot = card_plots.forest(report[key])
+        parts.append(f"<h3>{heading}</h3><div class=wide>{plot}</div>{_note(note)}")
+    return "<h2>Where it is right</h2>" + "".join(parts)
+
+
+def _certainty(report: Report) -> str:
+    numbers, spread, points = report["calibration"], report["spread"], report["points"]
+    temperature = numbers["temperature"]
+    columns = [("as it is", numbers)] + ([("with the temperature", numbers["calibrated"])] if temperature else [])
+    coin = {"ece": "", "brier": "0.250", "nll": "0.693"}
+    names = {"ece": "ECE (points)", "brier": "Brier score", "nll": "loss (nats)"}
+    rows = [
+        [label, *(f"{100 * c[key]:.1f}" if key == "ece" else f"{c[key]:.3f}" for _, c in columns), coin[key]]
+        for key, label in names.items()
+    ]
+    fitted = numbers["calibrated"] if temperature else None
+    plots = card_plots.reliability(numbers, fitted)
+    histogram = card_plots.differences(points["difference_counts"], points["difference_edges"])
+    found = (
+        f"Temperature {number(temperature)}: score differences divided by it fit these labels best; the middle column "
+        "gives each half of the prompts the temperature of the other half."
+        if temperature
+        else "No temperature makes it better: it is right no more often than wrong, or never wrong."
+    )
+    share = spread["within_prompt_share"]
+    lines = [
+        f"Scores: mean {number(spread['mean'])}, standard deviation {number(spread['std'])}, "
+        f"from {number(spread['quantiles']['0'])} to {number(spread['quantiles']['1'])}"
+        + ("." if share is None else f"; {percent(share)} of the variance lies between responses to the same prompt."),
+    ]
+    if numbers["confidence_auc"] is not None:
+        lines.append(f"A pair that it gets right has a wider margin than one that it gets wrong in "
+                     f"{percent(numbers['confidence_auc'])} of cases (50%: its margins say nothing).")  # fmt: skip
+    figures = f"<div class=grid><figure>{plots}</figure><figure>{histogram}</figure></div>"
+    table = _table(["", *(name for name, _ in columns), "a coin"], rows)
+    first = "The model claims to prefer a response with probability sigmoid(raw score difference)."
+    return f"<h2>Does it know how sure it may be?</h2>{_note(first)}{figures}{table}{_note(found)}" + "".join(
+        map(_note, lines)
+    )
+
+
+def _surface(report: Report) -> str:
+    features, points = report["surface"]["features"], report["points"]
+    rows = [
+        [row["feature"], number(row["spearman"]), percent(row["model_prefers_more"]),
+         percent(row["labels_prefer_more"]), f"{row['n']:,}"]
+        for row in features
+    ]  # fmt: skip
+    table = _table(["more ...", "rank correlation with score", "model prefers it", "labels prefer it", "pairs"], rows)
+    matched = report["surface"]["length_matched"]
+    text = "No pair has responses of like length (within 10%)."
+    if matched:
+        text = f"On the {matched['n']:,} pairs of like length (within 10%): {with_interval(matched, 'accuracy')} right."
+    note = _note(f"Pairs that differ in the feature. A model far from its labels pays for the feature itself. {text}")
+    scatter = card_plots.score_and_length(points["characters"], points["scores"])
+    return (
+        f"<h2>What it goes by</h2><div class=wide>{card_plots.preferences(features)}</div>{note}"
+        f"<div class=grid><figure>{scatter}</figure><div>{table}</div></div>"
+    )
+
+
+def _sensitivity(report: Report) -> str:
+    if not report["sensitivity"]:
+        return ""
+    rows = []
+    for row in report["sensitivity"]["changes"]:
+        if "note" in row:
+            rows.append([row["name"], f"not done: {row['note']}", "", "", ""])
+        else:
+            moved = [number(row[name]) for name in ("mean_change", "max_change")]
+            rows.append([row["name"], *moved, percent(row["flips"]), f"{row['pairs']:,}"])
+    table = _table(["change", "mean move", "largest move", "pairs turned round", "pairs tried"], rows)
+    note = "Nothing that matters changes. Moves are in standard deviations of the score; all should be near 0."
+    return f"<h2>Does it change when nothing does?</h2>{_note(note)}{table}"
+
+
+def _best_of_n(report: Report) -> str:
+    curve = report["best_of_n"]
+    heading = "<h2>Over-optimisation: best of n</h2>"
+    if not curve:
+        text = "Not measured: name a second model, trained on other data (--second_model)."
+        return f"{heading}{_note(text)}"
+    rows = [
+        [kind, number(row["n"]), f"{row['kl_nats']:.2f}", f"{row['proxy']:.2f}", f"{row['second']:.2f}"]
+        for kind, key in (("a prompt's own responses", "per_prompt"), ("pool of all responses", "pool"))
+        for row in curve[key]
+    ]
+    table = _table(["best of", "n", "KL nats", "this model", "second model"], rows)
+    second = curve["second_model"]
+    note = (
+        "Of n responses the one that this model likes best; what a second model says of it. Both climbing: what this "
+        "model rewards is real as far as the second can see. The second levelling off or falling: more optimisation "
+        f"buys only score. The second model is right on {with_interval(second, 'accuracy')} of the pairs. Scores are "
+        f"in standard deviations; prompts with enough responses: {curve['per_prompt_prompts']:,}. The pool takes out "
+        "each prompt's mean and knows nothing of which prompt a response answers."
+    )
+    return f"{heading}<div class=wide>{card_plots.best_of_n(curve)}</div>{_note(note)}{table}"
+
+
+def _most_wrong(report: Report) -> str:
+    cards = []
+    for row in report["most_wrong"]:
+        turns = row["prompt"]
+        asked = turns[-1]["content"] if len(turns) == 1 else "\n\n".join(f"{t['role']}: {t['content']}" for t in turns)
+        sides = "".join(
+            f"<div><h4>{label} <small>score {row[score]:.2f}</small></h4><pre>{_text(row[text])}</pre></div>"
+            for label, text, score in (
+                ("Labels prefer", "preferred", "score_preferred"), ("Model prefers", "rejected", "score_rejected")
+            )
+        )  # fmt: skip
+        cards.append(f"<article><pre class=prompt>{_text(asked)}</pre><div class=pair>{sides}</div></article>")
+    found = "".join(cards) or _note("None: every pair is right.")
+    note = "The widest margins on the wrong side, at most one per prompt. Wrong labels show here too."
+    return f"<h2>Most confidently wrong</h2>{_note(note) if cards else ''}{found}"
+
+
+# ------------------------------------------------------------------------------------------------- pieces
+
+
+def _biases(features: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for row in features:
+        if row["model_prefers_more"] is None or row["n"] < MATTERS:
+            continue
+        gap = row["model_prefers_more"] - row["labels_prefer_more"]
+        if abs(gap) > BIAS:
+            more, side = ("more", 1) if gap > 0 else ("fewer", -1)
+            model, labels = (
+                percent(share if side > 0 else 1 - share)
+                for share in (row["model_prefers_more"], row["labels_prefer_more"])
+            )
+            lines.append(f"Goes for {more} {row['feature']} in {model} of the pairs, the labels in {labels}.")
+    return lines
+
+
+def _over_optimised(curve: Mapping[str, Any]) -> list[str]:
+    rows = max(curve["per_prompt"], curve["pool"], key=len)
+    best = max(rows, key=lambda row: row["second"])
+    if best is rows[-1]:
+        return []
+    return [f"The second model's score peaks at best of {best['n']} and falls after: stop early, raise kl_coef."]
+
+
+def _points(lead: Mapping[str, Any]) -> str:
+    low, high = (f"{100 * bound:+.1f}" for bound in lead["difference_ci"])
+    return f"{100 * lead['difference']:+.1f} [{low}, {high}] points"
+
+
+def _pairs(report: Report) -> str:
+    return f"{report['n']:,} held-out pairs"
+
+
+def _note(text: str) -> str:
+    return f"<p class=note>{_text(text)}</p>"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in headers)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --dim: #666; --hot: #c2410c; }
+@media (prefers-color-scheme: dark) { :root { --dim: #a3a3a3; --hot: #fb923c; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.45rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.2rem 0 .2rem; }
+.short { padding-left: 1.2rem; } .note { margin: .3rem 0; color: var(--dim); overflow-wrap: anywhere; }
+.warning { border-left: 4px solid var(--hot); background: var(--soft); padding: .6rem 1rem; margin: 1rem 0; }
+.warning ul { margin: .3rem 0; padding-left: 1.2rem; }
+.wide { max-width: 760px; } figure { margin: 0; } svg { width: 100%; height: auto; font-family: inherit; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 1rem; align-items: start; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
+th { color: var(--dim); font-weight: 500; vertical-align: bottom; } :is(th, td):first-child { text-align: left; }
+article { border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0; padding: .2rem 1rem .6rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .3rem 0; }
+pre { max-height: 16rem; overflow-y: auto; } .prompt { font-weight: 500; } h4 { margin: .5rem 0 0; }
+small { color: var(--dim); font-weight: 400; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; border-top: 1px solid var(--line); }
+@media (max-width: 700px) { .pair, .grid { grid-template-columns: 1fr; } }
+"""
+_SHELL = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>{style}</style></head>
+<body><h1>{title}</h1>
+{body}
+</body></html>
+"""

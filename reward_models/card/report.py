@@ -1,0 +1,265 @@
+"""The reward model's report card: how good it is on held-out rankings, what it goes by, and where it fails.
+
+`report_card` gives the few numbers that a chain's summary holds, `reward_report` all of them, `save_reward_report`
+writes them as `reward_report.json` and as a page, `reward_report.html`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reward_models.card import page as card_page
+from reward_models.card.baselines import fit_bag_of_words, longer_share
+from reward_models.card.calibration import auc, calibration
+from reward_models.card.pairs import (
+    LABELER_COLUMNS,
+    ScoredPairs,
+    accuracy,
+    best_of_n_curve,
+    by_column,
+    by_length_difference,
+    by_margin,
+    difference,
+    grouping_columns,
+    length_differences,
+    most_wrong,
+    outcomes,
+    rewardbench_sections,
+    scored_pairs,
+    spread,
+)
+from reward_models.card.sensitivity import sensitivity
+from reward_models.card.surface import surface
+from rlhf.errors import InputError
+from rlhf.intervals import clustered_accuracy
+from rlhf.records import Ranking
+from rlhf.run.checkpoint import write_json_atomic
+
+Messages = list[dict[str, str]]
+Score = Callable[..., Sequence[float | None]]
+QUICK_PAIRS = 50
+"""Sample for the sensitivity after training, where the report should take a small part of the training's time."""
+
+
+def report_card(
+    score: Score, rankings: Sequence[Ranking], *, seed: int = 0, gold: Score | None = None
+) -> dict[str, Any]:
+    """How often `score` orders a held-out pair as its label does; ties of the score count half.
+
+    score, gold: functions of trl's reward signature, or objects with `.score(conversations)` (a RewardModel is both).
+    Returns `accuracy`, `accuracy_ci` (95%, bootstrap over prompts), `n` pairs, `prompts`, and `length_baseline`: the
+    better of always choosing the longer and always the shorter response, on the same pairs (`length_rule` says
+    which), with its interval. With `gold`, also `gold_accuracy`, `gold_accuracy_ci` and `gold_n`: agreement with the
+    sign of the gold difference over all pairs of responses that gold tells apart, and `label_gold_accuracy`: how
+    often the labels themselves agree with it.
+    """
+    pairs = scored_pairs(rankings, score_rankings(score, rankings))
+    card = _headline(pairs, None, seed)
+    return card if gold is None else card | _against_gold(pairs, score_rankings(gold, rankings), seed)
+
+
+def reward_report(
+    scorer: Score,
+    rankings: Sequence[Ranking],
+    *,
+    train: Sequence[Ranking] | None = None,
+    second: Score | None = None,
+    seed: int = 0,
+    group_by: Sequence[str] | None = None,
+    sensitivity_pairs: int = 200,
+) -> dict[str, Any]:
+    """Everything that the report card says, as plain values: see the keys below.
+
+    scorer: an object with `.score(conversations)`, or a function of trl's signature. Its `normalizer.std`, where it
+    has one, turns score differences back into those that its loss was trained with, for the calibration.
+    train: rankings it was trained on: the length rule is chosen and the bag of words is fitted there, never on the
+    held-out pairs. Without them the length rule is the better one in hindsight, and there is no bag of words.
+    second: another model's or function's scores; best-of-n by `scorer` is judged by it.
+    group_by: columns to split the accuracy by; default: section, subset, category and the like, where they are there.
+    sensitivity_pairs: sample that is scored again with changes that mean nothing; 0: none.
+
+    Raises InputError without a pair that the labels tell apart, or with a score that is missing, NaN or infinite.
+    """
+    columns = grouping_columns(rankings, group_by)
+    pairs = scored_pairs(rankings, score_rankings(scorer, rankings))
+    normalizer = getattr(scorer, "normalizer", None)
+    scale = float(getattr(normalizer, "std", 1.0))
+    groups = {name: by_column(pairs, name, seed) for name in columns}
+    scores = (pairs.scores[pairs.better], pairs.scores[pairs.worse])
+    best_of_n = None
+    if second is not None:
+        judged = scored_pairs(rankings, score_rankings(second, rankings)).scores
+        best_of_n = best_of_n_curve(pairs, judged, seed)
+    return {
+        **_headline(pairs, train, seed),
+        "responses": len(pairs.texts),
+        "rankings": len(rankings),
+        "ties_dropped": pairs.ties,
+        "rankings_without_a_pair": sum(not ranking.pairs() for ranking in rankings),
+        "equal_scores": int((pairs.differences == 0).sum()),
+        "auc": auc(*scores),
+        **_against_baselines(pairs, train, seed),
+        "groups": {name: rows for name, rows in groups.items() if name not in LABELER_COLUMNS},
+        "labelers": {name: rows for name, rows in groups.items() if name in LABELER_COLUMNS},
+        "rewardbench": rewardbench_sections(groups.get("subset", [])),
+        "by_margin": by_margin(pairs, seed),
+        "by_length_difference": by_length_difference(pairs, seed),
+        "calibration": {"scale": scale, **calibration(pairs.differences * scale, pairs.prompts, seed)},
+        "surface": surface(pairs, seed),
+        "spread": spread(pairs),
+        "sensitivity": (
+            sensitivity(
+                lambda conversations: score_conversations(scorer, conversations), pairs, seed, sensitivity_pairs
+            )
+            if sensitivity_pairs
+            else None
+        ),
+        "best_of_n": best_of_n,
+        "most_wrong": most_wrong(pairs),
+        "points": _points(pairs, seed),
+    }
+
+
+def save_reward_report(report: dict[str, Any], folder: str | Path, about: Mapping[str, str | None]) -> Path:
+    """Write `reward_report.json` and `reward_report.html` into `folder`; returns the page's path.
+
+    about: what the page says it is of: `reward_model`, `data`, `train_data`, `second_model`."""
+    content = {"about": about, **report}
+    write_json_atomic(Path(folder) / "reward_report.json", content)
+    page = Path(folder) / "reward_report.html"
+    page.write_text(card_page.page(content), encoding="utf-8")
+    return page
+
+
+def report_after_training(
+    scorer: Score,
+    held_out: Sequence[Ranking],
+    train: Sequence[Ranking],
+    folder: str | Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Write the report of a model just trained beside it; returns the numbers of `report_card` (the length rule chosen
+    on the training data) and `bag_of_words_accuracy` with its interval."""
+    report = reward_report(scorer, held_out, train=train, seed=seed, sensitivity_pairs=QUICK_PAIRS)
+    about = {"reward_model": Path(folder).name, "data": "held-out rankings", "train_data": "its training rankings"}
+    save_reward_report(report, folder, about)
+    names = ("accuracy", "accuracy_ci", "n", "prompts", "length_baseline", "length_baseline_ci", "length_rule")
+    outputs = {name: report[name] for name in names}
+    words = report["bag_of_words"]
+    if words:
+        outputs |= {"bag_of_words_accuracy": words["accuracy"], "bag_of_words_accuracy_ci": words["accuracy_ci"]}
+    return outputs
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def score_rankings(score: Score, rankings: Sequence[Ranking]) -> list[list[float]]:
+    """Scores of every response, one list per ranking; extra columns reach a function as in PPO.
+
+    Raises InputError on the wrong number of scores, or None: a mean over what happened to be scored says nothing."""
+    prompts = [ranking.prompt for ranking in rankings for _ in ranking.responses]
+    completions = [[{"role": "assistant", "content": text}] for ranking in rankings for text in ranking.responses]
+    if callable(score):
+        names = sorted({name for ranking in rankings for name in ranking.columns})
+        columns = {name: [r.columns.get(name) for r in rankings for _ in r.responses] for name in names}
+        values = list(score(prompts=prompts, completions=completions, **columns))
+    else:
+        values = list(score_conversations(score, [p + c for p, c in zip(prompts, completions, strict=True)]))
+    if len(values) != len(prompts):
+        raise InputError(f"report card: got {len(values)} scores for {len(prompts)} responses; return one of each")
+    given = [value for value in values if value is not None]
+    if len(given) < len(values):
+        raise InputError(f"report card: {values.count(None)} of {len(values)} scores are None; score every response")
+    flat = iter(given)
+    return [[float(next(flat)) for _ in ranking.responses] for ranking in rankings]
+
+
+def score_conversations(scorer: Any, conversations: Sequence[Messages]) -> np.ndarray:
+    """[B] scores of conversations that end with the response."""
+    if hasattr(scorer, "score"):
+        return np.array([float(value) for value in scorer.score(conversations)])
+    values = scorer(prompts=[c[:-1] for c in conversations], completions=[c[-1:] for c in conversations])
+    return np.array([float(value) for value in values])
+
+
+# ---------------------------------------------------------------------------------------------- baselines
+
+
+def _headline(pairs: ScoredPairs, train: Sequence[Ranking] | None, seed: int) -> dict[str, Any]:
+    rule, right = _length_rule(pairs, train)
+    length = clustered_accuracy(right.tolist(), pairs.prompts.tolist(), seed)
+    return {
+        **accuracy(pairs.right, pairs.prompts, seed),
+        "length_baseline": length.value,
+        "length_baseline_ci": length.interval,
+        "length_rule": rule,
+    }
+
+
+def _length_rule(pairs: ScoredPairs, train: Sequence[Ranking] | None) -> tuple[str, np.ndarray]:
+    """ "longer" or "shorter", and the outcomes [n] of always choosing that response."""
+    longer = outcomes(length_differences(pairs))
+    share = longer.mean() if train is None else longer_share(train)
+    return ("longer", longer) if share >= 0.5 else ("shorter", 1.0 - longer)
+
+
+def _against_baselines(pairs: ScoredPairs, train: Sequence[Ranking] | None, seed: int) -> dict[str, Any]:
+    _, right = _length_rule(pairs, train)
+    result: dict[str, Any] = {
+        "length_rule_chosen_on": "these pairs" if train is None else "the training data",
+        "over_length_rule": difference(pairs.right, right, pairs.prompts, seed),
+        "bag_of_words": None,
+    }
+    model = fit_bag_of_words(train, seed) if train else None
+    if model is not None:
+        scores = model.score(pairs.texts)
+        right = outcomes(scores[pairs.better] - scores[pairs.worse])
+        facts = {"words": len(model.vocabulary), "ridge": model.ridge, "training_pairs": model.pairs}
+        against = difference(pairs.right, right, pairs.prompts, seed)
+        result["bag_of_words"] = accuracy(right, pairs.prompts, seed) | facts | against
+    return result
+
+
+def _points(pairs: ScoredPairs, seed: int, most: int = 500) -> dict[str, list[float]]:
+    """What the page's pictures draw: a sample of (length, score), and a histogram of the pairs' differences."""
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs.texts))[:most])
+    low, high = min(0.0, pairs.differences.min()), max(0.0, pairs.differences.max())
+    width = (high - low) / 30 or 1.0  # one edge is 0: no bar holds both right and wrong pairs
+    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
+    counts, edges = np.histogram(pairs.differences, bins=np.append(edges, edges[-1] + width))
+    return {
+        "characters": [len(pairs.texts[i]) for i in drawn],
+        "scores": pairs.scores[drawn].tolist(),
+        "difference_counts": counts.tolist(),
+        "difference_edges": edges.tolist(),
+    }
+
+
+def _against_gold(pairs: ScoredPairs, gold: list[list[float]], seed: int) -> dict[str, Any]:
+    right: list[float] = []
+    owners: list[int] = []
+    labels: list[float] = []
+    scores = iter(zip(pairs.scores.tolist(), pairs.prompt_of.tolist(), strict=True))
+    for ranking, truth in zip(pairs.rankings, gold, strict=True):
+        here = [next(scores) for _ in truth]
+        for i, j in combinations(range(len(truth)), 2):
+            if truth[i] == truth[j]:
+                continue
+            better, worse = (i, j) if truth[i] > truth[j] else (j, i)
+            right.append(float(np.sign(here[better][0] - here[worse][0]) + 1) / 2)
+            owners.append(here[better][1])
+            if ranking.ranks[i] != ranking.ranks[j]:
+                labels.append(float(ranking.ranks[better] < ranking.ranks[worse]))
+    agreement = clustered_accuracy(right, owners, seed)
+    return {
+        "gold_accuracy": agreement.value,
+        "gold_accuracy_ci": agreement.interval,
+        "gold_n": len(right),
+        "label_gold_accuracy": sum(labels) / max(1, len(labels)),
+    }

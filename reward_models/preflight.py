@@ -1,0 +1,176 @@
+"""Preflight checks of scores: reward functions and models in PPO, and a reward model before its training.
+
+A reward model is recognised by what it has (`model`, `tokenizer`, `normalizer`), never imported.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reward_models import preflight as on_rewards
+from rlhf.models.scalar import last_token_scores, load_scalar_model, score_head
+from rlhf.preflight import text as on_text
+from rlhf.preflight.measure import (
+    COPIED,
+    SAVED,
+    SHARDED,
+    Finding,
+    check_gradients,
+    embedding_rows,
+    gap,
+    is_exact,
+    lengthened,
+    limits,
+    max_positions,
+    range_of,
+    same_after_reload,
+)
+from rlhf.preflight.run import conclude, run_checks, untouched
+
+# -- in PPO ------------------------------------------------------------------------------------------------
+
+
+# -- before a reward model's training ----------------------------------------------------------------------
+
+
+def check_pairs(data: Any) -> Finding:
+    """Chosen and rejected are different token sequences."""
+    rows = [data[i] for i in range(min(512, len(data)))]
+    same = sum(row["chosen_ids"] == row["rejected_ids"] for row in rows)
+    return Finding(
+        "pairs",
+        f"{same} of the first {len(rows)} rankings have the same tokens chosen and rejected",
+        same < len(rows),
+        "there is nothing to tell apart: both columns hold the same text, or the tokenizer drops the difference",
+        "check the columns chosen and rejected",
+    )
+
+
+@torch.no_grad()
+def check_scores(trainer: Any) -> Finding:
+    """Scores are finite, and those of training are those of scoring: both read the last real position."""
+    batch = _batch(trainer, _rows(trainer))
+    trained, said = _train_scores(trainer, batch), _plain_scores(trainer, batch)
+    apart = gap(trained, said)
+    return Finding(
+        "scores",
+        f"{len(said)} scores {range_of(said)}, {apart[0]:.3g} between training's path and scoring's",
+        bool(trained.isfinite().all()) and not limits(_exact(trainer)).refuse(apart),
+        "scores are not finite, or training reads them at another position than RewardModel",
+        "read scores at the last real token, by attention mask and not by searching a pad id",
+    )
+
+
+@torch.no_grad()
+def check_score_padding(trainer: Any) -> Finding:
+    """Scores of a ranking's responses, alone and beside a much longer ranking."""
+    rows = _rows(trainer)
+    alone = _train_scores(trainer, _batch(trainer, rows[:1]))
+    lengths = max(len(rows[0]["chosen_ids"]), len(rows[0]["rejected_ids"]))
+    longer = lengthened(list(rows[-1]["chosen_ids"]), lengths, max_positions(trainer.model))
+    beside = _train_scores(
+        trainer, _batch(trainer, [rows[0], rows[-1] | {"chosen_ids": longer, "rejected_ids": longer}])
+    )
+    apart = gap(beside[: len(alone)], alone)
+    return Finding(
+        "padding",
+        f"beside a response of {len(longer)} tokens, scores of one of {lengths} move by {apart[0]:.3g}",
+        not limits(_exact(trainer)).refuse(apart),
+        "rows of a batch are not independent, or the score is read on padding",
+        "read scores at the last real token, and use an attention that honours the attention mask",
+    )
+
+
+def check_score_gradients(trainer: Any) -> Finding:
+    """Every trainable tensor gets a gradient, the scalar head (which must be trainable) one that is not 0."""
+    head = score_head(trainer.model)
+    if not any(p.requires_grad for p in head.parameters()):
+        return Finding(
+            "gradients",
+            "the scalar head is frozen",
+            False,
+            "an adapter trains, and saves, the head only when told so",
+            "peft_config needs task_type='SEQ_CLS' or modules_to_save=['score']",
+        )
+    if trainer.accelerator.distributed_type in SHARDED:
+        return Finding("gradients", "not measured: weights are sharded", True)
+    batch = _batch(trainer, _rows(trainer)[:2])
+    name = next(name for name, module in trainer.model.named_modules() if module is head)
+    return check_gradients(trainer.model, trainer.loss(_train_scores(trainer, batch), batch), (f"{name}.",))
+
+
+@torch.no_grad()
+def check_saved(trainer: Any, tokenizer: Any) -> Finding:
+    """Saved to a temporary folder and loaded again, model and head give the same scores."""
+    model = trainer.model
+    written = sum(p.numel() for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config"))
+    if written > SAVED or sum(p.numel() for p in model.parameters()) > COPIED:
+        return Finding(
+            "reload", f"not measured: {written / 1e6:.0f} M parameters are too many to write for a check", True
+        )
+    if not trainer.accelerator.is_main_process:
+        return Finding("reload", "measured by the main process", True)
+    batch = _batch(trainer, _rows(trainer)[:2])
+    torch.seed()  # what a load has to invent for want of weights is then never the same twice
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        fresh = load_scalar_model(folder, model.dtype)[0].to(model.device)
+        return same_after_reload(_plain_scores(trainer, batch), _plain_scores(trainer, batch, fresh), "it")
+
+
+def _exact(trainer: Any) -> bool:
+    return is_exact(trainer.accelerator, trainer.model)
+
+
+def _rows(trainer: Any) -> list[dict[str, Any]]:
+    """Three rankings, shortest first; the last is the longest of at most 128 tokens (or of the shortest few)."""
+    data = trainer.train_dataset
+    rows = sorted((data[i] for i in range(min(64, len(data)))), key=lambda row: len(row["chosen_ids"]))
+    fitting = [row for row in rows if len(row["chosen_ids"]) <= 128]
+    fitting = fitting if len(fitting) > 2 else rows[:3]
+    return [fitting[0], fitting[len(fitting) // 2], fitting[-1]]
+
+
+def _batch(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
+
+
+def _train_scores(trainer: Any, batch: dict[str, Tensor]) -> Tensor:
+    with trainer.accelerator.autocast():
+        return trainer.scores(trainer.model, batch)
+
+
+def _plain_scores(trainer: Any, batch: dict[str, Tensor], model: Any = None) -> Tensor:
+    with trainer.accelerator.autocast():
+        return last_token_scores(model or trainer.model, batch["input_ids"], batch["attention_mask"])
+
+
+def check_reward_model(trainer: Any) -> list[Finding]:
+    """The same before a reward model's training."""
+    wanted = trainer.config.preflight and not trainer.state.global_step
+    return conclude(trainer.accelerator, reward_model_findings(trainer)) if wanted else []
+
+
+def reward_model_findings(trainer: Any) -> Iterator[list[Finding]]:
+    """What is found of texts, then of the model on a few rankings."""
+    model, tokenizer = trainer.model, trainer.processing_class
+    yield run_checks(
+        ("vocabulary", lambda: on_text.check_vocabulary(tokenizer, embedding_rows(model))),
+        ("injection", lambda: on_text.check_injection(tokenizer)),
+        ("pairs", lambda: on_rewards.check_pairs(trainer.train_dataset)),
+    )
+    with untouched(model):
+        model.eval()
+        findings = run_checks(
+            ("scores", lambda: on_rewards.check_scores(trainer)),
+            ("padding", lambda: on_rewards.check_score_padding(trainer)),
+            ("gradients", lambda: on_rewards.check_score_gradients(trainer)),
+            ("reload", lambda: on_rewards.check_saved(trainer, tokenizer)),
+        )
+    yield findings

@@ -1,0 +1,1 @@
+"""What makes CPUs fast, and nothing else: on other devices plain torch and peft run."""

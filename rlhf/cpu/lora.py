@@ -1,0 +1,163 @@
+"""LoRA layers in few passes over memory, and merged while the policy samples. The weights stay peft's own.
+
+peft computes ``x W^T + (x A^T) B^T * scaling`` as written: under autocast it casts the input to float32 and back for
+every adapted layer, and adds in passes of their own. `fuse` gives the layers a forward and a backward that accumulate
+in the matrix products. What a layer holds, and what peft saves of it, does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from rlhf.models.adapters import IN_THIS_THREAD, Adapted
+
+
+class LoraProduct(torch.autograd.Function):
+    """``x W^T + bias + scaling * (x A^T) B^T`` over a frozen W and bias.
+
+    x [N, in], W [out, in], bias [out], A [r, in], B [out, r], all in one precision; [N, out]. gated [N, in]: for x
+    stands ``silu(x) * gated``, which is not kept for backward but computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        gated: Tensor | None,
+    ) -> Tensor:
+        fed = x if gated is None else nn.functional.silu(x).mul_(gated)
+        low = fed @ a.T
+        out = nn.functional.linear(fed, weight, bias)
+        ctx.save_for_backward(x, weight, a, b, low, gated)
+        ctx.scaling = scaling
+        return out.addmm_(low, b.T.contiguous(), alpha=scaling)  # as it lies, its product takes twice as long on a CPU
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low, gated = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_low = (grad @ b).mul_(ctx.scaling)
+        grad_b = (low.T @ grad).mul_(ctx.scaling).T if ctx.needs_input_grad[4] else None  # quicker than grad.T @ low
+        active = None if gated is None else nn.functional.silu(x)
+        fed = x if active is None else active * gated
+        grad_a = grad_low.T @ fed if ctx.needs_input_grad[3] else None
+        grad_x, grad_gated = None, None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[6]:
+            grad_x = (grad @ weight).addmm_(grad_low, a)
+            if active is not None:
+                grad_gated = active.mul_(grad_x)
+                grad_x = torch.ops.aten.silu_backward(grad_x * gated, x)
+        return grad_x, None, None, grad_a, grad_b, None, grad_gated
+
+
+class FusedLinear(LoraLinear):
+    """peft's LoRA layer over a frozen linear layer, with one active adapter and without dropout, in few passes.
+
+    Anything else (several adapters at once, dropout, a variant such as DoRA, a trained base) goes peft's way.
+    """
+
+    merged_weight: Tensor | None = None
+
+    def forward(
+        self, x: Float[Tensor, "... i"], *args: Any, gated: Float[Tensor, "... i"] | None = None, **kwargs: Any
+    ) -> Float[Tensor, "... o"]:
+        """gated: the layer's input is ``silu(x) * gated``."""
+        base: Any = self.get_base_layer()
+        name = self._fusable(args, kwargs) if self.merged_weight is None else None
+        if name is None and gated is not None:
+            x = nn.functional.silu(x) * gated
+        if self.merged_weight is not None:
+            return nn.functional.linear(x.to(self.merged_weight.dtype), self.merged_weight, base.bias)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        dtype = computed_in(x)
+        rows, gate = (None if t is None else t.reshape(-1, t.shape[-1]).to(dtype) for t in (x, gated))
+        weight, a, b = (t.to(dtype) for t in (base.weight, self.lora_A[name].weight, self.lora_B[name].weight))
+        bias = None if base.bias is None else base.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            out = LoraProduct.apply(rows, weight, bias, a, b, self.scaling[name], gate)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _fusable(self, args: Any, kwargs: Any) -> str | None:
+        """The one active adapter, where the short way computes what peft would."""
+        named = IN_THIS_THREAD.get()
+        names = [name for name in self.active_adapters if name in self.lora_A] if named is None else [named]
+        if args or kwargs or self.disable_adapters or self.merged or len(names) != 1:
+            return None
+        return names[0] if self._short(names[0]) else None
+
+    def _short(self, name: str) -> bool:
+        """Does the short way compute what peft would, with this adapter?"""
+        if name not in self.lora_A:
+            return False
+        dropout = self.lora_dropout[name]
+        frozen = not any(p.requires_grad for p in self.get_base_layer().parameters())  # peft can train its bias alone
+        plain = name not in self.lora_variant and self.lora_B[name].bias is None and frozen
+        return plain and (isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0.0)
+
+    def has_all(self, adapters: Sequence[str]) -> bool:
+        """Could each of them be the one active adapter, and the short way taken?"""
+        return not self.disable_adapters and not self.merged and all(self._short(name) for name in adapters)
+
+    def merge_for_sampling(self) -> None:
+        """Keep ``W + scaling * B A`` beside the weights, where that is what the layer computes; see `merged`."""
+        base: Any = self.get_base_layer()
+        name = self._fusable((), {})
+        if name is not None:
+            dtype = computed_in(base.weight)
+            with torch.autocast(base.weight.device.type, enabled=False):  # else B A is rounded, and their sum again
+                a, b = (t[name].weight.detach().float() for t in (self.lora_A, self.lora_B))  # type: ignore[operator]
+                whole = torch.addmm(base.weight.float(), b, a, alpha=self.scaling[name])
+            self.merged_weight = whole.to(dtype)
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The precision of products with x: autocast's, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def fuse(model: nn.Module) -> None:
+    """Give every LoRA layer over a plain linear layer the short forward; others stay as they are."""
+    for module in model.modules():
+        if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
+            module.__class__ = FusedLinear
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[list[FusedLinear]]:
+    """Inside, every fused layer is one matrix product with ``W + scaling * B A``: decoding is bound by such products.
+
+    A copy is made, rounded to the precision that is computed in; W, A and B themselves are never touched, so nothing
+    has to be undone. Only for running `model` without gradients, with its active adapter. The layers are handed out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.merge_for_sampling()
+        yield layers
+    finally:
+        for layer in layers:
+            layer.merged_weight = None
+
+
+def by_thread(model: PeftModel) -> bool:
+    """Can each thread have an adapter of its own? Where all that adapts `model` are fused layers, which all have every
+    adapter."""
+    adapted = Adapted.of(model)
+    fused = all(isinstance(layer, FusedLinear) and layer.has_all(adapted.adapters) for layer in adapted.layers)
+    return adapted.only_layers and fused

@@ -1,0 +1,73 @@
+"""A user's mistake, a run that stopped, and how both are told: in one line, with an exit code."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
+
+
+class InputError(ValueError):
+    """A mistake in what the user handed in, told in one line: where, what was seen, what to do.
+
+    Recipes print it without a traceback and exit with code 2.
+    """
+
+
+class RunStopped(RuntimeError):
+    """A run that ended before its end for a reason that it names in one line; what is on disk is whole.
+
+    Recipes print it without a traceback and exit with code 1; the same command goes on from the last checkpoint.
+    """
+
+
+def unknown(name: str, known: Collection[str], where: str, kind: str) -> NoReturn:
+    """Raise InputError for a name that isn't ``known``, with the nearest one that is."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    shown = [*known][:12] + ["..."] * (len(known) > 12)
+    advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(shown)}"
+    raise InputError(f"{where}: unknown {kind} {name}; {advice}")
+
+
+def require_divides(small_name: str, small: int, big_name: str, big: int) -> None:
+    """Raise InputError unless ``small`` divides ``big``, naming the nearest numbers that do."""
+    if small >= 1 and big >= 1 and big % small == 0:
+        return
+    if big < 1:
+        raise InputError(f"{big_name}={big} must be at least 1")
+    divisors = [number for number in range(1, big + 1) if big % number == 0]
+    below = [number for number in divisors if number < small][-1:]
+    above = [number for number in divisors if number > small][:1]
+    advice = " or ".join(map(str, below + above))
+    raise InputError(f"{small_name}={small} must divide {big_name}={big}; try {advice}")
+
+
+def short(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """Call ``main`` with the command line. A user's mistake is one line on stderr and exit code 2; a run that stopped
+    itself, one line and exit code 1."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RunStopped as error:
+        print(f"stopped: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"stopped: no space left on the disk{f' of {error.filename}' if error.filename else ''}; what was complete "
+            "is kept: free some space and run the same command again",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,168 @@
+"""LoRA adapters on one backbone: making them, switching between them, sharing the base's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+IN_THIS_THREAD: ContextVar[str | None] = ContextVar("adapter", default=None)
+"""The adapter that fused layers compute with, in the place of their own active one; see `active_adapter`."""
+
+
+@contextmanager
+def active_adapter(model: PeftModel, name: str, trained: Sequence[str], own_thread: bool = False) -> Iterator[None]:
+    """Inside, `model` computes with this adapter; `use_adapter`, undone afterwards.
+
+    own_thread: only for the calling thread, so that others can use other adapters meanwhile (`by_thread`)."""
+    if own_thread:
+        token = IN_THIS_THREAD.set(name)
+        try:
+            yield
+        finally:
+            IN_THIS_THREAD.reset(token)
+        return
+    before: Any = model.active_adapter
+    use_adapter(model, name, trained)
+    try:
+        yield
+    finally:
+        use_adapter(model, before, trained)
+
+
+def adapter_in_use(model: PeftModel) -> str:
+    """The adapter that `model` computes with in the calling thread."""
+    active: Any = model.active_adapter
+    return IN_THIS_THREAD.get() or active
+
+
+def use_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> None:
+    """Switch the active adapter and keep every trained one trainable.
+
+    `set_adapter` alone freezes the others, and a graph built before the switch would then get no gradients. Where all
+    adapters are layers (no trained tokens, no saved modules), what it and `set_requires_grad` come to is done directly:
+    they walk through all modules, 17 ms for 210 layers, twice for every forward.
+    """
+    if model.active_adapter == name:
+        return
+    adapted = _ADAPTED.get(model)
+    if adapted is None or adapted.adapters != list(model.peft_config):
+        adapted = _ADAPTED[model] = Adapted.of(model)
+    if not adapted.only_layers:
+        model.set_adapter(name, inference_mode=name not in trained)
+        model.set_requires_grad(list(trained), True)
+        return
+    for layer in adapted.layers:
+        layer._active_adapter = [name]
+    for parameter, adapter in adapted.parameters:
+        parameter.requires_grad_(adapter in trained)
+    tuner: Any = model.base_model
+    model.active_adapter = tuner.active_adapter = name
+
+
+@dataclass
+class Adapted:
+    """What of a model belongs to adapters, found once."""
+
+    adapters: list[str]
+    layers: list[Any]
+    parameters: list[tuple[nn.Parameter, str]]  # with the adapter's name
+    only_layers: bool
+
+    @classmethod
+    def of(cls, model: PeftModel) -> Adapted:
+        parts = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        layers: list[Any] = [part for part in parts if isinstance(part, BaseTunerLayer)]
+        only_layers = len(layers) == len(parts) and not any(layer.frozen_peft_weight_names for layer in layers)
+        names = list(model.peft_config)
+        held = [
+            (getattr(layer, kind), name) for layer in layers for kind in layer.adapter_layer_names for name in names
+        ]
+        parameters = [
+            (p, name)
+            for kind, name in held
+            if name in kind
+            for p in ([kind[name]] if isinstance(kind[name], nn.Parameter) else kind[name].parameters())
+        ]
+        return cls(names, layers, parameters, only_layers)
+
+
+_ADAPTED: WeakKeyDictionary[PeftModel, Adapted] = WeakKeyDictionary()
+
+
+def share_base(policy: nn.Module, other: Any) -> int:
+    """Let another adapter over the same base (a reward model) read the policy's frozen weights: one copy in memory.
+
+    Weights are shared where name, shape, precision, device and every value agree; both sides have them frozen. The
+    number of tensors that are.
+    """
+    if not (isinstance(policy, PeftModel) and isinstance(other, PeftModel)):
+        return 0
+    ours = {_base_name(name): p for name, p in policy.named_parameters() if not p.requires_grad and _is_base(name)}
+    shared = 0
+    for name, theirs in other.named_parameters():
+        mine = ours.get(_base_name(name))
+        if mine is None or theirs.requires_grad or not _is_base(name):
+            continue
+        if (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device) and mine.equal(theirs):
+            theirs.data = mine.data
+            shared += 1
+    return shared
+
+
+def _is_base(name: str) -> bool:
+    return not any(part in name for part in ("lora_", "modules_to_save", "original_module", "trainable_tokens"))
+
+
+def _base_name(name: str) -> str:
+    return name.replace("base_layer.", "").replace("token_adapter.", "")
+
+
+def lora_config(
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: list[str] | str | None = None,
+    task_type: TaskType | str = TaskType.CAUSAL_LM,
+    trainable_tokens: list[int] | None = None,
+) -> LoraConfig | None:
+    """A LoRA configuration, or None where rank is 0. A reward model's score head is always trained and saved.
+
+    trainable_tokens: ids whose embeddings the base never learned (chat tokens added to its vocabulary).
+    """
+    if rank == 0:
+        return None
+    modules = [target_modules] if isinstance(target_modules, str) and target_modules != "all-linear" else target_modules
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes floats too
+        lora_dropout=dropout,
+        target_modules=modules or "all-linear",
+        task_type=task_type,
+        modules_to_save=["score"] if task_type == TaskType.SEQ_CLS else None,
+        trainable_token_indices=trainable_tokens or None,
+    )
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Does this folder hold a LoRA adapter rather than full weights?"""
+    return Path(path, "adapter_config.json").is_file()
+
+
+def backbone(model: Any) -> Any:
+    """The transformer under a causal or scalar head: input ids in, hidden states out."""
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(plain, plain.base_model_prefix)

@@ -1,0 +1,50 @@
+"""The language head, computed where it is needed: response positions when training, the last position when sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rlhf.errors import InputError
+
+
+def head_weight(model: Any) -> Tensor:
+    """The language head's weight [V, H]; with trained token embeddings tied to it, the merged one."""
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    output = plain.get_output_embeddings()
+    if isinstance(getattr(output, "weight", None), DTensor):
+        raise InputError(
+            "the language head is sharded apart from the whole; in accelerate's configuration, set "
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and leave fsdp_transformer_layer_cls_to_wrap out"
+        )
+    if isinstance(output, nn.Linear):
+        return output.weight
+    layer = getattr(output, "token_adapter", output)
+    if hasattr(layer, "get_merged_weights"):
+        return layer.get_merged_weights(layer.active_adapters)
+    raise InputError(f"{type(plain).__name__}: language head {type(output).__name__} is not a linear layer")
+
+
+def logits_function(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """What the family does to its logits after the head: bias, scaling, soft cap. None for most."""
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = plain.config
+    bias = getattr(plain.get_output_embeddings(), "bias", None)
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if bias is None and not scale and not divisor and not cap:
+        return None
+
+    def after_head(logits: Tensor) -> Tensor:
+        logits = logits if bias is None else logits + bias
+        logits = logits * scale if scale else logits
+        logits = logits / divisor if divisor else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return after_head

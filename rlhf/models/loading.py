@@ -1,0 +1,210 @@
+"""Loading and saving the four models of RLHF, and the scalar head two of them carry.
+
+A model arrives as a folder (full weights, or a LoRA adapter beside its base's name), a hub id, or an
+object. LoRA adapters are never merged: every stage of the chain is an adapter over the same base.
+`rlhf.ppo.actor_critic` joins them for PPO.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+)
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf import chat
+from rlhf.errors import InputError
+from rlhf.models import encoders
+from rlhf.models.adapters import is_adapter
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuse what looks like a local path and holds no model, before transformers asks a hub for it."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not is_adapter(folder):
+            raise InputError(f"{path}: no config.json and no adapter_config.json; name a folder with a saved model")
+    elif folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1 or folder.is_file():
+        raise InputError(f"{path}: no such model folder; name a saved model's folder or a hub id")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id, with a chat template and a pad token (see rlhf.chat)."""
+    check_folder(path)
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise InputError(f"{path}: model folder without a tokenizer; save one there with tokenizer.save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if not tokenizer.chat_template:
+        encoders.prepare_tokenizer(tokenizer, config_of(base_of(path) if is_adapter(path) else path))
+    chat.prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def load_policy(
+    model: str | Path | PreTrainedModel | PeftModel,
+    *,
+    dtype: torch.dtype | None = None,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model to train: full weights, an adapter that goes on, or (`lora`) a fresh adapter.
+
+    Under LoRA the trained adapter is the one called "default". Objects are used as they are, in place.
+    """
+    if isinstance(model, nn.Module):
+        loaded = model
+    elif is_adapter(model):
+        _refuse_classifier(model)
+        base = from_pretrained(AutoModelForCausalLM, base_of(model), dtype)
+        fit_embeddings(base, load_tokenizer(model))
+        loaded = PeftModel.from_pretrained(base, str(model), is_trainable=True)
+    else:
+        _refuse_classifier(model)
+        loaded = from_pretrained(AutoModelForCausalLM, model, dtype)
+    keep_gradients(loaded)
+    if isinstance(loaded, PeftModel):
+        rank = getattr(loaded.peft_config["default"], "r", None)
+        if lora is not None and lora.r != rank:
+            raise InputError(
+                f"lora_rank={lora.r}, but the model is already an adapter of rank {rank}; "
+                "leave lora_rank at 0 to continue that adapter"
+            )
+        return loaded
+    return with_adapter(loaded, lora, seed) if lora is not None else loaded
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Let bitsandbytes' 4-bit layers hand gradients down on CPUs, too.
+
+    On a CPU with AVX512-BF16 their first forward in eval mode (sampling, say) lays the weights out anew, for an
+    operator without a backward: whatever lies below the layer would get no gradient from then on, without an error
+    (bitsandbytes 0.50). Raises InputError where that has happened already."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise InputError("the 4-bit model has been run in eval mode, after which it can't learn: load it anew")
+        layer.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(model: Any) -> bool:
+    """Are weights held in 8 or 4 bits? Then only adapters beside them can be trained."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return bool(getattr(plain, "is_quantized", False))
+
+
+def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """A fresh adapter whose weights the seed alone decides (peft draws them from the global generator)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # for example layers of a Mamba model, which LoRA cannot adapt
+            what = _first_line(error).split(". ")[0]
+            raise InputError(f"LoRA: {what}; name the layers to adapt in lora_target_modules") from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout off by probability, so that train mode (which gradient checkpointing needs) stays exact.
+
+    Families keep probabilities in `nn.Dropout`, in float attributes (attention_dropout, attn_dropout, layerdrop
+    ...), or read them from their config at every forward (Falcon): inner modules then get a config of their
+    own, so that the one that is saved keeps the model's numbers.
+    """
+    quiet: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        _zero_dropouts(module)
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel | PeftModel):
+            if id(config) not in quiet:
+                quiet[id(config)] = copy.deepcopy(config)
+                _zero_dropouts(quiet[id(config)])
+            module.config = quiet[id(config)]  # type: ignore[assignment]
+
+
+def _zero_dropouts(thing: Any) -> None:
+    for name, value in list(vars(thing).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(thing, name, 0.0)
+
+
+def clone(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that shares nothing. (`copy.deepcopy` of a model whose `forward` a trainer replaced runs the
+    original's weights.)"""
+    twin: Any = type(model)(copy.deepcopy(model.config))
+    twin.to(device=model.device, dtype=model.dtype)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def from_pretrained(cls: Any, path: str | Path, dtype: torch.dtype | None, **kwargs: Any) -> PreTrainedModel:
+    check_folder(path)
+    try:
+        model = cls.from_pretrained(str(path), dtype=dtype or torch.float32, **kwargs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no model could be loaded ({_first_line(error)})") from error
+    if model.device.type == "cpu":
+        # safetensors maps weights at any address, and a CPU's kernels round by it: at torch's own (aligned) addresses
+        # a model gives the same numbers to the last bit whatever file it came from
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def config_of(path: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no model configuration ({_first_line(error)})") from error
+
+
+def _refuse_classifier(path: str | Path) -> None:
+    """transformers would load a reward model as a language model with a random head, without a word."""
+    check_folder(path)
+    if is_adapter(path):
+        what = str(PeftConfig.from_pretrained(str(path)).task_type or "")
+    else:
+        what = ", ".join(config_of(path).architectures or [])
+    if "SEQ_CLS" in what or "SequenceClassification" in what:
+        raise InputError(f"{path}: holds a reward model ({what}), not a language model; name the policy's folder")
+
+
+def base_of(adapter: str | Path) -> str:
+    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not base:
+        raise InputError(
+            f"{adapter}/adapter_config.json: base_model_name_or_path is empty; write the base's path there"
+        )
+    return base
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the vocabulary for tokens that were added for chat; never shrink it (bases pad theirs)."""
+    embeddings: Any = model.get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,227 @@
+"""Reward models: a backbone under a scalar head, and the normaliser of its scores."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from rlhf.errors import InputError
+from rlhf.models import encoders
+from rlhf.models.adapters import backbone, is_adapter
+from rlhf.models.loading import (
+    base_of,
+    check_folder,
+    config_of,
+    fit_embeddings,
+    from_pretrained,
+    load_tokenizer,
+    with_adapter,
+)
+from rlhf.padding import position_ids
+
+NORMALIZER_FILE = "score_normalizer.json"
+
+
+@dataclass(frozen=True)
+class ScoreNormalizer:
+    """Mean and spread of a reward model's raw scores; a normalised score is ``(raw - mean) / std``.
+
+    InstructGPT and Stiennon et al. (2020) shift so that reference responses score 0 on average; Ziegler
+    et al. (2019) also scale to unit variance, so that the KL coefficient keeps its meaning from one reward
+    model to the next. `count` is the number of responses it was measured on (0: never measured).
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise InputError(
+                f"score normaliser: mean={self.mean} and std={self.std} must be finite, std positive; "
+                "the reward model gives one score to everything: train it on more data"
+            )
+
+    def __call__(self, raw: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        return (raw - self.mean) / self.std
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder, NORMALIZER_FILE).write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ScoreNormalizer:
+        """The normaliser saved beside a reward model; identity (count 0) where there is none."""
+        path = Path(folder, NORMALIZER_FILE)
+        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+
+
+def new_scalar_model(
+    model: str | Path | PreTrainedModel | PeftModel,
+    *,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    lora: LoraConfig | None = None,
+) -> PreTrainedModel | PeftModel:
+    """A reward model to train, started from an SFT model, or from an encoder: its backbone under a new scalar head.
+
+    The head's weight is drawn from N(0, 1/sqrt(d + 1)) (Stiennon et al. 2020; 2403.17031, detail 14); it has
+    no bias, since the Bradley-Terry loss sees only differences and the normaliser shifts what remains. An
+    adapter folder is continued (a copy of its LoRA weights, plus the head); `lora` starts a fresh one.
+    An encoder keeps its family's own head; what of it the folder lacks is drawn with the seed.
+    """
+    scalar: Any
+    adapter = model if not isinstance(model, nn.Module) and is_adapter(model) else None
+    if isinstance(model, PeftModel):
+        raise InputError("reward model: got a PeftModel object; save the adapter and pass its folder instead")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # an encoder's head has more layers than the last one, which is drawn below
+        if isinstance(model, nn.Module):
+            scalar = _with_scalar_head(model)
+        else:
+            source = base_of(adapter) if adapter else model
+            _provide_scalar_class(config_of(source))
+            scalar = from_pretrained(AutoModelForSequenceClassification, source, dtype, num_labels=1)
+            if adapter:
+                fit_embeddings(scalar, load_tokenizer(adapter))
+    encoders.draw_head(_last_linear(scalar), seed)
+    if adapter:
+        config = copy.deepcopy(PeftConfig.from_pretrained(str(adapter)))
+        if lora is not None and lora.r != config.r:
+            raise InputError(f"lora_rank={lora.r}, but {adapter} is an adapter of rank {config.r}; leave it at 0")
+        config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
+        if isinstance(config.trainable_token_indices, dict):  # the causal head has no place in a reward model
+            kept = {name: ids for name, ids in config.trainable_token_indices.items() if name != "lm_head"}
+            config.trainable_token_indices = kept or None
+        peft_model = with_adapter(scalar, config, seed)
+        own = get_peft_model_state_dict(peft_model)  # set_peft_model_state_dict wants the head's weight too
+        loaded = load_peft_weights(str(adapter), device="cpu")
+        set_peft_model_state_dict(peft_model, own | {name: w for name, w in loaded.items() if name in own})
+        return peft_model
+    return with_adapter(scalar, lora, seed) if lora is not None else scalar
+
+
+def load_scalar_model(
+    path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel | PeftModel, ScoreNormalizer]:
+    """A trained reward model and its normaliser, from a full folder, an adapter folder or a hub id."""
+    check_folder(path)
+    if is_adapter(path):
+        config = PeftConfig.from_pretrained(str(path))
+        if config.task_type != TaskType.SEQ_CLS:
+            raise InputError(f"{path}: an adapter for {config.task_type}, not a reward model (SEQ_CLS)")
+        _provide_scalar_class(config_of(base_of(path)))
+        base = from_pretrained(AutoModelForSequenceClassification, base_of(path), dtype, num_labels=1)
+        fit_embeddings(base, load_tokenizer(path))
+        return PeftModel.from_pretrained(base, str(path)).eval(), ScoreNormalizer.load(path)
+    config = config_of(path)
+    if not any("SequenceClassification" in name or "RewardModel" in name for name in config.architectures or []):
+        raise InputError(
+            f"{path}: holds {config.architectures}, no reward model; train one with recipes/reward_model.py"
+        )
+    if config.num_labels != 1:
+        raise InputError(f"{path}: num_labels={config.num_labels}; a reward model has one score")
+    _provide_scalar_class(config)
+    return from_pretrained(AutoModelForSequenceClassification, path, dtype).eval(), ScoreNormalizer.load(path)
+
+
+def score_head(model: Any) -> Any:
+    """The module that writes the score: a linear layer `score`, or what an encoder's family has."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return list(encoders.head_modules(plain).values())[-1] if encoders.is_encoder(plain.config) else plain.score
+
+
+def is_scalar(model: Any) -> bool:
+    """Does this model object have a scalar head already?"""
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if encoders.is_encoder(plain.config):
+        return "SequenceClassification" in type(plain).__name__ and bool(plain.config.num_labels == 1)
+    return hasattr(plain, "score")
+
+
+def freeze_bias(model: Any) -> None:
+    """The Bradley-Terry loss sees differences of scores only: an encoder's last bias would drift by rounding."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    if encoders.is_encoder(plain.config):
+        for module in score_head(plain).modules():
+            if isinstance(module, nn.Linear) and module.out_features == 1 and module.bias is not None:
+                module.bias.requires_grad_(False)
+
+
+def last_token_scores(
+    model: PreTrainedModel | PeftModel, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+) -> Float[Tensor, "B"]:
+    """Raw scores at each row's last real position, found by the attention mask (pad may equal eos), in float32.
+
+    Of an encoder: whatever position its own head reads, with padding masked."""
+    if encoders.is_encoder(model.config):
+        return encoders.encoder_scores(model, input_ids, attention_mask)
+    hidden = backbone(model)(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+    ).last_hidden_state
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = torch.where(attention_mask.bool(), places, -1).amax(-1)
+    return score_head(model)(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1).float()
+
+
+def _with_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
+    if is_scalar(model):
+        return model
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    _provide_scalar_class(config)
+    scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
+    # an encoder's masked language model may have no pooler, which is drawn
+    backbone(scalar).load_state_dict(model.base_model.state_dict(), strict=not encoders.is_encoder(config))
+    return scalar
+
+
+def _provide_scalar_class(config: PreTrainedConfig) -> None:
+    """Some families (Granite, Cohere ...) have no class with a score head: they get transformers' generic one.
+
+    It is registered under the family's config, so that a saved reward model loads again; plain transformers
+    needs this call before it can load such a folder.
+    """
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return
+    if type(config) not in MODEL_MAPPING:
+        raise InputError(f"{config.model_type}: transformers has no backbone for this family; use another as trunk")
+    trunk: Any = MODEL_MAPPING[type(config)]
+    family = next(cls for cls in trunk.__mro__[1:] if issubclass(cls, PreTrainedModel))
+    name = f"{trunk.__name__.removesuffix('Model')}ForSequenceClassification"
+    fields = {"base_model_prefix": trunk.base_model_prefix, "config_class": type(config)}
+    fields["__module__"] = trunk.__module__  # where transformers looks up what the family's attention and experts can
+    scalar: Any = type(name, (GenericForSequenceClassification, family), fields)
+    AutoModelForSequenceClassification.register(type(config), scalar, exist_ok=True)  # else ignored without a word
+
+
+def _last_linear(scalar: Any) -> nn.Linear:
+    if encoders.is_encoder(scalar.config):
+        return encoders.last_linear(scalar)
+    if not isinstance(getattr(scalar, "score", None), nn.Linear):
+        raise InputError(f"{type(scalar).__name__} has no linear head named `score`; use a decoder or encoder as trunk")
+    return scalar.score

@@ -1,0 +1,57 @@
+"""Rows of token ids in rectangles: padding, masks, positions, and prompts with their responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def position_ids(attention_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """0, 1, 2 ... over real tokens, so that left and right padding give a model the same positions."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu", side: str = "right"
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Ids in a rectangle, and a mask that comes from the lengths, never from the pad id."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        places = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, places] = torch.tensor(row, dtype=torch.long)
+        mask[i, places] = True
+    return ids.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch for the models: prompt + response in one row, right-padded.
+
+    input_ids, attention_mask [B, L]; prompt_tokens [B]; targets, mask [B, T]: the response alone.
+    """
+
+    input_ids: Int[Tensor, "B L"]
+    attention_mask: Bool[Tensor, "B L"]
+    prompt_tokens: Int[Tensor, "B"]
+    targets: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+
+    def positions(self) -> Int[Tensor, "B T"]:
+        """Where in the row the state before each response token stands."""
+        steps = torch.arange(self.targets.shape[1], device=self.targets.device)
+        return (self.prompt_tokens[:, None] - 1 + steps).clamp(max=self.input_ids.shape[1] - 1)
+
+
+def make_batch(
+    prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], pad_id: int, device: torch.device | str
+) -> Batch:
+    input_ids, attention = pad([p + r for p, r in zip(prompt_ids, response_ids, strict=True)], pad_id, device)
+    targets, mask = pad(response_ids, pad_id, device)
+    lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
+    return Batch(input_ids, attention, lengths, targets, mask)

@@ -1,0 +1,295 @@
+"""Making PPO's three models: what each starts from, and on which backbone it stands."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf import chat, packing
+from rlhf.cpu import gated, norms
+from rlhf.cpu import lora as lora_layers
+from rlhf.cpu.attention import use_short_rows, uses_short_rows
+from rlhf.errors import InputError
+from rlhf.models.adapters import active_adapter, adapter_in_use, backbone, is_adapter
+from rlhf.models.heads import head_weight
+from rlhf.models.loading import clone, disable_dropout, is_quantized, load_policy, load_tokenizer
+from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
+from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
+from rlhf.records import Prompt
+
+log = logging.getLogger("rlhf")
+
+
+ValueKind = Literal["separate", "adapter", "shared_trunk"]
+
+
+class RewardModelLike(Protocol):
+    """What a value model can start from: `reward_models.RewardModel`, or anything with these."""
+
+    model: PreTrainedModel
+    normalizer: ScoreNormalizer
+
+
+def build_actor_critic(
+    model: str | Path | PreTrainedModel | PeftModel,
+    *,
+    ref_model: str | Path | PreTrainedModel | None = None,
+    value_model: str | Path | PreTrainedModel | RewardModelLike | None = None,
+    value_kind: ValueKind | None = None,
+    lora: LoraConfig | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> ActorCritic:
+    """Load or copy the three models. Where the reward model cannot serve, the value model is the policy's
+    trunk under a zero head (value_model=None).
+
+    value_kind: "separate" (a model of its own), "adapter" (on the policy's backbone; needs LoRA) or "shared_trunk" (a
+    zero head on the policy's own hidden states: one forward for both); None: adapter under LoRA, else separate.
+    """
+    policy = load_policy(model, dtype=dtype, lora=lora, seed=seed)
+    if is_quantized(policy) and (value_kind == "separate" or not isinstance(policy, PeftModel)):
+        raise InputError(
+            "a quantized model is trained through LoRA alone: set lora_rank, with value_model adapter or shared_trunk"
+        )
+    reference = _build_reference(policy, ref_model, dtype)
+    if value_kind == "adapter" and not isinstance(policy, PeftModel):
+        raise InputError("value_model=adapter needs a LoRA policy; set lora_rank, or take separate or shared_trunk")
+    shared = value_kind == "shared_trunk"
+    if shared and value_model is not None:
+        raise InputError("value_model=shared_trunk starts from a zero head: leave the value model to start from out")
+    if shared:
+        value, head = None, _zero_head(policy)
+    else:
+        value, head = _build_value(policy, value_model, dtype, own_trunk=value_kind == "separate")
+    actor_critic = ActorCritic(policy, reference, value, head, shared)
+    for part in (policy, reference, value):
+        use_short_rows(part)
+    lora_layers.fuse(actor_critic)
+    norms.fuse(actor_critic)
+    gated.fuse(actor_critic)
+    disable_dropout(actor_critic)
+    if reference is not None:
+        reference.requires_grad_(False).eval()
+    models = [part for part in (policy, reference, value) if part is not None]
+    actor_critic.packable = all(uses_short_rows(part) and packing.can_pack(part) for part in models)
+    if isinstance(policy, PeftModel):
+        policy.set_adapter(ADAPTERS["policy"])
+        policy.set_requires_grad([name for name in ("reference",) if name in policy.peft_config], False)
+        policy.set_requires_grad(actor_critic._trained(policy), True)
+    return actor_critic.train()
+
+
+def _build_reference(policy: Any, ref_model: Any, dtype: torch.dtype | None) -> nn.Module | None:
+    if ref_model is not None:
+        if ref_model is policy:
+            raise InputError("ref_model is the policy itself; leave it out: the trainer keeps a frozen copy")
+        return load_policy(ref_model, dtype=dtype)
+    if isinstance(policy, PeftModel):
+        _copy_adapter(policy, "reference")
+        return None
+    return clone(policy)
+
+
+def _zero_head(policy: Any) -> nn.Linear:
+    weight = head_weight(policy)  # its width, not config.hidden_size: OPT may project its last hidden states
+    return _head(torch.zeros(1, weight.shape[1]), torch.zeros(1)).to(weight.device)
+
+
+def _build_value(
+    policy: Any, source: Any, dtype: torch.dtype | None, own_trunk: bool
+) -> tuple[nn.Module | None, nn.Linear]:
+    device, adapted = next(policy.parameters()).device, isinstance(policy, PeftModel) and not own_trunk
+    if source is None:
+        if adapted:
+            _copy_adapter(policy, "value")
+            return None, _zero_head(policy)
+        value: Any = _merged_copy(policy) if isinstance(policy, PeftModel) else clone(policy)
+        value.float().requires_grad_(True)
+        _drop_head(value)
+        return value, _zero_head(policy)
+    scalar: Any
+    if isinstance(source, str | Path):
+        scalar, normalizer = load_scalar_model(source, dtype)
+        adapter = str(source) if is_adapter(source) else None
+    elif isinstance(source, nn.Module):
+        scalar, normalizer, adapter = source, ScoreNormalizer(), None
+    else:
+        scalar, normalizer, adapter = source.model, source.normalizer, None
+    head = _normalised_head(score_head(scalar), normalizer).to(device)
+    if adapted and isinstance(scalar, PeftModel) and _same_base(policy, scalar):
+        _take_adapter(policy, scalar, adapter)
+        return None, head
+    if isinstance(scalar, PeftModel):
+        if adapted:
+            raise InputError(
+                "value model: a LoRA reward model over another base than the policy's; train both over one base"
+            )
+        trunk = _merged_copy(scalar)  # beside a policy trained whole, so is the value model
+    else:
+        trunk = scalar if isinstance(source, str | Path) else clone(scalar)
+    trunk.float().requires_grad_(True)
+    trunk.score.requires_grad_(False)  # replaced by `head`, which also carries the normaliser
+    return trunk.to(device), head
+
+
+def _merged_copy(model: PeftModel) -> Any:
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def _head(weight: Tensor, bias: Tensor) -> nn.Linear:
+    head = nn.Linear(weight.shape[1], 1)
+    with torch.no_grad():
+        head.weight.copy_(weight.float())
+        head.bias.copy_(bias.float())
+    return head
+
+
+def _normalised_head(score: Any, normalizer: ScoreNormalizer) -> nn.Linear:
+    """The reward model's head, divided by the spread and shifted, so that it predicts normalised scores."""
+    raw_bias = torch.zeros(1) if score.bias is None else score.bias.detach().float().cpu()
+    return _head(score.weight.detach().float().cpu() / normalizer.std, (raw_bias - normalizer.mean) / normalizer.std)
+
+
+def _same_base(policy: PeftModel, scalar: PeftModel) -> bool:
+    mine, theirs = (m.peft_config["default"].base_model_name_or_path for m in (policy, scalar))
+    return mine == theirs or (backbone(policy).config.to_dict() == backbone(scalar).config.to_dict() and not theirs)
+
+
+def _copy_adapter(policy: PeftModel, name: str) -> None:
+    config = copy.deepcopy(policy.peft_config["default"])
+    policy.add_adapter(name, config)
+    set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="default"), adapter_name=name)
+
+
+def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> None:
+    """The reward model's LoRA weights as the adapter "value" on the policy's backbone (its head stays outside)."""
+    config: Any = copy.deepcopy(scalar.peft_config["default"])
+    config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
+    ours: Any = policy.peft_config["default"]
+    mine, theirs = ours.trainable_token_indices, config.trainable_token_indices
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        config.trainable_token_indices = mine | theirs  # a reward model has no lm_head whose tokens could be trained
+    policy.add_adapter("value", config)
+    weights = load_peft_weights(folder, device="cpu") if folder else get_peft_model_state_dict(scalar)
+    weights = {name: tensor for name, tensor in weights.items() if ".score." not in name}
+    weights = get_peft_model_state_dict(policy, adapter_name="value") | weights
+    result: Any = set_peft_model_state_dict(policy, weights, adapter_name="value")
+    if result.unexpected_keys:
+        raise InputError(f"value model: its adapter doesn't fit the policy's base, first {result.unexpected_keys[0]}")
+
+
+def _drop_head(model: PreTrainedModel) -> None:
+    """The value model has no use for a language head; frozen, so that no optimizer state is kept for it."""
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not model.get_input_embeddings().weight:
+        output.requires_grad_(False)
+
+
+def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
+    """Recompute activations in backward, each under the adapter that was active in its forward."""
+    for model in (actor_critic.policy, actor_critic.value):
+        if model is None:
+            continue
+        kwargs: dict[str, Any] = {"use_reentrant": False}
+        if isinstance(model, PeftModel):
+            kwargs["context_fn"] = _adapter_contexts(model, actor_critic)
+        plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
+        enable(kwargs)  # the second name is transformers' older one, deprecated in 5.23
+
+
+def compile_layers(actor_critic: ActorCritic) -> None:
+    """Compile the models' layers where they stand (torch.compile by region: layers that are alike share their code).
+
+    Sampling stays as it is (`sampling`): every step of a cache would be another shape.
+    """
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # adapters x grad modes
+    for module in actor_critic.modules():
+        if type(module).__name__ in actor_critic._no_split_modules:
+            module.compile(dynamic=True)
+
+
+def _adapter_contexts(model: PeftModel, actor_critic: ActorCritic) -> Callable[[], tuple[Any, Any]]:
+    trained = actor_critic._trained(model)
+    return lambda: (
+        nullcontext(),
+        active_adapter(model, adapter_in_use(model), trained, actor_critic.by_thread),
+    )
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, name: str
+) -> tuple[list[Prompt], list[list[int]]]:
+    """Prompts with their ids; over-long ones are left out, counted and named in the log, never cut."""
+    kept: list[Prompt] = []
+    ids: list[list[int]] = []
+    long: list[tuple[int, Prompt]] = []
+    for prompt in prompts:
+        encoded = chat.encode_prompt(tokenizer, prompt.messages)
+        if len(encoded) > max_prompt_tokens:
+            long.append((len(encoded), prompt))
+        else:
+            kept.append(prompt)
+            ids.append(encoded)
+    if not kept:
+        raise InputError(
+            f"{name}: all {len(long)} prompts are longer than max_prompt_tokens={max_prompt_tokens} "
+            f"(shortest: {min(n for n, _ in long)} tokens); raise it"
+        )
+    if long:
+        shown = "; ".join(f"{p.messages[-1]['content'][:40]!r} ({n} tokens)" for n, p in long[:3])
+        log.warning(
+            "%s: %d of %d prompts longer than max_prompt_tokens=%d left out: %s%s",
+            name, len(long), len(prompts), max_prompt_tokens, shown, " ..." if len(long) > 3 else "",
+        )  # fmt: skip
+    return kept, ids
+
+
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Do both turn every conversation into the same ids?"""
+    return one.get_vocab() == other.get_vocab() and chat.template_hash(one) == chat.template_hash(other)
+
+
+def value_start(value_model: Any, functions: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What the value model starts from: `value_model`, else the first reward model among `functions` that
+    reads the policy's tokens, else None (the policy's trunk under a zero head)."""
+    from rlhf.models.loading import load_tokenizer
+
+    if isinstance(value_model, torch.nn.Module):
+        return value_model
+    candidates = [value_model] if value_model is not None else list(functions)
+    for candidate in candidates:
+        if isinstance(candidate, str) or hasattr(candidate, "__fspath__"):
+            theirs = load_tokenizer(candidate)
+        elif hasattr(candidate, "normalizer") and hasattr(candidate, "tokenizer"):
+            theirs = candidate.tokenizer
+        else:
+            continue
+        if same_tokenizer(tokenizer, theirs):
+            return candidate
+        log.warning("the reward model reads other tokens than the policy: the value model starts from the policy")
+    return None
+
+
+def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one in the policy's folder; refused where its chat tokens were never learned."""
+    if given is None:
+        if not isinstance(model, str | Path):
+            raise InputError("processing_class is missing; with a model object, pass its tokenizer")
+        return load_tokenizer(model)
+    added = chat.prepare_tokenizer(given)
+    if added:
+        raise InputError(
+            f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
+        )
+    return given

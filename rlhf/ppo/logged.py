@@ -1,0 +1,114 @@
+"""What PPO logs of a rollout, over all processes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rlhf.ppo import math as ppo_math
+from rlhf.ppo.rollout import Rollout
+
+
+def rollout_metrics(rollout: Rollout, accelerator: Accelerator, kl_coef: float) -> dict[str, float]:
+    """Means over all processes' responses, of what was collected before the update.
+
+    `kl_nats` is the mean over responses of the summed k1: the very numbers that entered the reward. `score` is
+    the raw score, `objective` the processed one less its KL cost. A reward function's own mean is over the responses
+    that it scored (NaN in `own_scores` where it does not apply). Responses that are not used (`rollout.used`) enter
+    none of them.
+    """
+    assert rollout.raw_scores is not None
+    assert rollout.scores is not None
+    assert rollout.returns is not None
+    mask, kl = rollout.mask, rollout.kl
+    lengths = rollout.response_tokens.float()
+    entropies = (rollout.entropy * mask).sum(-1) / lengths
+    used = torch.ones(len(rollout)) if rollout.used is None else rollout.used.float()
+    columns = [rollout.raw_scores, rollout.scores, kl.sum(-1), entropies, lengths, rollout.stopped.float(), used]
+    table = accelerator.gather(torch.stack(columns, dim=1).to(accelerator.device)).double().cpu()
+    everyone, table = table, table[table[:, -1] == 1, :-1]
+    score, processed, kl_nats, entropy, tokens, stopped = table.unbind(1)
+    per_token = torch.stack([rollout.values, rollout.returns, rollout.trained_mask.float()], dim=-1).to(
+        accelerator.device
+    )
+    per_token = accelerator.gather(accelerator.pad_across_processes(per_token, dim=1))
+    values, returns, real = per_token.cpu().unbind(-1)
+    correlation = torch.corrcoef(torch.stack([score, tokens]))[0, 1].nan_to_num(0.0)
+    means = {
+        name: float(accelerator.gather(own.to(accelerator.device)).nanmean())
+        for name, own in rollout.own_scores.items()
+    }
+    return {
+        "score": float(score.mean()),
+        "score_std": float(score.std(correction=0)),
+        "kl_nats": float(kl_nats.mean()),
+        "objective": float((processed - kl_coef * kl_nats).mean()),
+        "entropy_nats": float(entropy.mean()),
+        "response_tokens": float(tokens.mean()),
+        "eos_rate": float(stopped.mean()),
+        "score_length_correlation": float(correlation),
+        "explained_variance": float(ppo_math.explained_variance(values, returns, real.bool())),
+        **({} if rollout.used is None else {"dropped_responses": float(len(everyone) - len(table))}),
+        **{name: mean for name, mean in means.items() if not math.isnan(mean)},
+    }
+
+
+def engine_metrics(rollout: Rollout, accelerator: Accelerator, cap: float) -> dict[str, float]:
+    """How far the engine that sampled is from the trainer, per token, over all processes' trained tokens; nothing
+    where the engine does not report its log-probabilities."""
+    if rollout.engine_logprobs is None:
+        return {}
+    mask = rollout.trained_mask
+    ours, theirs = (torch.where(mask, x, 0.0) for x in (rollout.logprobs, rollout.engine_logprobs))
+    weights = ppo_math.importance_weights(ours, theirs, mask, cap)
+    kl = ppo_math.kl_estimate(theirs, ours, "k3")
+    sums = torch.stack([x.double().sum() for x in (weights, mask & (ours - theirs > math.log(cap)), kl, mask)])
+    weight, capped, kl_nats, tokens = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+    return {
+        "importance_weight": weight / tokens,
+        "importance_capped": capped / tokens,
+        "engine_kl_nats": kl_nats / tokens,
+    }
+
+
+def samples(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]:
+    """The rollout's first ``count`` rows, as lines of samples.jsonl, each function's own score among them; null where
+    there is none (the function does not apply, or scoring failed and the response was dropped)."""
+    assert rollout.raw_scores is not None
+    scores = {"score": rollout.raw_scores, **rollout.own_scores}
+    return [
+        {
+            "step": step,
+            "prompt": rollout.prompts[i].messages,
+            "response": rollout.texts[i],
+            **{name: None if x[i].isnan() else float(x[i]) for name, x in scores.items()},
+            "kl_nats": float(rollout.kl[i].sum()),
+            "stopped": bool(rollout.stopped[i]),
+        }
+        for i in range(min(count, len(rollout)))
+    ]
+
+
+class Clock:
+    """Wall-clock seconds of one update, by phase."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds = dict.fromkeys(("generate", "score", "logprobs", "update"), 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - begun
+
+    def metrics(self, response_tokens: float) -> dict[str, float]:
+        total = time.perf_counter() - self.started
+        phases = {f"{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
+        return phases | {"step_seconds": total, "tokens_per_second": response_tokens / total}

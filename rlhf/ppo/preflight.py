@@ -1,0 +1,91 @@
+"""What is checked before PPO's first update: the texts and weights, then the responses to a few prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf.errors import InputError
+from rlhf.ppo import preflight_checks as on_models
+from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.preflight_rewards import check_functions, reward_model_checks
+from rlhf.ppo.trial import sample_trial, score_trial
+from rlhf.preflight import text as on_text
+from rlhf.preflight.measure import Finding, vocabulary_rows
+from rlhf.preflight.run import broken, conclude, run_checks, untouched
+from rlhf.run import distributed as sharding
+
+log = logging.getLogger("rlhf")
+
+
+def check_ppo(trainer: Any) -> list[Finding]:
+    """Before the first update of a PPOTrainer: raises InputError with every failure, or returns what was found.
+
+    Does nothing where `args.preflight` is off, and in a run that goes on from a checkpoint, where the facts of
+    step 0 no longer hold. With several processes, all raise when one of them finds a failure.
+    """
+    if not trainer.args.preflight or trainer.update_index:
+        return []
+    if sharding.is_sharded(trainer.module):
+        log.info("preflight looks inside the models and is left out where FSDP2 shards them; run it once without")
+        return []
+    return conclude(trainer.accelerator, ppo_findings(trainer))
+
+
+def ppo_findings(trainer: Any) -> Iterator[list[Finding]]:
+    """What is found of texts and weights, then of the responses that a few prompts get."""
+    own: ActorCritic = trainer.accelerator.unwrap_model(trainer.module)
+    with untouched(own):
+        findings = _ppo_statics(trainer, own)
+    yield findings
+    with untouched(own):
+        findings = _ppo_trial(trainer, own)
+    yield findings
+
+
+def _ppo_statics(trainer: Any, own: ActorCritic) -> list[Finding]:
+    tokenizer, rows = trainer.processing_class, vocabulary_rows(own.policy)
+    texts = [p.messages[-1]["content"] for p in trainer.prompts[:8]]
+    talks = [[*p.messages, {"role": "assistant", "content": t}] for p, t in zip(trainer.prompts, texts, strict=False)]
+    return run_checks(
+        ("vocabulary", lambda: on_text.check_vocabulary(tokenizer, rows)),
+        ("template", lambda: on_text.check_template(tokenizer, talks)),
+        ("injection", lambda: on_text.check_injection(tokenizer)),
+        ("stop token", lambda: on_models.check_stop(trainer, own)),
+        ("frozen reference", lambda: on_models.check_reference(own)),
+        ("optimizer", lambda: on_models.check_optimizer(own, trainer.optimizer.param_groups)),
+    )
+
+
+def _ppo_trial(trainer: Any, own: ActorCritic) -> list[Finding]:
+    try:
+        trial = sample_trial(trainer)
+        outputs = score_trial(trainer, own, trial)
+    except Exception as error:
+        return [broken("sampling a few responses", error)]
+    return run_checks(
+        ("logits", lambda: on_models.check_own_logits(own, trial, outputs)),
+        ("step-0 ratio", lambda: on_models.check_ratio(outputs)),
+        ("step-0 KL", lambda: on_models.check_kl(trainer, outputs)),
+        ("sampled log-probs", lambda: on_models.check_sampled(trainer, trial, outputs)),
+        ("padding", lambda: on_models.check_padding(trainer, own, trial)),
+        ("gradients", lambda: on_models.check_ppo_gradients(trainer, own, outputs)),
+        ("precision", lambda: on_models.check_ppo_precision(trainer, own, trial, outputs)),
+        ("reward functions", lambda: check_functions(trainer, trial)),
+        *reward_model_checks(trainer, trial),
+    )
+
+
+def check_logits(actor_critic: ActorCritic, prompt_ids: list[int], tolerance: float) -> None:
+    """Our log-probabilities of one prompt's own tokens against the model's own logits.
+
+    They differ where a family does something after its head that `logits_function` does not know.
+    """
+    device = next(actor_critic.parameters()).device
+    worst = on_models.logits_gap(actor_critic, prompt_ids, device)
+    if worst > tolerance:
+        raise InputError(
+            f"preflight: log-probabilities differ from the model's own by {worst:.3g} nats (> {tolerance}); "
+            "its family changes logits after the head in a way rlhf.models.heads.logits_function doesn't know"
+        )

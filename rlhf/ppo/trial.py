@@ -1,0 +1,100 @@
+"""A few responses sampled and scored as the run will do it, for preflight to look at."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rlhf import chat
+from rlhf.padding import Batch, make_batch
+from rlhf.ppo.actor_critic import ActorCritic, Outputs
+from rlhf.preflight.measure import PROMPT_TOKENS, RESPONSE_TOKENS, ROWS, is_exact, spread
+from rlhf.records import Prompt
+from rlhf.sampling.draw import draw
+from rlhf.sampling.engine import Responses
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A few prompts of the run, shortest first, and what its own engine wrote to them; `drawn` are the
+    log-probabilities that its decode loop drew the tokens with, None where it draws them out of our sight."""
+
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]]
+    responses: Responses
+    texts: list[str]
+    batch: Batch
+    drawn: list[list[float]] | None
+
+
+class Draws(TorchFunctionMode):
+    """Every draw inside, by torch.multinomial or by ours: the tokens, and their log-probabilities as the draw was given
+    them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[list[int], list[float]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is draw or (func in (torch.multinomial, Tensor.multinomial) and result.dim() == 2):
+            weights, tokens = (args[0] if args else (kwargs or {})["input"]).double(), result.view(len(result), -1)
+            chosen = weights.gather(-1, tokens) / weights.sum(-1, keepdim=True)
+            self.steps.append((tokens[:, 0].tolist(), chosen[:, 0].log().tolist()))
+        return result
+
+
+def sample_trial(trainer: Any) -> Trial:
+    """Short responses to a few prompts of different lengths, sampled as the run will."""
+    at_most = getattr(trainer.engine, "rows_per_batch", ROWS)
+    rows = spread([len(ids) for ids in trainer.prompt_ids[:256]], PROMPT_TOKENS)[:at_most]
+    prompt_ids = [trainer.prompt_ids[i] for i in rows]
+    generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
+    most, sampling = min(RESPONSE_TOKENS, trainer.args.max_new_tokens), trainer.actor_critic.sampling()
+    at_once = getattr(trainer.engine, "leaving_at_once", nullcontext)()
+    with torch.no_grad(), trainer.accelerator.autocast(), sampling, at_once, Draws() as draws:
+        responses = trainer.engine.generate(prompt_ids, most, trainer.args.temperature, generator)
+    return Trial(
+        [trainer.prompts[i] for i in rows],
+        prompt_ids,
+        responses,
+        [chat.decode_response(trainer.processing_class, ids) for ids in responses.ids],
+        make_batch(prompt_ids, responses.ids, trainer.pad_id, trainer.device),
+        _drawn(draws, responses.ids),
+    )
+
+
+def _drawn(draws: Draws, ids: list[list[int]]) -> list[list[float]] | None:
+    """The draws of each row; None where they are not, step by step, the tokens of the rows still going."""
+    found: list[list[float]] = [[] for _ in ids]
+    for step in range(max(map(len, ids))):
+        going = [row for row, tokens in enumerate(ids) if len(tokens) > step]
+        if step >= len(draws.steps) or draws.steps[step][0] != [ids[row][step] for row in going]:
+            return None
+        for row, logprob in zip(going, draws.steps[step][1], strict=True):
+            found[row].append(logprob)
+    return found
+
+
+@dataclass(frozen=True)
+class TrialOutputs:
+    """The trial's rows without gradient (as in `collect`), and again with it (as in the first optimizer step)."""
+
+    collected: Outputs
+    trained: Outputs
+    mask: Tensor
+    exact: bool
+
+
+def score_trial(trainer: Any, own: ActorCritic, trial: Trial) -> TrialOutputs:
+    temperature = trainer.args.temperature
+    with torch.no_grad():
+        collected = own(trial.batch, temperature, ("policy", "reference", "value"))
+    trained = own(trial.batch, temperature, ("policy", "value"))
+    exact = is_exact(trainer.accelerator, own) and not trainer.args.compile  # with and without gradient: other kernels
+    return TrialOutputs(collected, trained, trial.batch.mask, exact)

@@ -1,0 +1,335 @@
+"""One response of a rollout, token by token: for the terminal (rich) and as one HTML page without scripts.
+
+`ResponseView` holds the numbers; everything that a model or user wrote is escaped on its way out.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf.records import Messages
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from rlhf.ppo.rollout import Rollout
+
+End = Literal["", "stop", "cut"]
+Sort = Literal["score", "kl", "tokens"]
+
+NUMBERS = {
+    "logprob": ("logprobs", "log-probability under the policy that sampled it, nats"),
+    "reference": ("reference_logprobs", "log-probability under the reference, nats"),
+    "KL": ("kl", "logprob - reference, nats"),
+    "entropy": ("entropy", "of the policy's next-token distribution, nats"),
+    "value": ("values", "what the value model expected before this token"),
+    "reward": ("rewards", "-kl_coef * KL, plus the score at the last token"),
+    "advantage": ("advantages", "standardized over the rollout"),
+    "return": ("returns", "what the value model learns"),
+}
+"""Column -> (field of the rollout, meaning)."""
+SUMMED = ("logprob", "reference", "KL", "reward")
+ONE_SIDED = ("logprob", "reference", "entropy")  # never on both sides of 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a response; `numbers` by column name, None where the rollout does not hold them yet."""
+
+    position: int
+    id: int
+    text: str
+    numbers: dict[str, float | None]
+    end: End
+    """On the last token: "stop" where the response stopped by itself, "cut" where it ran out of tokens."""
+
+    @property
+    def shown(self) -> str:
+        """Its text as Python would write it, so that spaces and line breaks can be seen."""
+        return repr(self.text)
+
+
+@dataclass(frozen=True)
+class ResponseView:
+    """One row of a rollout."""
+
+    update: int
+    row: int
+    rows: int
+    prompt: Messages
+    response: str
+    score: float | None
+    raw_score: float | None
+    stopped: bool
+    tokens: list[Token]
+    padding: int
+
+    @property
+    def kl_nats(self) -> float:
+        return math.fsum(token.numbers["KL"] or 0.0 for token in self.tokens)
+
+    def facts(self) -> list[str]:
+        """What is true of the whole response, in words."""
+        return [
+            f"score {number(self.score)}",
+            f"raw score {number(self.raw_score)}",
+            f"KL {number(self.kl_nats)} nats",
+            f"{len(self.tokens)} token{'s' * (len(self.tokens) != 1)}",
+            "stopped by itself" if self.stopped else "did not stop: cut at the last token",
+        ]
+
+    def sums(self) -> dict[str, float | None]:
+        """Over the response's tokens, of the columns whose sum means something."""
+        columns = {name: [token.numbers[name] for token in self.tokens] for name in SUMMED}
+        return {
+            name: None if any(x is None for x in column) else math.fsum(column)  # type: ignore[arg-type]
+            for name, column in columns.items()
+        }
+
+
+def response_view(rollout: Rollout, row: int, tokenizer: Any) -> ResponseView:
+    """Row `row` of a rollout, with `tokenizer` turning its ids into text."""
+    ids, stopped = rollout.response_ids[row], bool(rollout.stopped[row])
+    columns = {name: getattr(rollout, source) for name, (source, _) in NUMBERS.items()}
+    last: End = "stop" if stopped else "cut"
+    return ResponseView(
+        update=rollout.update + 1,
+        row=row,
+        rows=len(rollout),
+        prompt=rollout.prompts[row].messages,
+        response=rollout.texts[row],
+        score=None if rollout.scores is None else float(rollout.scores[row]),
+        raw_score=None if rollout.raw_scores is None else float(rollout.raw_scores[row]),
+        stopped=stopped,
+        tokens=[
+            Token(
+                position=place,
+                id=token,
+                text=token_text(tokenizer, token),
+                numbers={name: None if x is None else float(x[row, place]) for name, x in columns.items()},
+                end=last if place == len(ids) - 1 else "",
+            )
+            for place, token in enumerate(ids)
+        ],
+        padding=rollout.mask.shape[1] - len(ids),
+    )
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """What one token adds to the text. SentencePiece's marked space, which `decode` drops, is a space; a part of a
+    character is the vocabulary's own name for it."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if isinstance(piece, str) and ("\N{REPLACEMENT CHARACTER}" in text or "\u2581" in piece):
+        return piece.replace("\u2581", " ")
+    return text
+
+
+def number(value: float | None) -> str:
+    """Four decimals; an en dash where there is no number."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value) or abs(value) >= 1000:
+        return f"{value:.4g}"
+    return f"{0.0 if abs(value) < 5e-5 else value:.4f}"  # no -0.0000
+
+
+def visible(text: str) -> str:
+    """Text with control characters written out, so that none of them reaches a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    return visible(text.replace("\n", "⏎"))
+
+
+# ---------------------------------------------------------------- terminal
+
+
+def response_lines(view: ResponseView) -> Group:
+    """Prompt, response, its facts, and the table of its tokens: fits 100 columns."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    parts: list[Any] = [Text(f"update {view.update}, row {view.row} (rows 0 to {view.rows - 1})", style="bold")]
+    for message in view.prompt:
+        parts += [Text(message["role"], style="bold cyan"), Padding(Text(visible(message["content"])), (0, 0, 0, 2))]
+    parts += [Text("response", style="bold cyan"), Padding(Text(visible(view.response)), (0, 0, 0, 2))]
+    parts.append(Text("   ".join(view.facts()) + "\n", style="bold"))
+    parts.append(token_table(view))
+    if view.padding:
+        parts.append(Text(f"{view.padding} places of padding follow (mask 0, every number 0)", style="dim"))
+    return Group(*parts)
+
+
+def token_table(view: ResponseView) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, header_style="bold", show_footer=True)
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("token", footer="sum", max_width=24)  # alone may shrink: the numbers are never cut
+    sums = view.sums()
+    for name in NUMBERS:
+        footer = number(sums[name]) if name in sums else ""
+        table.add_column(name, footer=footer, justify="right", no_wrap=True, min_width=8)
+    table.add_column("mask", no_wrap=True, min_width=6)
+    for token in view.tokens:
+        style = {"stop": "green", "cut": "yellow", "": ""}[token.end]
+        cells = [Text(number(value)) for value in token.numbers.values()]
+        shown = Text(token.shown, no_wrap=True, overflow="ellipsis")
+        table.add_row(str(token.position), shown, *cells, f"1 {token.end}".rstrip(), style=style)
+    return table
+
+
+def sorted_rows(rollout: Rollout, sort: Sort | None) -> list[int]:
+    """Row numbers, those with the highest number first; without `sort`, as collected."""
+    rows = list(range(len(rollout)))
+    if sort is None:
+        return rows
+    keys = {"score": rollout.scores, "kl": rollout.kl.sum(-1), "tokens": rollout.response_tokens}[sort]
+    return rows if keys is None else sorted(rows, key=lambda row: -float(keys[row]))
+
+
+def rows_table(rollout: Rollout, sort: Sort | None = None) -> Table:
+    """A line per response."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    order = f", highest {sort} first" if sort else ""
+    table = Table(
+        title=f"update {rollout.update + 1}: {len(rollout)} responses{order}", title_justify="left",
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold", expand=True, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("row", justify="right", no_wrap=True)
+    for name in ("prompt", "response"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
+    for name in ("score", "raw score", "KL nats", "tokens", "stopped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    kl = rollout.kl.sum(-1)
+    for row in sorted_rows(rollout, sort):
+        scores = [number(None if x is None else float(x[row])) for x in (rollout.scores, rollout.raw_scores)]
+        prompt, response = rollout.prompts[row].messages[-1]["content"], rollout.texts[row]
+        texts = [Text(one_line(text[:300])) for text in (prompt, response)]
+        stopped = "yes" if bool(rollout.stopped[row]) else "no"
+        tokens = str(int(rollout.response_tokens[row]))
+        table.add_row(str(row), *texts, *scores, number(float(kl[row])), tokens, stopped)
+    return table
+
+
+# ---------------------------------------------------------------- HTML
+
+
+def response_page(view: ResponseView, title: str) -> str:
+    """The whole page: the response in colours, chosen by radio buttons, above the table of its tokens."""
+    prompt = "".join(
+        f"<dt>{_text(message['role'])}</dt><dd>{_text(message['content'])}</dd>" for message in view.prompt
+    )
+    facts = "".join(f"<li>{_text(fact)}</li>" for fact in view.facts())
+    largest = {name: _largest(view.tokens, name) for name in NUMBERS}
+    choices, legends, rules = [], [], []
+    for place, (name, (_, meaning)) in enumerate(NUMBERS.items()):
+        checked = " checked" if name == "advantage" else ""
+        choices.append(f'<input type="radio" name="by" id="by{place}"{checked}><label for="by{place}">{name}</label>')
+        scale = "Darker is further from 0" if name in ONE_SIDED else "Blue above 0, orange below"
+        scale += f"; the darkest is {number(largest[name])} from 0"
+        legends.append(f'<span class="l{place}"><b>{name}</b>: {_text(meaning)}. {scale}.</span>')
+        rules.append(f"#by{place}:checked ~ .response a {{ background: var(--n{place}); }}")
+        rules.append(f"#by{place}:checked ~ .legend .l{place} {{ display: inline; }}")
+    tokens = "".join(_coloured(token, largest) for token in view.tokens)
+    return _SHELL.format(
+        title=_text(title), rules="\n".join(rules), prompt=prompt, facts=facts, choices="".join(choices),
+        response=tokens, legend="".join(legends), table=_html_table(view),
+    )  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _largest(tokens: Sequence[Token], name: str) -> float:
+    values = [abs(x) for token in tokens if (x := token.numbers[name]) is not None and math.isfinite(x)]
+    return max(values, default=0.0)
+
+
+def _colour(name: str, value: float | None, largest: float) -> str:
+    if value is None or not math.isfinite(value) or largest == 0:
+        return "transparent"
+    rgb = "139 92 246" if name in ONE_SIDED else "59 130 246" if value > 0 else "224 123 46"
+    return f"rgb({rgb} / {0.75 * abs(value) / largest:.3f})"
+
+
+def _coloured(token: Token, largest: dict[str, float]) -> str:
+    """A token of the response; hovering shows its numbers, a click leads to its line in the table."""
+    colours = ";".join(
+        f"--n{place}:{_colour(name, value, largest[name])}" for place, (name, value) in enumerate(token.numbers.items())
+    )
+    numbers = "  ".join(f"{name} {number(value)}" for name, value in token.numbers.items())
+    tip = f"#{token.position} {token.shown}  {numbers}  {token.end}".rstrip()
+    text = _text(visible(token.text)).replace("\n", "⏎\n") or "&#8203;"
+    return f'<a href="#t{token.position}" style="{colours}" data-numbers="{_text(tip)}">{text}</a>'
+
+
+def _html_table(view: ResponseView) -> str:
+    head = "".join(f'<th title="{_text(meaning)}">{name}</th>' for name, (_, meaning) in NUMBERS.items())
+    rows = []
+    for token in view.tokens:
+        numbers = "".join(f"<td>{number(value)}</td>" for value in token.numbers.values())
+        rows.append(
+            f'<tr id="t{token.position}"><td>{token.position}</td><td><code>{_text(token.shown)}</code></td>'
+            f"{numbers}<td>1 {token.end}</td></tr>"
+        )
+    sums = view.sums()
+    foot = "".join(f"<td>{number(sums[name]) if name in sums else ''}</td>" for name in NUMBERS)
+    more = f'<tr><td></td><td colspan="{len(NUMBERS) + 2}">{view.padding} places of padding follow (mask 0, every number 0)</td></tr>'  # noqa: E501
+    return (
+        f"<table><thead><tr><th>#</th><th>token</th>{head}<th>mask</th></tr></thead><tbody>{''.join(rows)}</tbody>"
+        f"<tfoot><tr><td></td><td>sum</td>{foot}<td></td></tr>{more if view.padding else ''}</tfoot></table>"
+    )
+
+
+_SHELL = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --dim: #777; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto 5rem; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; }} dl {{ margin: 0; }} dt, .legend {{ color: var(--dim); font-size: .85rem; }}
+dd {{ margin: 0 0 .6rem 1rem; }} dd, .response {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+.facts {{ list-style: none; padding: .6rem 0; display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; }}
+input {{ margin: 0 .3rem 0 0; }} label {{ margin-right: 1rem; }}
+.response {{ border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; margin: .6rem 0; line-height: 2; }}
+.response a {{ color: inherit; text-decoration: none; padding: .15rem 0; border-bottom: 1px solid var(--line);
+  border-left: 1px solid var(--line); }}
+.response a:is(:hover, :focus-visible) {{ outline: 2px solid CanvasText; }}
+.response a:is(:hover, :focus-visible)::after {{ content: attr(data-numbers); position: fixed; left: 0; right: 0;
+  bottom: 0; padding: .6rem 1.2rem; background: Canvas; border-top: 1px solid var(--line); line-height: 1.5;
+  font-variant-numeric: tabular-nums; white-space: pre-wrap; }}
+.legend {{ margin: 0 0 1.5rem; }} .legend span {{ display: none; }}
+.scroll {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }}
+th {{ color: var(--dim); font-weight: 500; }} th[title] {{ cursor: help; }}
+:is(th, td):is(:nth-child(2), :last-child) {{ text-align: left; }} code {{ white-space: pre; }}
+tfoot td {{ border: 0; color: var(--dim); }} tr:target {{ background: var(--soft); outline: 1px solid var(--line); }}
+{rules}
+</style></head>
+<body><h1>{title}</h1>
+<dl>{prompt}</dl>
+<ul class="facts">{facts}</ul>
+<main>
+{choices}
+<div class="response">{response}</div>
+<p class="legend">{legend}</p>
+</main>
+<div class="scroll">{table}</div>
+</body></html>
+"""

@@ -1,0 +1,165 @@
+"""How far two ways to compute the same number are apart, and how far is too far.
+
+A difference between them is rounding, or a mistake. `Limits` says where the one ends: in float32 far above rounding and
+far below what any mistake makes; in bfloat16, whose rounding moves single log-probabilities by tenths of a nat, the
+drift is reported and only absurd ones are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.models.heads import head_weight
+
+ROWS, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 12, 96
+
+
+ROUNDING = 1e-5  # nats; what an order of operations may change in float32
+
+
+COPIED = 500_000_000  # parameters of which a second copy is made for a check, at the most
+
+
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far two computations of one number may be apart: the worst of them, and on average."""
+
+    worst: float
+    mean: float
+
+    def refuse(self, gap: tuple[float, float]) -> bool:
+        return not (gap[0] <= self.worst and gap[1] <= self.mean)  # a nan is refused
+
+
+def limits(exact: bool) -> Limits:
+    return Limits(1e-3, 1e-3) if exact else Limits(1.0, 0.15)
+
+
+def gap(one: Tensor, other: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+    """Largest and mean absolute difference, over `mask`."""
+    apart = (one.double() - other.double()).abs()
+    apart = apart if mask is None else apart[mask]
+    return float(apart.max()), float(apart.mean())
+
+
+def is_exact(accelerator: Any, model: nn.Module) -> bool:
+    """Does this run compute in float32?"""
+    return accelerator.mixed_precision == "no" and all(
+        p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()
+    )
+
+
+def vocabulary_rows(model: Any) -> int:
+    """Tokens that model can both read and write."""
+    return min(embedding_rows(model), head_weight(model).shape[0])
+
+
+def embedding_rows(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def spread(lengths: list[int], most: int) -> list[int]:
+    """Rows from the shortest to the longest of at most `most` tokens (of the shortest, where there are too few)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    fitting = [i for i in order if lengths[i] <= most]
+    fitting = fitting if len(fitting) >= ROWS else order[:ROWS]
+    last = max(1, min(ROWS, len(fitting)) - 1)
+    return [fitting[place * (len(fitting) - 1) // last] for place in range(min(ROWS, len(fitting)))]
+
+
+def lengthened(ids: list[int], length: int, most: int) -> list[int]:
+    """`ids` again and again, to three times `length` (96 tokens more at the most)."""
+    wanted = max(len(ids), min(3 * length, length + 96))
+    return (ids * (wanted // len(ids) + 1))[: max(1, min(wanted, most))]
+
+
+def max_positions(model: Any) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def check_gradients(
+    model: nn.Module, loss: Tensor, must_move: tuple[str, ...] = (), idle: Set[int] = frozenset()
+) -> Finding:
+    """Every trainable tensor is in the loss, no gradient is nan, and not all of them are 0 (one of a name that holds
+    a part in `must_move` mustn't be). Leaves no `.grad` behind: an optimizer and DDP see nothing of it."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in idle]
+    if not named or not loss.requires_grad:
+        wrong = "nothing is trainable" if not named else "the loss depends on nothing trainable"
+        missing, broken = [wrong], []
+    else:
+        gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+        both = list(zip(named, gradients, strict=True))
+        missing = [f"{name} gets none" for (name, _), g in both if g is None]
+        broken = [f"{name} is not finite" for (name, _), g in both if g is not None and not g.isfinite().all()]
+        still = [name for (name, _), g in both if g is not None and not g.any()]
+        if len(still) == len(named) - len(missing):
+            broken += ["all are 0"]
+        broken += [f"{name} is 0" for name in still if any(part in name for part in must_move)]
+    wrongs = missing + broken
+    return Finding(
+        "gradients",
+        f"{len(wrongs)} of {len(named)}: {', '.join(wrongs[:2])}" if wrongs else f"all {len(named)} trainable tensors",
+        not wrongs,
+        "a trainable weight that the loss doesn't reach is frozen in fact (a detached module, a wrong adapter)",
+        "freeze it with requires_grad_(False) if it is not meant to train, else mend the model's forward",
+    )
+
+
+def float32(model: nn.Module) -> nn.Module | None:
+    """The model itself where its weights are float32, else a copy; None where that would be too large."""
+    if all(p.dtype == torch.float32 for p in model.parameters()):
+        return model
+    return copy.deepcopy(model).float() if sum(p.numel() for p in model.parameters()) <= COPIED else None
+
+
+def drift(apart: tuple[float, float]) -> Finding:
+    return Finding(
+        "precision",
+        f"bfloat16 moves log-probabilities by {apart[1]:.3g} nats on average, {apart[0]:.3g} at most",
+        not limits(False).refuse((apart[0] / 4, apart[1])),
+        "that is no rounding: a part of the model can't work in bfloat16",
+        "set bf16: false",
+        note=True,
+    )
+
+
+SAVED = 50_000_000  # parameters that are written to a temporary folder for a check, at the most
+
+
+def same_after_reload(ours: Tensor, theirs: Tensor, folder: str) -> Finding:
+    apart = gap(theirs, ours)[0]
+    return Finding(
+        "reload",
+        f"{len(ours)} scores differ by {apart:.3g} after loading {folder} again",
+        apart <= 1e-5 * max(1.0, float(ours.abs().max())),
+        "its folder lacks the trained head or normaliser, or the model was changed after loading",
+        "save it with RewardTrainer.save_model (an adapter needs modules_to_save=['score'])",
+    )
+
+
+def range_of(said: Tensor) -> str:
+    return f"{float(said.min()):.3g} to {float(said.max()):.3g}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check saw. A failure says why that is wrong and what to do; a note is worth telling all the same."""
+
+    check: str
+    measured: str
+    ok: bool
+    cause: str = ""
+    remedy: str = ""
+    note: bool = False
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (f"{self.check}: {self.measured}", self.cause, self.remedy)))

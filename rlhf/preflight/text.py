@@ -1,0 +1,152 @@
+"""Preflight checks of tokenizer, chat template and stop tokens: nothing here runs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf import chat
+from rlhf.chat import Messages
+from rlhf.errors import InputError
+from rlhf.preflight.measure import Finding
+from rlhf.records import Demonstration
+
+IGNORED = -100  # the label of tokens without loss, in transformers
+
+
+def check_vocabulary(tokenizer: Any, rows: int) -> Finding:
+    """Every id that the tokenizer can write, its padding and its stop tokens have a row among the `rows` embeddings.
+
+    Padding may be a stop token: masks come from lengths.
+    """
+    ids = {"largest token": max(tokenizer.get_vocab().values()), "pad": chat.pad_id(tokenizer)}
+    ids |= {f"stop {tokenizer.convert_ids_to_tokens(i)}": i for i in chat.stop_ids(tokenizer)}
+    outside = [f"{name} id {i}" for name, i in ids.items() if not 0 <= i < rows]
+    return Finding(
+        "vocabulary",
+        f"{', '.join(outside)} outside the model's {rows} embeddings"
+        if outside
+        else f"ids to {ids['largest token']} of {rows} embeddings, pad {ids['pad']}",
+        not outside,
+        "the tokenizer is not this model's, or got tokens that the model never learned",
+        "use the tokenizer saved with the model, or fine-tune with SFTTrainer, which adds rows for new tokens",
+    )
+
+
+def check_template(tokenizer: Any, conversations: Sequence[Messages]) -> Finding:
+    """Prompt and response encoded apart are the conversation encoded whole, and most responses come back as text.
+
+    (Not all have to: a vocabulary without bytes loses characters that it never saw.)
+    """
+    changed, shown = 0, ""
+    for messages in conversations[:8]:
+        text = messages[-1]["content"]
+        response = chat.encode_response(tokenizer, text)
+        apart = chat.encode_prompt(tokenizer, messages[:-1]) + response
+        whole = chat.encode_conversation(tokenizer, messages)[0]
+        if apart != whole:
+            return Finding(
+                "template",
+                f"prompt + response gives {len(apart)} tokens, the conversation {len(whole)} others ({text[:40]!r})",
+                False,
+                "the chat template renders a turn differently when it is the last",
+                "use a template that renders each turn by itself",
+            )
+        back = chat.decode_response(tokenizer, response)
+        if back.strip() != text.strip():
+            changed, shown = changed + 1, f"{text[:40]!r} comes back as {back[:40]!r}"
+    count = min(8, len(conversations))
+    return Finding(
+        "template",
+        f"{count - changed} of {count} responses come back from their tokens{': ' if shown else ''}{shown}",
+        2 * changed <= count,
+        "encoding or decoding changes text, so rewards would judge other words than the policy wrote",
+        "check the tokenizer's normaliser and decoder, and what the template writes around a response",
+    )
+
+
+def check_injection(tokenizer: Any) -> Finding:
+    """A control token's name in a user's or the assistant's text stays text: it can't end a turn or forge a role."""
+    added = tokenizer.added_tokens_decoder.items()
+    wanted = {i: token.content for i, token in added if token.special and i != tokenizer.unk_token_id}
+    wanted |= {i: tokenizer.convert_ids_to_tokens(i) for i in chat.stop_ids(tokenizer)}
+    prompt, response = _encoded(tokenizer, "a"), chat.encode_response(tokenizer, "a")
+    for i, name in list(wanted.items())[:32]:
+        try:
+            forged = _encoded(tokenizer, f"a {name} a"), chat.encode_response(tokenizer, f"a {name} a")
+        except InputError:  # refused, as good
+            continue
+        if forged[0].count(i) > prompt.count(i) or forged[1].count(i) > response.count(i):
+            return Finding(
+                "injection",
+                f"the text {name!r} inside a message becomes control token {i}",
+                False,
+                "whoever writes a prompt can end its turn and forge the next one",
+                "use a tokenizer whose special tokens rlhf.chat can switch off (any fast tokenizer)",
+            )
+    return Finding("injection", f"{min(32, len(wanted))} control tokens stay text inside a message", True)
+
+
+def _encoded(tokenizer: Any, content: str) -> list[int]:
+    return chat.encode_prompt(tokenizer, [{"role": "user", "content": content}])
+
+
+def check_generation_stop(tokenizer: Any, generation_config: Any) -> Finding:
+    """The saved model's own `generate` stops where our training ends a turn."""
+    wanted = chat.end_of_turn_id(tokenizer)
+    stops = getattr(generation_config, "eos_token_id", None)
+    listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return Finding(
+        "stop token",
+        f"end of turn {wanted} {'is' if wanted in listed else 'is not'} among generation_config's stops {listed}",
+        wanted in listed,
+        "what is trained to end its turn would not stop when generating",
+        f"set model.generation_config.eos_token_id = {[*listed, wanted]}",
+    )
+
+
+def check_trained(
+    tokenizer: Any, rows: Sequence[Any], demonstrations: Sequence[Demonstration], max_length: int
+) -> Finding:
+    """The tokens with loss, decoded, are the demonstration's answers and end with the end of turn."""
+    fitting = (d for d in demonstrations if len(chat.encode_conversation(tokenizer, d.messages)[0]) <= max_length)
+    checked = 0
+    for number, (demonstration, row) in enumerate(zip(fitting, _first(rows, 8), strict=False), 1):
+        spans = trained_spans(row["input_ids"], row["labels"])
+        wanted = [
+            message["content"]
+            for place, message in enumerate(demonstration.messages)
+            if message["role"] == "assistant" and place >= demonstration.trained_from
+        ]
+        got = [chat.decode_response(tokenizer, span).strip() for span in spans]
+        # through the tokenizer, which may know no way to write a character
+        right = [chat.decode_response(tokenizer, chat.encode_response(tokenizer, text)).strip() for text in wanted]
+        ends = bool(spans) and spans[-1][-1] == chat.end_of_turn_id(tokenizer)
+        if got != right or not ends:
+            seen = f"row {number} trains {' / '.join(got)[:60]!r}{'' if ends else ' without its end of turn'}"
+            return Finding(
+                "trained tokens",
+                f"{seen}, its answers are {' / '.join(right)[:60]!r}",
+                False,
+                "the loss mask covers other tokens than the assistant's and their end of turn",
+                "build labels with rlhf.chat.encode_conversation, and don't change the encoded dataset",
+            )
+        checked += 1
+    return Finding("trained tokens", f"{checked} rows train their answers and end of turn, nothing else", checked > 0)
+
+
+def trained_spans(ids: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
+    """The runs of labels that carry loss; a label that is not its token stays in, and shows."""
+    spans: list[list[int]] = []
+    for place, label in enumerate(labels):
+        if label == IGNORED:
+            continue
+        if place and labels[place - 1] != IGNORED:
+            spans[-1].append(label)
+        else:
+            spans.append([label])
+    return spans
+
+
+def _first(rows: Any, count: int) -> list[Any]:
+    return [rows[i] for i in range(min(count, len(rows)))]

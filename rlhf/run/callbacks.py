@@ -1,0 +1,183 @@
+"""transformers callbacks that every trainer gets: whole checkpoints, metrics.jsonl, a progress bar, alarms, SIGTERM.
+
+They are kept apart from checkpoint.py, metrics.py and console.py so that those import without transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from transformers import ProgressCallback as TqdmCallback
+
+from rlhf import metrics
+from rlhf.errors import RunStopped
+from rlhf.run import checkpoint, console
+from rlhf.run.resume import TERMINATED, Termination
+
+log = logging.getLogger("rlhf")
+
+OnAlarm = Literal["warn", "save", "stop"]
+
+
+def attach(trainer: Any, stage: str, numbers: Sequence[str], folder: str | Path) -> None:
+    """Give a trainer a bar of its own and ``folder/metrics.jsonl``, in place of those that it has."""
+    for older in (PrinterCallback, TqdmCallback, JsonlCallback, ProgressCallback):
+        trainer.remove_callback(older)
+    trainer.add_callback(JsonlCallback(Path(folder) / "metrics.jsonl"))
+    trainer.add_callback(ProgressCallback(stage, numbers))
+
+
+class Babysitter:
+    """What watches a transformers Trainer of ours: whole checkpoints, alarms, finite gradients, SIGTERM."""
+
+    def __init__(self, trainer: Any, settings: Mapping[str, Any], keep: int, on_alarm: OnAlarm):
+        self.alarms = Alarms(on_alarm)
+        self.termination = Termination(trainer.accelerator)
+        self.folder = Path(trainer.args.output_dir)
+        for callback in (MarkComplete(settings, keep), self.alarms, FiniteGradients(), SaveAndStop(self.termination)):
+            trainer.add_callback(callback)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Around `Trainer.train`: leaves with SystemExit(143) after SIGTERM, with RunStopped after an alarm that stops
+        or on a full disk."""
+        with self.termination, checkpoint.full_disk_explained(self.folder):
+            yield
+        if self.termination.told:
+            raise SystemExit(TERMINATED)
+        self.alarms.raise_if_stopped()
+
+
+class MarkComplete(TrainerCallback):
+    """Mark transformers' checkpoint-N complete once it is on disk, then delete older ones: a killed save leaves none
+    marked, and the last good one is always there."""
+
+    def __init__(self, settings: Mapping[str, Any] | None = None, keep: int = 2) -> None:
+        self.settings, self.keep = settings or {}, keep
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its random state
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            checkpoint.mark_complete(folder, self.settings)
+            checkpoint.prune(args.output_dir, self.keep)
+
+
+class Alarms(TrainerCallback):
+    """One warning when a metric leaves its healthy range, and no other until it has been back.
+
+    on_alarm: "warn" says it and goes on; "save" also writes a checkpoint; "stop" writes one and ends the run, which the
+    same command takes up again from there. What was said before a resume is not said again: it follows from the
+    logged lines.
+    """
+
+    def __init__(self, on_alarm: OnAlarm = "warn") -> None:
+        self.on_alarm = on_alarm
+        self.watch = metrics.Watch()
+        self.stopped: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch, self.stopped = metrics.Watch(), None
+        for line in state.log_history:
+            self.watch.see(metrics.from_logs(line))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        found = self.watch.see(metrics.from_logs(logs or {}))
+        if not found:
+            return
+        if state.is_world_process_zero:
+            for advice in found:
+                log.warning("step %d: %s", state.global_step, advice)
+        if self.on_alarm != "warn":
+            control.should_save = True
+        if self.on_alarm == "stop":
+            control.should_training_stop = True
+            self.stopped = f"step {state.global_step}: {found[0]}"
+
+    def raise_if_stopped(self) -> None:
+        if self.stopped:
+            raise RunStopped(
+                f"{self.stopped}. Saved (on_alarm=stop); run the same command again to go on from here, or mend the "
+                "cause and start anew"
+            )
+
+
+class FiniteGradients(TrainerCallback):
+    """Refuse an optimizer step on a gradient that is NaN or infinite: the weights stay as they are."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if grads and not bool(torch.stack([g.detach().float().sum() for g in grads.values()]).sum().isfinite()):
+            broken = [name for name, g in grads.items() if not bool(g.isfinite().all())]
+            if broken:
+                raise RunStopped(
+                    f"step {state.global_step + 1}: the gradient of {broken[0]} (and {len(broken) - 1} other tensors) "
+                    "is not finite; lower the learning rate, or look for a broken row in the data. No step was taken "
+                    "on it; the last checkpoint is good"
+                )
+
+
+class SaveAndStop(TrainerCallback):
+    """After SIGTERM: the step in hand was the last one, and a checkpoint is written."""
+
+    def __init__(self, termination: Termination) -> None:
+        self.termination = termination
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.termination.agreed():
+            control.should_save = control.should_training_stop = True
+        if control.should_save:  # a line of the log never reaches over a checkpoint: a resumed run couldn't write it
+            control.should_log = True
+
+
+class JsonlCallback(TrainerCallback):
+    """Append every log to ``path`` as a line ``{"step": ., "<metric>": .}``.
+
+    A run that goes on at step s first cuts what the killed run had logged after s.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            metrics.truncate(self.path, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            numbers = metrics.from_logs(logs or {})
+            if numbers:
+                metrics.append_metrics(self.path, state.global_step, numbers)
+
+
+class ProgressCallback(TrainerCallback):
+    """One bar for a stage, with the numbers that matter; off a terminal, a line every ``every`` seconds."""
+
+    def __init__(self, stage: str, numbers: Sequence[str] = ("loss",), every: float = 15.0) -> None:
+        self.stage, self.names, self.every = stage, tuple(numbers), every
+        self.bar: console.StageBar | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = console.StageBar(self.stage, state.max_steps, state.global_step, self.every)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.update(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.bar:
+            numbers = metrics.from_logs(logs or {})
+            self.bar.show({name: numbers[name] for name in self.names if name in numbers})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,315 @@
+"""What a run leaves behind, whole or not at all: atomic folders, and the checkpoints that a run goes on from.
+
+A checkpoint is a folder `checkpoint-<step>` with a file `complete` in it, written last: the size and sha256 of every
+other file, and the settings that the run was made with. What is not complete is an interrupted save; what is complete
+but damaged, or another run's, is refused with its reason, and the one before it is used.
+
+Everything is written beside its place and renamed, so a killed run leaves the old or the new, never a half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import InputError, RunStopped
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("rlhf")
+
+COMPLETE = "complete"
+
+
+# ---------------------------------------------------------------- atomic writing
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it becomes ``path``, replacing what was there.
+
+    When the body raises, ``path`` stays as it was. What a killed run left half-written is removed.
+    """
+    path = Path(path)
+    writing, replaced = _beside(path, "writing"), _beside(path, "replaced")
+    recover(path)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        sync_tree(writing)
+        if path.exists():
+            path.rename(replaced)
+        writing.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        recover(path)
+        raise
+    remove(replaced)
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Write JSON beside ``path``, then rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = _beside(path, "writing")
+    with writing.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    writing.replace(path)
+    _sync(path.parent)
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
+
+
+def recover(path: Path) -> None:
+    """Undo what a run that was killed inside ``atomic_folder`` left."""
+    writing, replaced = _beside(path, "writing"), _beside(path, "replaced")
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    remove(writing)
+    remove(replaced)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems can't fsync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    for inner in folder.rglob("*"):
+        _sync(inner)
+    _sync(folder)
+
+
+def plain(value: Any) -> Any:
+    """The JSON form of records, configs, paths and numbers of NumPy or torch."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(f"no JSON form for {type(value).__name__}: {value!r}")
+
+
+def require_disk(path: str | Path, needed_bytes: int) -> None:
+    """Raise InputError unless the disk that holds ``path`` has ``needed_bytes`` free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise InputError(
+            f"output_dir {path}: needs about {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on "
+            f"its disk; free some space or choose another --output_dir"
+        )
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """All `checkpoint-<step>` folders, oldest step first, complete or not."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def mark_complete(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Flush a checkpoint to disk, then write down what it holds and what it was made with: from now on it counts."""
+    sync_tree(checkpoint)
+    files = {name: _fingerprint(checkpoint / name) for name in _files(checkpoint)}
+    write_json_atomic(checkpoint / COMPLETE, {"files": files, "settings": plain(settings)})
+
+
+def check_checkpoint(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Raise InputError unless every byte is there that was saved, by a run of the same settings."""
+    try:
+        marker = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        files, theirs = dict(marker["files"]), dict(marker["settings"])
+    except FileNotFoundError:
+        raise InputError(f"{checkpoint}: no complete checkpoint (no file {COMPLETE!r} in it)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint}: its file {COMPLETE!r} is damaged: {error}") from None
+    for name, (size, digest) in sorted(files.items()):
+        path = checkpoint / name
+        if not path.is_file():
+            raise InputError(f"{checkpoint}: {name} is missing")
+        if path.stat().st_size != size:
+            raise InputError(f"{checkpoint}: {name} has {path.stat().st_size} bytes, {size} were written")
+        if _fingerprint(path)[1] != digest:
+            raise InputError(f"{checkpoint}: {name} is not what was written (its sha256 differs)")
+    for name, mine in plain(settings).items():
+        if theirs.get(name) != mine:
+            raise InputError(
+                f"{checkpoint}: made with {name}={theirs.get(name)}, now {mine}; use the same, or another output_dir"
+            )
+
+
+def latest_checkpoint(folder: str | Path, settings: Mapping[str, Any]) -> Path | None:
+    """The newest checkpoint to go on from; None where there is none yet.
+
+    A damaged or foreign one is named in a warning with its reason and moved aside (`refused-checkpoint-<step>`); the
+    one before it is taken. InputError when checkpoints were completed and none of them can be used: starting from the
+    beginning is then the user's to say. Interrupted saves are removed.
+    """
+    refused: list[tuple[Path, InputError]] = []
+    for path in reversed(checkpoints_in(folder)):
+        if not (path / COMPLETE).exists():
+            remove(path)
+            continue
+        try:
+            check_checkpoint(path, settings)
+        except InputError as error:
+            refused.append((path, error))
+            continue
+        for other, reason in refused:
+            log.warning("%s; going on from %s instead", reason, path.name)
+            remove(other.with_name(f"refused-{other.name}"))
+            other.rename(other.with_name(f"refused-{other.name}"))
+        return path
+    if refused:
+        raise refused[0][1]
+    return None
+
+
+def save_checkpoint(
+    folder: str | Path, step: int, write: Callable[[Path], Any], settings: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Let ``write`` fill a temporary folder and make it `checkpoint-<step>`; keep the newest ``keep``.
+
+    Raises RunStopped where the disk is full; the checkpoint before it is then still there.
+    """
+    path = Path(folder) / f"checkpoint-{step}"
+    with full_disk_explained(folder):
+        with atomic_folder(path) as temporary, full_disk_explained(folder):  # told before clearing up makes room
+            write(temporary)
+            mark_complete(temporary, settings)
+        prune(folder, keep)
+    return path
+
+
+def prune(folder: str | Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` complete checkpoints; called when the newest is complete."""
+    whole = [path for path in checkpoints_in(folder) if (path / COMPLETE).exists()]
+    for old in checkpoints_in(folder):
+        if old not in whole[-keep:]:
+            remove(old)
+
+
+@contextlib.contextmanager
+def full_disk_explained(folder: str | Path) -> Iterator[None]:
+    """RunStopped in one line, instead of whatever torch or safetensors raise, when the disk of ``folder`` is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, _safetensor_error()) as error:
+        if isinstance(error, InputError | RunStopped) or not _is_disk_full(error, Path(folder)):
+            raise
+        whole = [path.name for path in checkpoints_in(folder) if (path / COMPLETE).exists()]
+        kept = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        raise RunStopped(
+            f"{folder}: no space left on its disk while saving; {kept}. Free some space (or lower save_total_limit) "
+            "and run the same command again"
+        ) from error
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    """torch and safetensors turn ENOSPC into errors of their own, whose text says it, or only that a write failed."""
+    said = ""
+    cause: BaseException | None = error
+    while cause is not None:  # torch hides the first error behind one about closing the file
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        said += f"{cause}\n".lower()
+        cause = cause.__cause__ or cause.__context__
+    if "no space left" in said or "os error 28" in said:
+        return True
+    while not folder.exists():
+        folder = folder.absolute().parent
+    failed = any(words in said for words in ("write", "writing", "iostream error", "unexpected pos"))
+    return failed and shutil.disk_usage(folder).free < 2**20
+
+
+def _safetensor_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
+def _files(folder: Path) -> list[str]:
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(name for name in files if name != COMPLETE and not name.endswith(".writing"))
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def random_state(*generators: torch.Generator) -> dict[str, Any]:
+    """The state of torch's, NumPy's and Python's global generators and of the given ones.
+
+    Only tensors, numbers and tuples: ``torch.save`` it, ``torch.load(..., weights_only=True)`` reads it.
+    """
+    import numpy as np
+    import torch
+
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": [generator.get_state() for generator in generators],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any], *generators: torch.Generator) -> None:
+    """Put back what ``random_state`` took, with the same number of generators in the same order."""
+    import numpy as np
+    import torch
+
+    if len(generators) != len(state["generators"]):
+        raise ValueError(f"{len(state['generators'])} generators were saved, {len(generators)} were given")
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count():  # another machine: its CUDA streams differ anyway
+        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
+    for generator, saved in zip(generators, state["generators"], strict=True):
+        generator.set_state(saved.cpu())

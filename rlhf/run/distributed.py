@@ -1,0 +1,180 @@
+"""FSDP2: what changes when accelerate has cut the models' parameters over the processes.
+
+A sharded parameter is a DTensor: each process holds a part of it, and the whole exists only while its module runs.
+So a forward is a collective: all processes must run as many of them, in the same order. Everything here does nothing
+for a module that is not sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from rlhf.errors import InputError
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+def configure(accelerator: Accelerator) -> None:
+    """Refuse FSDP settings that PPO cannot be right with, and keep what leaves the module in float32.
+
+    accelerate's bf16 policy for FSDP2 would round the module's outputs to bfloat16, log-probabilities among them (an
+    error of 0.03 nats at -8: ratios would be noise), and add gradients up in bfloat16. Call it before `prepare`.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin: Any = accelerator.state.fsdp_plugin
+    if not accelerator.is_fsdp2:
+        raise InputError("fsdp_version=1 is not supported; set fsdp_version: 2 (recipes/configs/accelerate/fsdp2.yaml)")
+    if plugin.cpu_ram_efficient_loading:
+        raise InputError(
+            "fsdp_cpu_ram_efficient_loading=true leaves the reward model empty on all processes but the first; "
+            "set it to false"
+        )
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
+
+
+def layer_classes(models: Sequence[nn.Module]) -> list[str]:
+    """Names of the transformer layers in `models`: the units that accelerate's TRANSFORMER_BASED_WRAP cuts.
+
+    Only those that are really there: accelerate refuses a name that it doesn't find.
+    """
+    declared = {name for model in models for name in getattr(model, "_no_split_modules", None) or ()}
+    present = {type(module).__name__ for model in models for module in model.modules()}
+    return sorted(declared & present)
+
+
+# ---------------------------------------------------------------- whole tensors
+
+
+def full(tree: Any) -> Any:
+    """`tree` (dicts, lists) with its tensors on the CPU, the sharded ones put together; a collective.
+
+    Only the first process keeps what was put together (one copy on a machine, not one for each GPU): elsewhere None
+    stands in its place. A tensor that is there twice (tied weights) stays one.
+    """
+    done: dict[int, Tensor | None] = {}
+
+    def gather(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in done:
+            done[id(value)] = _full(value)
+        return done[id(value)]
+
+    return tree_map(gather, tree)
+
+
+def _full(tensor: Tensor) -> Tensor | None:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().cpu()
+    together = tensor.full_tensor()
+    return together.detach().cpu() if distributed.get_rank() == 0 else None
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor as its parameter is kept: this process's part where that is sharded. No communication."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what `full(optimizer.state_dict())` gave on the first process."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {
+            name: like(value, parameters[index]) if getattr(value, "shape", None) == parameters[index].shape else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+# ---------------------------------------------------------------- modules
+
+
+def reshard(root: nn.Module) -> None:
+    """Free every parameter that is still whole, so that `named_parameters` gives what the optimizer changes.
+
+    FSDP2 keeps the root's own parameters whole after a forward without gradients; a value copied into one of those
+    would be lost at the next step, silently.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def whole(root: nn.Module, part: nn.Module) -> Iterator[None]:
+    """All parameters of `part` (and the root's own) whole on every process, and no communication inside.
+
+    So a process whose responses are finished may stop while others go on sampling. `part` in the precision that it
+    computes in must fit on one device. `root` must have run a forward before (an empty one will do): else FSDP2
+    takes the first layer that runs for a root of its own.
+    """
+    if not is_sharded(root):
+        yield
+        return
+    units: list[Any] = [module for module in part.modules() if isinstance(module, FSDPModule)]
+    reshards = [_reshards_after_forward(unit) for unit in units]
+    for unit in [root, *units]:
+        unit.unshard()
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit, setting in zip(units, reshards, strict=True):
+            unit.set_reshard_after_forward(setting, recurse=False)
+        reshard(root)
+
+
+def _reshards_after_forward(unit: Any) -> bool:
+    """What `fully_shard(reshard_after_forward=...)` was told; torch 2.13 can set it and has no public way to ask."""
+    return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)
+
+
+# ---------------------------------------------------------------- as many forwards everywhere
+
+
+def even_plan(plan: list[list[list[int]]], root: nn.Module) -> list[list[list[int]]]:
+    """The micro-batch plan with as many micro-batches in each minibatch as the process that has the most.
+
+    Lengths differ, so plans do; a process with fewer forwards would leave the others waiting for ever. Cutting a
+    micro-batch changes no gradient.
+    """
+    if not is_sharded(root):
+        return plan
+    counts = torch.tensor([len(minibatch) for minibatch in plan], device=next(root.parameters()).device)
+    distributed.all_reduce(counts, distributed.ReduceOp.MAX)
+    return [cut(minibatch, count) for minibatch, count in zip(plan, counts.tolist(), strict=True)]
+
+
+def cut(minibatch: list[list[int]], count: int) -> list[list[int]]:
+    """The same rows in `count` micro-batches: the largest is halved until there are as many."""
+    minibatch = list(minibatch)
+    while len(minibatch) < count:
+        place = max(range(len(minibatch)), key=lambda i: len(minibatch[i]))
+        rows = minibatch[place]
+        if len(rows) < 2:
+            raise InputError(f"{sum(map(len, minibatch))} responses on this process, {count} micro-batches on another")
+        minibatch[place : place + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return minibatch

@@ -1,0 +1,151 @@
+"""What our own training loop shows to transformers' callbacks: trackers, progress bars, users' own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import (
+    DefaultFlowCallback,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, ExportableState
+
+from rlhf.config import training_arguments
+from rlhf.run.callbacks import Alarms, JsonlCallback
+
+
+def callback_arguments(config: Any) -> TrainingArguments:
+    """The TrainingArguments that callbacks receive. Making them resets accelerate's state: make them first."""
+    return training_arguments(
+        config, TrainingArguments, logging_steps=1, max_steps=config.updates, lr_scheduler_type="constant"
+    )
+
+
+class CallbackLoop:
+    """State, control and callbacks of a loop that transformers.Trainer does not run.
+
+    Events come in Trainer's order and with its keywords; a step is one PPO update. `metrics.jsonl` and `samples.jsonl`
+    are written in output_dir on the main process.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        args: TrainingArguments,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizer: Any,
+        callbacks: Sequence[TrainerCallback] | None,
+        accelerator: Accelerator,
+    ):
+        self.args = args
+        self.main = accelerator.is_main_process
+        self.state = TrainerState(is_local_process_zero=self.main, is_world_process_zero=self.main)
+        self.control = TrainerControl()
+        self.samples = Path(config.output_dir, "samples.jsonl")
+        trackers = get_reporting_integration_callbacks(args.report_to)
+        metrics = JsonlCallback(Path(config.output_dir, "metrics.jsonl"))
+        self.alarms = Alarms(config.on_alarm)
+        listed = [DefaultFlowCallback, metrics, self.alarms, *trackers, *(callbacks or [])]
+        self.handler = CallbackHandler(listed, model, tokenizer, optimizer, None)
+        self._extra_metrics: dict[str, list[float]] = {}
+        self._extra_columns: dict[str, list[Any]] = {}
+        self.control = self.handler.on_init_end(self.args, self.state, self.control)
+
+    @property
+    def should_stop(self) -> bool:
+        return self.control.should_training_stop
+
+    @property
+    def should_save(self) -> bool:
+        return self.control.should_save
+
+    def last_metrics(self) -> dict[str, float]:
+        """What a resumed run logged last; empty for a new one."""
+        return {name: value for name, value in (self.state.log_history or [{}])[-1].items() if name != "step"}
+
+    def begin(self, step: int, steps: int) -> None:
+        self.state.global_step, self.state.max_steps = step, steps
+        if self.main:
+            self._truncate_samples(step)
+        self.control = self.handler.on_train_begin(self.args, self.state, self.control)
+
+    def step(self, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """An update is done: log it, write its samples, let callbacks ask for a stop or a save."""
+        logged: dict[str, list[float]] = {}
+        for mine in gather_object([self._extra_metrics]):  # of every process
+            for name, values in mine.items():
+                logged.setdefault(name, []).extend(values)
+        extra = {name: sum(values) / len(values) for name, values in logged.items()}
+        self.control = self.handler.on_step_begin(self.args, self.state, self.control)
+        self.state.global_step = step
+        self.state.epoch = step / max(1, self.state.max_steps)
+        self.control = self.handler.on_step_end(self.args, self.state, self.control)
+        logs = {**metrics, **extra}
+        self.state.log_history.append({"step": step, **logs})
+        self.control = self.handler.on_log(self.args, self.state, self.control, logs=dict(logs))
+        if self.main and samples:
+            columns = {name: values[: len(samples)] for name, values in self._extra_columns.items()}
+            rows = [row | {name: values[i] for name, values in columns.items()} for i, row in enumerate(samples)]
+            with self.samples.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        self._extra_metrics.clear()
+        self._extra_columns.clear()
+
+    def saved(self) -> None:
+        self.control = self.handler.on_save(self.args, self.state, self.control)
+        self.control.should_save = False
+
+    def end(self) -> None:
+        self.control = self.handler.on_train_end(self.args, self.state, self.control)
+        self.alarms.raise_if_stopped()
+
+    def save_state(self, file: Path) -> None:
+        """The log so far, and the state of users' callbacks that have one (transformers' ExportableState)."""
+        states: Any = self.state.stateful_callbacks  # a dict by then, whatever its annotation says
+        for callback in self.handler.callbacks:
+            if isinstance(callback, ExportableState):
+                states[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(file))
+
+    def load_state(self, file: Path) -> None:
+        self.state = TrainerState.load_from_json(str(file))
+        states: Any = self.state.stateful_callbacks
+        for callback in self.handler.callbacks:
+            if isinstance(callback, ExportableState):
+                vars(callback).update(states.get(type(callback).__name__, {}).get("attributes", {}))
+        self.state.is_local_process_zero = self.state.is_world_process_zero = self.main
+
+    def log_metric(self, name: str, value: float) -> None:
+        """For reward functions: a number to be averaged over the update and logged (as in trl)."""
+        self._extra_metrics.setdefault(name, []).append(float(value))
+
+    def log_extra(self, name: str, values: Sequence[Any]) -> None:
+        """For reward functions: a column of samples.jsonl, one value per response (as in trl)."""
+        self._extra_columns.setdefault(name, []).extend(values)
+
+    def _truncate_samples(self, step: int) -> None:
+        """Samples that a killed run wrote after its last checkpoint come again: drop them."""
+        self.samples.parent.mkdir(parents=True, exist_ok=True)
+        if self.samples.is_file():
+            lines = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)
+            writing = self.samples.with_name(f".{self.samples.name}.writing")
+            writing.write_text("".join(line for line in lines if _step(line) <= step), encoding="utf-8")
+            writing.replace(self.samples)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
+        return float("inf")

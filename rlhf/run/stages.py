@@ -1,0 +1,244 @@
+"""A stage of a run, and what tells its state: its inputs, its manifest.
+
+A stage's folder tells its own state::
+
+    inputs.json          written when the stage begins: what it was given
+    checkpoint-<step>/   where it goes on when it was interrupted (see `rlhf.run.checkpoint`)
+    manifest.json        written last: the stage is complete
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.errors import InputError
+from rlhf.run.checkpoint import checkpoints_in, plain, recover, remove, sync_tree, write_json_atomic
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "rlhf-recipes")
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def data_fingerprint(source: Any) -> str:
+    """sha256 of a dataset's content: a file's bytes, a folder's files, or every record of an iterable.
+
+    A hub id can't be read without loading it; its name is hashed (pass the loaded records to be sure).
+    """
+    digest = hashlib.sha256()
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if not path.exists():
+            return hashlib.sha256(f"hub:{source}".encode()).hexdigest()
+        inner = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+        for file in inner:
+            if path.is_dir():
+                digest.update(f"{file.relative_to(path)}\n".encode())
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+    else:
+        for record in source:
+            digest.update(_canonical(record) + b"\n")
+    return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what decides a tokenizer's ids: vocabulary, merges, normalisation, special tokens.
+
+    The padding and truncation that a fast tokenizer remembers from its last call don't count; nor does the
+    chat template, which the manifest keeps apart.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        core = json.loads(backend.to_str())
+        core = {key: value for key, value in core.items() if key not in ("padding", "truncation")}
+    else:
+        core = {"vocabulary": tokenizer.get_vocab()}
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return hashlib.sha256(_canonical({"core": core, "special": special})).hexdigest()
+
+
+# ---------------------------------------------------------------- manifests
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a stage was given, what it made, and with what. Written when the stage is complete."""
+
+    stage: str
+    inputs: dict[str, Any]
+    """Config, data fingerprints, parents' fingerprints: another value here is another run."""
+    seed: int
+    base_model: str | None = None
+    base_revision: str | None = None
+    tokenizer_hash: str | None = None
+    template_hash: str | None = None
+    pad_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """The stage's results; numbers named `...second...` are not part of the fingerprint."""
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=_versions)
+    command: str = field(default_factory=lambda: shlex.join([Path(sys.executable).name, *sys.argv]))
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all that the next stage depends on: not when, how fast or by which command."""
+        apart = ("seconds", "created", "command", "versions")
+        content = {key: value for key, value in plain(self).items() if key not in apart}
+        content["outputs"] = {key: value for key, value in self.outputs.items() if "second" not in key}
+        return hashlib.sha256(_canonical(content)).hexdigest()
+
+    def write(self, folder: str | Path) -> Path:
+        """Write ``manifest.json`` into ``folder``."""
+        path = Path(folder) / "manifest.json"
+        write_json_atomic(path, self)
+        return path
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Manifest:
+        """Read ``folder/manifest.json``. Raises InputError when it isn't there or is no manifest."""
+        path = Path(folder) / "manifest.json"
+        content = _read_json(path)
+        names = {item.name for item in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or not {"stage", "inputs", "seed"} <= set(content):
+            raise InputError(f"{path}: is no manifest of a stage (stage, inputs and seed belong in it)")
+        content = {key: value for key, value in content.items() if key in names}
+        return cls(**content | {"stop_ids": tuple(content.get("stop_ids") or ())})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {path.parent} is no folder of a complete stage") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: broken JSON: {error}") from None
+
+
+# ---------------------------------------------------------------- stages
+
+State = Literal["complete", "interrupted", "absent"]
+
+
+def stage_state(folder: str | Path, inputs: Mapping[str, Any], overwrite: bool = False) -> State:
+    """Whether the stage in ``folder`` is complete, was interrupted, or never began. Changes nothing.
+
+    Raises InputError when the folder holds a run with other inputs (with ``overwrite`` that counts as "absent"), or
+    something that is no run of ours.
+    """
+    folder = Path(folder)
+    try:
+        return _stage_state(folder, inputs)
+    except InputError:
+        if not overwrite or not _is_stage(folder):
+            raise
+        return "absent"
+
+
+def _is_stage(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("manifest.json", "inputs.json"))
+
+
+def _stage_state(folder: Path, inputs: Mapping[str, Any]) -> State:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder}: is a file; choose another --output_dir")
+    if (folder / "manifest.json").exists():
+        _require_same(Manifest.read(folder).inputs, inputs, folder)
+        return "complete"
+    if (folder / "inputs.json").exists():
+        _require_same(_read_json(folder / "inputs.json"), inputs, folder)
+        return "interrupted"
+    if folder.exists() and any(not item.name.startswith(".") for item in folder.iterdir()):
+        raise InputError(f"output_dir {folder}: holds files but no run of ours; choose another --output_dir")
+    return "absent"
+
+
+def begin_stage(folder: str | Path, inputs: Mapping[str, Any], overwrite: bool = False) -> State:
+    """Record a stage's inputs before its work begins; returns the state that the folder was in.
+
+    With ``overwrite`` another run's stage in the folder is deleted first; a folder that is no stage never is,
+    and the same run (equal inputs) goes on as without it.
+    """
+    folder = Path(folder)
+    state = stage_state(folder, inputs, overwrite)
+    if state == "absent":
+        if _is_stage(folder):  # another run's, to be replaced
+            shutil.rmtree(folder)
+        write_json_atomic(folder / "inputs.json", inputs)
+    for leftover in [*folder.glob(".*.writing"), *folder.glob(".*.replaced")]:
+        recover(folder / leftover.name[1:].rpartition(".")[0])
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:  # a killed write_jsonl's, safetensors'
+        leftover.unlink()
+    return state
+
+
+def finish_stage(folder: str | Path, manifest: Manifest, keep_checkpoints: bool = False) -> None:
+    """Mark a stage complete: fsync what it wrote, write its manifest, then drop its checkpoints."""
+    folder = Path(folder)
+    sync_tree(folder)
+    manifest.write(folder)
+    if not keep_checkpoints:
+        drop_checkpoints(folder)
+
+
+def drop_checkpoints(folder: str | Path) -> None:
+    """Delete a complete stage's checkpoints: a run killed right after writing the manifest leaves them behind."""
+    for checkpoint in checkpoints_in(folder):
+        remove(checkpoint)
+
+
+def _require_same(recorded: Mapping[str, Any], inputs: Mapping[str, Any], folder: Path) -> None:
+    differences = list(_differences(recorded, json.loads(_canonical(inputs)), ""))
+    if not differences:
+        return
+    # a readable field says more than a hash that follows from it
+    name, before, now = min(differences, key=lambda found: "fingerprint" in found[0])
+    raise InputError(
+        f"output_dir {folder} belongs to another run: {name} was {_short(before)}, now {_short(now)}; "
+        f"pass --overwrite to replace that run, or choose another --output_dir"
+    )
+
+
+def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in before if key not in now)]:
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name, before, now
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if re.fullmatch(r'"[0-9a-f]{64}"', text):
+        return text[1:13]
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,74 @@
+"""Our settings as the TrainingArguments that transformers' and trl's trainers take."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+from rlhf.errors import require_divides
+from rlhf.run.precision import use_bf16
+
+Arguments = TypeVar("Arguments")
+
+
+_SAME_NAME = (
+    "output_dir", "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "max_steps", "max_grad_norm", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "logging_steps", "save_steps", "report_to", "gradient_checkpointing",
+)  # fmt: skip
+
+
+_RENAMED = {
+    "epochs": "num_train_epochs",
+    "lr_schedule": "lr_scheduler_type",
+    "warmup_fraction": "warmup_steps",
+}
+
+
+def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Arguments:
+    """Our config as the TrainingArguments (or trl's SFTConfig, RewardConfig) that trainers receive.
+
+    ``batch_size`` counts rows per optimizer step over all processes, ``microbatch_size`` rows per forward on
+    one: gradient accumulation is what lies between. A ``warmup_fraction`` below 1 is a share of all steps
+    (transformers reads ``warmup_steps`` that way). bf16 where CUDA has it unless the config says otherwise.
+    ``extra`` overrides anything.
+    """
+    import torch
+
+    values = {name: getattr(config, name) for name in _SAME_NAME if hasattr(config, name)}
+    values |= {theirs: getattr(config, ours) for ours, theirs in _RENAMED.items() if hasattr(config, ours)}
+    if hasattr(config, "batch_size"):
+        values |= _batch_arithmetic(config.batch_size, getattr(config, "microbatch_size", None))
+    if "save_steps" in values:
+        values["save_strategy"] = "steps" if values["save_steps"] else "no"
+        values["save_steps"] = values["save_steps"] or 500
+        values["save_total_limit"] = None  # ours deletes older ones, once the newest is complete
+    if "report_to" in values:
+        values["report_to"] = list(values["report_to"] or [])
+    on_cuda = torch.cuda.is_available()
+    values |= {
+        "bf16": use_bf16(getattr(config, "bf16", "auto")),
+        "use_cpu": not on_cuda,
+        "dataloader_pin_memory": on_cuda,
+        "disable_tqdm": True,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+    }
+    if values.get("gradient_checkpointing"):
+        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    return cls(**(values | extra))
+
+
+def _batch_arithmetic(batch_size: int, microbatch_size: int | None) -> dict[str, int]:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    require_divides("number of processes", processes, "batch_size", batch_size)
+    share = batch_size // processes
+    if microbatch_size is None:
+        microbatch_size = share
+    big_name = "batch_size" if processes == 1 else f"batch_size/{processes} processes"
+    require_divides("microbatch_size", microbatch_size, big_name, share)
+    return {
+        "per_device_train_batch_size": microbatch_size,
+        "per_device_eval_batch_size": microbatch_size,
+        "gradient_accumulation_steps": share // microbatch_size,
+    }

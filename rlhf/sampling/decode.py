@@ -1,0 +1,180 @@
+"""The decode loop that samples by default: left-padded prompts, a key-value cache, finished rows leave the batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from rlhf.cpu import few_rows, lora
+from rlhf.cpu.memory import release_freed_memory
+from rlhf.errors import InputError
+from rlhf.padding import pad
+from rlhf.sampling.draw import sample
+from rlhf.sampling.engine import Responses
+from rlhf.sampling.generate import generate_agrees, generate_alike, most_apart, total_variation
+
+log = logging.getLogger("rlhf")
+
+
+class TransformersEngine:
+    """Sampling with a transformers model: left-padded prompts, a KV cache, finished rows leave the batch.
+
+    rows_per_batch bounds memory; rows are grouped by prompt length. A hub model's generation_config is
+    ignored: the distribution sampled from is the one the trainer scores. The first call checks that the
+    model's family can be sampled from in this way (`can_decode`); one that can't is left to transformers'
+    `generate` (`rlhf.sampling.generate`), and where that differs from the model's own logits too, InputError is raised.
+    """
+
+    def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], pad_id: int, rows_per_batch: int = 256):
+        self.model = model
+        self.stop_ids = tuple(stop_ids)
+        self.pad_id = pad_id
+        self.rows_per_batch = rows_per_batch
+        # on a GPU, asking which rows have finished waits for it: there they leave the batch every so many steps
+        self.check_every = 1 if model.device.type == "cpu" else 8
+        self._own_loop: bool | None = None  # not yet known
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """Inside, rows leave the batch at the step that finishes them, on a GPU too."""
+        every, self.check_every = self.check_every, 1
+        try:
+            yield
+        finally:
+            self.check_every = every
+
+    @torch.no_grad()
+    def generate(
+        self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Responses:
+        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+        ids: list[list[int]] = [[] for _ in prompt_ids]
+        training = self.model.training
+        self.model.eval()  # gradient checkpointing in train mode would switch the cache off
+        try:
+            if self._own_loop is None:
+                self._own_loop = can_decode(self.model, self.pad_id)
+            most = min(len(prompt_ids), self.rows_per_batch)
+            with lora.merged(self.model) as merged, few_rows.laid_out(self.model, most) as laid_out:
+                if not self._own_loop:
+                    settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
+                    ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
+                    order = []
+                for start in range(0, len(order), self.rows_per_batch):
+                    rows = order[start : start + self.rows_per_batch]
+                    batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, generator)
+                    for row, response in zip(rows, batch, strict=True):
+                        ids[row] = response
+        finally:
+            self.model.train(training)
+        if merged or laid_out:  # what is trained next would not fit into the places of their weights
+            release_freed_memory()
+        return Responses(ids, [response[-1] in self.stop_ids for response in ids])
+
+    def _decode(
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> list[list[int]]:
+        device = self.model.device
+        input_ids, mask = pad(prompts, self.pad_id, device, side="left")
+        stop = torch.tensor(self.stop_ids, device=device)
+        cache: Any = DynamicCache(config=self.model.config)  # its annotations ask for torch.LongTensor
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        attention = mask.long()
+        alive = torch.arange(len(prompts), device=device)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        written = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.long, device=device)
+        for step in range(max_new_tokens):
+            logits = next_logits(self.model, input_ids, attention, positions, cache)
+            token = sample(logits, temperature, generator)
+            written[alive, step] = torch.where(done, -1, token)
+            done = done | torch.isin(token, stop)
+            if (step + 1) % self.check_every == 0:
+                keep = (~done).nonzero().squeeze(-1)
+                if len(keep) == 0:
+                    break
+                if len(keep) < len(done):
+                    cache.reorder_cache(keep)  # every layer type has it, recurrent and convolutional ones too
+                    alive, token, attention, positions = alive[keep], token[keep], attention[keep], positions[keep]
+                    done = done[keep]
+            attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+            input_ids = token[:, None]
+        return [[t for t in row if t >= 0] for row in written.tolist()]
+
+
+def next_logits(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "B L"],
+    attention: Int[Tensor, "B S"],
+    positions: Int[Tensor, "B L"],
+    cache: Cache,
+) -> Float[Tensor, "B V"]:
+    """Logits of the token after `input_ids`, whose S - L predecessors stand in the cache."""
+    # as an index: a slice is no contiguous tensor, and its product with the head makes B copies of the head on a CPU
+    last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=last,
+    ).logits[:, -1]
+
+
+def can_decode(model: PreTrainedModel, pad_id: int) -> bool:
+    """Whether the decode loop samples what the model scores; False where `generate` does, InputError if neither."""
+    fault = decoding_fault(model, pad_id)
+    if fault is None:
+        return True
+    family = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    if not generate_agrees(model, pad_id):
+        raise InputError(
+            f"{family}: {fault}, and transformers' generate fails or differs too; PPO needs a causal decoder with "
+            "a working cache"
+        )
+    log.warning("%s: %s; so transformers' generate samples, rows of one prompt length at once: slower", family, fault)
+    return False
+
+
+@torch.no_grad()
+def decoding_fault(model: PreTrainedModel, pad_id: int) -> str | None:
+    """Why the decode loop would sample from another distribution than the one the model scores; None if it does not.
+
+    Two short rows, left-padded, the longer one leaving after a step, against each row alone in one forward:
+    the same next-token probabilities? Not where a family keeps a state of its own instead of a cache (Mamba,
+    RWKV), sees later tokens (BERT), or takes padding for text (RecurrentGemma).
+    """
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary, device = embeddings.weight.shape[0], model.device
+    long, short = [7 % vocabulary, 2, 5, 1], [1, 6 % vocabulary, 4]
+    alone = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0] for ids in (long, short)]
+    expected = torch.stack([alone[0][-1], alone[1][-2], alone[1][-1]])
+    if bool(expected.isnan().any()):
+        return None  # broken weights: sampling itself stops on them
+    cache: Any = DynamicCache(config=model.config)
+    input_ids, mask = pad([long, short[:-1]], pad_id, device, side="left")
+    attention, last = mask.long(), torch.tensor([short[-1:]], device=device)
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    try:
+        first = next_logits(model, input_ids, attention, positions, cache)
+        cache.reorder_cache(torch.tensor([1], device=device))
+        attention = torch.cat([attention[1:], attention.new_ones(1, 1)], dim=1)
+        second = next_logits(model, last, attention, positions[1:, -1:] + 1, cache)
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        return f"sampling with transformers' key-value cache fails ({str(error).rstrip('.')})"
+    apart, limit = total_variation(torch.cat([first, second]), expected), most_apart(expected.dtype)
+    if apart <= limit:
+        return None
+    return (
+        "next-token probabilities of a batch with left padding and a key-value cache differ from those of a row "
+        f"alone by {apart:.2g} (total variation; at most {limit})"
+    )

@@ -1,0 +1,313 @@
+"""A vLLM server as the engine that samples. NOT YET RUN ON A GPU: see the class.
+
+trl's public client (`trl.generation.vllm_client.VLLMClient`) does the transport and the weight transfer; this module
+says what is sent and checks what comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import requests
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from peft.tuners.lora import Embedding, Linear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from requests.adapters import HTTPAdapter
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from trl.generation.vllm_client import VLLMClient
+
+from rlhf.cpu.lora import FusedLinear
+from rlhf.errors import InputError, RunStopped
+from rlhf.sampling.engine import Responses
+
+REQUESTS_AT_ONCE = 64  # as many connections as trl's client keeps open
+START = (
+    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
+    "--logprobs-mode processed_logprobs"
+)
+
+
+class VLLMEngine:
+    """Samples with a vLLM server (`vllm serve`, on GPUs of its own) that is sent the policy's weights.
+
+    Not yet run on a GPU: its tests let trl's client talk to a second process that serves tokens over HTTP; vLLM itself
+    and NCCL were never part of them.
+
+    ::
+
+        trainer = PPOTrainer("runs/my/sft", reward_model, args, prompts, engine=VLLMEngine("http://localhost:8000"))
+
+    Before every `generate` the whole policy is sent, a LoRA policy as merged copies of its weights (`policy_weights`);
+    the trainer's own tensors are not touched. Tokens come from the full softmax at the trainer's temperature (no
+    top-k, top-p, min-p or penalties) and end at the trainer's stop ids only, not at the hub model's. Every prompt is a
+    request of its own, with a seed of its own drawn from `generator`: vLLM would give all prompts of one request the
+    same seed, and so the same random numbers. (Seeds make a run repeatable only as far as vLLM's arithmetic is, which
+    depends on what else is in the batch.)
+
+    The responses carry the server's log-probabilities, with which PPO corrects for the difference between the server's
+    arithmetic and the trainer's (`ppo_math.importance_weights`).
+
+    With several processes each one sends its own prompts, and the main one alone sends the weights while the others
+    wait.
+
+    url: where the server listens. group_port: a free port of the trainer's machine, over which the weights'
+    connection is made. timeout_seconds: the longest time of one request. Raises InputError where the server is not
+    there or not set up for this, RunStopped where it fails later.
+    """
+
+    def __init__(self, url: str, group_port: int = 51216, timeout_seconds: float = 600.0):
+        self.url = url.rstrip("/")
+        self.client = connect(self.url, group_port, timeout_seconds)
+        self.policy: Any = None
+        self.stop_ids: tuple[int, ...] = ()
+        self._weights_connected = False
+
+    def follow(self, policy: Any, stop_ids: Sequence[int]) -> None:
+        """Whose weights to sample with, and where a response ends; the trainer calls it."""
+        for _ in policy_weights(policy):  # refuses adapters that can't be sent before anything is computed
+            pass
+        self.policy, self.stop_ids = policy, tuple(stop_ids)
+
+    @torch.no_grad()
+    def generate(
+        self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Responses:
+        self._send_weights_once()
+        seeds = torch.randint(2**62, (len(prompt_ids),), generator=generator, device=generator.device).tolist()
+
+        def respond(prompt: list[int], seed: int) -> tuple[list[int], list[float]]:
+            answer = self.client.generate(
+                [prompt],
+                n=1,
+                temperature=temperature,
+                top_p=1.0,
+                top_k=0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                max_tokens=max_new_tokens,
+                logprobs=0,  # of the sampled token alone
+                generation_kwargs={"seed": seed, "stop_token_ids": list(self.stop_ids), "ignore_eos": True},
+            )
+            return read_answer(answer, prompt, max_new_tokens, self.stop_ids)
+
+        pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
+        try:
+            with stopping(f"{self.url}: sampling"):
+                rows = list(pool.map(respond, prompt_ids, seeds))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure, don't try all the others first
+        ids, logprobs = [row[0] for row in rows], [row[1] for row in rows]
+        return Responses(ids, [row[-1] in self.stop_ids for row in ids], logprobs)
+
+    # -- the weights -------------------------------------------------------------------------------------------
+
+    def _send_weights_once(self) -> None:
+        """The main process sends; all go on once the server has everything, and all stop where that failed."""
+        if self.policy is None:
+            raise ValueError("VLLMEngine: no policy to follow; hand it to PPOTrainer(engine=...), or call follow()")
+        state = PartialState()
+        state.wait_for_everyone()  # no process is still sampling with the weights that are about to change
+        failure: list[Any] = [None]
+        if state.is_main_process:
+            try:
+                self.send_weights()
+            except (InputError, RunStopped) as error:
+                failure = [error]
+        if state.num_processes > 1:
+            broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def send_weights(self) -> None:
+        """The policy's current weights to the server, whose cache of prompts computed with older ones is emptied."""
+        if not self._weights_connected:
+            self.connect_weights()
+            self._weights_connected = True
+        weights = list(policy_weights(self.policy))
+        if any(isinstance(base, DTensor) for _, base, _ in weights):
+            raise InputError(f"{self.url}: the policy's weights are cut over the processes; sample inside sampling()")
+        metadata = [(name, str(base.dtype).removeprefix("torch."), list(base.shape)) for name, base, _ in weights]
+        # autocast would round a LoRA product to bfloat16
+        with stopping(f"{self.url}: sending the weights"), torch.autocast(self.policy.device.type, enabled=False):
+            self.client.update_named_params(metadata, ((name, compute()) for name, _, compute in weights))
+            self.client.reset_prefix_cache()
+
+    def connect_weights(self) -> None:
+        """Join the server's group for the transfer of weights (NCCL). Raises InputError where that cannot be."""
+        device = self.transfer_device()
+        try:
+            self._check_settings(self.client.get_server_info())
+            self.client.init_communicator(device)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self.url}: {one_line(error)}; start the server with: {START}") from error
+
+    def transfer_device(self) -> torch.device:
+        """The GPU from which the weights go to the server. Raises InputError where the policy is on none."""
+        device = self.policy.device
+        if device.type != "cuda":
+            raise InputError(
+                f"{self.url}: weights reach a vLLM server over NCCL, from a GPU only, and the policy is on {device}; "
+                "leave the engine out to sample with the built-in loop"
+            )
+        return device
+
+    def _check_settings(self, info: dict[str, Any]) -> None:
+        mode = (info.get("model_config") or {}).get("logprobs_mode")
+        if mode not in (None, "processed_logprobs"):
+            raise InputError(
+                f"{self.url}: logprobs_mode={mode!r} gives log-probabilities that leave out the temperature; start the "
+                f"server with: {START}"
+            )
+
+
+# ---------------------------------------------------------------- the connection
+
+
+def connect(url: str, group_port: int, timeout_seconds: float) -> VLLMClient:
+    """trl's client of the server at `url`, with a time limit on every request. Raises InputError."""
+    advice = f"start it with: {START}; or name another address"
+    try:
+        health = requests.get(f"{url}/health", timeout=min(30.0, timeout_seconds))
+    except requests.RequestException as error:
+        raise InputError(f"{url}: no vLLM server can be reached ({one_line(error)}); {advice}") from None
+    if health.status_code != 200:  # trl's client would ask again for ever
+        raise InputError(f"{url}: no vLLM server in good health ({health.status_code} from /health); {advice}")
+    try:
+        client = VLLMClient(base_url=url, group_port=group_port)
+    except ImportError:
+        raise InputError(
+            "vllm is not installed here, and trl's client needs it to send weights; pip install 'trl[vllm]'"
+        ) from None
+    except Exception as error:
+        raise InputError(f"{url}: not a vLLM server ({one_line(error)}); {advice}") from error
+    # trl reads a request again up to 5 times: once is enough for a connection that had gone stale
+    theirs: Any = client.session.get_adapter(url)
+    retries = theirs.max_retries.new(read=1)
+    client.session.mount(url, TimedAdapter(timeout_seconds, max_retries=retries, pool_maxsize=REQUESTS_AT_ONCE))
+    return client
+
+
+class TimedAdapter(HTTPAdapter):
+    """trl's client sets no time limit, so a server that hangs would hang the run."""
+
+    def __init__(self, timeout_seconds: float, **kwargs: Any):
+        self.timeout_seconds = timeout_seconds
+        super().__init__(**kwargs)
+
+    def send(self, request: Any, **kwargs: Any) -> requests.Response:  # type: ignore[override]
+        return super().send(request, **(kwargs | {"timeout": kwargs.get("timeout") or self.timeout_seconds}))
+
+
+@contextmanager
+def stopping(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside ends the run in one line."""
+    try:
+        yield
+    except Exception as error:
+        raise RunStopped(
+            f"{what} failed: {one_line(error)}; look at the server's log, restart it and run the same command again"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without line breaks, shortened."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = f"it sent no {text}" if isinstance(error, KeyError) else text
+    return text if len(text) <= 240 else f"{text[:237]}..."
+
+
+def read_answer(
+    answer: dict[str, Any], prompt: list[int], max_new_tokens: int, stop_ids: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """One response's token ids and their log-probabilities. Raises ValueError where they cannot be right."""
+    if answer["prompt_ids"] != [prompt]:
+        raise ValueError(f"it answered to other tokens than the {len(prompt)} of the prompt that it was sent")
+    (ids,) = answer["completion_ids"]
+    if not ids or len(ids) > max_new_tokens:
+        raise ValueError(f"a response of {len(ids)} tokens, from 1 to {max_new_tokens} were asked for")
+    if any(token in stop_ids for token in ids[:-1]):
+        raise ValueError("a response goes on after a stop token")
+    if len(ids) < max_new_tokens and ids[-1] not in stop_ids:
+        raise ValueError(
+            f"a response ended after {len(ids)} tokens of {max_new_tokens} without a stop token (is the server's "
+            "--max-model-len too small?)"
+        )
+    if answer["logprobs"] is None:
+        raise ValueError("it sent no log-probabilities")
+    (values,), (tokens,) = answer["logprobs"], answer["logprob_token_ids"]
+    if not len(values) == len(tokens) == len(ids):
+        raise ValueError(f"{len(values)} log-probabilities for {len(ids)} tokens")
+    logprobs = []
+    for place, (token, others, numbers) in enumerate(zip(ids, tokens, values, strict=True)):
+        value = numbers[others.index(token)] if token in others else None
+        if value is None or not math.isfinite(value) or value > 1e-3:
+            raise ValueError(f"the log-probability of response token {place} (id {token}) is {value}")
+        logprobs.append(min(value, 0.0))
+    return ids, logprobs
+
+
+# ---------------------------------------------------------------- what is sent
+
+
+def policy_weights(policy: Any) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
+    """Every weight under the name that the plain model gives it: (name, a tensor of its shape and type, its value).
+
+    A LoRA layer's value is ``W + scaling * B @ A`` of its active adapters, a new tensor computed when asked for; with
+    trained token embeddings, the embeddings with their rows replaced. Nothing of the policy changes. A weight that is
+    there twice (tied) comes once. Raises InputError for adapters whose merged weights this cannot be (DoRA, biases in
+    LoRA, copies of whole modules, quantized weights).
+    """
+    plain = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    layers = {name: layer for name, layer in plain.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, weight in plain.named_parameters():
+        owner = name
+        while owner and owner not in layers:
+            owner = owner.rpartition(".")[0]
+        rest = name.removeprefix(f"{owner}.")
+        if owner and not rest.startswith("base_layer."):
+            continue  # the adapter's own
+        _check_sendable(name, weight, layers.get(owner))
+        if not owner:
+            yield name, weight, weight.detach
+            continue
+        tail = rest.removeprefix("base_layer.")
+        layer = layers[owner] if tail == "weight" else None
+        full_name = f"{owner.removesuffix('.token_adapter')}.{tail}"
+        yield full_name, weight, partial(merged, weight, layer)
+
+
+@torch.no_grad()
+def merged(weight: Tensor, layer: Any) -> Tensor:
+    """A layer's weight with its active adapters in it (those that peft has not merged already), summed in float32."""
+    if layer is None:
+        return weight.detach()
+    adapters = [name for name in layer.active_adapters if name not in layer.merged_adapters]
+    if isinstance(layer, TrainableTokensLayer):
+        return layer.get_merged_weights(adapters).detach()
+    parts = [layer.get_delta_weight(name).float() for name in adapters if name in layer.scaling]
+    return sum(parts, start=weight.float()).to(weight.dtype)
+
+
+def _check_sendable(name: str, weight: Tensor, layer: Any) -> None:
+    if not weight.is_floating_point():
+        raise InputError(f"VLLMEngine: {name} is quantized ({weight.dtype}), which is not sent; leave the engine out")
+    if "modules_to_save" in name or "original_module" in name or name.count(".base_layer.") > 1:
+        raise InputError(f"VLLMEngine: {name} is a module with two adaptations or a copy of its own; use plain LoRA")
+    if layer is None or isinstance(layer, TrainableTokensLayer):
+        return
+    special = any(layer.lora_variant.get(adapter) or layer.lora_bias.get(adapter) for adapter in layer.active_adapters)
+    if type(layer) not in (Linear, FusedLinear, Embedding) or special:
+        kind = "DoRA, or a LoRA with biases" if special else f"peft's {type(layer).__name__}"
+        raise InputError(f"VLLMEngine: {name} is adapted by {kind}, which is not sent; use plain LoRA of linear layers")

@@ -1,0 +1,86 @@
+"""Demonstrations as token ids with labels, and as padded batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf import chat
+from rlhf.errors import InputError
+from rlhf.records import Demonstration
+
+logger = logging.getLogger("rlhf")
+
+
+IGNORED = -100  # the label of tokens without loss, in transformers
+
+
+def real_rows(accelerator: Accelerator, rows: int) -> int:
+    """How many of this process's ``rows`` in the batch just fetched are the data's own, and not repeated.
+
+    With several processes accelerate fills the last batch of an epoch with rows from its beginning, so that all
+    have as many; trained on, they would count twice, and how many depends on the number of processes.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder < 1:  # of the last batch's rows over all processes; 0: all real
+        return rows
+    return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels [B, T]``; labels are -100 where there is no loss."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+
+        def padded(values: Iterator[list[int]], fill: int) -> Tensor:
+            return torch.tensor([value + [fill] * (length - len(value)) for value in values])
+
+        return {
+            "input_ids": padded((list(row["input_ids"]) for row in rows), self.pad_id),
+            "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
+            "labels": padded((list(row["labels"]) for row in rows), IGNORED),
+        }
+
+
+def encode_demonstrations(
+    tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], max_length: int, name: str
+) -> Dataset:
+    """Columns ``input_ids`` and ``labels``, -100 outside the assistant's tokens and their end of turn.
+
+    Demonstrations of more than ``max_length`` tokens are left out: a cut one would teach never to stop. How many, and
+    which, is logged; InputError when none remains.
+    """
+    rows: list[dict[str, list[int]]] = []
+    too_long: dict[int, int] = {}
+    for index, demonstration in enumerate(demonstrations):
+        ids, mask = chat.encode_conversation(tokenizer, demonstration.messages, demonstration.trained_from)
+        if len(ids) > max_length:
+            too_long[index] = len(ids)
+        else:
+            rows.append({"input_ids": ids, "labels": [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]})
+    if not rows:
+        if not too_long:
+            raise InputError(f"{name}: no demonstrations; give at least one")
+        raise InputError(
+            f"{name}: none of {len(demonstrations)} demonstrations fits max_length={max_length}; the shortest has "
+            f"{min(too_long.values())} tokens: raise max_length or shorten them"
+        )
+    if too_long:
+        named = ", ".join(str(index + 1) for index in list(too_long)[:10])
+        logger.warning(
+            f"{name}: {len(too_long)} of {len(demonstrations)} demonstrations are longer than "
+            f"max_length={max_length} tokens and left out; the longest has {max(too_long.values())}; "
+            f"demonstrations {named}{', ...' if len(too_long) > 10 else ''} (counted from 1)"
+        )
+    return Dataset.from_list(rows)

@@ -1,0 +1,123 @@
+"""The policy to fine-tune: vocabulary, special tokens, dropout, adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf import chat
+from rlhf.errors import InputError
+from rlhf.models.adapters import lora_config
+from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.run.precision import use_bf16
+from rlhf.sft.config import SFTConfig
+
+
+def prepare_model(
+    model: str | Path | PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    peft_config: PeftConfig | None = None,
+) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
+    """The policy to train, its vocabulary grown to the tokenizer's, and the adapter that it is yet to get, if any.
+
+    Under a new adapter, rows of the embeddings that the base never learned (tokens added for chat) are trained and
+    saved with it. The stop tokens and padding are written to generation_config, so that plain ``generate`` stops.
+    """
+    adapter: Any = peft_config or lora_config(
+        config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+    )
+    light = adapter is not None and use_bf16(config.bf16)
+    policy: Any = load_policy(model, dtype=torch.bfloat16 if light else torch.float32)
+    if isinstance(policy, PeftModel) and adapter is not None:
+        raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
+    if config.dropout is not None:
+        set_dropout(policy, config.dropout)
+    new_tokens = grow_vocabulary(policy, tokenizer)
+    if adapter is not None and new_tokens and getattr(adapter, "trainable_token_indices", None) is None:
+        adapter.trainable_token_indices = dict.fromkeys(_embedding_names(policy), new_tokens)
+    _tell_special_tokens(policy, tokenizer)
+    return policy, adapter
+
+
+@torch.no_grad()
+def grow_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Make room for the tokenizer's tokens; returns ids whose embeddings the model never learned.
+
+    New rows start at the mean of the old ones (Hewitt 2021: no new token is then likelier than the average).
+    Vocabularies padded beyond the tokenizer are never cut.
+    """
+    rows = len(_weight(model.get_input_embeddings()))
+    if len(tokenizer) <= rows:
+        return _chat_tokens(tokenizer)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = _weight(embeddings)
+        weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+    return sorted({*range(rows, len(tokenizer)), *_chat_tokens(tokenizer)})
+
+
+def _tell_special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = model.config.get_text_config()
+    text.pad_token_id = chat.pad_id(tokenizer)
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) is not None:
+            setattr(text, name, getattr(tokenizer, name))
+    generation = model.generation_config
+    if generation is not None:
+        generation.bos_token_id, generation.pad_token_id = text.bos_token_id, text.pad_token_id
+        generation.eos_token_id = list(chat.stop_ids(tokenizer, generation.eos_token_id))
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout of the architecture; the saved config keeps the model's own. InputError if it has none."""
+    found = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_" not in name:
+            module.p, found = probability, found + 1
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout, found = probability, found + 1
+    if not found:
+        raise InputError(f"dropout={probability}: {type(model).__name__} has no dropout to set; leave it out")
+
+
+def _chat_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """ChatML's tokens where the model came without a chat template: in its vocabulary or not, it never used them."""
+    if tokenizer.chat_template != chat.CHATML:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary[token] for token in ("<|im_start|>", "<|im_end|>"))
+
+
+def show_bias(head: Any) -> None:
+    """Let trl's loss read ``head.bias``, which peft's wrapper of trained token rows hides (peft 0.21)."""
+    if not hasattr(head, "bias"):
+        vars(head)["bias"] = head.original_module.bias
+
+
+def _weight(embeddings: Any) -> Tensor:
+    return embeddings.weight
+
+
+def _embedding_names(model: PreTrainedModel) -> list[str]:
+    """The last part of the names of the input embeddings and, where it has its own weights, the head."""
+    modules = [model.get_input_embeddings()]
+    if model.get_output_embeddings().weight is not modules[0].weight:
+        modules.append(model.get_output_embeddings())
+    named = model.named_modules()
+    return [name.rsplit(".", 1)[-1] for name, module in named if any(module is wanted for wanted in modules)]
+
+
+def tokenizer_of(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if given is not None:
+        chat.prepare_tokenizer(given)
+        return given
+    path = model if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "")
+    if not path:
+        raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
+    return load_tokenizer(path)

@@ -1,0 +1,228 @@
+"""Supervised fine-tuning: the policy learns to write the demonstrations' responses.
+
+The first of InstructGPT's three stages (Ouyang et al. 2022, section 3.5 and appendix C.1). trl's trainer does the
+training; this file decides what it is fed (which tokens carry the loss, what is too long) and what is left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import trl
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from rlhf import chat
+from rlhf.config import resume_settings
+from rlhf.errors import InputError, RunStopped
+from rlhf.records import check_disjoint, read_demonstrations
+from rlhf.run.callbacks import Babysitter, attach
+from rlhf.run.resume import resume_point
+from rlhf.run.trl_arguments import training_arguments
+from rlhf.sft.config import SFTConfig
+from rlhf.sft.data import IGNORED, Collator, encode_demonstrations, real_rows
+from rlhf.sft.model import prepare_model, show_bias, tokenizer_of
+from rlhf.sft.preflight import check_sft
+
+logger = logging.getLogger("rlhf")
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """trl's SFTTrainer on our records: ``SFTTrainer(model, SFTConfig(...), "demonstrations.jsonl").train()``.
+
+    ``loss = -sum_t mask_t log p(token_t | tokens_<t) / sum_t mask_t`` over all trained tokens (the assistant's, and
+    their end of turn) of the optimizer step's ``batch_size`` demonstrations, so no split into micro-batches changes a
+    gradient.
+
+    model: a folder, a hub id or an object; an adapter (folder or PeftModel) is continued. Datasets: whatever
+    ``read_demonstrations`` takes. processing_class: the tokenizer; by default the model's. peft_config instead of
+    ``args.lora_rank`` for any other adapter.
+
+    Departs from trl: masks come from ``rlhf.chat`` (no ``{% generation %}`` in the template needed), over-long
+    demonstrations are left out instead of cut, every metric is a mean over all trained tokens (trl: over batches),
+    with several processes each demonstration counts once (accelerate repeats some to fill the last batch), and the
+    model is an ordinary one after training (trl leaves a patched ``forward`` on it, which survives a deepcopy
+    wrongly).
+    """
+
+    loss_is_scaled_for_ga: Any = True  # it is divided by the tokens of the whole optimizer step, for every architecture
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel | PeftModel,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        config = args or SFTConfig()
+        if train_dataset is None:
+            raise InputError("train_dataset is missing; give a JSONL file, a dataset or a list of rows")
+        tokenizer = tokenizer_of(model, processing_class)
+        train = read_demonstrations(train_dataset)
+        held_out = None if eval_dataset is None else read_demonstrations(eval_dataset)
+        if held_out is not None:
+            check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
+        model, peft_config = prepare_model(model, tokenizer, config, peft_config)
+        self.config = config
+        self.first_demonstrations = train[:64]  # preflight compares a few with what is trained
+        self._forward: dict[str, Any] = {}
+        self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}  # per micro-batch since the last log
+        super().__init__(
+            model=model,
+            args=trl_arguments(config, evaluate=held_out is not None),
+            data_collator=Collator(chat.pad_id(tokenizer)),
+            train_dataset=encode_demonstrations(tokenizer, train, config.max_length, "train_dataset"),
+            eval_dataset=None
+            if held_out is None
+            else encode_demonstrations(tokenizer, held_out, config.max_length, "eval_dataset"),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        self._uninstall_forward()
+        show_bias(_base(self.model).get_output_embeddings())
+        attach(self, "sft", ("loss", "eval_loss", "token_accuracy"), config.output_dir)
+        self._settings = resume_settings(config, SFTConfig)
+        self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, if there is one."""
+        folder = resume_point(self.accelerator, self.config.output_dir, resume_from_checkpoint, self._settings)
+        if folder is None:
+            check_sft(self)
+        self._sums["train"].clear()
+        with self._babysitter.watch(), self._trl_forward():
+            return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: trl's card names no base model, and a run's report says more."""
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """``eval_loss`` (mean over all trained tokens) and ``eval_token_accuracy``, on any held-out demonstrations."""
+        encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
+        if eval_dataset is not None and not encoded:
+            records, tokenizer = read_demonstrations(eval_dataset), cast(Any, self.processing_class)
+            eval_dataset = encode_demonstrations(tokenizer, records, self.config.max_length, "eval_dataset")
+        self._sums["eval"].clear()
+        with self._trl_forward():
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """One optimizer step's micro-batches, and the number of trained tokens in them over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._silence_repeated(batches[-1])
+        count = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        return batches, self.accelerator.reduce(torch.tensor(float(count), device=device), "sum")
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not model.training:
+            self._silence_repeated(inputs)
+        said: list[Any] = []  # what trl's forward says of every token, which its own metrics average over batches
+        hook = cast(nn.Module, self.model).register_forward_hook(lambda model, args, outputs: said.append(outputs))
+        try:
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            hook.remove()
+        counted = (inputs["labels"] != IGNORED).any(-1)
+        numbers = [-said[0].log_probs, said[0].entropy, said[0].is_top1, said[0].label_mask]
+        sums = [number.detach().double().sum() for number in [*numbers, inputs["attention_mask"][counted]]]
+        self._sums["train" if model.training else "eval"].append(torch.stack(sums))
+        loss = result[0] if isinstance(result, tuple) else result
+        if model.training and not bool(loss.isfinite()):
+            raise RunStopped(self._broken(model, inputs, loss.item()))
+        return result
+
+    @torch.no_grad()
+    def _broken(self, model: nn.Module, inputs: dict[str, Any], loss: float) -> str:
+        """One line: which demonstration and which token gave a loss that is no number."""
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
+        targets = inputs["labels"][:, 1:]
+        logprobs = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+        bad = (~logprobs.isfinite() & (targets != IGNORED)).nonzero().tolist()
+        where = "in no single token: it overflows in the sum"
+        if bad:
+            (row, token), tokenizer = bad[0], cast(Any, self.processing_class)
+            text = tokenizer.decode(inputs["input_ids"][row], skip_special_tokens=True)
+            where = f"at token {token + 1} (id {int(targets[row, token])}) of {text[:80]!r}"
+        step = self.state.global_step + 1
+        return (
+            f"step {step}: loss is {loss} {where}; lower learning_rate, or look at that demonstration. No step was "
+            "taken on it; the last checkpoint is good"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replaces trl's means over batches by means over all tokens, of all processes, since the last log."""
+        mode = "train" if cast(nn.Module, self.model).training else "eval"
+        if self._sums[mode]:
+            total = self.accelerator.reduce(torch.stack(self._sums[mode]).sum(0), "sum").tolist()
+            self._sums[mode].clear()
+            loss, entropy, right, count, tokens = total
+            so_far = next((row["num_tokens"] for row in self.state.log_history[::-1] if "num_tokens" in row), 0)
+            if mode == "train":
+                so_far += int(tokens)
+            elif name := next((name for name in logs if name.endswith("_loss")), None):  # eval_, or another prefix
+                logs[name] = loss / count
+            self._metrics[mode] |= {  # trl's `log` reads these; private, and pinned by tests/test_invariance.py
+                "entropy": [entropy / count],
+                "mean_token_accuracy": [right / count],
+                "num_tokens": [so_far],
+            }
+        if self.state.epoch is not None:  # in optimizer steps; transformers counts micro-batches, of uneven size
+            steps = math.ceil(len(cast(Dataset, self.train_dataset)) / self.config.batch_size)
+            self.state.epoch = self.state.global_step / steps
+        super().log(logs, start_time)
+
+    def _silence_repeated(self, batch: dict[str, Tensor]) -> None:
+        """Take the loss off rows that only fill the epoch's last batch."""
+        real = real_rows(self.accelerator, len(batch["labels"]))
+        batch["labels"] = torch.where(
+            torch.arange(len(batch["labels"]), device=batch["labels"].device)[:, None] < real, batch["labels"], IGNORED
+        )
+
+    @contextmanager
+    def _trl_forward(self) -> Iterator[None]:
+        """Lend the model the ``forward`` that trl's loss calls, for as long as trl runs."""
+        base = _base(self.model)
+        outermost = "forward" not in vars(base)
+        if outermost:
+            vars(base).update(self._forward)
+        try:
+            yield
+        finally:
+            if outermost:
+                self._uninstall_forward()
+
+    def _uninstall_forward(self) -> None:
+        base = _base(self.model)
+        self._forward = {"forward": vars(base).pop("forward")} if "forward" in vars(base) else {}
+
+
+def trl_arguments(config: SFTConfig, *, evaluate: bool) -> trl.SFTConfig:
+    """Our settings as the TrainingArguments that trl's trainer and the callbacks receive."""
+    schedules = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+    return training_arguments(
+        config,
+        trl.SFTConfig,
+        lr_scheduler_type=schedules[config.lr_schedule],
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if config.lr_schedule == "cosine" else None,
+        max_length=None,
+        eval_strategy=("steps" if config.eval_steps else "epoch") if evaluate else "no",
+        eval_steps=config.eval_steps or None,
+        report_to=config.report_to or [],
+    )
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

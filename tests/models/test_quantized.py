@@ -1,0 +1,115 @@
+"""LoRA over a base in 4 bits (QLoRA, Dettmers et al. 2023) on the CPU: against the same numbers held in float32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from reference.tiny_chain import shake
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from rlhf.errors import InputError
+from rlhf.models.adapters import lora_config
+from rlhf.padding import make_batch
+from rlhf.ppo.build import build_actor_critic
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf.sampling.decode import TransformersEngine
+
+bnb = pytest.importorskip("bitsandbytes")
+ROWS = [{"prompt": f"Count to {word}"} for word in ("one", "two", "three", "four")]
+
+
+@pytest.fixture
+def base(tmp_path, tiny_model, tiny_tokenizer):
+    config = copy.deepcopy(tiny_model.config)
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16  # whole blocks of 64 numbers
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    shake(model, 0, 0.05)
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def in_4_bits(folder) -> Any:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_threshold=0.0
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+def in_float32(folder, quantized: Any) -> Any:
+    """A plain model with the numbers that the quantized one stands for."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = 0
+    for (_, ours), (_, theirs) in zip(plain.named_modules(), quantized.named_modules(), strict=True):
+        if isinstance(theirs, bnb.nn.Linear4bit):
+            assert isinstance(ours, nn.Linear)
+            values = bnb.functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+            assert not torch.equal(ours.weight, values)
+            ours.weight.data.copy_(values)
+            found += 1
+    assert found >= 7
+    return plain
+
+
+def gradients(model: Any, sample_first: bool) -> dict[str, torch.Tensor]:
+    actor_critic = build_actor_critic(model, lora=lora_config(2, 4.0))
+    shake(actor_critic, 1, 0.1, only="lora_")
+    shake(actor_critic.value_head, 3, 0.3)
+    if sample_first:
+        TransformersEngine(actor_critic.policy, (), 0).generate([[5, 6, 7], [9]], 4, 1.0, torch.Generator())
+    outputs = actor_critic(make_batch([[5, 6, 7], [9]], [[20, 21], [22, 23, 24]], 0, "cpu"), 1.0)
+    (outputs.logprobs.sum() + outputs.values.square().sum()).backward()
+    return {name: p.grad for name, p in actor_critic.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("sample_first", [False, True])
+def test_gradients_are_those_of_the_same_numbers_in_float32(base, sample_first):
+    """After sampling too: on some CPUs bitsandbytes then takes an operator that hands no gradient down, unless told
+    not to."""
+    quantized = in_4_bits(base)
+    expected = gradients(in_float32(base, quantized), sample_first)
+    seen = gradients(quantized, sample_first)
+    assert seen.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(seen[name], grad, rtol=0, atol=2e-5 * float(grad.abs().max()), msg=name)
+
+
+def test_a_model_that_can_no_longer_learn_is_refused(base):
+    quantized = in_4_bits(base)
+    layer = next(module for module in quantized.modules() if isinstance(module, bnb.nn.Linear4bit))
+    layer.weight.quant_state.packing_format_for_cpu = True  # as bitsandbytes marks it, on CPUs with AVX512-BF16
+    with pytest.raises(InputError, match="load it anew"):
+        build_actor_critic(quantized, lora=lora_config(2, 4.0))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "shared_trunk"])
+def test_a_ppo_run(base, tmp_path, tiny_tokenizer, kind):
+    """Two updates, preflight's checks included; what is saved is a peft adapter that loads over the plain base."""
+    args = PPOConfig(
+        output_dir=str(tmp_path / "ppo"), updates=2, rollout_size=4, minibatch_size=2, inner_epochs=1, max_new_tokens=6,
+        learning_rate=1e-3, bf16=False, lora_rank=2, value_model=kind,
+    )  # fmt: skip
+
+    def score(prompts, completions, completion_ids, **columns):
+        return [sum(token < 200 for token in ids) / len(ids) for ids in completion_ids]
+
+    trainer = PPOTrainer(in_4_bits(base), score, args, ROWS, processing_class=tiny_tokenizer)
+    metrics = trainer.train()
+    assert metrics["step0_ratio_error"] == 0.0
+    assert metrics["policy_grad_norm"] > 0
+    trainer.save_model(tmp_path / "saved")
+    assert build_actor_critic(tmp_path / "saved").policy.peft_config["default"].r == 2
+
+
+def test_what_cannot_be_trained_is_refused(base):
+    with pytest.raises(InputError, match="quantized model is trained through LoRA alone"):
+        build_actor_critic(in_4_bits(base))
+    with pytest.raises(InputError, match="quantized model is trained through LoRA alone"):
+        build_actor_critic(in_4_bits(base), lora=lora_config(2, 4.0), value_kind="separate")

@@ -1,0 +1,425 @@
+"""The benchmark: counted work against hand arithmetic and torch's own counter, fits of known laws, tables, clocks, and
+one small run of ours. trl's side installs trl and is a long test."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import recipe
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf import config as configs
+from rlhf.chat import encode_conversation
+from rlhf.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str):
+    """recipes/benchmarks/<name>.py, as a script there would import it."""
+    folder = str(ROOT / "recipes/benchmarks")
+    with recipe._restored():
+        sys.path.insert(0, folder)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(folder)
+
+
+cases, jobs, limit, scaling, quality, tables = map(
+    load, ("cases", "jobs", "limit", "scaling", "quality", "bench_tables")
+)
+
+# -- the limit ---------------------------------------------------------------------------------------------
+
+SMALL = limit.Sizes(
+    num_hidden_layers=2, hidden_size=8, intermediate_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=2,
+    vocab_size=50,
+)  # fmt: skip
+# By hand. Query and output 8 x 8, key and value 8 x 4, three MLP matrices 8 x 12: 64 + 64 + 32 + 32 + 288 = 480.
+TRUNK, HEAD = 960, 400
+# A rank-3 adapter: 3 (8 + 8) twice, 3 (8 + 4) twice, 3 (8 + 12) three times: 96 + 72 + 180 = 348 a layer.
+ADAPTER = 696
+
+
+def update(**changes) -> limit.Update:
+    given = {"sizes": SMALL, "prompts": [3, 5], "responses": [2, 4], "inner_epochs": 3, "minibatches": 2}
+    return limit.Update(**(given | changes))
+
+
+def test_weights_by_hand():
+    assert (SMALL.trunk_weights, SMALL.head_weights, SMALL.adapter_weights(3)) == (TRUNK, HEAD, ADAPTER)
+
+
+def test_generation_by_hand():
+    # Prompts: 8 tokens through the trunk; 1+2+3 + 1+2+3+4+5 = 21 pairs. Decoding: row 1 one step with 4 keys, row 2
+    # three steps with 6, 7, 8 keys: 25 pairs, 4 tokens. A pair costs 4 x 2 layers x 8 channels. The head: 6 tokens.
+    work = limit.generate(update(weight_bytes=2))
+    assert work.flops == 2 * TRUNK * (8 + 4) + 64 * (21 + 25) + 2 * HEAD * 6
+    # Four steps (the longest response) read all weights; each pair reads key and value, 2 x 2 layers x 4 channels.
+    assert work.bytes == 2 * 4 * (TRUNK + HEAD) + 2 * 16 * 25
+
+
+def test_phases_by_hand():
+    # Rows of 5 and 9 tokens: 14 tokens, 15 + 45 = 60 pairs; 6 response tokens.
+    forward, attention = 2 * TRUNK * 14, 64 * 60
+    assert limit.score(update()).flops == forward + attention
+    assert limit.logprobs(update()).flops == 3 * (forward + attention) + 2 * 2 * HEAD * 6
+    assert limit.logprobs(update(value_model="shared_trunk")).flops == 2 * (forward + attention) + 4 * HEAD * 6
+    work = limit.update_phase(update())
+    assert work.flops == 3 * (2 * 3 * (forward + attention) + 6 * HEAD * 6)
+    # 6 steps: weights in forward, and backward; Adam on two full models.
+    assert work.bytes == 6 * (4 * (4 * TRUNK + 2 * HEAD) + 32 * 2 * (TRUNK + HEAD))
+    lora = limit.update_phase(update(lora_rank=3, value_model="adapter", weight_bytes=2))
+    first = 2 * (64 + 32 + 32 + 3 * 3 * 8)  # what the first layer's query, key and value don't hand down
+    trunk = 14 * (2 * (TRUNK + ADAPTER) + 2 * TRUNK + 4 * ADAPTER - first) + 3 * attention
+    assert lora.flops == 3 * (2 * trunk + 4 * HEAD * 6)
+    assert lora.bytes == 6 * (2 * (4 * TRUNK + 2 * HEAD) + 32 * 2 * ADAPTER)
+
+
+def test_step_is_the_sum_and_time_adds_up():
+    counted = limit.count(update())
+    assert counted["step"].flops == sum(work.flops for name, work in counted.items() if name != "step")
+    assert limit.Work(600.0, 50.0).seconds(200.0, 10.0) == pytest.approx(3.0 + 5.0)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_counts_are_torchs(rank):
+    """Forward and backward of one row, every position through the head: torch counts what the model really multiplies.
+
+    Eager attention computes the whole square, which is added by hand."""
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf.models.adapters import lora_config
+
+    n = 7
+    sizes = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, attn_implementation="eager"))
+    if rank:
+        model = get_peft_model(model, lora_config(rank, 8.0))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.arange(n)[None]).logits.sum().backward()
+    square = limit.attention_flops(SMALL, n * n) - limit.attention_flops(SMALL, limit.causal_pairs([n]))
+    trunk = limit.trunk_forward(SMALL, [n], rank) + limit.trunk_backward(SMALL, [n], rank) + 3 * square
+    head = (2 if rank else 3) * limit.head_forward(SMALL, n)
+    assert counter.get_total_flops() == trunk + head
+
+
+# -- fits and tables ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_exponents_of_known_laws(power):
+    sizes = [16, 32, 64, 128]
+    assert scaling.exponent(sizes, [3.0 * size**power for size in sizes]) == pytest.approx(power, abs=1e-12)
+
+
+def test_exponent_refuses_what_has_none():
+    for sizes, costs in (([4, 4], [1.0, 2.0]), ([1, 2], [0.0, 1.0])):
+        with pytest.raises(ValueError, match="two sizes and positive costs"):
+            scaling.exponent(sizes, costs)
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(1.0, "nothing"), (1.3, "seconds")])
+def test_scaling_says_what_is_worse_than_linear(power, verdict):
+    sizes = [32, 64, 128, 256]
+    curve = {"sizes": sizes, "seconds": [size**power for size in sizes], "bytes": [2**20 * size for size in sizes]}
+    text = scaling.table({"rollout size (responses)": curve, "response length (tokens)": curve | {"sizes": sizes}})
+    assert f"Worse than linear in rollout size: {verdict} (" in text
+    assert f"| {power:.2f} | 32, 64, 128, 256 | 1.00 |" in text
+
+
+def test_every_curve_has_four_points():
+    assert len(scaling.CURVES) == 3
+    for points in scaling.CURVES.values():
+        assert len({size for size, _ in points}) >= 4
+
+
+def timed(step: float, peak_gib: float) -> dict:
+    phases = {"generate": step / 4, "score": step / 8, "logprobs": step / 8, "update": step / 2}
+    warm = dict.fromkeys((*phases, "step"), 100.0)
+    return {
+        "updates": [warm, phases | {"step": step}, phases | {"step": step}],
+        "response_tokens": [96.0] * 3,
+        "peak_bytes": int(peak_gib * 2**30),
+    }
+
+
+def test_medians_leave_the_first_update_out():
+    summary = tables.summarize(timed(8.0, 1.5))
+    assert summary["step"] == 8.0
+    assert summary["update"] == 4.0
+    assert summary["tokens_per_second"] == 12.0
+    assert summary["peak_gib"] == 1.5
+    assert tables.summarize(timed(8.0, 1.5) | {"peak_cuda_bytes": 2**30})["peak_gib"] == 1.0
+
+
+def test_tables_of_speed_ratio_and_limit():
+    runs = {"ours_adapter": tables.summarize(timed(8.0, 1.0)), "trl_lora": tables.summarize(timed(24.0, 4.0))}
+    assert "| ours_adapter | 8.00 | 2.00 | 1.00 | 1.00 | 4.00 | 12.0 | 1.00 |" in tables.speed_table(runs)
+    assert "| ours_adapter | 3.00 | 0.25 |" in tables.ratio_table(runs)
+    assert tables.ratio_table({"ours_adapter": runs["ours_adapter"]}) == ""
+    least = {"generate": 1.0, "score": 0.5, "logprobs": 0.5, "update": 2.0, "step": 4.0}
+    text = tables.limit_table(runs, {"ours_adapter": least})
+    assert "| ours_adapter | update | 4.00 | 2.00 | 2.00 | 50% |" in text
+    assert "| ours_adapter | step | 8.00 | 4.00 | 2.00 | 100% |" in text
+
+
+def test_time_to_quality_table():
+    def side(seconds, trained, updates):
+        return {"seconds": seconds, "trained_seconds": trained, "history": [{}] * updates}
+
+    mark = {"sft": 4.0, "best_of_16": 7.0, "mark": 5.5}
+    ours = {"ours": side(10.0, 10.0, 4), "ours, shared_trunk": side(5.0, 5.0, 4), "ours, toy.yaml": side(20.0, 20.0, 7)}
+    passed = {"seed": 0, **mark, **ours, "trl": side(40.0, 40.0, 9)}
+    never = {"seed": 1, **mark, **ours, "trl": side(None, 60.0, 28)}
+    text = quality.table([passed, never])
+    assert "| 0 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 5.0 (4) | 20.0 (7) | 40.0 (9) | 4.00 | 8.00 | 2.00 |" in text
+    assert (
+        "| 1 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 5.0 (4) | 20.0 (7) | not in 60 (28) | > 6.00 | > 12.00 | > 3.00 |"
+        in text
+    )
+    assert "| median |  |  |  |  |  |  |  | 5.00 | 10.00 | 2.50 |" in text
+    lost = quality.table([passed, never | {"ours": side(None, 60.0, 28)}])
+    assert "| median |  |  |  |  |  |  |  | - | 10.00 | 2.50 |" in lost
+
+
+# -- settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cases", "[small]"], "cases=['small']: small is none of tiny, smollm2"),
+        (["--runs", "[]"], "runs=[]: nothing is none of"),
+        (["--updates", "0"], "updates=0 must be at least 1"),
+        (["--threads", "-1"], "threads=-1 must be at least 1 or null"),
+        (["--only", "memory"], "--only: expected one of speed, quality, scaling"),
+        (["--quality_updates", "0"], "quality_updates=0 must be at least 1 or null"),
+    ],
+)
+def test_mistakes_in_the_settings(flags, message):
+    with pytest.raises(InputError) as error:
+        configs.load(load("ppo_vs_trl").BenchmarkConfig, flags)
+    assert message in str(error.value)
+
+
+def test_cases_are_checked():
+    with pytest.raises(InputError, match="minibatches=3 must divide rollout_size=16"):
+        tiny_case(rollout_size=16, minibatches=3)
+    with pytest.raises(InputError, match="must rise from at least 6"):
+        tiny_case(prompt_tokens=(5, 9))
+    case = tiny_case(rollout_size=4, prompt_tokens=(8, 47))
+    assert case.prompt_lengths == [8, 21, 34, 47]
+    assert cases.Case.of_job(json.loads(json.dumps(case.as_job()))) == case
+
+
+def test_both_sides_have_the_same_settings():
+    """Ours under trl's names, and nothing that only one side is given."""
+    ours = cases.SPEED_SETTINGS | {"max_new_tokens": 48, "inner_epochs": 4}
+    theirs = cases.trl_names(ours)
+    assert len(theirs) == len(ours)
+    assert theirs["cliprange"] == ours["clip_ratio"]
+    assert theirs["response_length"] == 48
+    assert theirs["num_ppo_epochs"] == 4
+
+
+# -- runs --------------------------------------------------------------------------------------------------
+
+
+def tiny_case(**changes) -> cases.Case:
+    given = {
+        "shape": cases.llama_shape(32, 2, 4, 200), "rollout_size": 4, "prompt_tokens": (6, 12), "new_tokens": 5,
+        "inner_epochs": 2, "minibatches": 2,
+    }  # fmt: skip
+    return cases.Case(**(given | changes))
+
+
+@pytest.fixture
+def job(tmp_path) -> dict:
+    synthetic = load("synthetic")
+    given = {"case": tiny_case().as_job(), "model": None, "updates": 1, "folder": str(tmp_path)}
+    return given | synthetic.work(given)
+
+
+def test_synthetic_text_has_the_tokens_it_was_made_with(job):
+    from transformers import AutoTokenizer
+
+    synthetic = load("synthetic")
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+    assert len(tokenizer) == 200 == job["sizes"]["vocab_size"]
+    response = [17, 4, 17, 196, 9]
+    messages = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": tokenizer.decode(response)}]
+    prompt = synthetic.TEMPLATE_TOKENS + 1
+    assert encode_conversation(tokenizer, messages)[0][prompt : prompt + 5] == response
+    assert [len(row["prompt"].split()) for row in synthetic.make_prompts(tokenizer, [6, 9])] == [1, 4]
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}, {"lora_rank": 4, "value_model": "shared_trunk"}])
+def test_ours_runs_and_never_stops_early(job, settings):
+    result = load("ours_worker").work(job | {"settings": {"bf16": False} | settings})
+    assert result["response_tokens"] == [4 * 5]
+    (seconds,) = result["updates"]
+    phases = sum(seconds[name] for name in ("generate", "score", "logprobs", "update"))
+    assert 0 < phases <= seconds["step"]
+    assert result["peak_bytes"] > 0.99 * result["imported_bytes"] > 0  # the kernel counts pages in batches
+
+
+def test_a_failed_run_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"machine.py ended with code 1: KeyError: 'sizes' \(see .*log.txt\)"):
+        jobs.run_job("machine.py", {}, tmp_path)
+    board = load("ppo_vs_trl").Board(tmp_path)
+
+    def fails():
+        raise InputError("no such thing")
+
+    assert board.attempt("a run", fails) is None
+    assert board.failures == ["a run: no such thing"]
+
+
+TAKES_TURNS = """
+import sys
+sys.path[:0] = [{benchmarks!r}]
+from jobs import serve, wait_for_turn
+
+def work(job):
+    for update in range(3):
+        if job["name"] == "ill" and update == 1:
+            raise ValueError("lost heart")
+        with open({board!r}, "a") as board:
+            board.write(job["name"] + str(update) + " ")
+        wait_for_turn()
+    return {{"name": job["name"]}}
+
+serve(work)
+"""
+
+
+def test_runs_take_turns_update_by_update(tmp_path):
+    board, script = tmp_path / "board", tmp_path / "worker.py"
+    script.write_text(TAKES_TURNS.format(benchmarks=str(ROOT / "recipes/benchmarks"), board=str(board)))
+    workers = [
+        jobs.Worker(str(script), {"name": name}, tmp_path / name, in_turns=True) for name in ("one", "ill", "two")
+    ]
+    for worker in workers * 3:
+        worker.update()
+    assert board.read_text().split() == ["one0", "ill0", "two0", "one1", "two1", "one2", "two2"]
+    assert workers[0].result() == {"name": "one"}
+    with pytest.raises(InputError, match="ended with code 1: ValueError: lost heart"):
+        workers[1].result()
+    assert workers[2].result() == {"name": "two"}
+    assert jobs.run_job(str(script), {"name": "alone"}, tmp_path / "alone") == {"name": "alone"}
+
+
+class Time:
+    """A clock that moves when it is told to."""
+
+    now = 0.0
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_phases_of_a_method_seen_from_outside(monkeypatch):
+    """PhaseClock on a stand-in for trl's train()."""
+    worker, wall = load("trl_worker"), Time()
+    monkeypatch.setattr(worker, "_now", lambda: wall.now)
+    reward, value = object(), object()
+    module = SimpleNamespace(batch_generation=lambda *_: wall.pass_(2.0), get_reward=lambda *_: wall.pass_(4.0))
+    clock = worker.PhaseClock()
+    clock.reward_model = reward
+    clock.watch(module)
+    clock.on_train_begin(None, None, None)
+    for _ in range(2):
+        wall.pass_(0.5)  # the data loader
+        module.batch_generation(None, None)
+        wall.pass_(1.0)
+        for _ in range(3):  # chunks of the rollout
+            module.get_reward(value, None)
+            module.get_reward(reward, None)
+        wall.pass_(6.0)
+        clock.on_step_end(None, None, None)
+    expected = {"generate": 2.0, "score": 12.0, "logprobs": 13.0, "update": 6.0, "step": 33.5}
+    assert clock.updates == [expected, expected]
+
+
+def test_gold_is_measured_off_the_clock(tmp_path, tiny_tokenizer, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/eval_prompts.jsonl").write_text(json.dumps({"prompt": "w"}) + "\n")
+    toy_clock, wall = load("toy_clock"), Time()
+    monkeypatch.setattr(toy_clock.time, "perf_counter", lambda: wall.now)
+    golds = iter([1.0, 3.0])
+
+    class Slow(toy_clock.GoldClock):
+        def gold(self, policy):
+            assert policy == "policy"
+            wall.pass_(50.0)
+            return next(golds)
+
+    clock = Slow(tmp_path, tiny_tokenizer, mark=2.0, seed=0)
+    wall.pass_(7.0)
+    clock.start()
+    wall.pass_(1.0)
+    clock.on_step_end(None, None, None, model=SimpleNamespace(policy="policy"))
+    wall.pass_(2.0)
+    with pytest.raises(toy_clock.MarkPassed):
+        clock.on_step_end(None, None, None, model="policy")
+    result = clock.result()
+    assert result["seconds"] == result["trained_seconds"] == 3.0
+    assert [(row["seconds"], row["gold_score"]) for row in result["history"]] == [(1.0, 1.0), (3.0, 3.0)]
+
+
+def test_the_toy_configs_judge_is_the_gold_score():
+    judge = load("toy_clock").judge()
+    row = {"family": "arithmetic", "facts": json.dumps({"answer": 5, "steps": []})}
+    assert judge(["?"], ["5."], **{name: [value] for name, value in row.items()})[0] > 0
+
+
+@pytest.mark.long
+def test_ours_and_trls_side_by_side(tmp_path, monkeypatch):
+    """Installs trl beside ours and runs both, on a tiny model."""
+    benchmark = load("ppo_vs_trl")
+    try:
+        benchmark.install_trl(tmp_path / "trl")
+    except InputError as error:
+        pytest.skip(str(error))
+    monkeypatch.setitem(cases.CASES, "tiny", tiny_case())
+    config = benchmark.BenchmarkConfig(
+        output_dir=str(tmp_path / "out"), only="speed", cases=["tiny"], updates=2, threads=1,
+        trl_folder=str(tmp_path / "trl"), runs=["ours_adapter", "ours_full", *cases.TRL],
+    )  # fmt: skip
+    board = benchmark.benchmark(config)
+    assert board.failures == []
+    runs = json.loads((tmp_path / "out/results.json").read_text())["speed"]["tiny"]["runs"]
+    assert {run: result["response_tokens"] for run, result in runs.items()} == {run: [20, 20] for run in config.runs}
+    for result in runs.values():
+        for seconds in result["updates"]:
+            assert all(value > 0 for value in seconds.values())
+    assert "ours against the limit" in (tmp_path / "out/tables.md").read_text()
+
+
+@pytest.mark.long
+def test_a_toy_chain_is_made_and_ours_runs_on_it(tmp_path, monkeypatch):
+    """The quality part from nothing, with the smoke config in the toy's place."""
+    toy_clock, toy_mark, ours = map(load, ("toy_clock", "toy_mark", "quality_ours"))
+    for module in (toy_clock, toy_mark):
+        monkeypatch.setattr(module, "TOY", ROOT / "recipes/configs/smoke.yaml")
+    monkeypatch.chdir(ROOT)
+    job = {"run": str(tmp_path / "run"), "seed": 0, "folder": str(tmp_path / "ours"), "updates": 2}
+    with recipe._restored():
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        mark = toy_mark.work(job)
+        assert mark["mark"] == pytest.approx((mark["sft"] + mark["best_of_16"]) / 2)
+        result = ours.work(job | {"mark": 10.1, "settings": quality.AS_TRL})  # gold ends at 10
+        assert result["seconds"] is None
+        assert [row["update"] for row in result["history"]] == [1, 2]
+        passed = ours.work(job | {"mark": 0.0, "settings": {}, "folder": str(tmp_path / "again")})
+    assert passed["seconds"] == passed["history"][0]["seconds"] > 0
+    assert len(passed["history"]) == 1

@@ -1,0 +1,67 @@
+"""Our callbacks in a real transformers.Trainer: a killed run goes on and its metrics.jsonl is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from rlhf.metrics import read_metrics
+from rlhf.run.callbacks import JsonlCallback, MarkComplete, attach
+from rlhf.run.checkpoint import latest_checkpoint
+
+
+class Line(torch.nn.Module):
+    """One weight, squared error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": ((self.weight * x - labels) ** 2).mean()}
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def trainer(folder: Path) -> Trainer:
+    rows = [{"x": torch.tensor(float(i)), "labels": torch.tensor(2.0 * i)} for i in range(12)]
+    arguments = TrainingArguments(
+        str(folder), max_steps=6, per_device_train_batch_size=2, logging_steps=1, save_steps=2, learning_rate=0.01,
+        disable_tqdm=True, report_to=[], use_cpu=True, dataloader_pin_memory=False, save_total_limit=2,
+    )  # fmt: skip
+    made = Trainer(Line(), arguments, train_dataset=rows)
+    for _ in range(2):  # a recipe may attach again what the trainer attached itself
+        attach(made, "sft", ("loss",), folder)
+    made.add_callback(MarkComplete({}))
+    return made
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    killed = trainer(tmp_path / "killed")
+    killed.add_callback(KillAt(4))  # step 3 is logged after the checkpoint at 2
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    checkpoint = latest_checkpoint(tmp_path / "killed", {})
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-2"
+    trainer(tmp_path / "killed").train(resume_from_checkpoint=str(checkpoint))
+    expected, found = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    assert [row.get("loss") for row in found] == [row.get("loss") for row in expected]
+    handlers = [type(callback) for callback in whole.callback_handler.callbacks]
+    assert PrinterCallback not in handlers
+    assert handlers.count(JsonlCallback) == 1
+    assert "sft           6/6" in capsys.readouterr().out

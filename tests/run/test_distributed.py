@@ -1,0 +1,282 @@
+"""PPO with its models sharded over two processes by accelerate's own FSDP2 code, against the same in one process.
+
+One launch of tests/reference/fsdp_worker.py does all the sharded work; the tests read what it saved. No GPU: gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from peft import get_peft_model
+from reference import fsdp_worker as worker
+from reference.tiny_chain import TARGETS, save_base, save_reward_model, shake
+from reference.two_processes import GivenResponses
+from safetensors.torch import load_file
+from torch import nn
+
+from rlhf.errors import InputError
+from rlhf.models.adapters import lora_config
+from rlhf.models.heads import head_weight
+from rlhf.models.loading import load_policy
+from rlhf.ppo import run as ppo_state
+from rlhf.run import distributed as sharding
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes" / "configs" / "accelerate"
+FILES = {"full": "model.safetensors", "tied": "model.safetensors", "lora": "adapter_model.safetensors"}
+KINDS = tuple(FILES)
+
+
+RESULTS: dict[str, Any] = {}  # of the one launch, by kind; or why it failed
+SECONDS = 120  # the launch takes about 25
+
+
+def build(folder: Path, kind: str, model, tokenizer) -> tuple[str, str]:
+    """(policy, reward model): full weights; with tied embeddings; a tied base's adapter that trains two tokens too."""
+    folder.mkdir()
+    if kind != "full":
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    policy = save_base(folder, model, tokenizer)
+    if kind == "lora":
+        config = lora_config(4, 8.0, target_modules=TARGETS, trainable_tokens=[1, 2])
+        adapter = get_peft_model(load_policy(policy), config)
+        shake(adapter, 1, only="lora_")
+        shake(adapter, 2, only="trainable_tokens")
+        policy = folder / "sft"
+        adapter.save_pretrained(str(policy))
+        tokenizer.save_pretrained(policy)
+    return str(policy), str(save_reward_model(folder, policy, tokenizer))
+
+
+@pytest.fixture
+def ran(tmp_path_factory, tiny_model, tiny_tokenizer):
+    """What two sharded processes (`sharded`) and this one process (`alone`) made of the same folders, by kind."""
+    if RESULTS:
+        return RESULTS if "failed" not in RESULTS else pytest.fail(f"the one launch failed: {RESULTS['failed']}")
+    folder = tmp_path_factory.mktemp("fsdp")
+    shake(tiny_model, 0, 0.05)
+    folders = {kind: build(folder / kind, kind, tiny_model, tiny_tokenizer) for kind in KINDS}
+    RESULTS["failed"] = "before its end"
+    launch(folder, [argument for kind, pair in folders.items() for argument in (kind, *pair)])
+    results = {}
+    for kind, (policy, reward) in folders.items():
+        sharded = torch.load(folder / f"{kind}.pt", weights_only=True)
+        results[kind] = {"sharded": sharded, "alone": alone(folder / kind / "alone", policy, reward),
+                         "folder": folder / kind, "policy": policy, "reward": reward}  # fmt: skip
+    RESULTS.clear()
+    RESULTS.update(results)
+    return RESULTS
+
+
+def launch(folder: Path, arguments: list[str]) -> None:
+    """Both processes, or neither: a process that waits for ever for the other is ended with it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker.__file__]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }  # fmt: skip
+    with (folder / "log").open("w") as log:
+        started = subprocess.Popen(
+            [*command, str(CONFIGS / "fsdp2.yaml"), str(folder), *arguments],
+            env=environment, stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            code: int | None = started.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+            started.terminate()  # torchrun ends its processes; killed, it would leave them behind
+            started.wait()
+    if code != 0:
+        what = f"exit code {code}" if code is not None else f"the processes still wait after {SECONDS} s"
+        RESULTS["failed"] = f"{what}; {(folder / 'log').read_text()[-3000:]}"
+        pytest.fail(RESULTS["failed"])
+
+
+def alone(folder: Path, policy: str, reward: str) -> dict:
+    trainer = worker.make(folder, policy, reward)
+    results = {"outputs": worker.outputs(trainer), "sampled": [worker.sample(trainer, process) for process in (0, 1)]}
+    results["step"] = worker.first_step(worker.make(folder, policy, reward, GivenResponses()))
+    results["run"] = worker.run(worker.make(folder, policy, reward, GivenResponses(), eval_steps=1))
+    trainer.save_model(folder / "saved")
+    return results
+
+
+def same(one, other, tolerance: float = 1e-5) -> None:
+    """Equal up to float32 rounding of sums: relative to each tensor's largest entry."""
+    assert one.keys() == other.keys()
+    assert one
+    for name, tensor in one.items():
+        scale = float(other[name].abs().max())
+        np.testing.assert_allclose(tensor, other[name], rtol=0, atol=tolerance * scale + 1e-12, err_msg=name)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@each_kind
+def test_each_process_holds_half(ran, kind):
+    """At first, and after sampling; the policy is whole while it samples; its layers are cut again after a forward."""
+    layers = 2 if kind == "lora" else 6  # of policy, reference and value model
+    for process in ran[kind]["sharded"]["each"]:
+        assert process["units"] == ["FSDPActorCritic", *["FSDPLlamaDecoderLayer"] * layers]
+        first, sampling, after, forward = process["shares"]
+        assert sampling == 1.0
+        for half in (first, after, forward):
+            assert 0.49 < half < 0.51
+
+
+@each_kind
+def test_outputs_are_the_whole_models(ran, kind):
+    same(ran[kind]["sharded"]["outputs"], ran[kind]["alone"]["outputs"])
+    assert all((values != 0).any() for values in ran[kind]["alone"]["outputs"].values())
+
+
+@each_kind
+@pytest.mark.parametrize("step", ["step", "step_checkpointed"])
+def test_one_steps_gradient_and_norms(ran, kind, step):
+    """Clipped by the norm of the whole gradient, and the norm that is logged is that one."""
+    mine, expected = ran[kind]["sharded"][step], ran[kind]["alone"]["step"]
+    same(mine["gradient"], expected["gradient"], 2e-5)
+    for name, norm in expected["norms"].items():
+        assert norm > 2 * worker.SETTINGS["max_grad_norm"], "clipping must act"
+        np.testing.assert_allclose(mine["norms"][name], norm, rtol=1e-4)
+    for value in (False, True):
+        parts = [
+            g
+            for name, g in mine["gradient"].items()
+            if (name.startswith("value") or "value" in name.split(".")) == value
+        ]
+        total = sum(float(g.double().square().sum()) for g in parts) ** 0.5
+        np.testing.assert_allclose(total, worker.SETTINGS["max_grad_norm"], rtol=1e-4)
+
+
+@each_kind
+def test_a_run_is_the_one_process_run(ran, kind):
+    mine, expected = ran[kind]["sharded"]["run"], ran[kind]["alone"]["run"]
+    same(mine["state"], expected["state"], 2e-4)
+    for name, value in expected["metrics"].items():
+        np.testing.assert_allclose(mine["metrics"][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@each_kind
+def test_sampling_while_the_other_process_is_done(ran, kind):
+    """Process 0 stops after 3 tokens, process 1 after 12; both before the first and after another forward."""
+    each = ran[kind]["sharded"]["each"]
+    assert [max(map(len, process["sampled"])) for process in each] == list(worker.LIMITS)
+    for process, expected in zip(each, ran[kind]["alone"]["sampled"], strict=True):
+        assert process["sampled"] == expected
+        assert process["sampled_again"] == expected
+
+
+@each_kind
+def test_resume_is_exact(ran, kind):
+    mine, expected = ran[kind]["sharded"]["resumed"], ran[kind]["sharded"]["whole"]
+    assert mine["metrics"] == expected["metrics"]
+    for name, tensor in expected["state"].items():
+        assert torch.equal(mine["state"][name], tensor), name
+    assert mine["optimizer"].keys() == expected["optimizer"].keys()
+    for index, moments in expected["optimizer"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(mine["optimizer"][index][name], tensor), (index, name)
+
+
+@each_kind
+def test_one_process_resumes_what_two_sharded_ones_began(ran, kind, tmp_path):
+    case = ran[kind]
+    trainer = worker.make(tmp_path, case["policy"], case["reward"], GivenResponses(), eval_steps=1)
+    ppo_state.load(trainer, case["folder"] / "run" / "checkpoint-1")
+    assert trainer.update_index == 1
+    same(worker.run(trainer)["state"], case["alone"]["run"]["state"], 2e-4)
+
+
+@each_kind
+def test_the_saved_model_is_the_policy(ran, kind):
+    """The files hold what one process would write, with the trained values."""
+    case = ran[kind]
+    plain, saved = (load_file(case["folder"] / name / FILES[kind]) for name in ("alone/saved", "saved"))
+    assert {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in plain.items()}
+    assert any(not torch.equal(saved[name], plain[name]) for name in saved)
+    trained = case["sharded"]["whole"]["state"]
+    policy = load_policy(str(case["folder"] / "saved"))
+    own = {f"policy.{name}": tensor for name, tensor in policy.named_parameters() if f"policy.{name}" in trained}
+    assert own.keys() == {n for n in trained if n.startswith("policy.") and "value" not in n.split(".")}
+    for name, tensor in own.items():
+        assert torch.equal(tensor, trained[name]), name
+
+
+@each_kind
+def test_the_saved_model_is_float32_though_it_computes_in_bf16(ran, kind):
+    """Saved after a forward, while the root's own parameters are whole, in bf16."""
+    case = ran[kind]
+    saved, start = load_file(case["folder"] / "bf16_saved" / FILES[kind]), load_file(Path(case["policy"]) / FILES[kind])
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, start[name]), name
+
+
+def test_processes_run_as_many_micro_batches(ran):
+    """One has four long responses (a micro-batch each), the other four short ones (one micro-batch)."""
+    plans = [process["plans"] for process in ran["full"]["sharded"]["each"]]
+    assert [len(before[0]) for before, _ in plans] == [4, 1]
+    assert [len(after[0]) for _, after in plans] == [4, 4]
+    for before, after in plans:
+        assert sorted(row for rows in after[0] for row in rows) == sorted(row for rows in before[0] for row in rows)
+
+
+def test_cutting_micro_batches():
+    assert sharding.cut([[0, 1, 2], [3]], 2) == [[0, 1, 2], [3]]
+    assert sharding.cut([[0, 1, 2], [3]], 3) == [[0], [1, 2], [3]]
+    assert sharding.cut([[0, 1, 2], [3]], 4) == [[0], [1], [2], [3]]
+    with pytest.raises(InputError, match="4 responses on this process, 5 micro-batches"):
+        sharding.cut([[0, 1, 2], [3]], 5)
+
+
+@each_kind
+def test_bf16_does_not_round_the_log_probabilities(ran, kind):
+    for name, values in ran[kind]["sharded"]["bf16"].items():
+        assert values.dtype == torch.float32
+        np.testing.assert_allclose(values, ran[kind]["alone"]["outputs"][name], atol=0.25)
+    for name in ("logprobs", "reference_logprobs"):
+        values = ran[kind]["sharded"]["bf16"][name]
+        assert (values.bfloat16().float() != values).float().mean() > 0.3
+
+
+# -- configurations ----------------------------------------------------------------------------------------
+
+
+def test_what_accelerate_reads_from_the_configurations():
+    fsdp2 = worker.launch_environment(str(CONFIGS / "fsdp2.yaml"), processes=3)
+    expected = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+                "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true",
+                "FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_OFFLOAD_PARAMS": "false",
+                "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}  # fmt: skip
+    assert {name: fsdp2.get(name) for name in expected} == expected
+    assert "ACCELERATE_USE_FSDP" not in worker.launch_environment(str(CONFIGS / "ddp.yaml"))
+    assert load_config_from_file(str(CONFIGS / "ddp.yaml")).distributed_type == "MULTI_GPU"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [("FSDP_VERSION", "1", "fsdp_version: 2"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "set it to false")],
+)
+def test_settings_that_cannot_be_right_are_refused(monkeypatch, variable, value, message):
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=message):
+        sharding.configure(worker.sharded_accelerator())
+
+
+def test_a_head_that_is_sharded_by_itself_is_refused(monkeypatch, tiny_model):
+    """Its weight would be a part of the vocabulary outside its own forward."""
+    monkeypatch.setattr("rlhf.models.heads.DTensor", nn.Parameter)
+    with pytest.raises(InputError, match="TRANSFORMER_BASED_WRAP"):
+        head_weight(tiny_model)

@@ -1,0 +1,118 @@
+"""Which precision PPO computes in, and what stays float32."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from reference.tiny_chain import chain
+from tests.ppo.test_trainer import make, prepared
+
+from rlhf.padding import make_batch
+from rlhf.run import precision
+
+FOUND = "a CPU that has it"
+
+
+@pytest.fixture
+def hardware(monkeypatch):
+    """Says what the hardware is; what every test but these ones believes is in conftest.py."""
+
+    def is_there(name: str | None) -> None:
+        monkeypatch.setattr(precision, "bf16_hardware", lambda: name)
+
+    return is_there
+
+
+@pytest.mark.parametrize("found", [None, FOUND])
+@pytest.mark.parametrize(("setting", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_setting_wins_over_the_hardware_and_needs_no_word(hardware, caplog, setting, expected, found):
+    hardware(found)
+    with caplog.at_level(logging.INFO, "rlhf"):
+        assert precision.ppo_dtype(setting) == expected
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "line"),
+    [
+        (None, torch.float32, "precision: float32"),
+        (FOUND, torch.bfloat16, f"precision: bfloat16 autocast ({FOUND}); bf16: false computes in float32"),
+    ],
+)
+def test_without_a_setting_the_hardware_decides_and_what_is_logged(hardware, found, expected, line):
+    hardware(found)
+    assert precision.ppo_dtype(None) == expected
+    assert f"precision: {precision.explained()}" == line
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({}, None),
+        ({"avx512": True, "avx2": True}, None),  # it can, and gains nothing
+        ({"avx512_bf16": False, "amx_bf16": False}, None),
+        ({"avx512_bf16": True}, "avx512_bf16"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "amx_bf16"),
+        ({"sve_bf16": True}, "sve_bf16"),
+    ],
+)
+def test_instructions_of_a_cpu(monkeypatch, capabilities, expected):
+    monkeypatch.undo()  # conftest.py's answer
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert precision.bf16_hardware() == expected
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_gpu_is_asked_for_what_it_does_itself(monkeypatch, supported):
+    """Before Ampere, torch emulates bfloat16, slowly, and says that it is supported."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported
+    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert precision.bf16_hardware() == ("a GPU" if supported else None)
+
+
+@pytest.mark.parametrize(
+    ("lora", "value_model"),
+    [(False, "separate"), (False, "shared_trunk"), (True, "adapter"), (True, "separate"), (True, "shared_trunk")],
+)
+def test_updates_in_bfloat16(tmp_path, tiny_model, tiny_tokenizer, hardware, lora, value_model):
+    """Chosen by the hardware. What is trained, Adam's moments, and every number of the rollout is float32."""
+    hardware(FOUND)
+    policy = chain(tmp_path, tiny_model, tiny_tokenizer, lora)[0]
+    trainer = make(tmp_path, policy, bf16=None, value_kind=value_model)
+    models = trainer.actor_critic
+    base = next(p for name, p in models.policy.named_parameters() if "embed_tokens" in name)
+    assert base.dtype == (torch.bfloat16 if lora else torch.float32), "a frozen base is kept as it is computed in"
+    before = {name: p.detach().clone() for name, p in models.named_parameters()}
+    products: list[torch.dtype] = []
+    layer = next(m for name, m in models.policy.named_modules() if name.endswith("up_proj"))
+    layer.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
+    rollout = prepared(trainer)
+    assert set(products) == {torch.bfloat16}
+    metrics = trainer.update(rollout)
+    for name in ("logprobs", "reference_logprobs", "entropy", "values", "rewards", "advantages", "returns"):
+        column = getattr(rollout, name)
+        assert column.dtype == torch.float32, name
+        assert column.isfinite().all(), name
+    assert metrics["kl_nats"] == 0.0
+    assert metrics["step0_ratio_error"] == 0.0
+    trained = [p for p in models.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    moments = [
+        state[key] for state in trainer.optimizer.state_dict()["state"].values() for key in ("exp_avg", "exp_avg_sq")
+    ]
+    assert {t.dtype for t in moments} == {torch.float32}
+    for name, parameter in models.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    with trainer.accelerator.autocast():
+        outputs = models(make_batch([[5, 6, 7]], [[8, 9]], 3, "cpu"), 1.0, ("policy", "value", "reference"))
+    assert {getattr(outputs, name).dtype for name in outputs._fields} == {torch.float32}
+    assert len(set(outputs.values[0].tolist())) == 2
+    assert outputs.values.bfloat16().float().ne(outputs.values).any(), "values have more than bfloat16's digits"

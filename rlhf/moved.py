@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -33,11 +33,12 @@ FORMER = {
 """Former module -> the modules that hold its contents now."""
 
 
-def names_in(*places: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` that looks a name up in other modules, imported when first asked."""
+def names_in(*places: str, only: Collection[str] | None = None) -> Callable[[str], Any]:
+    """A module's `__getattr__` that looks a name (one of `only`) up in other modules, imported when first asked."""
 
     def look_up(name: str) -> Any:
-        for place in () if name.startswith("__") else places:
+        known = name in only if only is not None else not name.startswith("__")
+        for place in places if known else ():
             module = importlib.import_module(place)
             if hasattr(module, name):
                 return getattr(module, name)

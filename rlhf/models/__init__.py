@@ -7,4 +7,9 @@ language head, and `logprobs` log-probabilities from hidden states, a chunk of l
 
 from rlhf.moved import names_in
 
-__getattr__ = names_in("rlhf.models.loading", "rlhf.models.scalar", "rlhf.models.adapters", "rlhf.padding")
+__getattr__ = names_in(
+    "rlhf.models.loading",
+    "rlhf.models.scalar",
+    "rlhf.models.adapters",
+    only=("load_policy", "load_tokenizer", "load_scalar_model", "new_scalar_model", "ScoreNormalizer", "score_head"),
+)

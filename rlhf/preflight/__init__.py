@@ -6,4 +6,4 @@ ways to compute the same numbers. Each trainer's own checks stand beside it.
 
 from rlhf.moved import names_in
 
-__getattr__ = names_in("rlhf.ppo.preflight", "rlhf.sft.preflight")
+__getattr__ = names_in("rlhf.ppo.preflight", "rlhf.sft.preflight", only=("check_ppo", "check_sft"))

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_gated import WIDTH, adapted, fused, layer
-from test_lora import adapted as adapted_model
-from test_lora import both, inputs, linears, net, shake
+from tests.cpu.test_gated import WIDTH, adapted, fused, layer
+from tests.cpu.test_lora import adapted as adapted_model
+from tests.cpu.test_lora import both, inputs, linears, net, shake
 from torch import nn
 
 from rlhf.cpu import lora

@@ -11,7 +11,7 @@ import pytest
 import torch
 from reference.tiny_chain import chain
 from reference.two_processes import GivenResponses
-from test_actor_critic import batch_of
+from tests.ppo.test_actor_critic import batch_of
 from tests.ppo.test_trainer import make, prepared, same, watch_steps, weights
 
 from reward_models import RewardModel

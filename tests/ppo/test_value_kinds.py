@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from reference.tiny_chain import NORMALIZER, chain, shake
-from test_actor_critic import PROMPTS, RESPONSES, batch_of
+from tests.ppo.test_actor_critic import PROMPTS, RESPONSES, batch_of
 from tests.ppo.test_trainer import is_value, make, prepared, watch_steps, weights
 from transformers import AutoModelForCausalLM
 

@@ -18,7 +18,7 @@ import torch
 from reference import recipe, two_processes
 from reference.tiny_chain import chain
 from rich.console import Console
-from test_saved_rollout import make
+from tests.ppo.test_saved import make
 
 from rlhf import chat
 from rlhf.ppo.rollout import Rollout

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from reference.tiny_chain import shake
-from tests.models.test_families import FAMILIES, VARIANTS, new_model
 from torch import nn
 
 from rlhf import chat, packing
@@ -21,6 +20,7 @@ from rlhf.ppo import actor_critic as actor_critics
 from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing
 from rlhf.ppo.plan import split_by_tokens
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from tests.models.test_families import FAMILIES, VARIANTS, new_model
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [30, 31], list(range(100, 125))]
 RESPONSES = [[30, 31], [32, 33, 34, 35], [36], [40, 41, 42, 43, 44, 45, 46, 47], [50, 51, 52]]

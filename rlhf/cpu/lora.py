@@ -7,17 +7,14 @@ in the matrix products. What a layer holds, and what peft saves of it, does not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-
-from rlhf.models.adapters import IN_THIS_THREAD, Adapted
 
 
 class LoraProduct(torch.autograd.Function):
@@ -93,24 +90,15 @@ class FusedLinear(LoraLinear):
 
     def _fusable(self, args: Any, kwargs: Any) -> str | None:
         """The one active adapter, where the short way computes what peft would."""
-        named = IN_THIS_THREAD.get()
-        names = [name for name in self.active_adapters if name in self.lora_A] if named is None else [named]
+        names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(names) != 1:
             return None
-        return names[0] if self._short(names[0]) else None
-
-    def _short(self, name: str) -> bool:
-        """Does the short way compute what peft would, with this adapter?"""
-        if name not in self.lora_A:
-            return False
+        name = names[0]
         dropout = self.lora_dropout[name]
         frozen = not any(p.requires_grad for p in self.get_base_layer().parameters())  # peft can train its bias alone
         plain = name not in self.lora_variant and self.lora_B[name].bias is None and frozen
-        return plain and (isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0.0)
-
-    def has_all(self, adapters: Sequence[str]) -> bool:
-        """Could each of them be the one active adapter, and the short way taken?"""
-        return not self.disable_adapters and not self.merged and all(self._short(name) for name in adapters)
+        whole = isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0.0
+        return name if plain and whole else None
 
     def merge_for_sampling(self) -> None:
         """Keep ``W + scaling * B A`` beside the weights, where that is what the layer computes; see `merged`."""
@@ -153,11 +141,3 @@ def merged(model: nn.Module) -> Iterator[list[FusedLinear]]:
     finally:
         for layer in layers:
             layer.merged_weight = None
-
-
-def by_thread(model: PeftModel) -> bool:
-    """Can each thread have an adapter of its own? Where all that adapts `model` are fused layers, which all have every
-    adapter."""
-    adapted = Adapted.of(model)
-    fused = all(isinstance(layer, FusedLinear) and layer.has_all(adapted.adapters) for layer in adapted.layers)
-    return adapted.only_layers and fused

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,34 +18,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-IN_THIS_THREAD: ContextVar[str | None] = ContextVar("adapter", default=None)
-"""The adapter that fused layers compute with, in the place of their own active one; see `active_adapter`."""
-
 
 @contextmanager
-def active_adapter(model: PeftModel, name: str, trained: Sequence[str], own_thread: bool = False) -> Iterator[None]:
-    """Inside, `model` computes with this adapter; `use_adapter`, undone afterwards.
-
-    own_thread: only for the calling thread, so that others can use other adapters meanwhile (`by_thread`)."""
-    if own_thread:
-        token = IN_THIS_THREAD.set(name)
-        try:
-            yield
-        finally:
-            IN_THIS_THREAD.reset(token)
-        return
+def active_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> Iterator[None]:
+    """Inside, `model` computes with this adapter; `use_adapter`, undone afterwards."""
     before: Any = model.active_adapter
     use_adapter(model, name, trained)
     try:
         yield
     finally:
         use_adapter(model, before, trained)
-
-
-def adapter_in_use(model: PeftModel) -> str:
-    """The adapter that `model` computes with in the calling thread."""
-    active: Any = model.active_adapter
-    return IN_THIS_THREAD.get() or active
 
 
 def use_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> None:
@@ -60,7 +41,7 @@ def use_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> None:
         return
     adapted = _ADAPTED.get(model)
     if adapted is None or adapted.adapters != list(model.peft_config):
-        adapted = _ADAPTED[model] = Adapted.of(model)
+        adapted = _ADAPTED[model] = _Adapted.of(model)
     if not adapted.only_layers:
         model.set_adapter(name, inference_mode=name not in trained)
         model.set_requires_grad(list(trained), True)
@@ -74,7 +55,7 @@ def use_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> None:
 
 
 @dataclass
-class Adapted:
+class _Adapted:
     """What of a model belongs to adapters, found once."""
 
     adapters: list[str]
@@ -83,7 +64,7 @@ class Adapted:
     only_layers: bool
 
     @classmethod
-    def of(cls, model: PeftModel) -> Adapted:
+    def of(cls, model: PeftModel) -> _Adapted:
         parts = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         layers: list[Any] = [part for part in parts if isinstance(part, BaseTunerLayer)]
         only_layers = len(layers) == len(parts) and not any(layer.frozen_peft_weight_names for layer in layers)
@@ -100,7 +81,7 @@ class Adapted:
         return cls(names, layers, parameters, only_layers)
 
 
-_ADAPTED: WeakKeyDictionary[PeftModel, Adapted] = WeakKeyDictionary()
+_ADAPTED: WeakKeyDictionary[PeftModel, _Adapted] = WeakKeyDictionary()
 
 
 def share_base(policy: nn.Module, other: Any) -> int:

@@ -6,7 +6,7 @@ entropy and values, so that DDP's hooks and sharded parameters are never bypasse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,30 +17,26 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf import packing
-from rlhf.cpu.lora import by_thread
-from rlhf.cpu.side_by_side import cores
 from rlhf.errors import InputError
-from rlhf.models.adapters import active_adapter, backbone
+from rlhf.models.adapters import active_adapter
 from rlhf.models.forward import hidden_logprobs, response_hidden
-from rlhf.models.heads import head_weight
 from rlhf.padding import Batch
-from rlhf.run import distributed as sharding
+from rlhf.run import distributed
 
 Role = Literal["policy", "reference", "value"]
 ADAPTERS = {"policy": "default", "reference": "reference", "value": "value"}
 
 
+NOT_ASKED = torch.empty(0)
+
+
 class Outputs(NamedTuple):
-    """[B, T] each, 0 on padding; None for a role that was not asked for."""
+    """[B, T] each, 0 on padding; empty for a role that was not asked for."""
 
-    logprobs: Tensor | None = None
-    entropy: Tensor | None = None
-    reference_logprobs: Tensor | None = None
-    values: Tensor | None = None
-
-    def given(self) -> dict[str, Tensor]:
-        """Those of the roles that were asked for, by name."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+    logprobs: Tensor = NOT_ASKED
+    entropy: Tensor = NOT_ASKED
+    reference_logprobs: Tensor = NOT_ASKED
+    values: Tensor = NOT_ASKED
 
 
 class ActorCritic(nn.Module):
@@ -55,15 +51,9 @@ class ActorCritic(nn.Module):
         self.reference = reference  # None: the adapter "reference" on the policy's backbone
         self.value = value  # None: the adapter "value" on the policy's backbone, or the policy itself
         self.value_head = head
-        self.packable = False  # would `rlhf.packing` compute the same?
-        self.by_thread = False  # the adapter switched on is the calling thread's own
+        self.packs = False  # are rows of different lengths computed as one long row? `rlhf.cpu.prepare` decides
         # by this name accelerate's FSDP2 asks a module for its layers
-        self._no_split_modules = sharding.layer_classes([m for m in (policy, reference, value) if m is not None])
-
-    @property
-    def packs(self) -> bool:
-        """Are rows of different lengths computed as one long row? On a CPU: there its attention takes them apart."""
-        return self.packable and self.value_head.weight.device.type == "cpu"
+        self._no_split_modules = distributed.layer_classes([m for m in (policy, reference, value) if m is not None])
 
     def forward(self, batch: Batch, temperature: float, roles: Sequence[Role] = ("policy", "value")) -> Outputs:
         outputs: dict[str, Tensor] = {}
@@ -90,7 +80,7 @@ class ActorCritic(nn.Module):
         return torch.where(batch.mask, values, 0.0)
 
     @contextmanager
-    def active(self, role: Role) -> Any:
+    def active(self, role: Role) -> Iterator[Any]:
         """The model that plays `role`, with its adapter switched on where the backbone is shared."""
         model = {"policy": self.policy, "reference": self.reference, "value": self.value}[role]
         if model is not None and not (role == "policy" and isinstance(model, PeftModel)):
@@ -101,7 +91,7 @@ class ActorCritic(nn.Module):
             yield model
             return
         adapter = ADAPTERS["policy" if self.shared_trunk and role == "value" else role]
-        with active_adapter(model, adapter, self._trained(model), self.by_thread):
+        with active_adapter(model, adapter, self.trained_adapters(model)):
             yield model
 
     def policy_parameters(self) -> list[nn.Parameter]:
@@ -114,21 +104,10 @@ class ActorCritic(nn.Module):
         """Of a micro-batch, where `wanted` are asked for; beyond it would be padded, and padding was not counted."""
         return min(wanted, packing.MOST_TOKENS) if self.packs else wanted
 
-    def roles_at_once(self, processes: int) -> list[tuple[Role, ...]]:
+    def backward_roles(self, processes: int) -> list[tuple[Role, ...]]:
         """The models of each backward: each its own where they share nothing; DDP wants one backward of the whole."""
         apart = processes == 1 and not self.shared_trunk
         return [("policy",), ("value",)] if apart else [("policy", "value")]
-
-    def side_by_side(self, processes: int) -> bool:
-        """Let policy and value model compute at the same time from now on, where that works; does it?
-
-        On a CPU with two cores or more, with models that keep no notes while they compute (those that can be packed,
-        without positions that grow with the longest row seen), and where the value model, which has no language head,
-        has about half of the policy's work or more: else its cores would wait for the policy's."""
-        adapted = [model for model in (self.policy, self.value) if isinstance(model, PeftModel)]
-        alone = len(self.roles_at_once(processes)) > 1 and self.packs and cores() > 1
-        self.by_thread = alone and not _takes_notes(self) and _alike(self.policy) and all(map(by_thread, adapted))
-        return self.by_thread
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
         """Whose gradient norms are clipped, each on its own: the models that share no weights."""
@@ -141,18 +120,18 @@ class ActorCritic(nn.Module):
 
         Where parameters are sharded, all processes must call it, and the first alone gets the tensors.
         """
-        sharding.reshard(self)
-        return sharding.full({name: p for name, p in self.named_parameters() if p.requires_grad})
+        distributed.reshard(self)
+        return distributed.full({name: p for name, p in self.named_parameters() if p.requires_grad})
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Every process gives the whole tensors, and keeps its part where parameters are sharded."""
-        sharding.reshard(self)
+        distributed.reshard(self)
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if own.keys() != state.keys():
             raise InputError(f"checkpoint: trained tensors differ, first {sorted(own.keys() ^ state.keys())[0]}")
         with torch.no_grad():
             for name, tensor in state.items():
-                own[name].copy_(sharding.like(tensor, own[name]))
+                own[name].copy_(distributed.like(tensor, own[name]))
 
     def save_policy(self, folder: str | Path) -> None:
         """The policy alone, as transformers or peft would save it.
@@ -160,9 +139,9 @@ class ActorCritic(nn.Module):
         Where parameters are sharded, all processes must call it, and the first alone writes.
         """
         given: dict[str, Any] = {}
-        if sharding.is_sharded(self):
-            sharding.reshard(self)
-            given["state_dict"] = sharding.full(self._policy_state())
+        if distributed.is_sharded(self):
+            distributed.reshard(self)
+            given["state_dict"] = distributed.full(self._policy_state())
             if torch.distributed.get_rank() > 0:
                 return
         if isinstance(self.policy, PeftModel):
@@ -179,30 +158,17 @@ class ActorCritic(nn.Module):
         return {name: tensor for name, tensor in state.items() if name in trained}
 
     @contextmanager
-    def sampling(self) -> Any:
+    def sampling(self) -> Iterator[None]:
         """Inside, an engine may run `self.policy` itself, and for as many steps as its own responses need."""
-        if sharding.is_sharded(self):
+        if distributed.is_sharded(self):
             # an empty forward, for no role: FSDP2 takes what runs first for the root, and that must not be a layer
             self(None, 1.0, ())
-        with sharding.whole(self, self.policy), torch.compiler.set_stance("force_eager"):
+        with distributed.whole(self, self.policy), torch.compiler.set_stance("force_eager"):
             yield
 
-    def _trained(self, model: Any) -> list[str]:
+    def trained_adapters(self, model: PeftModel) -> list[str]:
+        """Those of a backbone's adapters that are trained."""
         return [name for name in (ADAPTERS["policy"], ADAPTERS["value"]) if name in model.peft_config]
-
-
-def _alike(policy: Any) -> bool:
-    """Does a value model, of the same layers and without the language head, have about the policy's work?"""
-    trunk = backbone(policy)
-    layers = sum(p.numel() for p in trunk.parameters()) - trunk.get_input_embeddings().weight.numel()
-    return layers >= head_weight(policy).numel()
-
-
-def _takes_notes(module: nn.Module) -> bool:
-    """Does a forward change what a later one computes with? transformers' rotary positions of these kinds do."""
-    kinds = [getattr(part, "rope_type", None) for part in module.modules()]
-    flat = [kind for some in kinds for kind in (some.values() if isinstance(some, dict) else [some])]
-    return any(kind in ("dynamic", "longrope") for kind in flat)
 
 
 def _is_value(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,19 +13,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from rlhf import chat, packing
-from rlhf.cpu import gated, norms
-from rlhf.cpu import lora as lora_layers
-from rlhf.cpu.attention import use_short_rows, uses_short_rows
 from rlhf.errors import InputError
-from rlhf.models.adapters import active_adapter, adapter_in_use, backbone, is_adapter
+from rlhf.models.adapters import active_adapter, backbone, is_adapter, lora_config
 from rlhf.models.heads import head_weight
-from rlhf.models.loading import clone, disable_dropout, is_quantized, load_policy, load_tokenizer
+from rlhf.models.loading import clone, disable_dropout, is_quantized, load_policy
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
-from rlhf.records import Prompt
+from rlhf.ppo.config import PPOConfig
 
 log = logging.getLogger("rlhf")
 
@@ -38,6 +34,26 @@ class RewardModelLike(Protocol):
 
     model: PreTrainedModel
     normalizer: ScoreNormalizer
+
+
+def models_for(
+    args: PPOConfig, model: Any, ref_model: Any, value_start: Any, peft_config: LoraConfig | None, dtype: torch.dtype
+) -> ActorCritic:
+    """The three models as the settings want them; frozen weights in the precision that is computed in."""
+    lora = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    frozen_base = lora is not None or (isinstance(model, str | Path) and is_adapter(model))
+    actor_critic = build_actor_critic(
+        model,
+        ref_model=ref_model,
+        value_model=value_start,
+        value_kind=args.value_model,
+        lora=lora,
+        dtype=dtype if frozen_base else torch.float32,
+        seed=args.seed,
+    )
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(actor_critic)
+    return actor_critic
 
 
 def build_actor_critic(
@@ -72,20 +88,13 @@ def build_actor_critic(
     else:
         value, head = _build_value(policy, value_model, dtype, own_trunk=value_kind == "separate")
     actor_critic = ActorCritic(policy, reference, value, head, shared)
-    for part in (policy, reference, value):
-        use_short_rows(part)
-    lora_layers.fuse(actor_critic)
-    norms.fuse(actor_critic)
-    gated.fuse(actor_critic)
     disable_dropout(actor_critic)
     if reference is not None:
         reference.requires_grad_(False).eval()
-    models = [part for part in (policy, reference, value) if part is not None]
-    actor_critic.packable = all(uses_short_rows(part) and packing.can_pack(part) for part in models)
     if isinstance(policy, PeftModel):
         policy.set_adapter(ADAPTERS["policy"])
         policy.set_requires_grad([name for name in ("reference",) if name in policy.peft_config], False)
-        policy.set_requires_grad(actor_critic._trained(policy), True)
+        policy.set_requires_grad(actor_critic.trained_adapters(policy), True)
     return actor_critic.train()
 
 
@@ -220,76 +229,21 @@ def compile_layers(actor_critic: ActorCritic) -> None:
 
 
 def _adapter_contexts(model: PeftModel, actor_critic: ActorCritic) -> Callable[[], tuple[Any, Any]]:
-    trained = actor_critic._trained(model)
+    trained = actor_critic.trained_adapters(model)
     return lambda: (
         nullcontext(),
-        active_adapter(model, adapter_in_use(model), trained, actor_critic.by_thread),
+        active_adapter(model, str(model.active_adapter), trained),
     )
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_prompt_tokens: int, name: str
-) -> tuple[list[Prompt], list[list[int]]]:
-    """Prompts with their ids; over-long ones are left out, counted and named in the log, never cut."""
-    kept: list[Prompt] = []
-    ids: list[list[int]] = []
-    long: list[tuple[int, Prompt]] = []
-    for prompt in prompts:
-        encoded = chat.encode_prompt(tokenizer, prompt.messages)
-        if len(encoded) > max_prompt_tokens:
-            long.append((len(encoded), prompt))
-        else:
-            kept.append(prompt)
-            ids.append(encoded)
-    if not kept:
-        raise InputError(
-            f"{name}: all {len(long)} prompts are longer than max_prompt_tokens={max_prompt_tokens} "
-            f"(shortest: {min(n for n, _ in long)} tokens); raise it"
-        )
-    if long:
-        shown = "; ".join(f"{p.messages[-1]['content'][:40]!r} ({n} tokens)" for n, p in long[:3])
-        log.warning(
-            "%s: %d of %d prompts longer than max_prompt_tokens=%d left out: %s%s",
-            name, len(long), len(prompts), max_prompt_tokens, shown, " ..." if len(long) > 3 else "",
-        )  # fmt: skip
-    return kept, ids
-
-
-def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Do both turn every conversation into the same ids?"""
-    return one.get_vocab() == other.get_vocab() and chat.template_hash(one) == chat.template_hash(other)
-
-
-def value_start(value_model: Any, functions: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> Any:
-    """What the value model starts from: `value_model`, else the first reward model among `functions` that
-    reads the policy's tokens, else None (the policy's trunk under a zero head)."""
-    from rlhf.models.loading import load_tokenizer
-
-    if isinstance(value_model, torch.nn.Module):
-        return value_model
-    candidates = [value_model] if value_model is not None else list(functions)
-    for candidate in candidates:
-        if isinstance(candidate, str) or hasattr(candidate, "__fspath__"):
-            theirs = load_tokenizer(candidate)
-        elif hasattr(candidate, "normalizer") and hasattr(candidate, "tokenizer"):
-            theirs = candidate.tokenizer
-        else:
-            continue
-        if same_tokenizer(tokenizer, theirs):
-            return candidate
-        log.warning("the reward model reads other tokens than the policy: the value model starts from the policy")
-    return None
-
-
-def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one in the policy's folder; refused where its chat tokens were never learned."""
-    if given is None:
-        if not isinstance(model, str | Path):
-            raise InputError("processing_class is missing; with a model object, pass its tokenizer")
-        return load_tokenizer(model)
-    added = chat.prepare_tokenizer(given)
-    if added:
-        raise InputError(
-            f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
-        )
-    return given
+def build_optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimizer:
+    """AdamW over what the policy trains and over what the value model does, each at its own learning rate."""
+    groups = [
+        {"params": actor_critic.policy_parameters(), "lr": args.learning_rate},
+        {"params": actor_critic.value_parameters(), "lr": args.value_lr},
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    fused = all(p.device.type in ("cpu", "cuda") for p in actor_critic.parameters())
+    return torch.optim.AdamW(
+        groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused or None
+    )

@@ -114,10 +114,6 @@ class PPOConfig:
     """Recompute activations in backward: less memory, more time, the same result."""
     compile: bool = False
     """torch.compile of the layers in training: minutes of compiling first, then faster (README has the break-even)."""
-    side_by_side: bool = True
-    """On a CPU of two cores or more, policy and value model compute at the same time, each on half of them: faster, but
-    the activations of both are held at once. Not on a shared trunk, with several processes, with compile, or where
-    the language head has more weights than all layers: then one would wait for the other."""
     bf16: bool | None = None
     """Mixed precision; null: on where the hardware is fast at it (GPUs, CPUs with AVX512-BF16 or AMX); the log says."""
     eval_steps: int = 0

@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import short
-from rlhf.ppo.rollout import Rollout
+from rlhf.errors import RunStopped, short
+from rlhf.ppo.actor_critic import ActorCritic, Outputs
+from rlhf.ppo.rollout import ReadyRollout, Rollout
 
-COLLECTED = ("logprobs", "reference_logprobs", "values", "scores", "advantages", "returns")
+COLLECTED = ("logprobs", "reference_logprobs", "values")
+READY = (*COLLECTED, "scores", "advantages", "returns")
 
 
-def broken_place(rollout: Rollout, names: Sequence[str] = COLLECTED, rows: Iterable[int] | None = None) -> str | None:
+def broken_number(rollout: Rollout, names: Sequence[str] = COLLECTED, rows: Iterable[int] | None = None) -> str | None:
     """The first number of a rollout's columns that is NaN or infinite, with its prompt and token; None: all fine."""
     for name in names:
-        values: Tensor | None = getattr(rollout, name)
-        if values is None:
-            continue
+        values: Tensor = getattr(rollout, name)
         for row in range(len(rollout)) if rows is None else rows:
             bad = ~values[row].isfinite()
             if values.dim() == 2:
                 bad = bad & rollout.mask[row]
             if bool(bad.any()):
                 token = int(bad.nonzero()[0]) if values.dim() == 2 else None
-                where = float(values[row] if token is None else values[row, token])
-                return f"{name.removesuffix('s').replace('_', ' ')} is {where} {place(rollout, row, token)}"
+                number = float(values[row] if token is None else values[row, token])
+                return f"{name.removesuffix('s').replace('_', ' ')} is {number} {location(rollout, row, token)}"
     return None
 
 
-def place(rollout: Rollout, row: int, token: int | None) -> str:
+def stop_on(broken: str | None, update: int) -> None:
+    """Raise RunStopped where something is broken; `update` counts from 1."""
+    if broken is not None:
+        raise RunStopped(
+            f"update {update}: {broken}; no step was taken on it. Lower learning_rate, or look at that row and the "
+            "scores; the last checkpoint is good"
+        )
+
+
+@contextmanager
+def sampling_explained(
+    models: ActorCritic, prompt_ids: Sequence[list[int]], tokenizer: Any, update: int
+) -> Iterator[None]:
+    """Inside, a probability that is not a number raises RunStopped with the prompt, or the weights, it came from."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability" not in str(error):  # what torch.multinomial, too, says of a NaN
+            raise
+        with models.active("policy") as policy:
+            found = broken_prompt(policy, prompt_ids, tokenizer)
+        stop_on(found or "sampling: a probability is not a number", update)
+
+
+def location(rollout: Rollout, row: int, token: int | None) -> str:
     prompt, response = rollout.prompts[row].messages[-1]["content"], rollout.texts[row]
     at = "" if token is None else f"at response token {token} (id {rollout.response_ids[row][token]}) "
     return f"{at}in row {row}, prompt {short(prompt)}, response {short(response)}"
@@ -51,14 +76,16 @@ def broken_prompt(model: Any, prompt_ids: Sequence[list[int]], tokenizer: Any) -
     return None
 
 
-def broken_step(
-    rollout: Rollout, rows: Sequence[int], module: nn.Module, loss_of: Callable[[list[int]], Tensor]
+def explain_step(
+    rollout: ReadyRollout, minibatch: list[list[int]], module: nn.Module, outputs: Callable[..., Outputs]
 ) -> str:
     """Why an optimizer step's loss or gradient is not finite: looked for in what was collected, then row by row.
 
-    ``loss_of([row])`` computes one row's loss again; called only once something is broken, so it may be slow.
+    ``outputs(rollout, [row])`` computes a row's log-probabilities and values again; called only once something is broken,
+    so it may be slow.
     """
-    found = broken_place(rollout, rows=rows)
+    rows = [row for micro_batch in minibatch for row in micro_batch]
+    found = broken_number(rollout, READY, rows)
     if found:
         return found
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -66,11 +93,18 @@ def broken_step(
         if not bool(parameter.detach().isfinite().all()):
             return f"the weights {name} are not finite already"
     for row in rows:
-        loss = loss_of([row])
+        loss = _unclipped_loss(rollout, row, outputs(rollout, [row]))
         if not bool(loss.isfinite()):
-            return f"loss is {loss.item()} {place(rollout, row, None)}"
+            return f"loss is {loss.item()} {location(rollout, row, None)}"
         gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         for (name, _), gradient in zip(named, gradients, strict=True):
             if gradient is not None and not bool(gradient.isfinite().all()):
-                return f"gradient of {name} is not finite {place(rollout, row, None)}"
+                return f"gradient of {name} is not finite {location(rollout, row, None)}"
     return "the gradient is finite row by row, and overflows in their sum"
+
+
+def _unclipped_loss(rollout: ReadyRollout, row: int, outputs: Outputs) -> Tensor:
+    """The losses of one row before clipping: where they are finite, so are the clipped ones."""
+    old = rollout.columns([row], outputs.logprobs.device)
+    ratio = (outputs.logprobs - old.logprobs).exp()
+    return 0.5 * (outputs.values - old.returns).square().sum() - (ratio * old.advantages).sum()

@@ -1,21 +1,28 @@
-"""What PPO logs of a rollout, over all processes."""
+"""What PPO logs of an update, over all processes."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from rlhf.ppo import math as ppo_math
-from rlhf.ppo.rollout import Rollout
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.rollout import ReadyRollout
+from rlhf.run import distributed
+
+LARGEST = ("ratio_max", "ratio_error")
 
 
-def rollout_metrics(rollout: Rollout, accelerator: Accelerator, kl_coef: float) -> dict[str, float]:
+def rollout_metrics(
+    rollout: ReadyRollout, accelerator: Accelerator, args: PPOConfig, kl_coef: float
+) -> dict[str, float]:
     """Means over all processes' responses, of what was collected before the update.
 
     `kl_nats` is the mean over responses of the summed k1: the very numbers that entered the reward. `score` is
@@ -23,13 +30,10 @@ def rollout_metrics(rollout: Rollout, accelerator: Accelerator, kl_coef: float) 
     that it scored (NaN in `own_scores` where it does not apply). Responses that are not used (`rollout.used`) enter
     none of them.
     """
-    assert rollout.raw_scores is not None
-    assert rollout.scores is not None
-    assert rollout.returns is not None
     mask, kl = rollout.mask, rollout.kl
     lengths = rollout.response_tokens.float()
     entropies = (rollout.entropy * mask).sum(-1) / lengths
-    used = torch.ones(len(rollout)) if rollout.used is None else rollout.used.float()
+    used = rollout.used.float()
     columns = [rollout.raw_scores, rollout.scores, kl.sum(-1), entropies, lengths, rollout.stopped.float(), used]
     table = accelerator.gather(torch.stack(columns, dim=1).to(accelerator.device)).double().cpu()
     everyone, table = table, table[table[:, -1] == 1, :-1]
@@ -54,12 +58,12 @@ def rollout_metrics(rollout: Rollout, accelerator: Accelerator, kl_coef: float) 
         "eos_rate": float(stopped.mean()),
         "score_length_correlation": float(correlation),
         "explained_variance": float(ppo_math.explained_variance(values, returns, real.bool())),
-        **({} if rollout.used is None else {"dropped_responses": float(len(everyone) - len(table))}),
+        **({} if args.on_score_failure == "error" else {"dropped_responses": float(len(everyone) - len(table))}),
         **{name: mean for name, mean in means.items() if not math.isnan(mean)},
     }
 
 
-def engine_metrics(rollout: Rollout, accelerator: Accelerator, cap: float) -> dict[str, float]:
+def engine_metrics(rollout: ReadyRollout, accelerator: Accelerator, cap: float) -> dict[str, float]:
     """How far the engine that sampled is from the trainer, per token, over all processes' trained tokens; nothing
     where the engine does not report its log-probabilities."""
     if rollout.engine_logprobs is None:
@@ -77,10 +81,9 @@ def engine_metrics(rollout: Rollout, accelerator: Accelerator, cap: float) -> di
     }
 
 
-def samples(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]:
+def samples(rollout: ReadyRollout, step: int, count: int) -> list[dict[str, Any]]:
     """The rollout's first ``count`` rows, as lines of samples.jsonl, each function's own score among them; null where
     there is none (the function does not apply, or scoring failed and the response was dropped)."""
-    assert rollout.raw_scores is not None
     scores = {"score": rollout.raw_scores, **rollout.own_scores}
     return [
         {
@@ -95,10 +98,44 @@ def samples(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]:
     ]
 
 
+class StepStatistics:
+    """What one optimizer step says of itself, summed up over its micro-batches.
+
+    Each micro-batch gives its share of a mean over the minibatch's tokens, so shares add up; of those in LARGEST the
+    largest counts.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, **shares: Tensor) -> None:
+        for name, share in shares.items():
+            value = share.detach()
+            if name in self.totals:
+                value = (torch.maximum if name in LARGEST else torch.add)(self.totals[name], value)
+            self.totals[name] = value
+
+    def over(self, accelerator: Accelerator) -> dict[str, float]:
+        """Over all processes."""
+        return distributed.joined(accelerator, self.totals, LARGEST)
+
+
+def update_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """An update's metrics from those of its optimizer steps: their means, but for the largest ratio and step 0."""
+    metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0] if name != "ratio_error"}
+    metrics["ratio_max"] = max(step["ratio_max"] for step in steps)
+    metrics["step0_ratio_error"] = steps[0]["ratio_error"]
+    metrics["optimizer_steps"] = len(steps)
+    return metrics
+
+
 class Clock:
     """Wall-clock seconds of one update, by phase."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
         self.started = time.perf_counter()
         self.seconds = dict.fromkeys(("generate", "score", "logprobs", "update"), 0.0)
 

@@ -21,11 +21,12 @@ from rlhf.models.logprobs import token_logprobs as token_logprobs
 
 
 class PolicyStats(NamedTuple):
-    """Scalars over the tokens that `count` counts; shares of micro-batches add up (ratio_max: take the max)."""
+    """Scalars over the tokens that `count` counts; shares of micro-batches add up (of the last two, take the max)."""
 
     clip_fraction: Tensor
     approx_kl_nats: Tensor
     ratio_max: Tensor
+    ratio_error: Tensor  # largest |ratio - 1|
 
 
 class ValueStats(NamedTuple):
@@ -161,6 +162,7 @@ def policy_loss(
             clip_fraction=masked_mean((clipped < unclipped).float(), mask, count),
             approx_kl_nats=masked_mean(torch.expm1(log_ratio) - log_ratio, mask, count),
             ratio_max=torch.where(mask, ratio, 0.0).max(),  # on padding the ratio is 1, which could be the largest
+            ratio_error=(ratio - 1.0).abs().max(),
         )
     return -masked_mean(objective, mask, count), stats
 

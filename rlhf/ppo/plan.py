@@ -1,5 +1,7 @@
-"""What of a PPO run is random: the prompts' order, sampling, minibatches. Pure functions of (seed, update, process),
-so that there is no state to save and none to lose."""
+"""The random choices of a run, and how rows are divided into minibatches and micro-batches.
+
+Both are pure functions of (seed, update, process), so that there is no state to save and none to lose.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from rlhf.ppo.rollout import Plan
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,13 @@ def _mix(*parts: int) -> int:
     return seed % 2**63
 
 
-LAUNCH_TOKENS = {"cpu": 64, "cuda": 2048}  # what starting one more micro-batch costs, in tokens computed meanwhile
-
-
+LAUNCH_TOKENS = {"cpu": 64, "cuda": 2048}
 FEWEST = 1e9  # as if it cost so much that there are as few as possible
+
+
+def launch_tokens(device: torch.device) -> float:
+    """What starting one more micro-batch costs, in tokens computed meanwhile."""
+    return LAUNCH_TOKENS.get(device.type, FEWEST)
 
 
 def plan_minibatches(
@@ -65,7 +72,7 @@ def plan_minibatches(
     processes: int = 1,
     launch_tokens: float = FEWEST,
     padded: bool = True,
-) -> list[list[list[int]]]:
+) -> Plan:
     """Rows shuffled into minibatches, each cut into micro-batches of rows of similar length.
 
     Of `processes`, number `process` holds every `processes`-th row of the rollout and gets its part of every

@@ -10,7 +10,7 @@ from rlhf.errors import InputError
 from rlhf.ppo import preflight_checks as on_models
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.preflight_rewards import check_functions, reward_model_checks
-from rlhf.ppo.trial import sample_trial, score_trial
+from rlhf.ppo.preflight_trial import sample_trial, score_trial
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import Finding, vocabulary_rows
 from rlhf.preflight.run import broken, conclude, run_checks, untouched

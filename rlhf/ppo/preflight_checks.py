@@ -18,7 +18,7 @@ from rlhf.models.forward import response_logprobs
 from rlhf.models.heads import head_weight
 from rlhf.padding import make_batch
 from rlhf.ppo.actor_critic import ActorCritic
-from rlhf.ppo.trial import Trial, TrialOutputs
+from rlhf.ppo.preflight_trial import Trial, TrialOutputs
 from rlhf.preflight.measure import (
     ROUNDING,
     SHARDED,
@@ -151,17 +151,12 @@ def logits_gap(own: ActorCritic, prompt_ids: list[int], device: Any) -> float:
     with own.active("policy") as policy:
         logits = policy(input_ids=batch.input_ids, use_cache=False).logits[0, half - 1 : -1].float()
     theirs = logits.log_softmax(-1).gather(-1, batch.targets[0][:, None]).squeeze(-1)
-    assert ours is not None
     return float((ours[0] - theirs).abs().max())
 
 
 def check_ratio(outputs: TrialOutputs) -> Finding:
     """The first ratio of every token is 1, and its value the collected one: to the last bit in float32."""
     old, new = outputs.collected, outputs.trained
-    assert old.logprobs is not None
-    assert old.values is not None
-    assert new.logprobs is not None
-    assert new.values is not None
     moved = gap(new.logprobs.detach(), old.logprobs, outputs.mask)
     value = gap(new.values.detach(), old.values, outputs.mask)[0]
     exact = outputs.exact
@@ -180,8 +175,6 @@ def check_kl(trainer: Any, outputs: TrialOutputs) -> Finding:
     """A reference that is the policy's copy gives KL 0 in float32; a given one is reported.
 
     To the last bit, but for families whose kernels round by where their weights lie in memory (Mamba)."""
-    assert outputs.collected.logprobs is not None
-    assert outputs.collected.reference_logprobs is not None
     apart = gap(outputs.collected.logprobs, outputs.collected.reference_logprobs, outputs.mask)
     given = trainer.reference_given
     wrong = apart[0] != apart[0] or (
@@ -213,7 +206,6 @@ def check_sampled(trainer: Any, trial: Trial, outputs: TrialOutputs) -> Finding:
     if trial.drawn is None:
         engine = type(trainer.engine).__name__
         return Finding("sampled log-probs", f"not measured: {engine} draws tokens elsewhere", True)
-    assert outputs.collected.logprobs is not None
     limit, rescored = limits(outputs.exact), outputs.collected.logprobs.cpu()
     apart = [(torch.tensor(row) - rescored[i, : len(row)]).abs() for i, row in enumerate(trial.drawn)]
     every = torch.cat(apart)
@@ -246,10 +238,6 @@ def check_padding(trainer: Any, own: ActorCritic, trial: Trial) -> Finding:
             own(make_batch(prompts, [response] * len(prompts), trainer.pad_id, trainer.device), 1.0)
             for prompts in ([short], [short, longer])
         )
-    assert alone.logprobs is not None
-    assert alone.values is not None
-    assert beside.logprobs is not None
-    assert beside.values is not None
     words, values = gap(beside.logprobs[0], alone.logprobs[0]), gap(beside.values[0], alone.values[0])
     scale = max(1.0, float(alone.values.abs().max()))
     limit = limits(is_exact(trainer.accelerator, own))
@@ -267,8 +255,6 @@ def check_ppo_gradients(trainer: Any, own: ActorCritic, outputs: TrialOutputs) -
     """Every trainable tensor of policy and value model gets a gradient."""
     if trainer.accelerator.distributed_type in SHARDED:
         return Finding("gradients", "not measured: weights are sharded", True)
-    assert outputs.trained.logprobs is not None
-    assert outputs.trained.values is not None
     head = own.policy.get_output_embeddings()  # the value model's adapter has no use for it, even if it holds a part
     idle = {id(p) for name, p in head.named_parameters() if "value" in name.split(".")}
     return check_gradients(own, outputs.trained.logprobs.sum() + outputs.trained.values.sum(), idle=idle)
@@ -278,7 +264,6 @@ def check_ppo_precision(trainer: Any, own: ActorCritic, trial: Trial, outputs: T
     """How far this run's precision moves the policy's log-probabilities from float32's."""
     if outputs.exact:
         return Finding("precision", "the run computes in float32", True)
-    assert outputs.collected.logprobs is not None
     with torch.no_grad(), own.active("policy") as policy:
         whole = float32(policy)
         if whole is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf import scores
-from rlhf.ppo.trial import Trial
+from rlhf.ppo.preflight_trial import Trial
 from rlhf.preflight.measure import (
     COPIED,
     Finding,

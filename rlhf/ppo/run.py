@@ -1,58 +1,228 @@
-"""What a PPO run goes on from, besides its log: gathered from a trainer, written, put back."""
+"""What surrounds the PPO loop: going on from a checkpoint, SIGTERM, logs, checkpoints, rollouts kept for inspection.
+
+A checkpoint is a folder `checkpoint-<update>` with `ppo.pt` (what the trainer's `state_dict` gives, and the global
+random states of every process) and `trainer_state.json` (the log so far, and the state of users' callbacks). No rollout
+is in hand between two updates; prompts, sampling and minibatches follow from seed and update.
+"""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any, Protocol, TypedDict
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
-from rlhf import scores
+from rlhf import chat
+from rlhf.config import resume_settings
 from rlhf.errors import InputError
-from rlhf.run import distributed as sharding
-from rlhf.run.checkpoint import random_state, restore_random_state
-
-if TYPE_CHECKING:
-    from rlhf.ppo.trainer import PPOTrainer
+from rlhf.padding import make_batch
+from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.logged import Clock, samples
+from rlhf.ppo.rollout import ReadyRollout
+from rlhf.ppo.saved import Origin, Save, saving_update, update_folder
+from rlhf.records import Prompt
+from rlhf.run import distributed
+from rlhf.run.checkpoint import full_disk_explained, mark_complete, random_state, restore_random_state, save_checkpoint
+from rlhf.run.loop import CallbackLoop
+from rlhf.run.resume import TERMINATED, Termination, resume_point
+from rlhf.sampling.engine import Responses
 
 log = logging.getLogger("rlhf")
 
 
-def gathered(trainer: PPOTrainer) -> dict[str, Any]:
-    """The state between two updates, called on every process. No rollout is in hand then; prompts, sampling and
-    minibatches follow from the seed and `update_index`. The global random states are kept for reward functions that
-    draw from them."""
-    return {
-        "trained": trainer.actor_critic.trained_state(),
-        "optimizer": sharding.full(trainer.optimizer.state_dict()),
-        "kl_coef": trainer.kl_coef,
-        "moments": asdict(trainer.moments),
-        "update_index": trainer.update_index,
-        "random": gather_object([random_state()]),
-    }
+class State(TypedDict):
+    """What a PPO run goes on from, besides its log and the random states."""
+
+    trained: dict[str, torch.Tensor]
+    """The trained tensors by name; frozen ones come from the models that the run began with."""
+    optimizer: dict[str, Any]
+    kl_coef: float
+    moments: dict[str, Any]
+    """Of the running score normaliser."""
+    update_index: int
 
 
-def write(trainer: PPOTrainer, state: dict[str, Any], folder: Path) -> None:
+class Resumable(Protocol):
+    """What a run needs of its trainer."""
+
+    args: PPOConfig
+    accelerator: Accelerator
+    processing_class: PreTrainedTokenizerBase
+    loop: CallbackLoop
+    clock: Clock
+    origin: Origin
+    peft_config: LoraConfig | None
+    update_index: int
+    eval_prompts: list[Prompt]
+    eval_prompt_ids: list[list[int]]
+    actor_critic: ActorCritic
+    module: Any
+    pad_id: int
+
+    def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses: ...
+
+    def raw_scores(
+        self, prompts: list[Prompt], texts: list[str], ids: list[list[int]], prefix: str = ""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+    def evaluate(self) -> dict[str, float]: ...
+
+
+class Run:
+    """A run of a trainer, as a context manager around its loop: `while run.goes_on(): ...; run.updated(...)`."""
+
+    def __init__(self, trainer: Resumable, resume_from_checkpoint: bool | str | Path | None = None):
+        self.trainer = trainer
+        self.settings = resume_settings(trainer.args, PPOConfig)
+        self.folder = Path(trainer.args.output_dir)
+        self.termination = Termination(trainer.accelerator)
+        self._around = ExitStack()  # of the whole run
+        self._saving = ExitStack()  # of the update in hand
+        self._save: Save | None = None
+        checkpoint = resume_point(trainer.accelerator, self.folder, resume_from_checkpoint, self.settings)
+        self.resumed = checkpoint is not None
+        if checkpoint is not None:
+            load_checkpoint(trainer, checkpoint)
+
+    def __enter__(self) -> Run:
+        self.trainer.loop.begin(self.trainer.update_index, self.trainer.args.updates)
+        self.metrics = self.trainer.loop.last_metrics()
+        self._around.enter_context(self.termination)
+        self._around.enter_context(full_disk_explained(self.folder))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._saving.__exit__(kind, error, trace)
+        self._around.__exit__(kind, error, trace)
+        if error is None:
+            self.trainer.loop.end()
+
+    def goes_on(self) -> bool:
+        """Whether there is another update to do. Where it is one to be kept, the state before it is written down."""
+        if self._finished() or self.trainer.loop.should_stop:
+            return False
+        args, number = self.trainer.args, self.trainer.update_index + 1
+        self.trainer.clock.restart()
+        if args.save_rollouts and number % args.save_rollouts == 0:
+            write = partial(self._write_marked, gathered(self.trainer))
+            folder, trainer = update_folder(args.output_dir, number), self.trainer
+            saving = saving_update(
+                folder, trainer.accelerator, write, trainer.origin, trainer.processing_class, trainer.peft_config
+            )
+            self._save = self._saving.enter_context(saving)
+        return True
+
+    def updated(self, rollout: ReadyRollout, metrics: dict[str, float]) -> None:
+        """Log an update; evaluate and save where that is due. Raises SystemExit(143) after SIGTERM."""
+        trainer, args = self.trainer, self.trainer.args
+        tokens = distributed.total(trainer.accelerator, rollout.response_tokens.sum())
+        self.metrics = metrics | trainer.clock.metrics(tokens)
+        if trainer.eval_prompts and self._due(args.eval_steps):
+            self.metrics |= trainer.evaluate()
+        trainer.loop.step(
+            trainer.update_index, self.metrics, samples(rollout, trainer.update_index, args.samples_logged)
+        )
+        if self._save is not None:
+            self._save(rollout, trainer.loop.state.log_history[-1])
+            self._save = None
+            self._saving.close()
+        told = self.termination.agreed()
+        if self._due(args.save_steps) or trainer.loop.should_save or told:
+            self.save_checkpoint()
+        if told:
+            raise SystemExit(TERMINATED)
+
+    @contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """Inside, a failure (of a reward function, say) loses nothing of the updates before it: a checkpoint is
+        written first."""
+        try:
+            yield
+        except Exception:
+            trainer = self.trainer
+            if trainer.args.save_steps and trainer.update_index and trainer.accelerator.num_processes == 1:
+                self.save_checkpoint()
+            raise
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-<update>`; called by every process."""
+        trainer = self.trainer
+        state = gathered(trainer)
+        if trainer.accelerator.is_main_process:
+            write = partial(write_state, trainer, state)
+            save_checkpoint(self.folder, trainer.update_index, write, self.settings, trainer.args.save_total_limit)
+        trainer.accelerator.wait_for_everyone()
+        trainer.loop.saved()
+
+    def _write_marked(self, state: dict[str, Any], folder: Path) -> None:
+        write_state(self.trainer, state, folder)
+        mark_complete(folder, self.settings)
+
+    def _finished(self) -> bool:
+        limit = self.trainer.args.stop_kl_nats
+        early = limit is not None and self.metrics.get("kl_nats", 0.0) > limit
+        return early or self.trainer.update_index >= self.trainer.args.updates
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.trainer.update_index % every == 0 or self._finished())
+
+
+def gathered(trainer: Resumable) -> dict[str, Any]:
+    """A checkpoint's `ppo.pt`; a collective. The global random states are for reward functions that draw from them."""
+    return {**trainer.state_dict(), "random": gather_object([random_state()])}
+
+
+def write_state(trainer: Resumable, state: dict[str, Any], folder: Path) -> None:
     torch.save(state, folder / "ppo.pt")
     trainer.loop.save_state(folder / "trainer_state.json")
 
 
-def load(trainer: PPOTrainer, folder: Path) -> None:
+def load_checkpoint(trainer: Resumable, folder: Path) -> None:
     """Raises InputError where the folder holds no state of a PPO run, or one of other models."""
     if not (folder / "ppo.pt").is_file():
         raise InputError(f"{folder}: no ppo.pt; resume from a checkpoint-<update> folder of a PPO run")
     state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True)
-    trainer.actor_critic.load_trained_state(state["trained"])
-    sharding.load_optimizer_state(trainer.optimizer, state["optimizer"])
-    trainer.kl_coef = state["kl_coef"]
-    trainer.moments = scores.RunningMoments(**state["moments"])
-    trainer.update_index = state["update_index"]
+    trainer.load_state_dict(state)
     trainer.loop.load_state(folder / "trainer_state.json")
     processes, now = len(state["random"]), trainer.accelerator.num_processes
     if processes == now:
         restore_random_state(state["random"][trainer.accelerator.process_index])
     else:
         log.warning("%s was made by %d processes, now %d: goes on, but not bit for bit", folder, processes, now)
+
+
+@torch.no_grad()
+def evaluate(trainer: Resumable) -> dict[str, float]:
+    """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""
+    ids, device = trainer.eval_prompt_ids, trainer.accelerator.device
+    responses = trainer.generate(ids, torch.Generator(device).manual_seed(trainer.args.seed))
+    texts = [chat.decode_response(trainer.processing_class, r) for r in responses.ids]
+    score, _ = trainer.raw_scores(trainer.eval_prompts, texts, responses.ids, prefix="eval_")
+    kl = 0.0
+    for start in range(0, len(ids), 16):
+        rows = slice(start, start + 16)
+        batch = make_batch(ids[rows], responses.ids[rows], trainer.pad_id, device)
+        said = trainer.module(batch, trainer.args.temperature, ("policy", "reference"))
+        kl += float((said.logprobs - said.reference_logprobs).sum())
+    return {
+        "eval_score": float(score.nanmean()),
+        "eval_kl_nats": kl / len(ids),
+        "eval_response_tokens": sum(map(len, responses.ids)) / len(ids),
+        "eval_eos_rate": sum(responses.stopped) / len(ids),
+    }

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,13 +35,14 @@ from torch import Tensor
 from rlhf.config import from_dict, to_dict
 from rlhf.errors import InputError
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.rollout import Rollout
+from rlhf.ppo.rollout import ReadyRollout
 from rlhf.records import Prompt
 from rlhf.run.checkpoint import atomic_folder, write_json_atomic
 
 PER_RESPONSE = ("stopped", "raw_scores", "scores", "used")
 PER_TOKEN = (
-    "mask", "logprobs", "reference_logprobs", "engine_logprobs", "entropy", "values", "rewards", "advantages", "returns"
+    "mask", "logprobs", "reference_logprobs", "engine_logprobs", "entropy", "values", "rewards", "advantages",
+    "returns", "importance",
 )  # fmt: skip
 BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError)
 """What torch.load and the code that takes its result apart raise on a file that was cut short or is another's."""
@@ -50,7 +51,7 @@ BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, K
 # ---------------------------------------------------------------- the rollout
 
 
-def save_rollout(folder: str | Path, rollout: Rollout, process_index: int = 0) -> Path:
+def save_rollout(folder: str | Path, rollout: ReadyRollout, process_index: int = 0) -> Path:
     """Write ``rollout-<process>.pt``: a dict that ``torch.load(..., weights_only=True)`` reads.
 
     A prompt's columns are kept as far as JSON can hold them (anything else becomes its text); all else comes
@@ -63,7 +64,7 @@ def save_rollout(folder: str | Path, rollout: Rollout, process_index: int = 0) -
     return path
 
 
-def load_rollout(folder: str | Path, process_index: int | None = None) -> Rollout:
+def load_rollout(folder: str | Path, process_index: int | None = None) -> ReadyRollout:
     """What ``save_rollout`` wrote; without a process's number, the rows of all processes, one after the other.
 
     Raises InputError where there is no such file, or it is broken.
@@ -75,13 +76,13 @@ def load_rollout(folder: str | Path, process_index: int | None = None) -> Rollou
     return _joined([_load_file(folder / f"rollout-{index}.pt") for index in range(max(count, 1))])
 
 
-def _load_file(path: Path) -> Rollout:
+def _load_file(path: Path) -> ReadyRollout:
     if not path.is_file():
         raise InputError(f"{path}: no such file; name the folder of a saved update, with all of its rollout files")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["prompts"] = [Prompt(**prompt) for prompt in json.loads(content["prompts"])]
-        rollout = Rollout(**content)
+        rollout = ReadyRollout(**content)
         _check_shapes(rollout)
     except BROKEN as error:
         raise InputError(f"{path}: cut short or no saved rollout ({reason(error)}); look at another update") from None
@@ -93,7 +94,7 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
 
 
-def _check_shapes(rollout: Rollout) -> None:
+def _check_shapes(rollout: ReadyRollout) -> None:
     rows, width = rollout.mask.shape
     lengths = [len(ids) for ids in rollout.response_ids]
     for name in ("prompts", "prompt_ids", "response_ids", "texts"):
@@ -107,7 +108,7 @@ def _check_shapes(rollout: Rollout) -> None:
         raise ValueError("mask and response_ids have different lengths")
 
 
-def _joined(rollouts: list[Rollout]) -> Rollout:
+def _joined(rollouts: list[ReadyRollout]) -> ReadyRollout:
     """Several processes' rollouts as one; minibatch k of the plan holds everybody's minibatch k."""
     if len(rollouts) == 1:
         return rollouts[0]
@@ -122,7 +123,7 @@ def _joined(rollouts: list[Rollout]) -> Rollout:
     }
     tensors = {name: _stacked([getattr(rollout, name) for rollout in rollouts]) for name in (*PER_RESPONSE, *PER_TOKEN)}
     own = {name: torch.cat([rollout.own_scores[name] for rollout in rollouts]) for name in rollouts[0].own_scores}
-    return Rollout(**lists, **tensors, own_scores=own, plan=plan, update=rollouts[0].update)  # type: ignore[arg-type]
+    return ReadyRollout(**lists, **tensors, own_scores=own, plan=plan, update=rollouts[0].update)  # type: ignore[arg-type]
 
 
 def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
@@ -159,9 +160,9 @@ class Origin:
 
     @classmethod
     def of(
-        cls, args: PPOConfig, accelerator: Accelerator, functions: int, model: Any, reference: Any, value: Any
+        cls, args: PPOConfig, accelerator: Accelerator, functions: Sequence[Any], model: Any, reference: Any, value: Any
     ) -> Origin:
-        """value: what `rlhf.ppo.build.value_start` chose."""
+        """value: what `rlhf.ppo.inputs.value_start` chose."""
         own = {item.name for item in dataclasses.fields(PPOConfig)}  # a recipe's config has further ones
         return cls(
             config={name: value for name, value in to_dict(args).items() if name in own},
@@ -169,7 +170,7 @@ class Origin:
             reference=_place(reference),
             value_model=_place(value),
             value_from_policy=value is None,
-            functions=functions,
+            functions=len(functions),
             processes=accelerator.num_processes,
         )
 
@@ -237,7 +238,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-Save = Callable[[Rollout, Mapping[str, float]], None]
+Save = Callable[[ReadyRollout, Mapping[str, float]], None]
 
 
 @contextmanager
@@ -256,7 +257,7 @@ def saving_update(
             if peft_config is not None:
                 peft_config.save_pretrained(str(writing))
 
-        def save(rollout: Rollout, logged: Mapping[str, float]) -> None:
+        def save(rollout: ReadyRollout, logged: Mapping[str, float]) -> None:
             rollouts = gather_object([rollout])  # the main process may be the only one that sees this disk
             if writing is not None:
                 for index, item in enumerate(rollouts):

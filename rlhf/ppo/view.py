@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from rlhf.ppo.rollout import Rollout
+    from rlhf.ppo.rollout import ReadyRollout
 
 End = Literal["", "stop", "cut"]
 Sort = Literal["score", "kl", "tokens"]
@@ -63,8 +63,8 @@ class ResponseView:
     rows: int
     prompt: Messages
     response: str
-    score: float | None
-    raw_score: float | None
+    score: float
+    raw_score: float
     stopped: bool
     tokens: list[Token]
     padding: int
@@ -92,7 +92,7 @@ class ResponseView:
         }
 
 
-def response_view(rollout: Rollout, row: int, tokenizer: Any) -> ResponseView:
+def response_view(rollout: ReadyRollout, row: int, tokenizer: Any) -> ResponseView:
     """Row `row` of a rollout, with `tokenizer` turning its ids into text."""
     ids, stopped = rollout.response_ids[row], bool(rollout.stopped[row])
     columns = {name: getattr(rollout, source) for name, (source, _) in NUMBERS.items()}
@@ -103,8 +103,8 @@ def response_view(rollout: Rollout, row: int, tokenizer: Any) -> ResponseView:
         rows=len(rollout),
         prompt=rollout.prompts[row].messages,
         response=rollout.texts[row],
-        score=None if rollout.scores is None else float(rollout.scores[row]),
-        raw_score=None if rollout.raw_scores is None else float(rollout.raw_scores[row]),
+        score=float(rollout.scores[row]),
+        raw_score=float(rollout.raw_scores[row]),
         stopped=stopped,
         tokens=[
             Token(
@@ -189,16 +189,16 @@ def token_table(view: ResponseView) -> Table:
     return table
 
 
-def sorted_rows(rollout: Rollout, sort: Sort | None) -> list[int]:
+def sorted_rows(rollout: ReadyRollout, sort: Sort | None) -> list[int]:
     """Row numbers, those with the highest number first; without `sort`, as collected."""
     rows = list(range(len(rollout)))
     if sort is None:
         return rows
     keys = {"score": rollout.scores, "kl": rollout.kl.sum(-1), "tokens": rollout.response_tokens}[sort]
-    return rows if keys is None else sorted(rows, key=lambda row: -float(keys[row]))
+    return sorted(rows, key=lambda row: -float(keys[row]))
 
 
-def rows_table(rollout: Rollout, sort: Sort | None = None) -> Table:
+def rows_table(rollout: ReadyRollout, sort: Sort | None = None) -> Table:
     """A line per response."""
     from rich import box
     from rich.table import Table
@@ -216,7 +216,7 @@ def rows_table(rollout: Rollout, sort: Sort | None = None) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     kl = rollout.kl.sum(-1)
     for row in sorted_rows(rollout, sort):
-        scores = [number(None if x is None else float(x[row])) for x in (rollout.scores, rollout.raw_scores)]
+        scores = [number(float(x[row])) for x in (rollout.scores, rollout.raw_scores)]
         prompt, response = rollout.prompts[row].messages[-1]["content"], rollout.texts[row]
         texts = [Text(one_line(text[:300])) for text in (prompt, response)]
         stopped = "yes" if bool(rollout.stopped[row]) else "no"

@@ -1,13 +1,13 @@
-"""FSDP2: what changes when accelerate has cut the models' parameters over the processes.
+"""Several processes: numbers put together over all of them, and what changes where FSDP2 shards the models.
 
 A sharded parameter is a DTensor: each process holds a part of it, and the whole exists only while its module runs.
-So a forward is a collective: all processes must run as many of them, in the same order. Everything here does nothing
-for a module that is not sharded.
+So a forward is a collective: all processes must run as many of them, in the same order. What is here for sharded
+modules does nothing for one that is not sharded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,34 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from rlhf.errors import InputError
+
+# ---------------------------------------------------------------- numbers over all processes
+
+
+def total(accelerator: Accelerator, value: float | Tensor) -> float:
+    """The sum of all processes' values, in float64."""
+    if accelerator.num_processes == 1:
+        return float(value)
+    tensor = torch.as_tensor(float(value), dtype=torch.float64, device=accelerator.device)
+    return float(accelerator.reduce(tensor, "sum"))
+
+
+def mean_and_variance(accelerator: Accelerator, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance of the real entries of all processes, computed in float64; float32 scalars."""
+    count = total(accelerator, mask.sum())
+    mean = torch.tensor(total(accelerator, torch.where(mask, x, 0.0).double().sum()) / count)
+    spread = torch.where(mask, (x.double() - mean).square(), 0.0).sum()
+    return mean.float(), torch.tensor(total(accelerator, spread) / count).float()
+
+
+def joined(accelerator: Accelerator, shares: dict[str, Tensor], largest: Collection[str]) -> dict[str, float]:
+    """Scalars of all processes in one exchange: the maximum of those named in `largest`, the sum of the others."""
+    gathered = accelerator.gather(torch.stack([share.float() for share in shares.values()])[None]).cpu()
+    most, sums = gathered.amax(0).tolist(), gathered.sum(0).tolist()
+    return {name: most[i] if name in largest else sums[i] for i, name in enumerate(shares)}
+
+
+# ---------------------------------------------------------------- sharded modules
 
 
 def is_sharded(module: nn.Module) -> bool:

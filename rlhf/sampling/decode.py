@@ -13,8 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from rlhf.cpu import few_rows, lora
-from rlhf.cpu.memory import release_freed_memory
+from rlhf import cpu
 from rlhf.errors import InputError
 from rlhf.padding import pad
 from rlhf.sampling.draw import sample
@@ -62,8 +61,7 @@ class TransformersEngine:
         try:
             if self._own_loop is None:
                 self._own_loop = can_decode(self.model, self.pad_id)
-            most = min(len(prompt_ids), self.rows_per_batch)
-            with lora.merged(self.model) as merged, few_rows.laid_out(self.model, most) as laid_out:
+            with cpu.for_sampling(self.model):
                 if not self._own_loop:
                     settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
                     ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
@@ -75,8 +73,6 @@ class TransformersEngine:
                         ids[row] = response
         finally:
             self.model.train(training)
-        if merged or laid_out:  # what is trained next would not fit into the places of their weights
-            release_freed_memory()
         return Responses(ids, [response[-1] in self.stop_ids for response in ids])
 
     def _decode(

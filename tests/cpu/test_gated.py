@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from reference.tiny_chain import shake
-from tests.models.test_families import new_model
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -19,6 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from rlhf.cpu import gated, lora
 from rlhf.models.adapters import lora_config
 from rlhf.ppo.build import build_actor_critic
+from tests.models.test_families import new_model
 
 WIDTH, INNER = 12, 20
 

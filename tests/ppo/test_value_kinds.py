@@ -9,8 +9,6 @@ import pytest
 import torch
 from peft import PeftModel
 from reference.tiny_chain import NORMALIZER, chain, shake
-from tests.ppo.test_actor_critic import PROMPTS, RESPONSES, batch_of
-from tests.ppo.test_trainer import is_value, make, prepared, watch_steps, weights
 from transformers import AutoModelForCausalLM
 
 from reward_models import RewardModel
@@ -19,6 +17,8 @@ from rlhf.models.adapters import backbone, lora_config
 from rlhf.models.scalar import last_token_scores, load_scalar_model
 from rlhf.ppo.build import build_actor_critic
 from rlhf.ppo.trainer import PPOConfig
+from tests.ppo.test_actor_critic import PROMPTS, RESPONSES, batch_of
+from tests.ppo.test_trainer import is_value, make, prepared, watch_steps, weights
 
 BOTH = pytest.mark.parametrize("folders", ["full", "lora"], indirect=True)
 

@@ -18,7 +18,6 @@ import torch
 from reference import recipe, two_processes
 from reference.tiny_chain import chain
 from rich.console import Console
-from tests.ppo.test_saved import make
 
 from rlhf import chat
 from rlhf.ppo.rollout import Rollout
@@ -26,6 +25,7 @@ from rlhf.ppo.saved import load_rollout, save_rollout, update_folder
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.ppo.view import NUMBERS, number, response_lines, response_page, response_view, rows_table, token_text
 from rlhf.records import Prompt
+from tests.ppo.test_saved import make
 
 ATTACK = "<script>alert('x')</script> & <b>bold</b> [red]markup[/red]"
 RESPONSES = [" two\n\tlines", ATTACK, "plain"]

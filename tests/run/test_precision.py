@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 from reference.tiny_chain import chain
-from tests.ppo.test_trainer import make, prepared
 
 from rlhf.padding import make_batch
 from rlhf.run import precision
+from tests.ppo.test_trainer import make, prepared
 
 FOUND = "a CPU that has it"
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from reference import resume_worker
 from reference.tiny_chain import chain
-from tests.ppo.test_trainer import ROWS, StopAfter, lines, low_share, make, prepared, weights
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -24,6 +23,7 @@ from reward_models import RewardModel
 from rlhf.errors import InputError, RunStopped
 from rlhf.metrics import METRICS, Watch
 from rlhf.run.checkpoint import checkpoints_in
+from tests.ppo.test_trainer import ROWS, StopAfter, lines, low_share, make, prepared, weights
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ class Trial:
     drawn: list[list[float]] | None
 
 
-class Draws(TorchFunctionMode):
+class Watched(TorchFunctionMode):
     """Every draw inside, by torch.multinomial or by ours: the tokens, and their log-probabilities as the draw was given
     them."""
 
@@ -57,7 +57,7 @@ def sample_trial(trainer: Any) -> Trial:
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
     most, sampling = min(RESPONSE_TOKENS, trainer.args.max_new_tokens), trainer.actor_critic.sampling()
     at_once = getattr(trainer.engine, "leaving_at_once", nullcontext)()
-    with torch.no_grad(), trainer.accelerator.autocast(), sampling, at_once, Draws() as draws:
+    with torch.no_grad(), trainer.accelerator.autocast(), sampling, at_once, Watched() as draws:
         responses = trainer.engine.generate(prompt_ids, most, trainer.args.temperature, generator)
     return Trial(
         [trainer.prompts[i] for i in rows],
@@ -69,7 +69,7 @@ def sample_trial(trainer: Any) -> Trial:
     )
 
 
-def _drawn(draws: Draws, ids: list[list[int]]) -> list[list[float]] | None:
+def _drawn(draws: Watched, ids: list[list[int]]) -> list[list[float]] | None:
     """The draws of each row; None where they are not, step by step, the tokens of the rows still going."""
     found: list[list[float]] = [[] for _ in ids]
     for step in range(max(map(len, ids))):

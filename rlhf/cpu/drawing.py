@@ -1,0 +1,32 @@
+"""Drawing a token with one random number per row."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK = 256  # tokens whose probabilities are summed before a draw
+
+
+def draw(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:
+    """One index per row, each with its probability.
+
+    torch.multinomial draws V random numbers for each row, which on a CPU takes longer than the head; here one number
+    finds a block of tokens by the blocks' sums, and what is left of it finds the token inside.
+    """
+    rows, vocabulary = probabilities.shape
+    short = -vocabulary % BLOCK
+    whole = torch.nn.functional.pad(probabilities, (0, short)) if short else probabilities
+    blocks = whole.view(rows, -1, BLOCK)
+    sums = blocks.sum(-1).double()
+    ends = sums.cumsum(-1)
+    if not bool(ends[:, -1].isfinite().all()):
+        raise RuntimeError("sampling: a probability is not a number")
+    level = torch.rand(rows, 1, generator=generator, dtype=torch.float64) * ends[:, -1:]
+    block = torch.searchsorted(ends, level, right=True).clamp_(max=blocks.shape[1] - 1)
+    width = sums.gather(-1, block)
+    share = (level - (ends.gather(-1, block) - width)) / width  # of the block's sum, below 1
+    inside = blocks[torch.arange(rows), block[:, 0]].double().cumsum(-1)
+    place = torch.searchsorted(inside, share.clamp_(0.0, 1.0 - 2.0**-52) * inside[:, -1:], right=True)
+    return (block * BLOCK + place).clamp_(max=vocabulary - 1).squeeze(-1)

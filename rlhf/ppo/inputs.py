@@ -1,0 +1,95 @@
+"""What the user hands to `PPOTrainer`, made ready: tokenizer, prompts, and what the value model starts from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf import chat
+from rlhf.errors import InputError
+from rlhf.models.loading import load_tokenizer
+from rlhf.ppo.config import PPOConfig
+from rlhf.records import Prompt, read_prompts
+
+log = logging.getLogger("rlhf")
+
+
+def prompts_of(
+    name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
+) -> tuple[list[Prompt], list[list[int]]]:
+    """A dataset's prompts with their ids; over-long ones are left out, counted and named in the log, never cut.
+
+    name: the argument that the dataset was given as; train_dataset must be there, eval_dataset need not.
+    """
+    if dataset is None and name == "eval_dataset":
+        return [], []
+    if dataset is None:
+        raise InputError(f"{name} is missing; pass prompts: a path, a datasets.Dataset or a list of rows")
+    prompts, max_prompt_tokens = read_prompts(dataset), args.max_prompt_tokens
+    kept: list[Prompt] = []
+    ids: list[list[int]] = []
+    long: list[tuple[int, Prompt]] = []
+    for prompt in prompts:
+        encoded = chat.encode_prompt(tokenizer, prompt.messages)
+        if len(encoded) > max_prompt_tokens:
+            long.append((len(encoded), prompt))
+        else:
+            kept.append(prompt)
+            ids.append(encoded)
+    if not kept:
+        raise InputError(
+            f"{name}: all {len(long)} prompts are longer than max_prompt_tokens={max_prompt_tokens} "
+            f"(shortest: {min(n for n, _ in long)} tokens); raise it"
+        )
+    if long:
+        shown = "; ".join(f"{p.messages[-1]['content'][:40]!r} ({n} tokens)" for n, p in long[:3])
+        log.warning(
+            "%s: %d of %d prompts longer than max_prompt_tokens=%d left out: %s%s",
+            name, len(long), len(prompts), max_prompt_tokens, shown, " ..." if len(long) > 3 else "",
+        )  # fmt: skip
+    return kept, ids
+
+
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Do both turn every conversation into the same ids?"""
+    return one.get_vocab() == other.get_vocab() and chat.template_hash(one) == chat.template_hash(other)
+
+
+def value_start(value_model: Any, functions: Sequence[Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Any:
+    """What the value model starts from: `value_model`, else the first reward model among `functions` that
+    reads the policy's tokens, else None (the policy's trunk under a zero head)."""
+    if args.value_model == "shared_trunk":
+        return value_model  # the head starts from zero: `build` refuses a model to start from
+    if isinstance(value_model, torch.nn.Module):
+        return value_model
+    candidates = [value_model] if value_model is not None else list(functions)
+    for candidate in candidates:
+        if isinstance(candidate, str) or hasattr(candidate, "__fspath__"):
+            theirs = load_tokenizer(candidate)
+        elif hasattr(candidate, "normalizer") and hasattr(candidate, "tokenizer"):
+            theirs = candidate.tokenizer
+        else:
+            continue
+        if same_tokenizer(tokenizer, theirs):
+            return candidate
+        log.warning("the reward model reads other tokens than the policy: the value model starts from the policy")
+    return None
+
+
+def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one in the policy's folder; refused where its chat tokens were never learned."""
+    if given is None:
+        if not isinstance(model, str | Path):
+            raise InputError("processing_class is missing; with a model object, pass its tokenizer")
+        return load_tokenizer(model)
+    added = chat.prepare_tokenizer(given)
+    if added:
+        raise InputError(
+            f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
+        )
+    return given

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference.families import FAMILIES, VARIANTS, new_model
 from reference.tiny_chain import shake
-from tests.models.test_families import FAMILIES, VARIANTS, new_model
 from torch import nn
 
 from rlhf import chat, packing

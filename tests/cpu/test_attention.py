@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.models.test_families import FAMILIES, VARIANTS, new_model
+from reference.families import FAMILIES, VARIANTS, new_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cpu.test_gated import WIDTH, adapted, fused, layer
-from tests.cpu.test_lora import adapted as adapted_model
-from tests.cpu.test_lora import both, inputs, linears, net, shake
 from torch import nn
 
 from rlhf.cpu import lora
 from rlhf.cpu.few_rows import FEW, laid_out
 from rlhf.ppo import rollout
 from rlhf.sampling.decode import TransformersEngine
+from tests.cpu.test_gated import WIDTH, adapted, fused, layer
+from tests.cpu.test_lora import adapted as adapted_model
+from tests.cpu.test_lora import both, inputs, linears, net, shake
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from reference.families import new_model
 from reference.tiny_chain import shake
-from tests.models.test_families import new_model
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaMLP

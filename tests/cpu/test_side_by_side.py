@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 import torch
+from reference.batches import batch_of
+from reference.ppo_runs import make, prepared, same, watch_steps, weights
 from reference.tiny_chain import chain
 from reference.two_processes import GivenResponses
-from tests.ppo.test_actor_critic import batch_of
-from tests.ppo.test_trainer import make, prepared, same, watch_steps, weights
 
 from reward_models import RewardModel
 from rlhf.cpu import lora

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from reference.batches import PROMPTS, RESPONSES, batch_of, left_padded
 from reference.tiny_chain import NORMALIZER, chain, save_adapter, save_base, save_reward_model, shake
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -20,20 +21,6 @@ from rlhf.models.loading import load_policy
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, load_scalar_model, new_scalar_model
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing
-
-PROMPTS, RESPONSES = [[5, 6, 7], [9], [20, 21, 22, 23, 24]], [[30, 31], [32, 33, 34, 35], [36]]
-
-
-def batch_of(prompts=PROMPTS, responses=RESPONSES, pad: int = 3) -> Batch:
-    return make_batch(prompts, responses, pad, "cpu")
-
-
-def left_padded(batch: Batch) -> Batch:
-    """The same rows with their padding in front."""
-    shifts = (~batch.attention_mask).sum(-1)
-    rolled = [torch.roll(row, int(s)) for row, s in zip(batch.input_ids, shifts, strict=True)]
-    mask = [torch.roll(row, int(s)) for row, s in zip(batch.attention_mask, shifts, strict=True)]
-    return Batch(torch.stack(rolled), torch.stack(mask), batch.prompt_tokens + shifts, batch.targets, batch.mask)
 
 
 @pytest.fixture(params=["full", "lora"])

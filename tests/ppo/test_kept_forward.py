@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from reference import two_processes
+from reference.ppo_runs import is_value, make, norm, prepared, same, watch_steps, weights
 from reference.tiny_chain import chain
-from tests.ppo.test_trainer import is_value, make, norm, prepared, same, watch_steps, weights
 
 from reward_models import RewardModel
 from rlhf.errors import RunStopped

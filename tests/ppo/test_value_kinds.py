@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from reference.batches import PROMPTS, RESPONSES, batch_of
+from reference.ppo_runs import is_value, make, prepared, watch_steps, weights
 from reference.tiny_chain import NORMALIZER, chain, shake
-from tests.ppo.test_actor_critic import PROMPTS, RESPONSES, batch_of
-from tests.ppo.test_trainer import is_value, make, prepared, watch_steps, weights
 from transformers import AutoModelForCausalLM
 
 from reward_models import RewardModel

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from reference import recipe, two_processes
+from reference.saved_run import make
 from reference.tiny_chain import chain
 from rich.console import Console
-from tests.ppo.test_saved import make
 
 from rlhf import chat
 from rlhf.ppo.rollout import Rollout

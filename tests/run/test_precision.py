@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
+from reference.ppo_runs import make, prepared
 from reference.tiny_chain import chain
-from tests.ppo.test_trainer import make, prepared
 
 from rlhf.padding import make_batch
 from rlhf.run import precision

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from reference import resume_worker
+from reference.ppo_runs import ROWS, StopAfter, lines, low_share, make, prepared, weights
 from reference.tiny_chain import chain
-from tests.ppo.test_trainer import ROWS, StopAfter, lines, low_share, make, prepared, weights
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference.families import FAMILIES, VARIANTS, new_model
 from reference.tiny_chain import shake
 from torch import nn
 
@@ -17,10 +18,9 @@ from rlhf.models.adapters import backbone, lora_config
 from rlhf.packing import Rows, can_pack, packed_hidden
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo import actor_critic as actor_critics
-from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing
+from rlhf.ppo.build import enable_gradient_checkpointing
 from rlhf.ppo.plan import split_by_tokens
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
-from tests.models.test_families import FAMILIES, VARIANTS, new_model
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [30, 31], list(range(100, 125))]
 RESPONSES = [[30, 31], [32, 33, 34, 35], [36], [40, 41, 42, 43, 44, 45, 46, 47], [50, 51, 52]]
@@ -152,13 +152,13 @@ def test_what_every_layer_needs_is_made_once():
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 def test_which_families_are_packed_and_that_they_compute_the_same(name, widths):
     """Against the padded batch, whose agreement with each row alone is tested in models/test_families.py."""
-    model = build_actor_critic(new_model(name))
+    model = prepared_models(new_model(name))
     assert model.packs == (name not in PADDED)
     shake(model.value_head, 3, 0.3)
     batch = make_batch(PROMPTS, RESPONSES, 3, "cpu")
     packed = model(batch, 0.8, ("policy", "reference", "value"))
     assert widths == ([] if name in PADDED else [(1, 64)] * 3)  # 60 tokens, and 4 that nobody reads
-    model.packable = False
+    model.packs = False
     padded = model(batch, 0.8, ("policy", "reference", "value"))
     for field, seen, expected in zip(packed._fields, packed, padded, strict=True):
         np.testing.assert_allclose(seen.detach(), expected.detach(), atol=2e-5, err_msg=field)
@@ -170,9 +170,9 @@ def test_gradients_are_those_of_the_padded_batch(kind, checkpointing):
     lora = None if kind == "separate" else lora_config(2, 4.0)
     grads: list[dict[str, torch.Tensor]] = []
     for packs in (True, False):
-        model = build_actor_critic(new_model("mistral"), value_kind=kind, lora=lora)
+        model = prepared_models(new_model("mistral"), value_kind=kind, lora=lora)
         assert model.packs
-        model.packable = packs
+        model.packs = packs
         shake(model, 5, 0.1, only="lora_")
         shake(model.value_head, 3, 0.3)
         if checkpointing:
@@ -190,17 +190,17 @@ def test_gradients_are_those_of_the_padded_batch(kind, checkpointing):
 
 def test_rows_that_are_too_long_for_our_attention(widths):
     """They go to torch's kernel, still row by row."""
-    model = build_actor_critic(new_model("mistral"))
+    model = prepared_models(new_model("mistral"))
     prompts = [list(range(1, MOST_TOKENS + 9)), [5, 6, 7]]
     batch = make_batch(prompts, [[8, 9], [10, 11, 12]], 3, "cpu")
     packed = model(batch, 1.0).logprobs
     assert len(widths) == 2
-    model.packable = False
+    model.packs = False
     np.testing.assert_allclose(packed.detach(), model(batch, 1.0).logprobs.detach(), atol=2e-5)
 
 
 def test_what_is_left_padded(widths, monkeypatch):
-    model = build_actor_critic(new_model("llama"))
+    model = prepared_models(new_model("llama"))
     model(make_batch([[5, 6], [7, 8]], [[1, 2], [3, 4]], 3, "cpu"), 1.0, ("policy",))
     assert widths == [], "no padding, nothing to gain"
     batch = make_batch(PROMPTS, RESPONSES, 3, "cpu")
@@ -215,7 +215,7 @@ def test_what_is_left_padded(widths, monkeypatch):
 @pytest.mark.parametrize(("lengths", "width"), [((40, 24), 64), ((40, 25), 96), ((9, 4), 13)])
 def test_long_rows_have_few_lengths(lengths, width, widths):
     """A multiple of 32 tokens, where the longest row has enough of them to fill it up."""
-    model = build_actor_critic(new_model("llama"))
+    model = prepared_models(new_model("llama"))
     batch = make_batch([[5] * (n - 1) for n in lengths], [[6]] * 2, 3, "cpu")
     model(batch, 1.0, ("policy",))
     assert widths == [(1, width)]
@@ -223,7 +223,7 @@ def test_long_rows_have_few_lengths(lengths, width, widths):
 
 def test_not_on_a_gpu():
     """Where torch's kernel attends, and a mask of the whole batch would be paid for."""
-    model = build_actor_critic(new_model("llama"))
+    model = prepared_models(new_model("llama"))
     assert model.packs
     model.to("meta")
     assert not model.packs
@@ -321,14 +321,14 @@ def test_a_trainers_micro_batches_hold_so_many_real_tokens(tiny_model, tiny_toke
     monkeypatch.setattr(packing, "MOST_TOKENS", 100)
     (plan,) = made._plan(lengths, 0)
     assert len(plan) > 1, "beyond that a batch would be padded, and its padding was not counted"
-    made.actor_critic.packable = False
+    made.actor_critic.packs = False
     (plan,) = made._plan([30] * 8, 0)
     assert len(plan) == 1
 
 
 def test_batches_keep_their_layout(widths):
     """Rows with padding in front come out at the same places."""
-    model = build_actor_critic(new_model("llama"))
+    model = prepared_models(new_model("llama"))
     batch = make_batch(PROMPTS, RESPONSES, 3, "cpu")
     shifts = (~batch.attention_mask).sum(-1)
     ids = torch.stack([torch.roll(row, int(s)) for row, s in zip(batch.input_ids, shifts, strict=True)])

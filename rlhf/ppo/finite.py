@@ -81,8 +81,8 @@ def explain_step(
 ) -> str:
     """Why an optimizer step's loss or gradient is not finite: looked for in what was collected, then row by row.
 
-    ``outputs(rollout, [row])`` computes a row's log-probabilities and values again; called only once something is broken,
-    so it may be slow.
+    ``outputs(rollout, [row])`` computes a row's log-probabilities and values again; it is called only once something is
+    broken, so it may be slow.
     """
     rows = [row for micro_batch in minibatch for row in micro_batch]
     found = broken_number(rollout, READY, rows)

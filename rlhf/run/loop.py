@@ -20,8 +20,8 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from rlhf.config import training_arguments
 from rlhf.run.callbacks import Alarms, JsonlCallback
+from rlhf.run.trl_arguments import training_arguments
 
 
 def callback_arguments(config: Any) -> TrainingArguments:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference.families import FAMILIES, VARIANTS, new_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,7 +21,6 @@ from rlhf.cpu import attention
 from rlhf.cpu.attention import MOST_TOKENS, short_rows, use_short_rows
 from rlhf.models.adapters import lora_config
 from rlhf.models.loading import load_policy
-from tests.models.test_families import FAMILIES, VARIANTS, new_model
 
 BATCH, TOKENS, WIDTH = 3, 7, 4
 LENGTHS = (7, 4, 1)  # real tokens of each row; the rest is padding in front

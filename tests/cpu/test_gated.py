@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from reference.families import new_model
+from reference.prepared import prepared_models
 from reference.tiny_chain import shake
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaMLP
@@ -17,8 +19,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from rlhf.cpu import gated, lora
 from rlhf.models.adapters import lora_config
-from rlhf.ppo.build import build_actor_critic
-from tests.models.test_families import new_model
 
 WIDTH, INNER = 12, 20
 
@@ -161,7 +161,7 @@ def test_ppo_uses_it_in_every_model_and_saves_the_same_weights(kind, tmp_path):
     model = new_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lora_settings = None if kind == "separate" else lora_config(2, 4.0)
-    actor_critic = build_actor_critic(model, value_kind=kind, lora=lora_settings)
+    actor_critic = prepared_models(model, value_kind=kind, lora=lora_settings)
     mlps = [module for module in actor_critic.modules() if isinstance(module, LlamaMLP)]
     assert len(mlps) == (6 if kind == "separate" else 2)
     assert all(type(module).forward is gated._forward for module in mlps)

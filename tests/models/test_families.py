@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from reference.batches import left_padded
+from reference.families import BY_GENERATE, EXPERTS, FAMILIES, MORE, REFUSED, VARIANTS, new_model
+from reference.prepared import prepared_models
 from reference.tiny_chain import NORMALIZER, shake
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from reward_models import RewardConfig, RewardModel, RewardTrainer
@@ -26,116 +29,16 @@ from rlhf.models.adapters import backbone, lora_config
 from rlhf.models.forward import response_logprobs
 from rlhf.models.loading import load_policy
 from rlhf.models.scalar import load_scalar_model, new_scalar_model, score_head
-from rlhf.padding import Batch, make_batch
-from rlhf.ppo.build import build_actor_critic
+from rlhf.padding import make_batch
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.draw import sample
-
-SIZES = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-WIDE = SIZES | {"intermediate_size": 64, "max_position_embeddings": 512}
-ROPE = WIDE | {"num_key_value_heads": 2}  # grouped queries
-HEAD = ROPE | {"head_dim": 8}
-OLD = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
-OPT = SIZES | {"ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 32}
-MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}  # shorter than the texts below
-LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": ROPE,
-    "mistral": ROPE | {"sliding_window": 6},
-    "qwen2": ROPE,
-    "qwen3": HEAD,
-    "gemma2": HEAD | {"sliding_window": 6, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
-    "gemma3_text": HEAD | MIXED | {"query_pre_attn_scalar": 8},
-    "phi3": ROPE,  # one matrix for query, key and value
-    "gpt2": OLD,  # Conv1D, learned positions
-    "gpt_neox": WIDE,  # Pythia
-    "gptj": OLD | {"rotary_dim": 4},  # a bias in its language head
-    "opt": OPT,
-    "olmo2": ROPE,
-    "smollm3": ROPE | {"no_rope_layers": [1, 0]},
-    "falcon": SIZES | {"max_position_embeddings": 512},  # multi-query; reads its dropouts from the config
-    "granite": ROPE | {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
-    "bloom": {"vocab_size": 400, "hidden_size": 32, "n_layer": 2, "n_head": 4},  # ALiBi: no position ids
-    "cohere": ROPE | {"logit_scale": 0.25},
-    "stablelm": ROPE,
-    "gpt_bigcode": OLD,  # StarCoder; its attention dropout goes by another name
-    "lfm2": ROPE | {"layer_types": ["conv", "full_attention"]},  # a cache of convolutions
-}
-VARIANTS = {  # a family whose configuration changes the structure
-    "opt_projected": ("opt", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),  # OPT-350M
-    "falcon_alibi": ("falcon", SIZES | {"alibi": True}),
-}
-MORE: dict[str, dict[str, Any]] = {
-    "apertus": ROPE,
-    "arcee": ROPE,
-    "biogpt": WIDE,
-    "codegen": OLD | {"rotary_dim": 4},
-    "cohere2": HEAD | {"logit_scale": 0.25, "sliding_window": 6},
-    "ernie4_5": HEAD,
-    "exaone4": ROPE,
-    "gemma": HEAD,
-    "gemma4_text": HEAD | MIXED | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 400},
-    "glm": HEAD,
-    "glm4": HEAD,
-    "gpt_neo": SIZES | {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 6},
-    "helium": HEAD,
-    "hunyuan_v1_dense": HEAD,
-    "ministral": HEAD | MIXED,
-    "mpt": {"vocab_size": 400, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
-    "nemotron": ROPE,
-    "olmo": ROPE,
-    "olmo3": ROPE | MIXED,
-    "persimmon": ROPE,
-    "phi": ROPE,
-    "qwen3_5_text": HEAD | LINEAR,
-    "seed_oss": HEAD,
-    "starcoder2": ROPE | {"sliding_window": 6},
-    "xglm": {"vocab_size": 400, "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
-}
-EXPERTS = {  # mixtures of experts, and hybrids with a recurrent state
-    "mixtral": ROPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": HEAD | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "olmoe": ROPE | {"num_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": HEAD | MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "bamba": ROPE | MAMBA | {"attn_layer_indices": [1]},
-}
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bert": (WIDE, "differ from those of a row alone"),  # sees later tokens
-    "rwkv": (SIZES | {"context_length": 64}, "differ from those of a row alone"),
-    "xlnet": ({"vocab_size": 400, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, "differ from those of"),
-}
-BY_GENERATE: dict[str, dict[str, Any]] = {  # a state instead of a key-value cache
-    "mamba": SIZES | {"state_size": 4},
-    "minimax": HEAD | {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
-}
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [30, 31], [9, 8, 7, 6]]
 RESPONSES = [[30, 31], [32, 33, 34, 35], [36], [40, 41, 42, 43, 44, 45, 46, 47], [50, 51, 52]]
 ROWS = [{"prompt": f"Count to {word}"} for word in ("one", "two", "three", "four", "five", "six")]
 NO_EFFECT = ("k_proj.bias",)  # the same number on every attention score: their softmax doesn't see it
 FEW = ["gpt2", "gpt_neox", "falcon", "gemma2", "granite"]
-
-
-def new_model(name: str) -> Any:
-    family, sizes = VARIANTS.get(name) or (
-        name,
-        (FAMILIES | MORE | EXPERTS | BY_GENERATE).get(name) or REFUSED[name][0],
-    )
-    config = CONFIG_MAPPING[family](**sizes | {"pad_token_id": 3, "bos_token_id": None, "eos_token_id": 0})
-    for field, value in list(vars(config).items()):
-        if "drop" in field and isinstance(value, float):
-            setattr(config, field, 0.3)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-    shake(model, 0, 0.2)
-    return model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -170,14 +73,6 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def left_padded(batch: Batch) -> Batch:
-    """The same rows with their padding in front."""
-    shifts = (~batch.attention_mask).sum(-1)
-    rolled = [torch.roll(row, int(s)) for row, s in zip(batch.input_ids, shifts, strict=True)]
-    mask = [torch.roll(row, int(s)) for row, s in zip(batch.attention_mask, shifts, strict=True)]
-    return Batch(torch.stack(rolled), torch.stack(mask), batch.prompt_tokens + shifts, batch.targets, batch.mask)
-
-
 @torch.no_grad()
 def check_logprobs(model, logprobs: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Independent: each row alone, without padding, through the model's own forward and head."""
@@ -202,7 +97,7 @@ def save_reward_model(base: Path, folder: Path, tokenizer, lora: bool) -> Path:
 
 
 def test_logprobs_are_the_models_own_whatever_the_padding(family):
-    actor_critic = build_actor_critic(family)
+    actor_critic = prepared_models(family)
     shake(actor_critic.value_head, 3, 0.3)
     batch = make_batch(PROMPTS, RESPONSES, 3, "cpu")
     expected = actor_critic(batch, 1.0)
@@ -327,7 +222,7 @@ def test_an_sft_step(few, tmp_path, lora):
     assert all("lora_B" in name or "token" in name or not lora for name in moved)
     assert moved
     trainer.save_model()
-    actor_critic = build_actor_critic(tmp_path)
+    actor_critic = prepared_models(tmp_path)
     logprobs = actor_critic(make_batch(PROMPTS, RESPONSES, 3, "cpu"), 1.0, ("policy",)).logprobs
     check_logprobs(trainer.model.eval(), logprobs)
 

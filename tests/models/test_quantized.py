@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.prepared import prepared_models
 from reference.tiny_chain import shake
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -14,7 +15,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
 from rlhf.padding import make_batch
-from rlhf.ppo.build import build_actor_critic
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sampling.decode import TransformersEngine
 
@@ -58,7 +58,7 @@ def in_float32(folder, quantized: Any) -> Any:
 
 
 def gradients(model: Any, sample_first: bool) -> dict[str, torch.Tensor]:
-    actor_critic = build_actor_critic(model, lora=lora_config(2, 4.0))
+    actor_critic = prepared_models(model, lora=lora_config(2, 4.0))
     shake(actor_critic, 1, 0.1, only="lora_")
     shake(actor_critic.value_head, 3, 0.3)
     if sample_first:
@@ -86,7 +86,7 @@ def test_a_model_that_can_no_longer_learn_is_refused(base):
     layer = next(module for module in quantized.modules() if isinstance(module, bnb.nn.Linear4bit))
     layer.weight.quant_state.packing_format_for_cpu = True  # as bitsandbytes marks it, on CPUs with AVX512-BF16
     with pytest.raises(InputError, match="load it anew"):
-        build_actor_critic(quantized, lora=lora_config(2, 4.0))
+        prepared_models(quantized, lora=lora_config(2, 4.0))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "shared_trunk"])
@@ -105,11 +105,11 @@ def test_a_ppo_run(base, tmp_path, tiny_tokenizer, kind):
     assert metrics["step0_ratio_error"] == 0.0
     assert metrics["policy_grad_norm"] > 0
     trainer.save_model(tmp_path / "saved")
-    assert build_actor_critic(tmp_path / "saved").policy.peft_config["default"].r == 2
+    assert prepared_models(tmp_path / "saved").policy.peft_config["default"].r == 2
 
 
 def test_what_cannot_be_trained_is_refused(base):
     with pytest.raises(InputError, match="quantized model is trained through LoRA alone"):
-        build_actor_critic(in_4_bits(base))
+        prepared_models(in_4_bits(base))
     with pytest.raises(InputError, match="quantized model is trained through LoRA alone"):
-        build_actor_critic(in_4_bits(base), lora=lora_config(2, 4.0), value_kind="separate")
+        prepared_models(in_4_bits(base), lora=lora_config(2, 4.0), value_kind="separate")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from reference.batches import PROMPTS, RESPONSES, batch_of, left_padded
 from reference.tiny_chain import NORMALIZER, chain, save_adapter, save_base, save_reward_model, shake
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -19,21 +20,7 @@ from rlhf.models.forward import response_logprobs
 from rlhf.models.loading import load_policy
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, load_scalar_model, new_scalar_model
 from rlhf.padding import Batch, make_batch
-from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing
-
-PROMPTS, RESPONSES = [[5, 6, 7], [9], [20, 21, 22, 23, 24]], [[30, 31], [32, 33, 34, 35], [36]]
-
-
-def batch_of(prompts=PROMPTS, responses=RESPONSES, pad: int = 3) -> Batch:
-    return make_batch(prompts, responses, pad, "cpu")
-
-
-def left_padded(batch: Batch) -> Batch:
-    """The same rows with their padding in front."""
-    shifts = (~batch.attention_mask).sum(-1)
-    rolled = [torch.roll(row, int(s)) for row, s in zip(batch.input_ids, shifts, strict=True)]
-    mask = [torch.roll(row, int(s)) for row, s in zip(batch.attention_mask, shifts, strict=True)]
-    return Batch(torch.stack(rolled), torch.stack(mask), batch.prompt_tokens + shifts, batch.targets, batch.mask)
+from rlhf.ppo.build import enable_gradient_checkpointing
 
 
 @pytest.fixture(params=["full", "lora"])
@@ -76,7 +63,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance
 
 
 def test_the_reference_starts_as_the_policy_to_the_last_bit(folders):
-    actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    actor_critic = prepared_models(folders[0], value_model=folders[1])
     outputs = actor_critic(batch_of(), 0.7, ("policy", "reference", "value"))
     assert torch.equal(outputs.logprobs, outputs.reference_logprobs)
     with torch.no_grad():
@@ -89,7 +76,7 @@ def test_the_reference_starts_as_the_policy_to_the_last_bit(folders):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_the_saved_models_own(folders, temperature):
     """Independent: each row alone through the folder as plain transformers and peft load it."""
-    actor_critic = build_actor_critic(folders[0])
+    actor_critic = prepared_models(folders[0])
     outputs = actor_critic(batch_of(), temperature, ("policy", "reference"))
     plain = AutoModelForCausalLM.from_pretrained(folders[0]).eval()  # transformers loads the adapter, too
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
@@ -104,9 +91,9 @@ def test_logprobs_are_the_saved_models_own(folders, temperature):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_neither_the_side_of_padding_nor_what_stands_on_it_matters(folders, packed):
-    actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    actor_critic = prepared_models(folders[0], value_model=folders[1])
     assert actor_critic.packs
-    actor_critic.packable = packed
+    actor_critic.packs = packed
     batches = [batch_of(), left_padded(batch_of()), batch_of(pad=30), batch_of(pad=35)]
     wide = make_batch([*PROMPTS, [7] * 20], [*RESPONSES, [8] * 9], 3, "cpu")
     outputs = [actor_critic(b, 1.0, ("policy", "reference", "value")) for b in [*batches, wide]]
@@ -123,9 +110,9 @@ def test_neither_does_it_with_learned_positions(packed):
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     shake(model, 0, 0.2)
-    actor_critic = build_actor_critic(model)
+    actor_critic = prepared_models(model)
     assert actor_critic.packs
-    actor_critic.packable = packed
+    actor_critic.packs = packed
     one, other = (actor_critic(b, 1.0, ("policy",)).logprobs.detach() for b in (batch_of(), left_padded(batch_of())))
     np.testing.assert_allclose(one, other, atol=1e-5)
     alone = actor_critic(batch_of(PROMPTS[2:], RESPONSES[2:]), 1.0, ("policy",)).logprobs.detach()
@@ -136,7 +123,7 @@ def test_values_start_as_the_reward_models_normalised_scores(folders, tiny_token
     """A value behind a whole response is what the reward model says of it; one more token makes it readable."""
     judge = RewardModel.load(folders[1])
     for source in (folders[1], judge):
-        actor_critic = build_actor_critic(folders[0], value_model=source)
+        actor_critic = prepared_models(folders[0], value_model=source)
         for text in ("Paris.", "one, two, three"):
             messages = [{"role": "user", "content": "What is the capital of France?"}]
             prompt = chat.encode_prompt(judge.tokenizer, messages)
@@ -150,7 +137,7 @@ def test_values_start_as_the_reward_models_normalised_scores(folders, tiny_token
 def test_the_head_divides_by_the_normalisers_spread_and_shifts(folders):
     scalar, normalizer = load_scalar_model(folders[1])
     assert normalizer == NORMALIZER
-    actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    actor_critic = prepared_models(folders[0], value_model=folders[1])
     plain = scalar.get_base_model() if isinstance(scalar, PeftModel) else scalar
     hidden = torch.randn(4, 32)
     with torch.no_grad():
@@ -160,7 +147,7 @@ def test_the_head_divides_by_the_normalisers_spread_and_shifts(folders):
 
 
 def test_without_a_reward_model_values_start_at_zero(folders):
-    actor_critic = build_actor_critic(folders[0])
+    actor_critic = prepared_models(folders[0])
     assert (actor_critic(batch_of(), 1.0, ("value",)).values == 0).all()
     assert gradients(actor_critic, batch_of())["value_head.weight"].shape == (1, 32)
 
@@ -169,7 +156,7 @@ def test_without_a_reward_model_values_start_at_zero(folders):
 
 
 def test_policy_and_value_parameters_share_nothing_and_are_all_that_is_trained(folders):
-    actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    actor_critic = prepared_models(folders[0], value_model=folders[1])
     policy, value = ({id(p) for p in ps} for ps in (actor_critic.policy_parameters(), actor_critic.value_parameters()))
     assert policy
     assert value
@@ -183,15 +170,15 @@ def test_policy_and_value_parameters_share_nothing_and_are_all_that_is_trained(f
 
 
 def test_one_joint_backward_equals_one_per_role(folders):
-    actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    actor_critic = prepared_models(folders[0], value_model=folders[1])
     batch = batch_of()
     same(gradients(actor_critic, batch), gradients(actor_critic, batch, joint=False), 1e-6)
     same(gradients(actor_critic, batch, ("value", "policy")), gradients(actor_critic, batch), 1e-6)
 
 
 def test_gradient_checkpointing_changes_no_gradient(folders):
-    plain = build_actor_critic(folders[0], value_model=folders[1])
-    checkpointed = build_actor_critic(folders[0], value_model=folders[1])
+    plain = prepared_models(folders[0], value_model=folders[1])
+    checkpointed = prepared_models(folders[0], value_model=folders[1])
     enable_gradient_checkpointing(checkpointed)
     assert any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.modules())
     same(gradients(checkpointed, batch_of()), gradients(plain, batch_of()), 1e-6)
@@ -200,7 +187,7 @@ def test_gradient_checkpointing_changes_no_gradient(folders):
 def test_adapters_on_one_backbone_have_the_gradients_of_separate_models(lora_folders):
     """Independent: each adapter alone on a backbone of its own, as peft loads it."""
     batch = batch_of()
-    shared = gradients(build_actor_critic(lora_folders[0], value_model=lora_folders[1]), batch)
+    shared = gradients(prepared_models(lora_folders[0], value_model=lora_folders[1]), batch)
     weights = torch.linspace(-1, 2, batch.mask.numel()).view(batch.mask.shape)
 
     policy = load_policy(lora_folders[0])
@@ -224,7 +211,7 @@ def test_adapters_on_one_backbone_have_the_gradients_of_separate_models(lora_fol
 
 
 def test_training_moves_policy_and_value_and_leaves_reference_and_base(folders):
-    actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    actor_critic = prepared_models(folders[0], value_model=folders[1])
     before = actor_critic(batch_of(), 1.0, ("policy", "reference", "value"))
     state = copy.deepcopy(actor_critic.state_dict())
     optimizer = torch.optim.SGD([p for p in actor_critic.parameters() if p.requires_grad], lr=1e-2)
@@ -242,10 +229,10 @@ def test_training_moves_policy_and_value_and_leaves_reference_and_base(folders):
 
 
 def test_trained_state_comes_back_bit_for_bit(folders):
-    actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    actor_critic = prepared_models(folders[0], value_model=folders[1])
     shake(actor_critic.policy, 5, only="default" if isinstance(actor_critic.policy, PeftModel) else "")
     state = copy.deepcopy(actor_critic.trained_state())
-    other = build_actor_critic(folders[0], value_model=folders[1])
+    other = prepared_models(folders[0], value_model=folders[1])
     other.load_trained_state(state)
     one, two = (a(batch_of(), 1.0, ("policy", "reference", "value")) for a in (actor_critic, other))
     for mine, theirs in zip(one, two, strict=True):
@@ -259,7 +246,7 @@ def test_trained_state_comes_back_bit_for_bit(folders):
 
 
 def test_the_saved_policy_is_the_trained_one_for_plain_transformers_and_peft(tmp_path, folders):
-    actor_critic = build_actor_critic(folders[0], value_model=folders[1])
+    actor_critic = prepared_models(folders[0], value_model=folders[1])
     lora = isinstance(actor_critic.policy, PeftModel)
     shake(actor_critic.policy, 5, only="default" if lora else "")
     shake(actor_critic, 6, only="value")
@@ -283,23 +270,23 @@ def test_the_saved_policy_is_the_trained_one_for_plain_transformers_and_peft(tmp
 
 def test_a_reference_of_its_own_may_be_an_adapter(tmp_path, lora_folders):
     """Full or LoRA policy against any saved policy: its log-probs are those of that policy alone."""
-    expected = build_actor_critic(lora_folders[0])(batch_of(), 1.0, ("policy",)).logprobs.detach()
+    expected = prepared_models(lora_folders[0])(batch_of(), 1.0, ("policy",)).logprobs.detach()
     for policy in (tmp_path / "base", lora_folders[0]):
-        actor_critic = build_actor_critic(policy, ref_model=lora_folders[0])
+        actor_critic = prepared_models(policy, ref_model=lora_folders[0])
         outputs = actor_critic(batch_of(), 1.0, ("policy", "reference"))
         np.testing.assert_allclose(outputs.reference_logprobs.detach(), expected, atol=1e-6)
         assert not any(p.requires_grad for p in actor_critic.reference.parameters())
     model = load_policy(tmp_path / "base")
     with pytest.raises(InputError, match="ref_model is the policy itself"):
-        build_actor_critic(model, ref_model=model)
+        prepared_models(model, ref_model=model)
 
 
 def test_a_fresh_adapter_starts_as_its_base(tmp_path, tiny_model, tiny_tokenizer):
     base = save_base(tmp_path, tiny_model, tiny_tokenizer)
-    actor_critic = build_actor_critic(base, lora=lora_config(4, 8.0))
+    actor_critic = prepared_models(base, lora=lora_config(4, 8.0))
     outputs = actor_critic(batch_of(), 1.0, ("policy", "reference"))
     assert torch.equal(outputs.logprobs, outputs.reference_logprobs)
-    full = build_actor_critic(base)(batch_of(), 1.0, ("policy",))
+    full = prepared_models(base)(batch_of(), 1.0, ("policy",))
     np.testing.assert_allclose(outputs.logprobs.detach(), full.logprobs.detach(), atol=1e-6)
 
 
@@ -307,7 +294,7 @@ def test_a_full_reward_model_beside_a_lora_policy_is_a_model_of_its_own(tmp_path
     base = save_base(tmp_path, tiny_model, tiny_tokenizer)
     sft = save_adapter(tmp_path, base, tiny_tokenizer)
     reward = save_reward_model(tmp_path, base, tiny_tokenizer)
-    actor_critic = build_actor_critic(sft, value_model=reward)
+    actor_critic = prepared_models(sft, value_model=reward)
     assert actor_critic.value is not None
     grads = gradients(actor_critic, batch_of())
     assert len(grads) == len(actor_critic.policy_parameters()) + len(actor_critic.value_parameters())
@@ -326,7 +313,7 @@ def test_tied_embeddings_and_trained_chat_tokens(tmp_path, tiny_model, tiny_toke
     shake(policy, 1, only="lora_")
     policy.save_pretrained(str(tmp_path / "sft"))
     tiny_tokenizer.save_pretrained(tmp_path / "sft")
-    actor_critic = build_actor_critic(tmp_path / "sft")
+    actor_critic = prepared_models(tmp_path / "sft")
     outputs = actor_critic(batch_of(), 1.0, ("policy", "reference"))
     assert torch.equal(outputs.logprobs, outputs.reference_logprobs)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "sft")).eval()
@@ -354,7 +341,7 @@ def test_a_lora_reward_model_starts_a_whole_value_model_beside_a_whole_policy(ti
             if "lora_B" in name:
                 weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     normalizer = ScoreNormalizer(mean=0.4, std=2.0, count=1)
-    both = build_actor_critic(str(tmp_path), value_model=SimpleNamespace(model=scalar, normalizer=normalizer))
+    both = prepared_models(str(tmp_path), value_model=SimpleNamespace(model=scalar, normalizer=normalizer))
     batch = make_batch([[5, 6, 7]], [[8, 9]], 0, "cpu")
     values = both(batch, 1.0, ("value",)).values[0]
     for t, ids in enumerate(([5, 6, 7], [5, 6, 7, 8])):

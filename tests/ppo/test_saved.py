@@ -12,29 +12,16 @@ import numpy as np
 import pytest
 import torch
 from reference import ppo_numpy as slow
+from reference.saved_run import ROWS, SMALL, make
 from reference.tiny_chain import chain
 from transformers import TrainerCallback
 
-from reward_models import RewardModel
 from rlhf.config import resume_settings
 from rlhf.errors import InputError
 from rlhf.ppo.rollout import Rollout
 from rlhf.ppo.saved import Origin, load_rollout, read_logged, save_rollout, saved_updates, update_folder
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.records import Prompt
-
-ROWS = [{"prompt": f"Count to {i}" + ", please" * (i % 3), "number": i} for i in range(11)]
-SMALL: dict[str, Any] = {
-    "updates": 4, "rollout_size": 8, "minibatch_size": 4, "inner_epochs": 2, "max_new_tokens": 7, "bf16": False,
-    "learning_rate": 1e-3, "kl_coef": 0.3, "lam": 0.9, "gamma": 0.98, "tokens_per_microbatch": 150, "save_steps": 1,
-    "save_rollouts": 2, "normalize_scores": True, "kl_target_nats": 0.5,
-}  # fmt: skip
-
-
-def make(folder: Path, policy, reward, callbacks=None, **changes) -> PPOTrainer:
-    config = PPOConfig(**{"output_dir": str(folder)} | SMALL | changes)
-    scorer = RewardModel.load(reward, device="cpu")
-    return PPOTrainer(policy, scorer, config, ROWS, value_model=str(reward), callbacks=callbacks)
 
 
 @pytest.fixture

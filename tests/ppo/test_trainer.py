@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,41 +10,29 @@ import torch
 from peft import PeftModel
 from reference import ppo_numpy as slow
 from reference import two_processes
+from reference.ppo_runs import (
+    ROWS,
+    StopAfter,
+    is_value,
+    lines,
+    low_share,
+    make,
+    norm,
+    prepared,
+    same,
+    watch_steps,
+    weights,
+)  # fmt: skip
+from reference.prepared import prepared_models
 from reference.tiny_chain import NORMALIZER, chain
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from reward_models import RewardModel
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.ppo.actor_critic import ActorCritic
-from rlhf.ppo.build import build_actor_critic
 from rlhf.ppo.rollout import Rollout
-from rlhf.ppo.trainer import PPOConfig, PPOTrainer
-
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-ROWS = [{"prompt": f"Count to {word}" + ", please" * (i % 3), "number": i} for i, word in enumerate(WORDS)]
-SMALL = {
-    "updates": 2, "rollout_size": 12, "minibatch_size": 6, "inner_epochs": 2, "max_new_tokens": 8,
-    "learning_rate": 1e-3,
-    "tokens_per_microbatch": 150, "bf16": False,
-}  # fmt: skip
-
-
-def low_share(prompts, completions, completion_ids, **columns):
-    """Share of tokens in the vocabulary's first half."""
-    return [sum(token < 200 for token in ids) / len(ids) for ids in completion_ids]
-
-
-def make(
-    folder, model, functions=low_share, rows=ROWS, tokenizer=None, callbacks=None, engine=None, **changes
-) -> PPOTrainer:
-    value_model = changes.pop("value_model", None)
-    eval_rows = changes.pop("eval_rows", None)
-    own = {"output_dir": str(folder / "run"), "value_model": changes.pop("value_kind", None)}
-    return PPOTrainer(
-        model, functions, PPOConfig(**(own | SMALL | changes)), rows, eval_rows,
-        processing_class=tokenizer, value_model=value_model, callbacks=callbacks, engine=engine,
-    )  # fmt: skip
+from rlhf.ppo.trainer import PPOConfig
 
 
 @pytest.fixture(params=["full", "lora"])
@@ -57,52 +43,6 @@ def folders(request, tmp_path, tiny_model, tiny_tokenizer):
 @pytest.fixture
 def full(tmp_path, tiny_model, tiny_tokenizer):
     return chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)
-
-
-def prepared(trainer: PPOTrainer):
-    return trainer.advantages(trainer.score(trainer.collect(trainer.next_prompts())))
-
-
-def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.clone()
-        for name, tensor in trainer.accelerator.unwrap_model(trainer.module).trained_state().items()
-    }
-
-
-def watch_steps(trainer: PPOTrainer, step: bool = False) -> list[dict[str, torch.Tensor]]:
-    """The gradients that each optimizer step gets; the step itself is left out unless asked for."""
-    seen: list[dict[str, torch.Tensor]] = []
-    model, plain = trainer.accelerator.unwrap_model(trainer.module), trainer.optimizer.step
-
-    def watched(*args, **kwargs):
-        seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        if step:
-            plain(*args, **kwargs)
-
-    trainer.optimizer.step = watched
-    return seen
-
-
-def is_value(name: str) -> bool:
-    return name.startswith("value") or ".value." in name
-
-
-def same(one, other, tolerance: float = 1e-5) -> None:
-    """Equal up to float32 rounding of sums: relative to each tensor's largest entry."""
-    assert one.keys() == other.keys()
-    assert one
-    for name, tensor in one.items():
-        scale = float(other[name].abs().max())
-        np.testing.assert_allclose(tensor, other[name], rtol=0, atol=tolerance * scale + 1e-12, err_msg=name)
-
-
-def norm(gradients: dict[str, torch.Tensor], value: bool) -> float:
-    return math.sqrt(sum(float(g.double().square().sum()) for name, g in gradients.items() if is_value(name) == value))
-
-
-def lines(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
 
 
 # -- step 0 ------------------------------------------------------------------------------------------------
@@ -259,7 +199,7 @@ def test_the_first_gradient_is_the_papers(tmp_path, folders):
     trainer = make(tmp_path, folders[0], RewardModel.load(folders[1]), **settings)
     rollout, seen = prepared(trainer), watch_steps(trainer)
     trainer.update(rollout)
-    fresh = build_actor_critic(folders[0], value_model=folders[1])
+    fresh = prepared_models(folders[0], value_model=folders[1])
     outputs = fresh(rollout.batch(range(12), 3, "cpu"), 0.8, ("policy", "value"))
     tokens = sum(map(len, rollout.response_ids))
     policy = -(rollout.advantages * outputs.logprobs).sum() / tokens
@@ -466,14 +406,6 @@ def test_all_prompts_come_before_any_comes_twice(tmp_path, full):
 
 
 # -- resume and what is left on disk -----------------------------------------------------------------------
-
-
-class StopAfter(TrainerCallback):
-    def __init__(self, update: int):
-        self.update = update
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.update
 
 
 @pytest.mark.parametrize(

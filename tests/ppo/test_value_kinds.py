@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from reference.batches import PROMPTS, RESPONSES, batch_of
+from reference.ppo_runs import is_value, make, prepared, watch_steps, weights
+from reference.prepared import prepared_models
 from reference.tiny_chain import NORMALIZER, chain, shake
 from transformers import AutoModelForCausalLM
 
@@ -15,10 +18,7 @@ from reward_models import RewardModel
 from rlhf.errors import InputError
 from rlhf.models.adapters import backbone, lora_config
 from rlhf.models.scalar import last_token_scores, load_scalar_model
-from rlhf.ppo.build import build_actor_critic
 from rlhf.ppo.trainer import PPOConfig
-from tests.ppo.test_actor_critic import PROMPTS, RESPONSES, batch_of
-from tests.ppo.test_trainer import is_value, make, prepared, watch_steps, weights
 
 BOTH = pytest.mark.parametrize("folders", ["full", "lora"], indirect=True)
 
@@ -30,7 +30,7 @@ def folders(request, tmp_path, tiny_model, tiny_tokenizer):
 
 def shared(folders) -> Any:
     """A shared trunk whose head is no longer zero."""
-    models = build_actor_critic(folders[0], value_kind="shared_trunk")
+    models = prepared_models(folders[0], value_kind="shared_trunk")
     shake(models.value_head, 3, 0.3)
     return models
 
@@ -210,7 +210,7 @@ def test_a_model_of_its_own_under_lora_starts_with_normalised_scores(tmp_path, f
 
 @pytest.mark.parametrize("folders", ["lora"], indirect=True)
 def test_without_a_reward_model_it_is_the_policy_merged_under_a_zero_head(folders):
-    models = build_actor_critic(folders[0], value_kind="separate")
+    models = prepared_models(folders[0], value_kind="separate")
     assert not any("lora_" in name for name, _ in models.value.named_parameters())
     shake(models.value_head, 3, 0.3)
     seen, expected = (m(batch_of(), 1.0, ("value",)).values.detach() for m in (models, shared(folders)))
@@ -232,11 +232,11 @@ def test_combinations_that_cannot_be(tmp_path, folders):
     with pytest.raises(InputError) as error:
         make(tmp_path, folders[0], value_kind="shared_trunk", value_model=str(folders[1]))
     one_line(error, "value_model=shared_trunk", "zero head", "leave the value model")
-    if not isinstance(build_actor_critic(folders[0]).policy, PeftModel):
+    if not isinstance(prepared_models(folders[0]).policy, PeftModel):
         with pytest.raises(InputError) as error:
             make(tmp_path, folders[0], value_kind="adapter")
         one_line(error, "value_model=adapter needs a LoRA policy", "lora_rank", "separate or shared_trunk")
-        assert build_actor_critic(folders[0], value_kind="adapter", lora=lora_config(2, 4.0)).value is None
+        assert prepared_models(folders[0], value_kind="adapter", lora=lora_config(2, 4.0)).value is None
 
 
 def test_a_name_that_is_none():

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCau
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.scalar import ScoreNormalizer, new_scalar_model
-from rlhf.ppo.build import build_actor_critic, encode_prompts, value_start
+from rlhf.ppo.build import encode_prompts, value_start
 from rlhf.ppo.preflight import check_logits
 from rlhf.records import Prompt
 
@@ -32,7 +32,7 @@ def test_what_known_families_do_after_their_head_is_known():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
-        check_logits(build_actor_critic(model), IDS, 1e-5)
+        check_logits(prepared_models(model), IDS, 1e-5)
 
 
 def test_an_unknown_change_of_logits_is_refused(tiny_model):
@@ -46,7 +46,7 @@ def test_an_unknown_change_of_logits_is_refused(tiny_model):
 
     tiny_model.__class__ = Odd
     with pytest.raises(InputError, match=r"preflight: log-probabilities differ from the model's own by .* nats"):
-        check_logits(build_actor_critic(tiny_model), IDS, 1e-4)
+        check_logits(prepared_models(tiny_model), IDS, 1e-4)
 
 
 def prompts(*texts: str) -> list[Prompt]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from reference import recipe, two_processes
+from reference.saved_run import make
 from reference.tiny_chain import chain
 from rich.console import Console
 
@@ -25,7 +26,6 @@ from rlhf.ppo.saved import load_rollout, save_rollout, update_folder
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.ppo.view import NUMBERS, number, response_lines, response_page, response_view, rows_table, token_text
 from rlhf.records import Prompt
-from tests.ppo.test_saved import make
 
 ATTACK = "<script>alert('x')</script> & <b>bold</b> [red]markup[/red]"
 RESPONSES = [" two\n\tlines", ATTACK, "plain"]

@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
+from reference.ppo_runs import make, prepared
 from reference.tiny_chain import chain
 
 from rlhf.padding import make_batch
 from rlhf.run import precision
-from tests.ppo.test_trainer import make, prepared
 
 FOUND = "a CPU that has it"
 

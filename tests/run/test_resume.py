@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from reference import resume_worker
+from reference.ppo_runs import ROWS, StopAfter, lines, low_share, make, prepared, weights
 from reference.tiny_chain import chain
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -23,7 +24,6 @@ from reward_models import RewardModel
 from rlhf.errors import InputError, RunStopped
 from rlhf.metrics import METRICS, Watch
 from rlhf.run.checkpoint import checkpoints_in
-from tests.ppo.test_trainer import ROWS, StopAfter, lines, low_share, make, prepared, weights
 
 
 @pytest.fixture

@@ -1,0 +1,92 @@
+"""Small PPO runs of the tiny models, and what tests look at in them: gradients, weights, logs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+ROWS = [{"prompt": f"Count to {word}" + ", please" * (i % 3), "number": i} for i, word in enumerate(WORDS)]
+SMALL = {
+    "updates": 2, "rollout_size": 12, "minibatch_size": 6, "inner_epochs": 2, "max_new_tokens": 8,
+    "learning_rate": 1e-3,
+    "tokens_per_microbatch": 150, "bf16": False,
+}  # fmt: skip
+
+
+def low_share(prompts, completions, completion_ids, **columns):
+    """Share of tokens in the vocabulary's first half."""
+    return [sum(token < 200 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def make(
+    folder, model, functions=low_share, rows=ROWS, tokenizer=None, callbacks=None, engine=None, **changes
+) -> PPOTrainer:
+    value_model = changes.pop("value_model", None)
+    eval_rows = changes.pop("eval_rows", None)
+    own = {"output_dir": str(folder / "run"), "value_model": changes.pop("value_kind", None)}
+    return PPOTrainer(
+        model, functions, PPOConfig(**(own | SMALL | changes)), rows, eval_rows,
+        processing_class=tokenizer, value_model=value_model, callbacks=callbacks, engine=engine,
+    )  # fmt: skip
+
+
+def prepared(trainer: PPOTrainer):
+    return trainer.advantages(trainer.score(trainer.collect(trainer.next_prompts())))
+
+
+def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.clone()
+        for name, tensor in trainer.accelerator.unwrap_model(trainer.module).trained_state().items()
+    }
+
+
+def watch_steps(trainer: PPOTrainer, step: bool = False) -> list[dict[str, torch.Tensor]]:
+    """The gradients that each optimizer step gets; the step itself is left out unless asked for."""
+    seen: list[dict[str, torch.Tensor]] = []
+    model, plain = trainer.accelerator.unwrap_model(trainer.module), trainer.optimizer.step
+
+    def watched(*args, **kwargs):
+        seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        if step:
+            plain(*args, **kwargs)
+
+    trainer.optimizer.step = watched
+    return seen
+
+
+def is_value(name: str) -> bool:
+    return name.startswith("value") or ".value." in name
+
+
+def same(one, other, tolerance: float = 1e-5) -> None:
+    """Equal up to float32 rounding of sums: relative to each tensor's largest entry."""
+    assert one.keys() == other.keys()
+    assert one
+    for name, tensor in one.items():
+        scale = float(other[name].abs().max())
+        np.testing.assert_allclose(tensor, other[name], rtol=0, atol=tolerance * scale + 1e-12, err_msg=name)
+
+
+def norm(gradients: dict[str, torch.Tensor], value: bool) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for name, g in gradients.items() if is_value(name) == value))
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, update: int):
+        self.update = update
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.update

@@ -22,9 +22,10 @@ from reference.tiny_chain import chain
 from reference.two_processes import KINDS, PPO_KINDS, STAGES, GivenResponses
 
 from reward_models import RewardTrainer
+from rlhf import packing
 from rlhf.models.loading import load_tokenizer
 from rlhf.ppo import rollout
-from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo import trainer as ppo_trainer
 from rlhf.ppo.plan import plan_minibatches
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sft.trainer import SFTTrainer
@@ -207,7 +208,7 @@ def test_more_padding_of_a_rollout(runs, kind, side, packed, monkeypatch):
     its padding is left out of the models' forward, as on CPUs, or not."""
     plain, make_batch = runs.plain("ppo", kind), rollout.make_batch
     if not packed:
-        monkeypatch.setattr(ActorCritic, "packs", False)
+        monkeypatch.setattr(packing, "can_pack", lambda model: False)
 
     def wide(*args):
         batch = make_batch(*args)
@@ -220,6 +221,7 @@ def test_more_padding_of_a_rollout(runs, kind, side, packed, monkeypatch):
         )
 
     monkeypatch.setattr(rollout, "make_batch", wide)
+    monkeypatch.setattr(ppo_trainer, "make_batch", wide)
     tokenizer = load_tokenizer(two_processes.folders(runs.folder, kind)[0])
     tokenizer.padding_side = side
     same(runs.run("ppo", kind, tokenizer=tokenizer, tokens_per_microbatch=60), plain)

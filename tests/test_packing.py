@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference.families import FAMILIES, VARIANTS, new_model
+from reference.prepared import prepared_models
 from reference.tiny_chain import shake
 from torch import nn
 

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from typing import Any
 
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt's names for them, from malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
 
 
 def release_freed_memory() -> None:
@@ -26,7 +26,6 @@ def keep_large_blocks() -> None:
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, 2**30)
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(ARENA_MAX, 1)  # else each thread has its own heap, whose freed parts go back whatever the threshold
 
 
 def _libc() -> Any:

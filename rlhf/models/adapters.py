@@ -5,19 +5,51 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from peft import (
-    LoraConfig,
-    PeftModel,
-    TaskType,
-)
+from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+<<<<<<< HEAD
+=======
+
+def base_model(model: nn.Module) -> Any:
+    """Return the transformers model under a peft model's adapters; a model without adapters is returned as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone(model: nn.Module) -> Any:
+    """Return the transformer under a causal or scalar head: input ids in, hidden states out."""
+    plain = base_model(model)
+    return getattr(plain, plain.base_model_prefix)
+
+
+def adapter_of(name: str) -> str | None:
+    """Name the adapter that a peft model's parameter belongs to; None for the base's own parameters.
+
+    ``...q_proj.lora_A.value.weight`` belongs to "value", ``...q_proj.base_layer.weight`` to no adapter.
+    """
+    parts = name.split(".")
+    for kind, adapter in pairwise(parts):
+        if kind.startswith(("lora_", "trainable_tokens_")) or kind == "modules_to_save":
+            return adapter
+    return None
+
+
+def base_name(name: str) -> str:
+    """Return the name that a base's parameter has where there are no adapters: no ``base_layer`` and the like in it."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "token_adapter", "original_module"))
+
+
+IN_THIS_THREAD: ContextVar[str | None] = ContextVar("adapter", default=None)
+"""The adapter that fused layers compute with, in the place of their own active one; see `active_adapter`."""
+
+>>>>>>> dup
 
 @contextmanager
 def active_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> Iterator[None]:
@@ -92,24 +124,16 @@ def share_base(policy: nn.Module, other: Any) -> int:
     """
     if not (isinstance(policy, PeftModel) and isinstance(other, PeftModel)):
         return 0
-    ours = {_base_name(name): p for name, p in policy.named_parameters() if not p.requires_grad and _is_base(name)}
+    ours = {base_name(n): p for n, p in policy.named_parameters() if not p.requires_grad and adapter_of(n) is None}
     shared = 0
     for name, theirs in other.named_parameters():
-        mine = ours.get(_base_name(name))
-        if mine is None or theirs.requires_grad or not _is_base(name):
+        mine = ours.get(base_name(name))
+        if mine is None or theirs.requires_grad or adapter_of(name) is not None:
             continue
         if (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device) and mine.equal(theirs):
             theirs.data = mine.data
             shared += 1
     return shared
-
-
-def _is_base(name: str) -> bool:
-    return not any(part in name for part in ("lora_", "modules_to_save", "original_module", "trainable_tokens"))
-
-
-def _base_name(name: str) -> str:
-    return name.replace("base_layer.", "").replace("token_adapter.", "")
 
 
 def lora_config(
@@ -141,9 +165,3 @@ def lora_config(
 def is_adapter(path: str | Path) -> bool:
     """Does this folder hold a LoRA adapter rather than full weights?"""
     return Path(path, "adapter_config.json").is_file()
-
-
-def backbone(model: Any) -> Any:
-    """The transformer under a causal or scalar head: input ids in, hidden states out."""
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(plain, plain.base_model_prefix)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from reference.prepared import prepared_models
 from reference.tiny_chain import chain, shake
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -20,7 +21,6 @@ from reward_models import RewardModel
 from rlhf.cpu import lora
 from rlhf.models.adapters import lora_config, share_base, use_adapter
 from rlhf.padding import make_batch
-from rlhf.ppo import actor_critic as actor_critics
 from rlhf.ppo.build import enable_gradient_checkpointing
 
 PROMPTS, RESPONSES = [[5, 6, 7], [9], [20, 21, 22, 23, 24]], [[30, 31], [32, 33, 34, 35], [36]]
@@ -302,7 +302,7 @@ def test_adapters_that_take_turns(folders, monkeypatch, checkpointing, bf16):
     weights = torch.linspace(-1, 2, batch.mask.numel()).view(batch.mask.shape)
     seen = []
     for fuse in (lora.fuse, lambda model: None):
-        monkeypatch.setattr(actor_critics.lora_layers, "fuse", fuse)
+        monkeypatch.setattr(lora, "fuse", fuse)
         models = prepared_models(folders[0], value_model=folders[1])
         shake(models, 4, 0.2, only="lora_")
         if checkpointing:

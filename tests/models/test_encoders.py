@@ -28,7 +28,8 @@ from rlhf.models import encoders
 from rlhf.models import loading as models
 from rlhf.models.adapters import backbone
 from rlhf.models.scalar import last_token_scores, new_scalar_model
-from rlhf.ppo.build import value_start
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.inputs import value_start
 from rlhf.records import Ranking
 
 TEXT = "user assistant system : ? . what is the capital of france paris dog good bad one two three long"
@@ -203,8 +204,8 @@ def test_ppos_value_model_starts_from_the_policy(folder, tmp_path, tiny_tokenize
     chat.prepare_tokenizer(tiny_tokenizer)
     scorer = RewardModel.load(tmp_path / "saved", device="cpu")
     with caplog.at_level(logging.WARNING):
-        assert value_start(str(tmp_path / "saved"), [scorer], tiny_tokenizer) is None
-        assert value_start(None, [scorer], tiny_tokenizer) is None
+        assert value_start(str(tmp_path / "saved"), [scorer], tiny_tokenizer, PPOConfig()) is None
+        assert value_start(None, [scorer], tiny_tokenizer, PPOConfig()) is None
     assert "the value model starts from the policy" in caplog.text
 
 

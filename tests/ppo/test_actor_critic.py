@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from reference.batches import PROMPTS, RESPONSES, batch_of, left_padded
+from reference.prepared import prepared_models
 from reference.tiny_chain import NORMALIZER, chain, save_adapter, save_base, save_reward_model, shake
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 

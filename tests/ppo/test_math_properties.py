@@ -334,6 +334,7 @@ def test_policy_loss(columns, clip, which):
     near(stats.clip_fraction, expected[1], len(ratio) / meant)
     near(stats.approx_kl_nats, expected[2], (ratio + np.abs(flat(new) - flat(old))).sum() / meant)
     near(stats.ratio_max, expected[3], expected[3])
+    near(stats.ratio_error, expected[4], expected[3])
 
 
 @holds(columns=policies(), clip=CLIPS)

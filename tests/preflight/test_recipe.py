@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference.prepared import prepared_models
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPTJConfig, GPTJForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.scalar import ScoreNormalizer, new_scalar_model
-from rlhf.ppo.build import encode_prompts, value_start
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.inputs import value_start
 from rlhf.ppo.preflight import check_logits
 from rlhf.records import Prompt
 
@@ -59,7 +61,7 @@ def test_long_prompts_are_left_out_and_named(tiny_tokenizer, caplog):
     lengths = [len(chat.encode_prompt(tiny_tokenizer, p.messages)) for p in rows]
     limit = max(lengths[0], lengths[2])
     with caplog.at_level(logging.WARNING, logger="rlhf"):
-        kept, ids = encode_prompts(tiny_tokenizer, rows, limit, "train_dataset")
+        kept, ids = prompts_of("train_dataset", rows, tiny_tokenizer, PPOConfig(max_prompt_tokens=limit))
     assert kept == [rows[0], rows[2]]
     assert ids == [chat.encode_prompt(tiny_tokenizer, p.messages) for p in kept]
     assert (
@@ -69,7 +71,7 @@ def test_long_prompts_are_left_out_and_named(tiny_tokenizer, caplog):
     with pytest.raises(
         InputError, match=rf"all 3 prompts are longer than max_prompt_tokens=2 \(shortest: {lengths[0]} tokens\)"
     ):
-        encode_prompts(tiny_tokenizer, rows, 2, "train_dataset")
+        prompts_of("train_dataset", rows, tiny_tokenizer, PPOConfig(max_prompt_tokens=2))
 
 
 def reward_model(model, tokenizer):
@@ -87,11 +89,11 @@ def test_the_value_model_starts_from_the_first_reward_model_that_reads_the_same_
     chat.prepare_tokenizer(other)
     foreign, own = reward_model(tiny_model, other), reward_model(tiny_model, tiny_tokenizer)
     function = lambda prompts, completions, **columns: [0.0]  # noqa: E731
-    assert value_start(None, [function], tiny_tokenizer) is None
-    assert value_start(None, [function, own], tiny_tokenizer) is own
-    assert value_start(own, [function], tiny_tokenizer) is own
-    assert value_start(own.model, [function], tiny_tokenizer) is own.model
+    assert value_start(None, [function], tiny_tokenizer, PPOConfig()) is None
+    assert value_start(None, [function, own], tiny_tokenizer, PPOConfig()) is own
+    assert value_start(own, [function], tiny_tokenizer, PPOConfig()) is own
+    assert value_start(own.model, [function], tiny_tokenizer, PPOConfig()) is own.model
     assert caplog.text == ""
-    assert value_start(foreign, [], tiny_tokenizer) is None
+    assert value_start(foreign, [], tiny_tokenizer, PPOConfig()) is None
     assert "reads other tokens than the policy" in caplog.text
-    assert value_start(None, [foreign, own], tiny_tokenizer) is own
+    assert value_start(None, [foreign, own], tiny_tokenizer, PPOConfig()) is own

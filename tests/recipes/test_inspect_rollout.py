@@ -21,7 +21,7 @@ from reference.tiny_chain import chain
 from rich.console import Console
 
 from rlhf import chat
-from rlhf.ppo.rollout import Rollout
+from rlhf.ppo.rollout import ReadyRollout
 from rlhf.ppo.saved import load_rollout, save_rollout, update_folder
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.ppo.view import NUMBERS, number, response_lines, response_page, response_view, rows_table, token_text
@@ -37,7 +37,7 @@ def inspect(*flags: object) -> recipe.Result:
     return recipe.run("inspect_rollout", *flags)
 
 
-def hand_made(tokenizer) -> Rollout:
+def hand_made(tokenizer) -> ReadyRollout:
     """Number c of token t in row k is 10 * (c + 1) + t / 10 + k / 1000, so that no cell can be taken for another."""
     ids = [tokenizer(text)["input_ids"] for text in RESPONSES]
     stop = chat.stop_ids(tokenizer)[0]
@@ -47,11 +47,11 @@ def hand_made(tokenizer) -> Rollout:
     grid = torch.arange(width)[None] / 10 + torch.arange(3)[:, None] / 1000
     columns = {name: torch.where(mask, base + grid, 0.0) for name, base in BASE.items()}
     columns["logprobs"] = torch.where(mask, columns["reference_logprobs"] + columns.pop("kl"), 0.0)
-    return Rollout(
+    return ReadyRollout(
         prompts=[Prompt([{"role": "user", "content": f"{ATTACK} {k}"}]) for k in range(3)],
         prompt_ids=[[1]] * 3, response_ids=ids, texts=RESPONSES, stopped=torch.tensor([True, False, True]),
         mask=mask, plan=[[[0, 1, 2]]], update=6, raw_scores=torch.tensor([0.5, 3.25, -2.0]),
-        scores=torch.tensor([0.125, -1.0, 2.5]), **columns,
+        scores=torch.tensor([0.125, -1.0, 2.5]), own_scores={}, used=torch.ones(3, dtype=torch.bool), **columns,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def run_folder(tmp_path, tiny_tokenizer) -> Path:
     return tmp_path / "my"
 
 
-def expected(rollout: Rollout, row: int, place: int) -> list[str]:
+def expected(rollout: ReadyRollout, row: int, place: int) -> list[str]:
     """The numbers of one token, from the definition."""
     values = [BASE[name] + place / 10 + row / 1000 for name in FIELDS]
     values[0] = BASE["reference_logprobs"] + BASE["kl"] + 2 * (place / 10 + row / 1000)

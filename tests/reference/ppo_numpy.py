@@ -80,8 +80,8 @@ def importance_weights(rows, engine_rows, cap):
 
 
 def policy_loss(rows, old_rows, advantage_rows, clip_ratio, count=None, weight_rows=None):
-    """(loss, share clipped, KL(old || new) by k3, largest ratio) of a ragged rollout."""
-    objective, clipped, kl, n, largest = 0.0, 0, 0.0, 0, 0.0
+    """(loss, share clipped, KL(old || new) by k3, largest ratio, largest |ratio - 1|) of a ragged rollout."""
+    objective, clipped, kl, n, largest, error = 0.0, 0, 0.0, 0, 0.0, 0.0
     weight_rows = [[1.0] * len(row) for row in rows] if weight_rows is None else weight_rows
     for row, old, advantages, weights in zip(rows, old_rows, advantage_rows, weight_rows, strict=True):
         for new_logp, old_logp, a, weight in zip(row, old, advantages, weights, strict=True):
@@ -90,10 +90,10 @@ def policy_loss(rows, old_rows, advantage_rows, clip_ratio, count=None, weight_r
             objective += weight * min(ratio * a, bounded * a)
             clipped += bounded * a < ratio * a
             kl += ratio - 1 - (new_logp - old_logp)
-            largest = max(largest, ratio)
+            largest, error = max(largest, ratio), max(error, abs(ratio - 1))
             n += 1
     n = n if count is None else count
-    return -objective / n, clipped / n, kl / n, largest
+    return -objective / n, clipped / n, kl / n, largest, error
 
 
 def value_loss(rows, old_rows, return_rows, clip_value, count=None):

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from rlhf.models.adapters import base_model
 from rlhf.packing import PACKED, Rows
 
 NAME = "rlhf_short_rows"
@@ -115,7 +115,7 @@ def _mask(**given: Any) -> Tensor | None:
 
 def use_short_rows(model: Any) -> None:
     """Where a model on a CPU would use torch's fused kernel, let it use `short_rows`."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = base_model(model)
     if model is None or model.device.type != "cpu" or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return
     AttentionInterface.register(NAME, short_rows)
@@ -125,5 +125,5 @@ def use_short_rows(model: Any) -> None:
 
 def uses_short_rows(model: Any) -> bool:
     """On a CPU, does the model attend through `short_rows`?"""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = base_model(model)
     return plain.device.type == "cpu" and getattr(plain.config, "_attn_implementation", None) == NAME

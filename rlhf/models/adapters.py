@@ -15,8 +15,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-<<<<<<< HEAD
-=======
 
 def base_model(model: nn.Module) -> Any:
     """Return the transformers model under a peft model's adapters; a model without adapters is returned as it is."""
@@ -45,11 +43,6 @@ def base_name(name: str) -> str:
     """Return the name that a base's parameter has where there are no adapters: no ``base_layer`` and the like in it."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "token_adapter", "original_module"))
 
-
-IN_THIS_THREAD: ContextVar[str | None] = ContextVar("adapter", default=None)
-"""The adapter that fused layers compute with, in the place of their own active one; see `active_adapter`."""
-
->>>>>>> dup
 
 @contextmanager
 def active_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> Iterator[None]:

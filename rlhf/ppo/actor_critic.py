@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlhf import packing
 from rlhf.errors import InputError
-from rlhf.models.adapters import active_adapter
+from rlhf.models.adapters import active_adapter, adapter_of
 from rlhf.models.forward import hidden_logprobs, response_hidden
 from rlhf.padding import Batch
 from rlhf.run import distributed
@@ -173,5 +173,4 @@ class ActorCritic(nn.Module):
 
 def _is_value(name: str) -> bool:
     """Is this parameter the value model's: its own trunk, its head, or the adapter called "value"?"""
-    adapted = any(kind in name for kind in ("lora_", "trainable_tokens", "modules_to_save"))
-    return name.startswith(("value.", "value_head.")) or (adapted and "value" in name.split(".")[-2:])
+    return name.startswith(("value.", "value_head.")) or adapter_of(name) == ADAPTERS["value"]

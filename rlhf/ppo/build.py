@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import InputError
-from rlhf.models.adapters import active_adapter, backbone, is_adapter, lora_config
+from rlhf.models.adapters import active_adapter, backbone, base_model, is_adapter, lora_config
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import clone, disable_dropout, is_quantized, load_policy
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
@@ -212,7 +212,7 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if isinstance(model, PeftModel):
             kwargs["context_fn"] = _adapter_contexts(model, actor_critic)
-        plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain = base_model(model)
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable(kwargs)  # the second name is transformers' older one, deprecated in 5.23
 

@@ -14,10 +14,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from rlhf import chat
+from rlhf.models.adapters import adapter_of
 from rlhf.models.forward import response_logprobs
 from rlhf.models.heads import head_weight
 from rlhf.padding import make_batch
-from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.preflight_trial import Trial, TrialOutputs
 from rlhf.preflight.measure import (
     ROUNDING,
@@ -34,7 +35,7 @@ from rlhf.preflight.measure import (
     max_positions,
 )
 
-ROLES = {"policy": "default", "reference": "reference", "value": "value"}
+TRAINED = (ADAPTERS["policy"], ADAPTERS["value"])
 
 
 # -- PPO: the weights --------------------------------------------------------------------------------------
@@ -72,8 +73,8 @@ def check_reference(own: ActorCritic) -> Finding:
     trained = {name: p for name, p in own.named_parameters() if p.requires_grad}
     if own.reference is None:
         # The base is the reference's, too: only the policy's and the value model's adapters may move.
-        free = [n for n, p in trained.items() if n.startswith("policy.") and not _adapter_of(n) & {"default", "value"}]
-        held = [p for n, p in own.policy.named_parameters() if "reference" in _adapter_of(n)]
+        free = [n for n, p in trained.items() if n.startswith("policy.") and adapter_of(n) not in TRAINED]
+        held = [p for n, p in own.policy.named_parameters() if adapter_of(n) == ADAPTERS["reference"]]
     else:
         free = [name for name in trained if name.startswith("reference.")]
         held = list(own.reference.parameters())
@@ -93,11 +94,6 @@ def check_reference(own: ActorCritic) -> Finding:
     return Finding("frozen reference", f"{len(held)} tensors, none trained, none shared", True)
 
 
-def _adapter_of(name: str) -> set[str]:
-    adapted = any(kind in name for kind in ("lora_", "trainable_tokens", "modules_to_save"))
-    return set(name.split(".")) & set(ROLES.values()) if adapted else set()
-
-
 def _storage(tensor: Tensor) -> int | None:
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.untyped_storage().data_ptr() or None
@@ -108,7 +104,7 @@ def check_optimizer(own: ActorCritic, groups: list[dict[str, Any]]) -> Finding:
     named = dict(own.named_parameters())
     trained = {name for name, p in named.items() if p.requires_grad}
     given = {id(p) for group in groups for p in group["params"]}
-    frozen = [name for name in named if _adapter_of(name) & {"default", "value"} and name not in trained]
+    frozen = [name for name in named if adapter_of(name) in TRAINED and name not in trained]
     groups_of = {"policy": own.policy_parameters(), "value model": own.value_parameters()}
     wrong = [f"{role}: nothing is trainable" for role, parameters in groups_of.items() if not parameters]
     wrong += [f"adapter {name} is frozen" for name in frozen[:1]]

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from rlhf import cpu
 from rlhf.errors import InputError
+from rlhf.models.adapters import base_model
 from rlhf.padding import pad
 from rlhf.sampling.draw import sample
 from rlhf.sampling.engine import Responses
@@ -131,7 +131,7 @@ def can_decode(model: PreTrainedModel, pad_id: int) -> bool:
     fault = decoding_fault(model, pad_id)
     if fault is None:
         return True
-    family = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    family = type(base_model(model)).__name__
     if not generate_agrees(model, pad_id):
         raise InputError(
             f"{family}: {fault}, and transformers' generate fails or differs too; PPO needs a causal decoder with "

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from rlhf.models.adapters import base_model
+
 
 @torch.no_grad()
 def generate_alike(
@@ -85,7 +87,7 @@ def most_apart(dtype: torch.dtype) -> float:
 @contextmanager
 def _settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Inside, `settings` are all there is: what a hub model ships (top-k, penalties) would fill the ones left out."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = base_model(model)
     shipped, plain.generation_config = plain.generation_config, settings
     try:
         yield

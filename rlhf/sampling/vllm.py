@@ -17,7 +17,6 @@ import requests
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
 from peft.tuners.lora import Embedding, Linear
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,6 +27,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from rlhf.cpu.lora import FusedLinear
 from rlhf.errors import InputError, RunStopped
+from rlhf.models.adapters import base_model
 from rlhf.sampling.engine import Responses
 
 REQUESTS_AT_ONCE = 64  # as many connections as trl's client keeps open
@@ -269,7 +269,7 @@ def policy_weights(policy: Any) -> Iterator[tuple[str, Tensor, Callable[[], Tens
     there twice (tied) comes once. Raises InputError for adapters whose merged weights this cannot be (DoRA, biases in
     LoRA, copies of whole modules, quantized weights).
     """
-    plain = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    plain = base_model(policy)
     layers = {name: layer for name, layer in plain.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, weight in plain.named_parameters():
         owner = name

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf.errors import InputError, RunStopped
+from rlhf.errors import InputError, RunStopped, short
 
 Messages = list[dict[str, str]]
 TOKEN_VARIABLE = "RLHF_SERVER_TOKEN"
@@ -85,7 +85,7 @@ class RewardClient:
                 if last:
                     what = f"{type(error).__name__}: {error}".removesuffix(": ")
                     raise RunStopped(
-                        f"{self.url}: no answer in {self.retries + 1} attempts ({_one_line(what)}); is the server up? "
+                        f"{self.url}: no answer in {self.retries + 1} attempts ({short(what, 300)}); is the server up? "
                         f"{self.url}/health tells"
                     ) from error
             pause = min(0.1 * 2**attempt, LONGEST_PAUSE) * self._random.uniform(0.5, 1.5)
@@ -119,7 +119,7 @@ class RewardClient:
             said = json.loads(text)["error"]
         except (ValueError, KeyError, TypeError):
             said = text
-        message = f"{self.url}: {status}: {_one_line(str(said)) or http.client.responses.get(status, 'no reason')}"
+        message = f"{self.url}: {status}: {short(str(said), 300) or http.client.responses.get(status, 'no reason')}"
         if status == 401:
             raise InputError(f"{message}; set {TOKEN_VARIABLE} to the server's token")
         if 400 <= status < 500:
@@ -130,7 +130,7 @@ class RewardClient:
         try:
             scores = json.loads(text)["scores"]
         except (ValueError, KeyError, TypeError):
-            raise RunStopped(f"{self.url}: no scores in the answer {_one_line(text)[:80]!r}") from None
+            raise RunStopped(f"{self.url}: no scores in the answer {short(text, 80)!r}") from None
         if not isinstance(scores, list) or len(scores) != count:
             size = len(scores) if isinstance(scores, list) else f"{type(scores).__name__} instead of"
             raise RunStopped(f"{self.url}: {size} scores for {count} completions")
@@ -147,7 +147,3 @@ def _plain(text: str | Messages) -> str | Messages:
 
 def _seconds(header: str | None) -> float:
     return float(header) if header and header.isdecimal() else 0.0
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]

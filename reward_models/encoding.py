@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.records import Ranking
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def _tell_left_out(
     rankings: Sequence[Ranking], ties: int, too_long: dict[int, int], max_length: int, name: str, remaining: int
 ) -> None:
     if too_long:
-        named = [f"{number + 1} ({rankings[number].prompt[-1]['content'][:30]!r})" for number in list(too_long)[:5]]
+        first = {number: rankings[number].prompt[-1]["content"] for number in list(too_long)[:5]}
+        named = [f"{number + 1} ({short(prompt, 30)!r})" for number, prompt in first.items()]
         text = (
             f"{name}: left out {len(too_long)} of {len(rankings)} rankings, longer than max_length={max_length} tokens "
             f"(the longest has {max(too_long.values())}): {', '.join(named)}{', ...' if len(too_long) > 5 else ''}"

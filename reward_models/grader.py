@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from reward_models.functions import response_text
 from reward_models.scoring import length_batches
 from rlhf import chat, config
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.models import loading as models
-from rlhf.padding import pad
+from rlhf.padding import pad, position_ids
 
 log = logging.getLogger("rlhf")
 
@@ -221,9 +221,8 @@ class LocalModel:
         answers: list[Any] = [None] * len(asked)
         for rows in length_batches([len(ids) for ids in asked], self.tokens_per_microbatch):
             input_ids, mask = pad([asked[row] for row in rows], pad_id, device, side="left")
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
             output = self.model(
-                input_ids=input_ids, attention_mask=mask.long(), position_ids=positions, use_cache=False,
+                input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False,
                 logits_to_keep=1,
             )  # fmt: skip
             letters_of = output.logits[:, -1].float().softmax(-1)[:, tokens].cpu()
@@ -286,7 +285,7 @@ def named_letter(reply: str, letters: Sequence[str]) -> str:
         rf"(?i:\banswer(?: is)?)\W*{one}\b(?!\s+\w)", reply
     )
     if found is None:
-        raise ValueError(f"the grader's reply names none of {', '.join(letters)}: {reply[:80]!r}")
+        raise ValueError(f"the grader's reply names none of {', '.join(letters)}: {short(reply, 80)!r}")
     return found.group(1)
 
 

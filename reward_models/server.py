@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from reward_models.functions import conversation
 from rlhf import chat
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.records import ROLES
 from rlhf.sources import show
 
@@ -69,7 +69,7 @@ class Refused(Exception):
     """An answer other than 200: its status and one line."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(" ".join(message.split())[:500])
+        super().__init__(short(message, 500))
         self.status = status
 
 

@@ -31,7 +31,7 @@ from reward_models.preflight import check_reward_model
 from reward_models.scoring import score_sequences
 from rlhf import chat
 from rlhf.config import resume_settings
-from rlhf.errors import InputError, RunStopped
+from rlhf.errors import InputError, RunStopped, short
 from rlhf.models import encoders
 from rlhf.models import loading as models
 from rlhf.models.adapters import lora_config
@@ -160,8 +160,8 @@ class RewardTrainer(trl.RewardTrainer):
         where = "though every score is finite"
         if bad:
             ids = inputs["input_ids"][bad[0]][inputs["attention_mask"][bad[0]].bool()]
-            text = self._tokenizer.decode(ids, skip_special_tokens=True)
-            where = f"since the score is {scores[bad[0]].item()} at the last token (number {len(ids)}) of {text[:80]!r}"
+            text = short(str(self._tokenizer.decode(ids, skip_special_tokens=True)), 80)
+            where = f"since the score is {scores[bad[0]].item()} at the last token (number {len(ids)}) of {text!r}"
         return (
             f"step {self.state.global_step + 1}: loss is {loss} {where}; lower learning_rate, or look at that "
             "response. No step was taken on it; the last checkpoint is good"

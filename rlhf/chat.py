@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, reason, short
 
 CHATML = (
     "{% for message in messages %}"
@@ -270,7 +270,7 @@ def _encode_broken(tokenizer: Any, chat: _Chat, text: str) -> list[int]:
     half = len(name) // 2
     parts = [left + name[:half], name[half:] + right] if half else [left, right]
     if text in parts:
-        raise InputError(f"messages: {text[:40]!r} encodes to a control token; take it out of the text")
+        raise InputError(f"messages: {short(text, 40)!r} encodes to a control token; take it out of the text")
     return [i for part in parts for i in _encode_text(tokenizer, chat, part)]
 
 
@@ -304,9 +304,8 @@ def _render_anew(tokenizer: Any, chat: _Chat, roles: tuple[str, ...], generation
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:  # Jinja's raise_exception, or whatever a template does with roles it doesn't know
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"messages: the chat template refuses the roles {', '.join(roles)}: {reason}; merge or drop turns"
+            f"messages: the chat template refuses the roles {', '.join(roles)}: {reason(error)}; merge or drop turns"
         ) from error
     texts, slots, position = [], [], 0
     for match in _SENTINEL.finditer(text):

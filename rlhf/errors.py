@@ -1,12 +1,15 @@
-"""A user's mistake, a run that stopped, and how both are told: in one line, with an exit code."""
+"""A user's mistake and a run that stopped: printed as one line, with an exit code; and text shortened for that."""
 
 from __future__ import annotations
 
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
+
+_LINE_BREAK = re.compile(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*")
 
 
 class InputError(ValueError):
@@ -45,7 +48,14 @@ def require_divides(small_name: str, small: int, big_name: str, big: int) -> Non
 
 
 def short(text: str, limit: int = 60) -> str:
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")
+    """Return a text as one line of at most ``limit`` characters, with "..." for what was left out."""
+    line = _LINE_BREAK.sub(" ", text)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def reason(error: BaseException, limit: int = 160) -> str:
+    """Return what an exception says as one short line; its type's name where it says nothing."""
+    return short(str(error).strip(), limit) or type(error).__name__
 
 
 def run(main: Callable[[list[str]], Any]) -> None:

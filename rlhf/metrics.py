@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise ValueError(f"expected an object, got {line[:40]}")
+                raise ValueError(f"expected an object, got {short(line, 40)}")
         except ValueError as error:
             if number == len(lines):
                 break

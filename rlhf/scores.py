@@ -117,7 +117,7 @@ def score_responses(
     empty = table.isnan().all(-1) & ~dropped
     if bool(empty.any()):
         row = int(empty.nonzero()[0])
-        raise InputError(f"no reward function scored response {row} ({texts[row][:60]!r}); all of them returned None")
+        raise InputError(f"no reward function scored response {row} ({short(texts[row])!r}); all of them returned None")
     table[dropped] = math.nan
     total = (table * torch.tensor(list(weights))).nansum(-1).masked_fill(dropped, math.nan)
     many = len(functions) > 1
@@ -228,7 +228,7 @@ def _numbers(answers: Sequence[Any]) -> tuple[Float[Tensor, "N"], dict[int, Exce
             continue
         single = answer.item() if hasattr(answer, "item") and getattr(answer, "ndim", 0) == 0 else answer
         if not isinstance(single, Real | Decimal):
-            failed[row] = f"a {type(answer).__name__} ({short(str(answer))})"
+            failed[row] = f"a {type(answer).__name__} ({short(str(answer))!r})"
             continue
         with suppress(OverflowError):  # an int of hundreds of digits
             values[row] = torch.tensor(float(single), dtype=torch.float64)  # above float32's range: inf
@@ -240,7 +240,7 @@ def _numbers(answers: Sequence[Any]) -> tuple[Float[Tensor, "N"], dict[int, Exce
 
 def _told(function: RewardFunction, row: int, error: Exception | str, failed: int, prompts: Sequence[Prompt]) -> str:
     """A function's failure in one line: its first row, and on how many."""
-    where = f"response {row}, to {short(prompts[row].messages[-1]['content'])}"
+    where = f"response {row}, to {short(prompts[row].messages[-1]['content'])!r}"
     name, share = function_name(function), f"{failed} of {len(prompts)} responses"
     if isinstance(error, str):
         return f"{name} returned {error} for {where}; scores must be finite numbers ({share} failed)"
@@ -248,8 +248,7 @@ def _told(function: RewardFunction, row: int, error: Exception | str, failed: in
         return f"{name} was {error} on {share}, the first of them {where}"
     own = [f for f in traceback.extract_tb(error.__traceback__) if not _of_a_library(f.filename)]
     place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    message = " ".join(f"{type(error).__name__}: {error}".split())
-    message = message if len(message) <= 300 else f"{message[:297]}..."
+    message = short(f"{type(error).__name__}: {error}", 300)
     return f"{name} failed on {share}, the first of them {where}: {message}{place}"
 
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, reason, short
 
 
 def wrong(name: str, seen: str, todo: str) -> InputError:
@@ -20,9 +20,8 @@ def wrong(name: str, seen: str, todo: str) -> InputError:
 
 
 def show(value: Any) -> str:
-    """A value as one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """Write a value as Python would, as one short line."""
+    return short(repr(value))
 
 
 def name_of(source: Any) -> str:
@@ -58,7 +57,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
         try:
             data = load_from_disk(str(folder))
         except Exception as error:  # datasets raises what pyarrow, json and fsspec raise
-            raise wrong(str(folder), f"datasets can't load it: {_one_line(error)}", "save it again") from error
+            raise wrong(str(folder), f"datasets can't load it: {reason(error)}", "save it again") from error
         yield from rows(data, split)
         return
     files = sorted(f for f in folder.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")))
@@ -99,7 +98,7 @@ def _content(path: Path) -> bytes:
             raise wrong(str(path), "not a gzip file", "take .gz off its name or compress it")
         raw = gzip.decompress(raw) if zipped else raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise wrong(str(path), f"a damaged gzip file ({_one_line(error)})", "copy it again") from error
+        raise wrong(str(path), f"a damaged gzip file ({reason(error)})", "copy it again") from error
     except OSError as error:
         raise wrong(str(path), f"can't be read: {error.strerror}", "check its permissions") from error
     return raw.removeprefix(b"\xef\xbb\xbf")
@@ -142,10 +141,5 @@ def _from_hub(source: str | Path, path: Path, split: str) -> Any:
                 raise
             return load_dataset(name, data_dir=part, split=split)  # no configuration: a folder of the data set
     except Exception as error:  # whatever the hub, the network or the data set's own files raise
-        raise wrong(text, f"neither a file nor a data set that can be loaded: {_one_line(error)}",
+        raise wrong(text, f"neither a file nor a data set that can be loaded: {reason(error)}",
                      "check the path or name, or the network") from error  # fmt: skip
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:157]}..."

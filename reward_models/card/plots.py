@@ -6,6 +6,8 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlhf.errors import short
+
 INK, MODEL, OTHER, WRONG = "#010203", "#3b82f6", "#e07b2e", "#c2410c"  # INK becomes the page's own text colour
 
 
@@ -20,7 +22,7 @@ def forest(rows: Sequence[Mapping[str, Any]], first: int = 0) -> str:
             axes.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
             axes.plot([100 * row["accuracy"]], [place], "o", color=color, markersize=6)
         axes.axvline(50, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
-        axes.set_yticks(range(len(rows)), [f"{_short(row['name'])}  ({row['n']:,})" for row in rows])
+        axes.set_yticks(range(len(rows)), [f"{_label(row['name'])}  ({row['n']:,})" for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         low = min(100 * row["accuracy_ci"][0] for row in rows)
         axes.set_xlim(max(-1, min(40, low - 3)), min(101, max(80, 3 + max(100 * r["accuracy_ci"][1] for r in rows))))
@@ -139,7 +141,6 @@ def svg(draw: Callable[[Any], None], width: float, height: float) -> str:
     return picture[picture.index("<svg") :].replace(INK, "currentColor")
 
 
-def _short(text: str) -> str:
-    """A label of at most 40 characters, without what matplotlib would read as mathematics."""
-    text = text.replace("$", r"\$")
-    return text if len(text) <= 40 else f"{text[:39]}…"
+def _label(text: str) -> str:
+    """Shorten a label and escape what matplotlib would read as mathematics."""
+    return short(text, 40).replace("$", r"\$")

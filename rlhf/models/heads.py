@@ -6,16 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.errors import InputError
+from rlhf.models.adapters import base_model
 
 
 def head_weight(model: Any) -> Tensor:
     """The language head's weight [V, H]; with trained token embeddings tied to it, the merged one."""
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = base_model(model)
     output = plain.get_output_embeddings()
     if isinstance(getattr(output, "weight", None), DTensor):
         raise InputError(
@@ -32,7 +32,7 @@ def head_weight(model: Any) -> Tensor:
 
 def logits_function(model: Any) -> Callable[[Tensor], Tensor] | None:
     """What the family does to its logits after the head: bias, scaling, soft cap. None for most."""
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = base_model(model)
     config = plain.config
     bias = getattr(plain.get_output_embeddings(), "bias", None)
     scale = getattr(config, "logit_scale", None)

@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from rlhf import chat
-from rlhf.errors import InputError
+from rlhf.errors import InputError, reason
 from rlhf.models import encoders
-from rlhf.models.adapters import is_adapter
+from rlhf.models.adapters import base_model, is_adapter
 
 
 def check_folder(path: str | Path) -> None:
@@ -53,7 +53,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no tokenizer could be loaded ({_first_line(error)})") from error
+        raise InputError(f"{path}: no tokenizer could be loaded ({reason(error, 200)})") from error
     if not tokenizer.chat_template:
         encoders.prepare_tokenizer(tokenizer, config_of(base_of(path) if is_adapter(path) else path))
     chat.prepare_tokenizer(tokenizer)
@@ -108,8 +108,7 @@ def keep_gradients(model: nn.Module) -> None:
 
 def is_quantized(model: Any) -> bool:
     """Are weights held in 8 or 4 bits? Then only adapters beside them can be trained."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    return bool(getattr(plain, "is_quantized", False))
+    return bool(getattr(base_model(model), "is_quantized", False))
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
@@ -119,7 +118,7 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
         try:
             return get_peft_model(model, config)
         except ValueError as error:  # for example layers of a Mamba model, which LoRA cannot adapt
-            what = _first_line(error).split(". ")[0]
+            what = reason(error, 200).split(". ")[0]
             raise InputError(f"LoRA: {what}; name the layers to adapt in lora_target_modules") from error
 
 
@@ -163,7 +162,7 @@ def from_pretrained(cls: Any, path: str | Path, dtype: torch.dtype | None, **kwa
     try:
         model = cls.from_pretrained(str(path), dtype=dtype or torch.float32, **kwargs)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no model could be loaded ({_first_line(error)})") from error
+        raise InputError(f"{path}: no model could be loaded ({reason(error, 200)})") from error
     if model.device.type == "cpu":
         # safetensors maps weights at any address, and a CPU's kernels round by it: at torch's own (aligned) addresses
         # a model gives the same numbers to the last bit whatever file it came from
@@ -176,7 +175,7 @@ def config_of(path: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no model configuration ({_first_line(error)})") from error
+        raise InputError(f"{path}: no model configuration ({reason(error, 200)})") from error
 
 
 def _refuse_classifier(path: str | Path) -> None:
@@ -204,7 +203,3 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -32,7 +32,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.errors import InputError
 from rlhf.models import encoders
-from rlhf.models.adapters import backbone, is_adapter
+from rlhf.models.adapters import backbone, base_model, is_adapter
 from rlhf.models.loading import (
     base_of,
     check_folder,
@@ -151,13 +151,13 @@ def load_scalar_model(
 
 def score_head(model: Any) -> Any:
     """The module that writes the score: a linear layer `score`, or what an encoder's family has."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = base_model(model)
     return list(encoders.head_modules(plain).values())[-1] if encoders.is_encoder(plain.config) else plain.score
 
 
 def is_scalar(model: Any) -> bool:
     """Does this model object have a scalar head already?"""
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = base_model(model)
     if encoders.is_encoder(plain.config):
         return "SequenceClassification" in type(plain).__name__ and bool(plain.config.num_labels == 1)
     return hasattr(plain, "score")
@@ -165,7 +165,7 @@ def is_scalar(model: Any) -> bool:
 
 def freeze_bias(model: Any) -> None:
     """The Bradley-Terry loss sees differences of scores only: an encoder's last bias would drift by rounding."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = base_model(model)
     if encoders.is_encoder(plain.config):
         for module in score_head(plain).modules():
             if isinstance(module, nn.Linear) and module.out_features == 1 and module.bias is not None:

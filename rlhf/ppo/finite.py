@@ -59,7 +59,7 @@ def sampling_explained(
 def location(rollout: Rollout, row: int, token: int | None) -> str:
     prompt, response = rollout.prompts[row].messages[-1]["content"], rollout.texts[row]
     at = "" if token is None else f"at response token {token} (id {rollout.response_ids[row][token]}) "
-    return f"{at}in row {row}, prompt {short(prompt)}, response {short(response)}"
+    return f"{at}in row {row}, prompt {short(prompt)!r}, response {short(response)!r}"
 
 
 @torch.no_grad()
@@ -72,7 +72,9 @@ def broken_prompt(model: Any, prompt_ids: Sequence[list[int]], tokenizer: Any) -
         bad = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].isnan().any(-1)
         if bool(bad.any()):
             token = int(bad.nonzero()[0])
-            return f"logits are NaN at token {token} (id {ids[token]}) of prompt {row}, {short(tokenizer.decode(ids))}"
+            return (
+                f"logits are NaN at token {token} (id {ids[token]}) of prompt {row}, {short(tokenizer.decode(ids))!r}"
+            )
     return None
 
 

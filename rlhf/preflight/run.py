@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.preflight.measure import Finding
 
 log = logging.getLogger("rlhf")
@@ -51,10 +51,8 @@ def broken(name: str, error: Exception) -> Finding:
     if isinstance(error, InputError):
         return Finding(name, str(error).removeprefix("preflight: "), False)
     place = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    return Finding(
-        name, f"{said} ({place.filename}:{place.lineno})", False, "the run would break there, too", "mend it"
-    )
+    measured = f"{short(f'{type(error).__name__}: {error}', 300)} ({place.filename}:{place.lineno})"
+    return Finding(name, measured, False, "the run would break there, too", "mend it")
 
 
 def conclude(accelerator: Accelerator, phases: Iterator[list[Finding]]) -> list[Finding]:

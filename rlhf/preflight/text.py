@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf import chat
 from rlhf.chat import Messages
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.preflight.measure import Finding
 from rlhf.records import Demonstration
 
@@ -47,14 +47,15 @@ def check_template(tokenizer: Any, conversations: Sequence[Messages]) -> Finding
         if apart != whole:
             return Finding(
                 "template",
-                f"prompt + response gives {len(apart)} tokens, the conversation {len(whole)} others ({text[:40]!r})",
+                f"prompt + response gives {len(apart)} tokens, the conversation {len(whole)} others "
+                f"({short(text, 40)!r})",
                 False,
                 "the chat template renders a turn differently when it is the last",
                 "use a template that renders each turn by itself",
             )
         back = chat.decode_response(tokenizer, response)
         if back.strip() != text.strip():
-            changed, shown = changed + 1, f"{text[:40]!r} comes back as {back[:40]!r}"
+            changed, shown = changed + 1, f"{short(text, 40)!r} comes back as {short(back, 40)!r}"
     count = min(8, len(conversations))
     return Finding(
         "template",
@@ -123,10 +124,10 @@ def check_trained(
         right = [chat.decode_response(tokenizer, chat.encode_response(tokenizer, text)).strip() for text in wanted]
         ends = bool(spans) and spans[-1][-1] == chat.end_of_turn_id(tokenizer)
         if got != right or not ends:
-            seen = f"row {number} trains {' / '.join(got)[:60]!r}{'' if ends else ' without its end of turn'}"
+            seen = f"row {number} trains {short(' / '.join(got))!r}{'' if ends else ' without its end of turn'}"
             return Finding(
                 "trained tokens",
-                f"{seen}, its answers are {' / '.join(right)[:60]!r}",
+                f"{seen}, its answers are {short(' / '.join(right))!r}",
                 False,
                 "the loss mask covers other tokens than the assistant's and their end of turn",
                 "build labels with rlhf.chat.encode_conversation, and don't change the encoded dataset",

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.run.checkpoint import checkpoints_in, plain, recover, remove, sync_tree, write_json_atomic
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "rlhf-recipes")
@@ -224,7 +224,7 @@ def _require_same(recorded: Mapping[str, Any], inputs: Mapping[str, Any], folder
     # a readable field says more than a hash that follows from it
     name, before, now = min(differences, key=lambda found: "fingerprint" in found[0])
     raise InputError(
-        f"output_dir {folder} belongs to another run: {name} was {_short(before)}, now {_short(now)}; "
+        f"output_dir {folder} belongs to another run: {name} was {_shown(before)}, now {_shown(now)}; "
         f"pass --overwrite to replace that run, or choose another --output_dir"
     )
 
@@ -237,8 +237,8 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, A
         yield name, before, now
 
 
-def _short(value: Any) -> str:
+def _shown(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     if re.fullmatch(r'"[0-9a-f]{64}"', text):
         return text[1:13]
-    return text if len(text) <= 80 else text[:77] + "..."
+    return short(text, 80)

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from rlhf import chat
 from rlhf.config import resume_settings
-from rlhf.errors import InputError, RunStopped
+from rlhf.errors import InputError, RunStopped, short
+from rlhf.models.adapters import base_model
 from rlhf.records import check_disjoint, read_demonstrations
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.resume import resume_point
@@ -91,7 +92,7 @@ class SFTTrainer(trl.SFTTrainer):
             callbacks=callbacks,
         )
         self._uninstall_forward()
-        show_bias(_base(self.model).get_output_embeddings())
+        show_bias(self._base.get_output_embeddings())
         attach(self, "sft", ("loss", "eval_loss", "token_accuracy"), config.output_dir)
         self._settings = resume_settings(config, SFTConfig)
         self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
@@ -104,6 +105,10 @@ class SFTTrainer(trl.SFTTrainer):
         self._sums["train"].clear()
         with self._babysitter.watch(), self._trl_forward():
             return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    @property
+    def _base(self) -> Any:
+        return base_model(cast(nn.Module, self.model))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: trl's card names no base model, and a run's report says more."""
@@ -155,7 +160,7 @@ class SFTTrainer(trl.SFTTrainer):
         if bad:
             (row, token), tokenizer = bad[0], cast(Any, self.processing_class)
             text = tokenizer.decode(inputs["input_ids"][row], skip_special_tokens=True)
-            where = f"at token {token + 1} (id {int(targets[row, token])}) of {text[:80]!r}"
+            where = f"at token {token + 1} (id {int(targets[row, token])}) of {short(text, 80)!r}"
         step = self.state.global_step + 1
         return (
             f"step {step}: loss is {loss} {where}; lower learning_rate, or look at that demonstration. No step was "
@@ -194,7 +199,7 @@ class SFTTrainer(trl.SFTTrainer):
     @contextmanager
     def _trl_forward(self) -> Iterator[None]:
         """Lend the model the ``forward`` that trl's loss calls, for as long as trl runs."""
-        base = _base(self.model)
+        base = self._base
         outermost = "forward" not in vars(base)
         if outermost:
             vars(base).update(self._forward)
@@ -205,7 +210,7 @@ class SFTTrainer(trl.SFTTrainer):
                 self._uninstall_forward()
 
     def _uninstall_forward(self) -> None:
-        base = _base(self.model)
+        base = self._base
         self._forward = {"forward": vars(base).pop("forward")} if "forward" in vars(base) else {}
 
 
@@ -222,7 +227,3 @@ def trl_arguments(config: SFTConfig, *, evaluate: bool) -> trl.SFTConfig:
         eval_steps=config.eval_steps or None,
         report_to=config.report_to or [],
     )
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from rlhf.chat import Messages
 from rlhf.errors import InputError, RunStopped, short
 
-Messages = list[dict[str, str]]
 TOKEN_VARIABLE = "RLHF_SERVER_TOKEN"
 LONGEST_PAUSE = 8.0  # seconds between two attempts
 

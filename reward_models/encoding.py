@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError, short
+from rlhf.padding import pad
 from rlhf.records import Ranking
 
 if TYPE_CHECKING:
@@ -87,11 +88,11 @@ class RankingCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [responses_of(row) for row in rows]
-        input_ids, attention_mask = pad_right([ids for responses in sequences for ids in responses], self.pad_id)
+        input_ids, mask = pad([ids for responses in sequences for ids in responses], self.pad_id)
         sizes = torch.tensor([len(responses) for responses in sequences])
         batch = {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
+            "attention_mask": mask.long(),
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]], dtype=torch.float32),
             "prompts": torch.arange(len(rows)).repeat_interleave(sizes),
             "texts": torch.tensor([text for row in rows for text in row["texts"]]),
@@ -108,17 +109,6 @@ class RankingCollator:
 def responses_of(row: dict[str, Any]) -> list[list[int]]:
     """All responses of an encoded ranking (with their prompt), in the order of its `ranks`."""
     return [row["chosen_ids"], row["rejected_ids"], *row["other_ids"]]
-
-
-def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] and attention mask [B, T] (1 on real tokens; the pad id may be a real token's too)."""
-    width = max(len(ids) for ids in sequences)
-    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    for row, ids in enumerate(sequences):
-        input_ids[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.long)
-        attention_mask[row, : len(ids)] = 1
-    return input_ids, attention_mask
 
 
 def _margin(ranking: Ranking, where: str) -> float:

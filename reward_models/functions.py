@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlhf.chat import Messages
 from rlhf.errors import InputError
 
-Messages = list[dict[str, str]]
 RewardFunction = Callable[..., list[float | None]]
 
 NOT_COLUMNS = ("completion_ids", "trainer_state", "log_metric", "log_extra", "environments")

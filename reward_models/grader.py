@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from reward_models.functions import response_text
 from reward_models.scoring import length_batches
 from rlhf import chat, config
+from rlhf.chat import Messages
 from rlhf.errors import InputError, short
 from rlhf.models import loading as models
 from rlhf.padding import pad, position_ids
 
 log = logging.getLogger("rlhf")
 
-Messages = list[dict[str, str]]
 Answer = Literal["expected", "argmax"]
 LETTERS = re.compile("[A-Z]")
 LITTLE = 0.1  # probability of all letters together, below which a model has hardly answered

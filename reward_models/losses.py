@@ -106,16 +106,6 @@ def pair_outcomes(
     return (torch.sign(scores.float()[better] - scores.float()[worse]) + 1) / 2
 
 
-def pair_accuracy(
-    scores: Float[Tensor, " n"],
-    ranks: Float[Tensor, " n"],
-    prompts: Int[Tensor, " n"] | None = None,
-    texts: Int[Tensor, " n"] | None = None,
-) -> Float[Tensor, ""]:
-    """Share of all pairs that the scores order as the ranks do; equal scores count half. NaN without a pair."""
-    return pair_outcomes(scores, ranks, prompts, texts).mean()
-
-
 def ranked_pairs(
     ranks: Float[Tensor, " n"],
     prompts: Int[Tensor, " n"] | None = None,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_models import preflight as on_rewards
 from rlhf.models.scalar import last_token_scores, load_scalar_model, score_head
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import (
@@ -163,14 +162,14 @@ def reward_model_findings(trainer: Any) -> Iterator[list[Finding]]:
     yield run_checks(
         ("vocabulary", lambda: on_text.check_vocabulary(tokenizer, embedding_rows(model))),
         ("injection", lambda: on_text.check_injection(tokenizer)),
-        ("pairs", lambda: on_rewards.check_pairs(trainer.train_dataset)),
+        ("pairs", lambda: check_pairs(trainer.train_dataset)),
     )
     with untouched(model):
         model.eval()
         findings = run_checks(
-            ("scores", lambda: on_rewards.check_scores(trainer)),
-            ("padding", lambda: on_rewards.check_score_padding(trainer)),
-            ("gradients", lambda: on_rewards.check_score_gradients(trainer)),
-            ("reload", lambda: on_rewards.check_saved(trainer, tokenizer)),
+            ("scores", lambda: check_scores(trainer)),
+            ("padding", lambda: check_score_padding(trainer)),
+            ("gradients", lambda: check_score_gradients(trainer)),
+            ("reload", lambda: check_saved(trainer, tokenizer)),
         )
     yield findings

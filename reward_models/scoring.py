@@ -18,18 +18,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.encoding import pad_right
 from reward_models.functions import conversation
 from rlhf import chat
+from rlhf.chat import Messages
 from rlhf.errors import InputError
 from rlhf.models import encoders
 from rlhf.models import loading as models
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, load_scalar_model
+from rlhf.padding import pad
 from rlhf.run import stages
 
 logger = logging.getLogger("rlhf")
 
-Messages = list[dict[str, str]]
 STAGES = ("reward_model", "judge")
 """Stages of a chain whose folder holds a reward model."""
 
@@ -143,8 +143,7 @@ def score_sequences(
     scores = torch.empty(len(sequences), dtype=torch.float32)
     device = next(model.parameters()).device
     for indices in length_batches([len(ids) for ids in sequences], tokens_per_microbatch):
-        input_ids, attention_mask = pad_right([sequences[i] for i in indices], pad_id)
-        scores[indices] = last_token_scores(model, input_ids.to(device), attention_mask.to(device)).cpu()
+        scores[indices] = last_token_scores(model, *pad([sequences[i] for i in indices], pad_id, device)).cpu()
     return scores
 
 

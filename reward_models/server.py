@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from reward_models.functions import conversation
 from rlhf import chat
+from rlhf.chat import Messages
 from rlhf.errors import InputError, short
 from rlhf.records import ROLES
 from rlhf.sources import show
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
 Scorer = Callable[[list[Messages]], Sequence[float]]
 
 

@@ -39,6 +39,7 @@ CHATML = (
 )
 
 Messages = list[dict[str, str]]
+"""A conversation: role (system, user or assistant) and content of each turn."""
 
 _PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
 

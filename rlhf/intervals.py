@@ -110,17 +110,3 @@ def score_length_correlation(scores: Sequence[float], lengths: Sequence[int]) ->
     x, y = x - x.mean(), y - y.mean()
     norm = math.sqrt(float((x * x).sum() * (y * y).sum()))
     return float((x * y).sum()) / norm if norm > 0 else None
-
-
-def response_kl(logprobs: np.ndarray, reference_logprobs: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Per response, ``sum_t mask * (logprobs - reference_logprobs)`` in nats: ``[B, T]`` -> ``[B]``.
-
-    On responses sampled from the policy at temperature 1 its mean is an unbiased estimate of KL(policy || reference).
-    """
-    difference = np.asarray(logprobs, dtype=np.float64) - np.asarray(reference_logprobs, dtype=np.float64)
-    return np.where(np.asarray(mask, dtype=bool), difference, 0.0).sum(axis=1)
-
-
-def policy_kl(logprobs: np.ndarray, reference_logprobs: np.ndarray, mask: np.ndarray) -> float:
-    """KL(policy || reference) in nats per response: the mean of :func:`response_kl`."""
-    return float(response_kl(logprobs, reference_logprobs, mask).mean())

@@ -1,9 +1,10 @@
-"""Rows of token ids in rectangles: padding, masks, positions, and prompts with their responses."""
+"""Rows of token ids as padded tensors: masks, positions, and prompts with their responses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -11,22 +12,25 @@ from torch import Tensor
 
 
 def position_ids(attention_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """0, 1, 2 ... over real tokens, so that left and right padding give a model the same positions."""
+    """Count 0, 1, 2 ... over real tokens, so that left and right padding give a model the same positions."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def pad(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu", side: str = "right"
+    rows: Sequence[Sequence[int]],
+    fill: int,
+    device: torch.device | str = "cpu",
+    side: Literal["left", "right"] = "right",
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Ids in a rectangle, and a mask that comes from the lengths, never from the pad id."""
+    """Fill rows of integers up to the longest one; the mask comes from their lengths, never from what fills them."""
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    padded = torch.full((len(rows), width), fill, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
-        places = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[i, places] = torch.tensor(row, dtype=torch.long)
-        mask[i, places] = True
-    return ids.to(device), mask.to(device)
+        real = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        padded[i, real] = torch.tensor(row, dtype=torch.long)
+        mask[i, real] = True
+    return padded.to(device), mask.to(device)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Batch:
     mask: Bool[Tensor, "B T"]
 
     def positions(self) -> Int[Tensor, "B T"]:
-        """Where in the row the state before each response token stands."""
+        """Index the state before each response token in its row of input_ids."""
         steps = torch.arange(self.targets.shape[1], device=self.targets.device)
         return (self.prompt_tokens[:, None] - 1 + steps).clamp(max=self.input_ids.shape[1] - 1)
 
@@ -51,6 +55,7 @@ class Batch:
 def make_batch(
     prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], pad_id: int, device: torch.device | str
 ) -> Batch:
+    """Put prompts with their responses into one padded batch."""
     input_ids, attention = pad([p + r for p, r in zip(prompt_ids, response_ids, strict=True)], pad_id, device)
     targets, mask = pad(response_ids, pad_id, device)
     lengths = torch.tensor([len(p) for p in prompt_ids], device=device)

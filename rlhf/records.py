@@ -1,16 +1,9 @@
-"""Data in: prompts, demonstrations and rankings from the shapes that people already have, as frozen records.
+"""Prompts, demonstrations and rankings as frozen records: read from what people have, written, split by prompt.
 
-Shapes, a row each (extra columns are kept in `.columns`):
-
-* rankings: trl's preference formats, `prompt`/`chosen`/`rejected` as text or messages, with the prompt left implicit
-  if you like (what both share); Anthropic HH's ``"\\n\\nHuman: ...\\n\\nAssistant: ..."`` strings; K responses with
-  ties, ``{"prompt": ..., "responses": [...], "ranks": [...]}`` (a smaller rank is better).
-* demonstrations: `messages`; `prompt`/`completion`; of a ranking, the best response.
-* prompts: `prompt`; of any of the above, the prompt.
-
-A source is a path (.jsonl, .jsonl.gz, .json), a folder of such files or one written by datasets' `save_to_disk`, a
-name on the hub ("name", or "name:part" with a configuration or folder of it), a `datasets` object, or a list of rows.
-Every mistake is an `InputError` of one line: file:line: field: what was seen; what to do.
+`rlhf.shapes` lists the accepted rows; extra columns are kept in `.columns`. A demonstration read from a ranking is its
+best response. A source is a path (.jsonl, .jsonl.gz, .json), a folder of such files or one written by datasets'
+`save_to_disk`, a name on the hub ("name", or "name:part" with a configuration or folder of it), a `datasets` object,
+or a list of rows. Every mistake is an `InputError` of one line: file:line: field: what was seen; what to do.
 """
 
 from __future__ import annotations
@@ -21,23 +14,36 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf import shapes
+from rlhf.chat import Messages
 from rlhf.errors import InputError
-from rlhf.sources import name_of, rows, show, wrong
+from rlhf.shapes import ROLES, Unusable, check_messages, check_prompt, check_texts
+from rlhf.sources import Source, name_of, rows, show, wrong
+
+__all__ = [
+    "ROLES",
+    "Demonstration",
+    "Messages",
+    "Prompt",
+    "Ranking",
+    "Record",
+    "StepLabels",
+    "check_disjoint",
+    "prompt_key",
+    "read_demonstrations",
+    "read_prompts",
+    "read_rankings",
+    "split_by_prompt",
+    "write_jsonl",
+]
 
 logger = logging.getLogger("rlhf")
-
-Messages = list[dict[str, str]]
-ROLES = ("system", "user", "assistant")
-_FIELDS = ("prompt", "chosen", "rejected", "responses", "ranks", "completion", "messages")
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Prompt:
     text: bool = False
 
     def __post_init__(self) -> None:
-        _check_prompt(self.messages, "prompt")
+        check_prompt(self.messages, "prompt")
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Demonstration:
     columns: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_messages(self.messages, "messages")
+        check_messages(self.messages, "messages")
         if self.messages[-1]["role"] != "assistant":
             raise wrong("messages", f"the last turn is {self.messages[-1]['role']!r}", "end with an assistant turn")
         if not 0 <= self.trained_from < len(self.messages):
@@ -86,8 +92,8 @@ class Ranking:
     columns: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_prompt(self.prompt, "prompt")
-        _check_texts(self.responses, "responses")
+        check_prompt(self.prompt, "prompt")
+        check_texts(self.responses, "responses")
         if len(self.responses) < 2:
             raise wrong("responses", f"got {len(self.responses)}", "a ranking compares at least 2 responses")
         for rank in self.ranks:
@@ -114,8 +120,8 @@ class StepLabels:
     columns: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_prompt(self.prompt, "prompt")
-        _check_texts(self.steps, "steps")
+        check_prompt(self.prompt, "prompt")
+        check_texts(self.steps, "steps")
         if len(self.labels) != len(self.steps):
             raise wrong("labels", f"got {len(self.labels)} for {len(self.steps)} steps", "write one label per step")
         for label in self.labels:
@@ -127,17 +133,17 @@ Record = TypeVar("Record", Prompt, Demonstration, Ranking, StepLabels)
 _AnyRecord = Prompt | Demonstration | Ranking | StepLabels
 
 
-def read_prompts(source: Any, split: str = "train") -> list[Prompt]:
+def read_prompts(source: Source, split: str = "train") -> list[Prompt]:
     """Prompts from any shape above. Raises InputError."""
     return _read(source, split, _to_prompt)
 
 
-def read_demonstrations(source: Any, split: str = "train") -> list[Demonstration]:
+def read_demonstrations(source: Source, split: str = "train") -> list[Demonstration]:
     """Demonstrations; of preference rows, the best response (the first of equals) to its prompt. Raises InputError."""
     return _read(source, split, _to_demonstration)
 
 
-def read_rankings(source: Any, split: str = "train") -> list[Ranking]:
+def read_rankings(source: Source, split: str = "train") -> list[Ranking]:
     """Rankings. Identical responses are ties; a source in which nothing is better than anything is an InputError."""
     rankings = _read(source, split, _to_ranking)
     if not any(ranking.pairs() for ranking in rankings):
@@ -146,7 +152,7 @@ def read_rankings(source: Any, split: str = "train") -> list[Ranking]:
     return rankings
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
     """Write records or dicts, one JSON object a line (gzip if the name ends in .gz); whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,260 +206,37 @@ def check_disjoint(
                      "split by prompt: take these rows out of one of them")  # fmt: skip
 
 
-# --- one row: its shape ---------------------------------------------------------------------------------------------
+# --- one row --------------------------------------------------------------------------------------------------------
 
 
-class _Unusable(Exception):
-    """A row that is left out and counted: a known flaw of a public data set, not the user's mistake."""
+def _to_ranking(row: object) -> Ranking:
+    return row if isinstance(row, Ranking) else Ranking(*shapes.ranking_fields(row))
 
 
-def _to_ranking(row: Any) -> Ranking:
-    if isinstance(row, Ranking):
-        return row
-    row = _as_row(row, "prompt, chosen and rejected, or prompt, responses and ranks")
-    columns = _extra(row)
-    if row.get("responses") is not None:
-        responses, ranks = _need(row, "responses"), _need(row, "ranks")
-        for name, value in (("responses", responses), ("ranks", ranks)):
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise wrong(name, f"got {show(value)}", "write a list")
-        return Ranking(_prompt_field(_need(row, "prompt")), tuple(responses), tuple(ranks), columns)
-    if row.get("chosen") is None:
-        _refuse_near_miss(row, "responses")
-    chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
-    prompt, (better, worse) = _shared_prompt(row, chosen, rejected)
-    return Ranking(prompt, (better, worse), (1, 1) if better == worse else (1, 2), columns)
-
-
-def _to_demonstration(row: Any) -> Demonstration:
+def _to_demonstration(row: object) -> Demonstration:
     if isinstance(row, Demonstration):
         return row
-    if isinstance(row, dict) and not _is_ranking(row):
-        columns = _extra(row)
-        if row.get("messages") is not None:
-            return Demonstration(_messages_field(row["messages"], "messages"), 0, columns)
-        known = _as_row(row, "prompt and completion, or messages")
-        if known.get("completion") is None and known.get("prompt") is None:
-            _need(known, "messages")
-        prompt, completion = _prompt_field(_need(known, "prompt")), _need(known, "completion")
-        turns = ([{"role": "assistant", "content": _text(completion, "completion")}] if isinstance(completion, str)
-                 else _messages_field(completion, "completion"))  # fmt: skip
-        return Demonstration(prompt + turns, len(prompt), columns)
+    if not isinstance(row, Ranking) and not shapes.is_ranking(row):
+        return Demonstration(*shapes.demonstration_fields(row))
     ranking = _to_ranking(row)
     best = ranking.responses[ranking.ranks.index(min(ranking.ranks))]
     turns = [*ranking.prompt, {"role": "assistant", "content": best}]
     return Demonstration(turns, len(ranking.prompt), ranking.columns)
 
 
-def _to_prompt(row: Any) -> Prompt:
+def _to_prompt(row: object) -> Prompt:
     if isinstance(row, Prompt):
         return row
     if isinstance(row, Ranking | Demonstration | StepLabels):
         return Prompt(list(row.prompt), row.columns)
-    row = _as_row(row, "prompt")
-    if row.get("prompt") is not None:
-        prompt = row["prompt"]
-        return Prompt(_prompt_field(prompt), _extra(row), isinstance(prompt, str) and not _is_hh(prompt))
-    _refuse_near_miss(row, "prompt")
-    if row.get("messages") is not None:
-        turns = _messages_field(row["messages"], "messages")
-        return Prompt(turns[:-1] if turns[-1]["role"] == "assistant" else turns, _extra(row))
-    if _is_ranking(row):
-        ranking = _to_ranking(row)
-        return Prompt(ranking.prompt, ranking.columns)
-    return Prompt(_prompt_field(_need(row, "prompt")), _extra(row))
-
-
-def _is_ranking(row: dict) -> bool:
-    return any(row.get(name) is not None for name in ("chosen", "rejected", "responses"))
-
-
-def _shared_prompt(row: dict, chosen: Any, rejected: Any) -> tuple[Messages, list[str]]:
-    """A preference row's prompt, given or shared by both, and the two responses."""
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise wrong("rejected", f"got {show(rejected)}", "write it as chosen is: both text, or both messages")
-    if row.get("prompt") is not None:
-        prompt = _prompt_field(row["prompt"])
-        return prompt, [_response(value, name, prompt, row["prompt"])
-                        for name, value in (("chosen", chosen), ("rejected", rejected))]  # fmt: skip
-    _refuse_near_miss(row, "prompt")
-    if isinstance(chosen, str) and not _is_hh(chosen):
-        return _shared_text(chosen, rejected)
-    turns = [_turns(value, name) for name, value in (("chosen", chosen), ("rejected", rejected))]
-    count = _shared_turns(*turns)
-    tails = [t[count:] for t in turns]
-    for name, tail in zip(("chosen", "rejected"), tails, strict=True):
-        if len(tail) != 1 or tail[0]["role"] != "assistant":
-            seen = f"{len(tail)} turns after the {count} that both share"
-            raise wrong(name, seen, "chosen and rejected may differ in their last assistant turn only")
-    if count == 0:
-        raise wrong("prompt", "there is none and chosen and rejected share no turn", "add a prompt field")
-    return turns[0][:count], [tail[0]["content"] for tail in tails]
-
-
-def _shared_turns(chosen: Messages, rejected: Messages) -> int:
-    if chosen == rejected:
-        return len(chosen) - 1
-    same = [a == b for a, b in zip(chosen, rejected, strict=False)]
-    return same.index(False) if False in same else len(same)
-
-
-def _shared_text(chosen: str, rejected: str) -> tuple[Messages, list[str]]:
-    """trl's implicit prompt for text: the common prefix up to the last white space (or all, for identical texts)."""
-    _text(chosen, "chosen"), _text(rejected, "rejected")
-    same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    prefix = chosen[: min(len(chosen), len(rejected)) if same is None else same]
-    end = max((m.end() for m in re.finditer(r"\s+", prefix)), default=0)
-    if chosen == rejected or not prefix[:end].strip():
-        raise wrong("prompt", "there is none and chosen and rejected begin differently or are the same text",
-                     "add a prompt field")  # fmt: skip
-    return [{"role": "user", "content": prefix[:end].strip()}], [chosen[end:], rejected[end:]]
-
-
-def _response(value: Any, name: str, prompt: Messages, raw_prompt: Any) -> str:
-    """A response beside a given prompt: text, or messages which may begin with the prompt again."""
-    if isinstance(value, str):
-        if isinstance(raw_prompt, str) and _is_hh(raw_prompt):
-            value = value.removeprefix(raw_prompt).strip()
-        return _text(value, name)
-    turns = _messages_field(value, name)
-    if turns[: len(prompt)] == prompt:
-        turns = turns[len(prompt) :]
-    if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise wrong(name, f"{len(turns)} turns after the prompt", "write one assistant turn")
-    return turns[0]["content"]
-
-
-def _turns(value: Any, name: str) -> Messages:
-    if not isinstance(value, str):
-        return _messages_field(value, name)
-    if not _is_hh(value):
-        raise wrong(name, f"got {show(value)}", "begin it with '\\n\\nHuman: ' as in the other column")
-    turns = _parse_hh(value)
-    if turns[-1]["role"] != "assistant":
-        raise wrong(name, "the last turn is Human's", "end it with '\\n\\nAssistant: ...'")
-    if not turns[-1]["content"]:
-        raise _Unusable("an empty reply")  # 0.1% of the published HH rows
-    _check_messages(turns, name)
-    return turns
-
-
-def _is_hh(text: str) -> bool:
-    return bool(_HH_TURN.match(text))
-
-
-def _parse_hh(text: str) -> Messages:
-    """HH's dialogue string to messages; two turns of one speaker in a row (0.2% of the rows) become one."""
-    parts = _HH_TURN.split(text)[1:]
-    turns: Messages = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role, content = ("user" if speaker == "Human" else "assistant"), content.strip()
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
-        else:
-            turns.append({"role": role, "content": content})
-    return turns
-
-
-# --- one field ------------------------------------------------------------------------------------------------------
-
-
-def _as_row(row: Any, wanted: str) -> dict:
-    if not isinstance(row, dict):
-        raise InputError(f"got {show(row)}; write an object with {wanted}")
-    return row
-
-
-def _extra(row: dict) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in _FIELDS}
-
-
-def _refuse_near_miss(row: dict, name: str) -> None:
-    near = get_close_matches(name, [str(k) for k in row if k not in _FIELDS], n=1, cutoff=0.75)
-    if near:
-        raise wrong(name, f"missing, but there is {near[0]!r}", f"rename {near[0]!r} to {name!r}")
-
-
-def _need(row: dict, name: str) -> Any:
-    if row.get(name) is None:
-        _refuse_near_miss(row, name)
-        seen = "got null" if name in row else f"missing; the fields are {', '.join(map(str, row)) or '(none)'}"
-        raise wrong(name, seen, f"add {name!r} to the row")
-    return row[name]
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise wrong(name, f"got {show(value)}", "write text")
-    if not value.strip():
-        raise wrong(name, f"got empty text {show(value)}", "write some text or take the row out")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise wrong(name, f"half a character at {error.start} (a lone surrogate)", "repair the text") from None
-    return value
-
-
-def _check_texts(values: tuple[str, ...], name: str) -> None:
-    for n, value in enumerate(values):
-        _text(value, f"{name}[{n}]")
-
-
-def _check_messages(messages: Any, name: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise wrong(name, f"got {show(messages)}", "write text or a list of messages")
-    for n, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise wrong(f"{name}[{n}]", f"got {show(message)}", "write {'role': ..., 'content': ...}")
-        if message["role"] not in ROLES:
-            near = get_close_matches(str(message["role"]), ROLES, n=1, cutoff=0.5)
-            todo = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ROLES)}"
-            raise wrong(f"{name}[{n}].role", f"got {show(message['role'])}", todo)
-        _text(message["content"], f"{name}[{n}].content")
-
-
-def _check_prompt(messages: Any, name: str) -> None:
-    _check_messages(messages, name)
-    if messages[-1]["role"] == "assistant":
-        raise wrong(name, "the last turn is 'assistant'", "end a prompt with a user turn")
-
-
-def _messages_field(value: Any, name: str) -> Messages:
-    """Messages with role and content only; content in parts is joined if all parts are text."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise wrong(name, f"got {show(value)}", "write a list of messages")
-    turns = []
-    for n, message in enumerate(value):
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
-        if isinstance(message, dict) and message.get("tool_calls"):
-            raise wrong(f"{name}[{n}].tool_calls", "tools aren't supported", "write the turn as text")
-        known = isinstance(message, dict) and {"role", "content"} <= message.keys()
-        turns.append({"role": message["role"], "content": content} if known else message)
-    _check_messages(turns, name)
-    return turns
-
-
-def _prompt_field(value: Any) -> Messages:
-    if not isinstance(value, str):
-        turns = _messages_field(value, "prompt")
-    elif _is_hh(value):
-        turns = _parse_hh(value)
-        if turns[-1] == {"role": "assistant", "content": ""}:
-            turns = turns[:-1]
-    else:
-        turns = [{"role": "user", "content": _text(value, "prompt")}]
-    _check_prompt(turns, "prompt")
-    return turns
+    return Prompt(*shapes.prompt_fields(row))
 
 
 def _prompt_of(record: _AnyRecord) -> Messages:
     return record.messages if isinstance(record, Prompt) else record.prompt
 
 
-def _to_row(record: Any) -> Any:
+def _to_row(record: object) -> object:
     if not is_dataclass(record) or isinstance(record, type):
         return record
     row = asdict(record)
@@ -472,12 +255,13 @@ def _to_row(record: Any) -> Any:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _read(source: Any, split: str, convert: Callable[[Any], Any]) -> list[Any]:
-    records, unusable = [], []
+def _read(source: Source, split: str, convert: Callable[[object], Record]) -> list[Record]:
+    records: list[Record] = []
+    unusable: list[tuple[str, str]] = []
     for where, row in rows(source, split):
         try:
             records.append(convert(row))
-        except _Unusable as flaw:
+        except Unusable as flaw:
             unusable.append((where, str(flaw)))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None

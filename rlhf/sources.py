@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, hub names, datasets objects and lists, each row with its place in them."""
+"""Rows from files, folders, hub names, datasets objects and lists, each with where it was found (file:line)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rlhf.errors import InputError, reason, short
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+Source: TypeAlias = "str | Path | Sequence[object] | Dataset | IterableDataset | DatasetDict"
+"""A path, a hub name, a datasets object or a list of rows."""
+
 
 def wrong(name: str, seen: str, todo: str) -> InputError:
+    """Make the error of one field: what was seen there, and what to do about it."""
     return InputError(f"{name}: {seen}; {todo}")
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """Write a value as Python would, as one short line."""
     return short(repr(value))
 
 
-def name_of(source: Any) -> str:
+def name_of(source: Source) -> str:
+    """Name a source in a message: its path or hub name, else its type."""
     return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
 
 
-def rows(source: Any, split: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) pairs."""
+def rows(source: Source, split: str) -> Iterator[tuple[str, object]]:
+    """Yield (where, row) pairs; `split` names the part of a folder, hub data set or DatasetDict."""
     if isinstance(source, str) and not source.strip():  # Path("") would be the current folder
         raise wrong("data", f"got {show(source)}", "name a file, a folder or a data set")
     if isinstance(source, str | Path):
@@ -50,7 +58,7 @@ def rows(source: Any, split: str) -> Iterator[tuple[str, Any]]:
         raise wrong("data", f"got {show(source)}", "hand in a path, a datasets object or a list of rows")
 
 
-def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
+def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, object]]:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         from datasets import load_from_disk
 
@@ -72,7 +80,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
         yield from _file_rows(file)
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
     lines = _content(path).split(b"\n")
     array = (
         path.name.endswith((".json", ".json.gz")) and next((x for x in lines if x.strip()), b"").lstrip()[:1] == b"["
@@ -126,7 +134,7 @@ def require_there(source: str | Path) -> None:
         raise wrong(text, "no such file or folder", f"did you mean {folder / near[0]}?" if near else "check the path")
 
 
-def _from_hub(source: str | Path, path: Path, split: str) -> Any:
+def _from_hub(source: str | Path, path: Path, split: str) -> Source:
     """A datasets hub name, or a path that isn't there."""
     require_there(source)
     text = str(source)

@@ -18,8 +18,6 @@ from rlhf.intervals import (
     best_of_n_kl,
     bootstrap_interval,
     clustered_accuracy,
-    policy_kl,
-    response_kl,
     score_length_correlation,
     win_rate,
     wins,
@@ -141,22 +139,6 @@ def test_score_length_correlation():
     assert score_length_correlation([1.0, 2.0, 3.0], [10, 20, 30]) == pytest.approx(1.0)
     assert score_length_correlation([1.0, 2.0, 4.0], [3, 1, 2]) == pytest.approx(-0.327326835)
     assert score_length_correlation([1.0, 1.0], [3, 4]) is None
-
-
-def test_policy_kl_sums_over_tokens_and_averages_over_responses():
-    logprobs = np.array([[-1.0, -2.0, -50.0], [-0.5, 0.0, 0.0]])
-    reference = np.array([[-1.5, -1.0, math.nan], [-2.0, -9.0, -9.0]])
-    mask = np.array([[True, True, False], [True, False, False]])
-    assert response_kl(logprobs, reference, mask).tolist() == [-0.5, 1.5]
-    assert policy_kl(logprobs, reference, mask) == 0.5
-
-
-def test_policy_kl_estimates_the_true_kl():
-    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
-    exact = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    tokens = np.random.default_rng(0).choice(3, p=p, size=(20_000, 4))
-    found = policy_kl(np.log(p)[tokens], np.log(q)[tokens], np.ones_like(tokens))
-    assert found == pytest.approx(4 * exact, abs=0.05)
 
 
 # ------------------------------------------------------------------------------------------- sampling and judging

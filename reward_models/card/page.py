@@ -1,16 +1,16 @@
 """The report card as one HTML file that opens without a network, and its main numbers as lines of text.
 
-Everything that a model or a user wrote is escaped. The pictures are drawn by `card_plots`.
+What a model or a user wrote is inserted as text. `plots` draws the pictures.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reward_models.card import plots as card_plots
+from reward_models.card import plots
 from reward_models.card.sensitivity import PADDING
+from rlhf.run import page as html
 from rlhf.run.report import number, percent, with_interval
 
 Report = Mapping[str, Any]
@@ -87,15 +87,13 @@ def page(report: Report) -> str:
     title = f"Report card of {about['reward_model']}"
     source = " · ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items() if value)
     parts = [
-        f"<p class=note>{_text(source)}</p>",
-        f"<ul class=short>{''.join(f'<li>{_text(line)}</li>' for line in headlines(report))}</ul>",
+        html.note(source),
+        html.items(headlines(report), "short"),
     ]
-    warnings = advice(report)
-    if warnings:
-        items = "".join(f"<li>{_text(line)}</li>" for line in warnings)
-        parts.append(f"<div class=warning><strong>Look at</strong><ul>{items}</ul></div>")
+    if found := advice(report):
+        parts.append(html.warning("Look at", found))
     sections = (_accuracy, _groups, _certainty, _surface, _sensitivity, _best_of_n, _most_wrong)
-    return _SHELL.format(title=_text(title), style=_STYLE, body="\n".join(parts + [show(report) for show in sections]))
+    return html.page(title, "\n".join(parts + [show(report) for show in sections]))
 
 
 # ----------------------------------------------------------------------------------------------- sections
@@ -118,7 +116,7 @@ def _accuracy(report: Report) -> str:
             f"A preferred response outscores a rejected one of any prompt in {percent(report['auc'])} of cases."
         )
     note = "Intervals redraw prompts (bootstrap), leads are paired. In brackets: pairs."
-    body = f"<div class=wide>{card_plots.forest(rows, first=1)}</div>{_note(note)}{_note(' '.join(left))}"
+    body = f"<div class=wide>{plots.forest(rows, first=1)}</div>{html.note(note)}{html.note(' '.join(left))}"
     return f"<h2>Accuracy</h2>{body}"
 
 
@@ -126,11 +124,13 @@ def _groups(report: Report) -> str:
     parts = []
     for name, rows in {**report["groups"], **report["labelers"]}.items():
         if rows:
-            parts.append(f"<h3>by {_text(name.replace('_', ' '))}</h3><div class=wide>{card_plots.forest(rows)}</div>")
+            parts.append(f"<h3>by {html.text(name.replace('_', ' '))}</h3><div class=wide>{plots.forest(rows)}</div>")
     bench = report["rewardbench"]
     if bench:
         table = [[name, percent(value)] for name, value in bench["sections"].items()]
-        parts.append(f"<h3>RewardBench</h3>{_table(['section', 'score'], [*table, ['mean', percent(bench['mean'])]])}")
+        parts.append(
+            f"<h3>RewardBench</h3>{html.table((['section', 'score'], [*table, ['mean', percent(bench['mean'])]]))}"
+        )
     for heading, key, note in (
         (
             "by score difference",
@@ -139,8 +139,8 @@ def _groups(report: Report) -> str:
         ),
         ("by length", "by_length_difference", "A model that is right on one side only goes by length."),
     ):
-        plot = card_plots.forest(report[key])
-        parts.append(f"<h3>{heading}</h3><div class=wide>{plot}</div>{_note(note)}")
+        plot = plots.forest(report[key])
+        parts.append(f"<h3>{heading}</h3><div class=wide>{plot}</div>{html.note(note)}")
     return "<h2>Where it is right</h2>" + "".join(parts)
 
 
@@ -155,8 +155,8 @@ def _certainty(report: Report) -> str:
         for key, label in names.items()
     ]
     fitted = numbers["calibrated"] if temperature else None
-    plots = card_plots.reliability(numbers, fitted)
-    histogram = card_plots.differences(points["difference_counts"], points["difference_edges"])
+    curve = plots.reliability(numbers, fitted)
+    histogram = plots.differences(points["difference_counts"], points["difference_edges"])
     found = (
         f"Temperature {number(temperature)}: score differences divided by it fit these labels best; the middle column "
         "gives each half of the prompts the temperature of the other half."
@@ -172,11 +172,11 @@ def _certainty(report: Report) -> str:
     if numbers["confidence_auc"] is not None:
         lines.append(f"A pair that it gets right has a wider margin than one that it gets wrong in "
                      f"{percent(numbers['confidence_auc'])} of cases (50%: its margins say nothing).")  # fmt: skip
-    figures = f"<div class=grid><figure>{plots}</figure><figure>{histogram}</figure></div>"
-    table = _table(["", *(name for name, _ in columns), "a coin"], rows)
+    figures = f"<div class=grid><figure>{curve}</figure><figure>{histogram}</figure></div>"
+    table = html.table((["", *(name for name, _ in columns), "a coin"], rows))
     first = "The model claims to prefer a response with probability sigmoid(raw score difference)."
-    return f"<h2>Does it know how sure it may be?</h2>{_note(first)}{figures}{table}{_note(found)}" + "".join(
-        map(_note, lines)
+    return f"<h2>Does it know how sure it may be?</h2>{html.note(first)}{figures}{table}{html.note(found)}" + "".join(
+        map(html.note, lines)
     )
 
 
@@ -187,15 +187,18 @@ def _surface(report: Report) -> str:
          percent(row["labels_prefer_more"]), f"{row['n']:,}"]
         for row in features
     ]  # fmt: skip
-    table = _table(["more ...", "rank correlation with score", "model prefers it", "labels prefer it", "pairs"], rows)
+    headers = ["more ...", "rank correlation with score", "model prefers it", "labels prefer it", "pairs"]
+    table = html.table((headers, rows))
     matched = report["surface"]["length_matched"]
     text = "No pair has responses of like length (within 10%)."
     if matched:
         text = f"On the {matched['n']:,} pairs of like length (within 10%): {with_interval(matched, 'accuracy')} right."
-    note = _note(f"Pairs that differ in the feature. A model far from its labels pays for the feature itself. {text}")
-    scatter = card_plots.score_and_length(points["characters"], points["scores"])
+    note = html.note(
+        f"Pairs that differ in the feature. A model far from its labels pays for the feature itself. {text}"
+    )
+    scatter = plots.score_and_length(points["characters"], points["scores"])
     return (
-        f"<h2>What it goes by</h2><div class=wide>{card_plots.preferences(features)}</div>{note}"
+        f"<h2>What it goes by</h2><div class=wide>{plots.preferences(features)}</div>{note}"
         f"<div class=grid><figure>{scatter}</figure><div>{table}</div></div>"
     )
 
@@ -210,9 +213,9 @@ def _sensitivity(report: Report) -> str:
         else:
             moved = [number(row[name]) for name in ("mean_change", "max_change")]
             rows.append([row["name"], *moved, percent(row["flips"]), f"{row['pairs']:,}"])
-    table = _table(["change", "mean move", "largest move", "pairs turned round", "pairs tried"], rows)
+    table = html.table((["change", "mean move", "largest move", "pairs turned round", "pairs tried"], rows))
     note = "Nothing that matters changes. Moves are in standard deviations of the score; all should be near 0."
-    return f"<h2>Does it change when nothing does?</h2>{_note(note)}{table}"
+    return f"<h2>Does it change when nothing does?</h2>{html.note(note)}{table}"
 
 
 def _best_of_n(report: Report) -> str:
@@ -220,13 +223,13 @@ def _best_of_n(report: Report) -> str:
     heading = "<h2>Over-optimisation: best of n</h2>"
     if not curve:
         text = "Not measured: name a second model, trained on other data (--second_model)."
-        return f"{heading}{_note(text)}"
+        return f"{heading}{html.note(text)}"
     rows = [
         [kind, number(row["n"]), f"{row['kl_nats']:.2f}", f"{row['proxy']:.2f}", f"{row['second']:.2f}"]
         for kind, key in (("a prompt's own responses", "per_prompt"), ("pool of all responses", "pool"))
         for row in curve[key]
     ]
-    table = _table(["best of", "n", "KL nats", "this model", "second model"], rows)
+    table = html.table((["best of", "n", "KL nats", "this model", "second model"], rows))
     second = curve["second_model"]
     note = (
         "Of n responses the one that this model likes best; what a second model says of it. Both climbing: what this "
@@ -235,7 +238,7 @@ def _best_of_n(report: Report) -> str:
         f"in standard deviations; prompts with enough responses: {curve['per_prompt_prompts']:,}. The pool takes out "
         "each prompt's mean and knows nothing of which prompt a response answers."
     )
-    return f"{heading}<div class=wide>{card_plots.best_of_n(curve)}</div>{_note(note)}{table}"
+    return f"{heading}<div class=wide>{plots.best_of_n(curve)}</div>{html.note(note)}{table}"
 
 
 def _most_wrong(report: Report) -> str:
@@ -243,16 +246,14 @@ def _most_wrong(report: Report) -> str:
     for row in report["most_wrong"]:
         turns = row["prompt"]
         asked = turns[-1]["content"] if len(turns) == 1 else "\n\n".join(f"{t['role']}: {t['content']}" for t in turns)
-        sides = "".join(
-            f"<div><h4>{label} <small>score {row[score]:.2f}</small></h4><pre>{_text(row[text])}</pre></div>"
-            for label, text, score in (
-                ("Labels prefer", "preferred", "score_preferred"), ("Model prefers", "rejected", "score_rejected")
-            )
-        )  # fmt: skip
-        cards.append(f"<article><pre class=prompt>{_text(asked)}</pre><div class=pair>{sides}</div></article>")
-    found = "".join(cards) or _note("None: every pair is right.")
+        answers = [
+            html.Answer(label, f"score {row[f'score_{key}']:.2f}", row[key])
+            for label, key in (("Labels prefer", "preferred"), ("Model prefers", "rejected"))
+        ]
+        cards.append(html.compared(asked, answers))
+    found = "".join(cards) or html.note("None: every pair is right.")
     note = "The widest margins on the wrong side, at most one per prompt. Wrong labels show here too."
-    return f"<h2>Most confidently wrong</h2>{_note(note) if cards else ''}{found}"
+    return f"<h2>Most confidently wrong</h2>{html.note(note) if cards else ''}{found}"
 
 
 # ------------------------------------------------------------------------------------------------- pieces
@@ -289,48 +290,3 @@ def _points(lead: Mapping[str, Any]) -> str:
 
 def _pairs(report: Report) -> str:
     return f"{report['n']:,} held-out pairs"
-
-
-def _note(text: str) -> str:
-    return f"<p class=note>{_text(text)}</p>"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in headers)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --dim: #666; --hot: #c2410c; }
-@media (prefers-color-scheme: dark) { :root { --dim: #a3a3a3; --hot: #fb923c; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.45rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
-h3 { font-size: 1rem; font-weight: 600; margin: 1.2rem 0 .2rem; }
-.short { padding-left: 1.2rem; } .note { margin: .3rem 0; color: var(--dim); overflow-wrap: anywhere; }
-.warning { border-left: 4px solid var(--hot); background: var(--soft); padding: .6rem 1rem; margin: 1rem 0; }
-.warning ul { margin: .3rem 0; padding-left: 1.2rem; }
-.wide { max-width: 760px; } figure { margin: 0; } svg { width: 100%; height: auto; font-family: inherit; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 1rem; align-items: start; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
-th { color: var(--dim); font-weight: 500; vertical-align: bottom; } :is(th, td):first-child { text-align: left; }
-article { border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0; padding: .2rem 1rem .6rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .3rem 0; }
-pre { max-height: 16rem; overflow-y: auto; } .prompt { font-weight: 500; } h4 { margin: .5rem 0 0; }
-small { color: var(--dim); font-weight: 400; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem; border-top: 1px solid var(--line); }
-@media (max-width: 700px) { .pair, .grid { grid-template-columns: 1fr; } }
-"""
-_SHELL = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>{style}</style></head>
-<body><h1>{title}</h1>
-{body}
-</body></html>
-"""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import short
+from rlhf.run.page import FIRST, INK, SECOND, WRONG, svg
 
-INK, MODEL, OTHER, WRONG = "#010203", "#3b82f6", "#e07b2e", "#c2410c"  # INK becomes the page's own text colour
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MODEL, OTHER = FIRST, SECOND
 
 
 def forest(rows: Sequence[Mapping[str, Any]], first: int = 0) -> str:
     """Accuracies with their intervals, one row each, in per cent; the first `first` rows in the model's colour (0: all
     rows). A dashed line at 50%."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for place, row in enumerate(rows):
             low, high = (100 * bound for bound in row["accuracy_ci"])
             color = MODEL if not first or place < first else OTHER
@@ -35,7 +38,7 @@ def forest(rows: Sequence[Mapping[str, Any]], first: int = 0) -> str:
 def reliability(raw: Mapping[str, Any], calibrated: Mapping[str, Any] | None) -> str:
     """Accuracy against confidence by bins; the area of a point is the number of its pairs."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         axes.plot([50, 100], [50, 100], color=INK, linewidth=0.9, linestyle="--", alpha=0.6, label="perfect")
         curves = [("as it is", MODEL, raw)]
         if calibrated is not None:
@@ -57,7 +60,7 @@ def reliability(raw: Mapping[str, Any], calibrated: Mapping[str, Any] | None) ->
 def differences(counts: Sequence[int], edges: Sequence[float]) -> str:
     """Histogram of score differences: the pairs left of 0 are wrong."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
             color = WRONG if (low + high) / 2 < 0 else MODEL
             axes.bar(low, count, width=0.94 * (high - low), align="edge", color=color)
@@ -71,7 +74,7 @@ def differences(counts: Sequence[int], edges: Sequence[float]) -> str:
 def score_and_length(characters: Sequence[int], scores: Sequence[float]) -> str:
     """One point a response."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         axes.scatter(characters, scores, s=9, color=MODEL, alpha=0.35, linewidths=0)
         axes.set_xlabel("response length (characters)")
         axes.set_ylabel("score")
@@ -83,7 +86,7 @@ def preferences(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of each feature, how often model and labels go for the response with more of it, and the way between them."""
     shown = [row for row in rows if row["model_prefers_more"] is not None]
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for place, row in enumerate(shown):
             model, labels = 100 * row["model_prefers_more"], 100 * row["labels_prefer_more"]
             axes.plot([labels, model], [place, place], color=INK, alpha=0.35, linewidth=2)
@@ -103,14 +106,15 @@ def preferences(rows: Sequence[Mapping[str, Any]]) -> str:
 def best_of_n(curve: Mapping[str, Any]) -> str:
     """Both models' scores of the best of n by the first, against KL."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for rows, style, where in ((curve["per_prompt"], "-", "a prompt's own"), (curve["pool"], ":", "pool of all")):
             kl = [row["kl_nats"] for row in rows]
             for name, color, who in (("proxy", MODEL, "this model"), ("second", OTHER, "second model")):
                 values = [row[name] for row in rows]
                 axes.plot(kl, values, style, marker="o", markersize=4, color=color, label=f"{who}, {where}")
             if rows and "second_ci" in rows[0]:
-                axes.fill_between(kl, *zip(*(row["second_ci"] for row in rows), strict=True), color=OTHER, alpha=0.18)
+                low, high = zip(*(row["second_ci"] for row in rows), strict=True)
+                axes.fill_between(kl, low, high, color=OTHER, alpha=0.18)
         for row in max(curve["per_prompt"], curve["pool"], key=len):
             axes.annotate(f"n={row['n']}", (row["kl_nats"], axes.get_ylim()[0]), fontsize=8, ha="center", va="bottom")
         axes.set_xlabel("KL of best-of-n from the policy (nats)")
@@ -118,27 +122,6 @@ def best_of_n(curve: Mapping[str, Any]) -> str:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
 
     return svg(draw, 7.2, 3.8)
-
-
-def svg(draw: Callable[[Any], None], width: float, height: float) -> str:
-    """One picture of so many inches; the same drawing makes the same text."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    inked = ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color")
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "card", "font.size": 9, **dict.fromkeys(inked, INK)}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
-        axes.set_axisbelow(True)
-        draw(axes)
-        text = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
-    picture = text.getvalue()
-    return picture[picture.index("<svg") :].replace(INK, "currentColor")
 
 
 def _label(text: str) -> str:

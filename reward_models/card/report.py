@@ -35,12 +35,12 @@ from reward_models.card.pairs import (
 )
 from reward_models.card.sensitivity import sensitivity
 from reward_models.card.surface import surface
+from rlhf.chat import Messages
 from rlhf.errors import InputError
 from rlhf.intervals import clustered_accuracy
 from rlhf.records import Ranking
 from rlhf.run.checkpoint import write_json_atomic
 
-Messages = list[dict[str, str]]
 Score = Callable[..., Sequence[float | None]]
 QUICK_PAIRS = 50
 """Sample for the sensitivity after training, where the report should take a small part of the training's time."""

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from reward_models.card.pairs import ScoredPairs
+from rlhf.chat import Messages
 from rlhf.errors import InputError
 
-Messages = list[dict[str, str]]
 Score = Callable[[list[Messages]], np.ndarray]
 ALONE = 32
 """Pairs whose responses are scored one by one, which is slow."""

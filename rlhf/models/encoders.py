@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -35,12 +35,13 @@ def prepare_tokenizer(tokenizer: Any, config: Any) -> None:
 
 
 def encoder_scores(
-    model: nn.Module, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+    model: nn.Module, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"]
 ) -> Float[Tensor, " B"]:
-    """Raw scores of whole sequences in float32, by the family's own head. Real tokens are moved to the front, where
+    """Score whole sequences by the family's own head, raw, in float32. Real tokens are moved to the front, where
     its positions count from, so that padding on either side gives the same scores."""
-    order = (1 - attention_mask.long()).argsort(dim=1, stable=True)
-    ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+    mask = attention_mask.long()
+    order = (1 - mask).argsort(dim=1, stable=True)
+    ids, mask = input_ids.gather(1, order), mask.gather(1, order)
     return model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
 
 

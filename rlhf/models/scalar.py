@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -173,18 +173,21 @@ def freeze_bias(model: Any) -> None:
 
 
 def last_token_scores(
-    model: PreTrainedModel | PeftModel, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"]
+    model: PreTrainedModel | PeftModel,
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"],
 ) -> Float[Tensor, "B"]:
-    """Raw scores at each row's last real position, found by the attention mask (pad may equal eos), in float32.
+    """Read raw scores at each row's last real position, found by the attention mask (pad may equal eos), in float32.
 
     Of an encoder: whatever position its own head reads, with padding masked."""
     if encoders.is_encoder(model.config):
         return encoders.encoder_scores(model, input_ids, attention_mask)
+    mask = attention_mask.long()
     hidden = backbone(model)(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False
+        input_ids=input_ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
     ).last_hidden_state
-    places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = torch.where(attention_mask.bool(), places, -1).amax(-1)
+    indices = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = torch.where(mask.bool(), indices, -1).amax(-1)
     return score_head(model)(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1).float()
 
 

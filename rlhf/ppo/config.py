@@ -139,14 +139,7 @@ class PPOConfig:
     """Check model, tokenizer, data and scores before the first update, and refuse what cannot be right."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "save_total_limit",
-            "updates",
-            "rollout_size",
-            "minibatch_size",
-            "inner_epochs",
-            "tokens_per_microbatch",
-        ):
+        for name in ("updates", "rollout_size", "minibatch_size", "inner_epochs", "tokens_per_microbatch"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("generation_batch_size", "max_prompt_tokens", "max_new_tokens", "kl_horizon", "save_total_limit"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")

@@ -20,7 +20,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from rlhf.errors import InputError, RunStopped
 
@@ -281,11 +281,17 @@ def _fingerprint(path: Path) -> list[Any]:
 # ---------------------------------------------------------------- random numbers
 
 
-def random_state(*generators: torch.Generator) -> dict[str, Any]:
-    """The state of torch's, NumPy's and Python's global generators and of the given ones.
+class RandomState(TypedDict):
+    """States of the global generators. ``torch.save`` writes it, ``torch.load(..., weights_only=True)`` reads it."""
 
-    Only tensors, numbers and tuples: ``torch.save`` it, ``torch.load(..., weights_only=True)`` reads it.
-    """
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: torch.Tensor
+    cuda: list[torch.Tensor]
+
+
+def random_state() -> RandomState:
+    """Take the state of torch's, NumPy's and Python's global generators."""
     import numpy as np
     import torch
 
@@ -295,21 +301,16 @@ def random_state(*generators: torch.Generator) -> dict[str, Any]:
         "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "generators": [generator.get_state() for generator in generators],
     }
 
 
-def restore_random_state(state: Mapping[str, Any], *generators: torch.Generator) -> None:
-    """Put back what ``random_state`` took, with the same number of generators in the same order."""
+def restore_random_state(state: RandomState) -> None:
+    """Put back what ``random_state`` took."""
     import numpy as np
     import torch
 
-    if len(generators) != len(state["generators"]):
-        raise ValueError(f"{len(state['generators'])} generators were saved, {len(generators)} were given")
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
     if len(state["cuda"]) == torch.cuda.device_count():  # another machine: its CUDA streams differ anyway
         torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
-    for generator, saved in zip(generators, state["generators"], strict=True):
-        generator.set_state(saved.cpu())

@@ -10,11 +10,15 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import InputError
 from rlhf.metrics import METRICS, left_healthy_range, read_metrics
-from rlhf.run.page import FIRST, INK, SECOND, SHELL, Table, html_table, svg, text
+from rlhf.run import page as html
+from rlhf.run.page import FIRST, INK, SECOND, Table, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVES = ("score", "kl_nats", "entropy_nats", "clip_fraction", "response_tokens", "explained_variance")
 FROM_ZERO = ("kl_nats", "entropy_nats", "clip_fraction", "response_tokens")
@@ -224,39 +228,32 @@ def _page(
     advice: Sequence[str],
     samples: Sequence[Mapping[str, Any]],
 ) -> str:
-    sections = [html_table(headline(summary), "headline")]
-    sections.append("".join(f"<p class=note>{text(line)}</p>" for line in notes(summary)))
+    policies = headline(summary)
+    sections = [html.table(policies, "headline") if policies[1] else html.note("No evaluation yet.")]
+    sections += map(html.note, notes(summary))
     if advice:
-        items = "".join(f"<li>{text(line)}</li>" for line in advice)
-        heading = "<strong>Outside the healthy range at the end</strong>"
-        sections.append(f"<div class=warning>{heading}<ul>{items}</ul></div>")
+        sections.append(html.warning("Outside the healthy range at the end", advice))
     if rows:
         curves = "".join(_curve(name, rows) for name in CURVES)
         sections.append(f"<h2>PPO, update by update</h2><div class=grid>{curves}</div>")
-        sections.append("<p class=note>Dashed: the edge of the healthy range.</p>")
+        sections.append(html.note("Dashed: the edge of the healthy range."))
         sections.append(f"<h2>Score against KL</h2><div class=wide>{_frontier(rows, summary)}</div>")
-    for heading, table in (("Gold score", gold_parts(summary)), ("Families of prompts", families(summary)),
-                           ("Stages", stage_results(summary))):  # fmt: skip
-        if table[1]:
-            sections.append(f"<h2>{heading}</h2>{html_table(table)}")
+    for heading, content in (("Gold score", gold_parts(summary)), ("Families of prompts", families(summary)),
+                             ("Stages", stage_results(summary))):  # fmt: skip
+        if content[1]:
+            sections.append(f"<h2>{heading}</h2>{html.table(content)}")
     if samples:
         sections.append("<h2>Samples before and after PPO</h2>" + "".join(map(_sample, samples)))
-    return SHELL.format(title=text(title), body="\n".join(sections))
+    return html.page(title, "\n".join(sections))
 
 
 def _sample(row: Mapping[str, Any]) -> str:
-    family = f"<span class=tag>{text(row['family'])}</span>" if row.get("family") else ""
-    sides = []
+    answers = []
     for name in ("sft", "ppo"):
-        scores = " · ".join(
-            f"{_words(measure)} {number(row[f'{measure}_{name}'])}"
-            for measure in ("score", "gold_score", "judge_score")
-            if row.get(f"{measure}_{name}") is not None
-        )
-        said = text(row.get(name, "")) or "<em>(empty)</em>"
-        sides.append(f"<div><h4>{name.upper()} <small>{scores}</small></h4><pre>{said}</pre></div>")
-    prompt = f"<pre class=prompt>{family}{text(row.get('prompt', ''))}</pre>"
-    return f"<article>{prompt}<div class=pair>{''.join(sides)}</div></article>"
+        scores = {measure: row.get(f"{measure}_{name}") for measure in ("score", "gold_score", "judge_score")}
+        facts = [f"{_words(measure)} {number(score)}" for measure, score in scores.items() if score is not None]
+        answers.append(html.Answer(name.upper(), " · ".join(facts), str(row.get(name, ""))))
+    return html.compared(str(row.get("prompt", "")), answers, str(row.get("family") or ""))
 
 
 # ---------------------------------------------------------------- curves
@@ -268,11 +265,11 @@ def _curve(name: str, rows: Sequence[Mapping[str, float]]) -> str:
         return ""
     metric = METRICS[name]
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         steps, values = zip(*points, strict=True)
         marker = "o" if len(points) < 40 else None
         axes.plot(steps, values, color=FIRST, linewidth=1.6, marker=marker, markersize=2.5, clip_on=False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params("x", integer=True)
         if name in FROM_ZERO:
             axes.set_ylim(bottom=min(0.0, *values))
         low, high = axes.get_ylim()
@@ -281,8 +278,8 @@ def _curve(name: str, rows: Sequence[Mapping[str, float]]) -> str:
                 axes.axhline(bound, color=SECOND, linewidth=1, linestyle="--")
         axes.set_xlabel("update")
 
-    unit = "" if metric.unit == name else text(metric.unit)
-    caption = f"<figcaption><strong>{name}</strong> {unit}<br>{text(metric.meaning)}</figcaption>"
+    unit = "" if metric.unit == name else html.text(metric.unit)
+    caption = f"<figcaption><strong>{name}</strong> {unit}<br>{html.text(metric.meaning)}</figcaption>"
     return f"<figure>{svg(draw, 4.0, 2.4)}{caption}</figure>"
 
 
@@ -296,11 +293,13 @@ def _frontier(rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -
     if not points:
         return ""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         kl, score = zip(*points, strict=True)
         axes.plot(kl, score, color=FIRST, linewidth=1, alpha=0.5)
-        shade = {"c": range(len(points)), "cmap": "Blues", "edgecolors": FIRST, "linewidths": 0.6}
-        axes.scatter(kl, score, s=16, label="PPO updates, darker is later", **shade)
+        axes.scatter(
+            kl, score, s=16, label="PPO updates, darker is later",
+            c=range(len(points)), cmap="Blues", edgecolors=FIRST, linewidths=0.6,
+        )  # fmt: skip
         for (name, entry), marker in zip(_policies(summary).items(), "s^Dv*", strict=False):
             if entry.get("score") is not None and entry.get("kl_nats") is not None:
                 label = f"{_label(name, entry)}, held out"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError
+from rlhf.padding import pad
 from rlhf.records import Demonstration
 
 logger = logging.getLogger("rlhf")
@@ -41,16 +41,9 @@ class Collator:
     pad_id: int
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-
-        def padded(values: Iterator[list[int]], fill: int) -> Tensor:
-            return torch.tensor([value + [fill] * (length - len(value)) for value in values])
-
-        return {
-            "input_ids": padded((list(row["input_ids"]) for row in rows), self.pad_id),
-            "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
-            "labels": padded((list(row["labels"]) for row in rows), IGNORED),
-        }
+        input_ids, mask = pad([row["input_ids"] for row in rows], self.pad_id)
+        labels, _ = pad([row["labels"] for row in rows], IGNORED)
+        return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
 
 
 def encode_demonstrations(

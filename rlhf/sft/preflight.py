@@ -26,7 +26,6 @@ from rlhf.preflight.measure import (
 from rlhf.preflight.measure import check_gradients as gradients_of
 from rlhf.preflight.run import conclude, run_checks, untouched
 from rlhf.preflight.text import IGNORED
-from rlhf.sft import preflight as on_sft
 
 
 def check_padding(trainer: Any) -> Finding:
@@ -105,8 +104,8 @@ def sft_findings(trainer: Any) -> Iterator[list[Finding]]:
     with untouched(model):
         model.eval()
         findings = run_checks(
-            ("padding", lambda: on_sft.check_padding(trainer)),
-            ("gradients", lambda: on_sft.check_gradients(trainer)),
-            ("precision", lambda: on_sft.check_precision(trainer)),
+            ("padding", lambda: check_padding(trainer)),
+            ("gradients", lambda: check_gradients(trainer)),
+            ("precision", lambda: check_precision(trainer)),
         )
     yield findings

@@ -19,7 +19,6 @@ from transformers import (
     RobertaModel,
 )
 
-from reward_models.encoding import pad_right
 from reward_models.scoring import RewardModel, conversation
 from reward_models.trainer import RewardConfig, RewardTrainer
 from rlhf import chat
@@ -28,6 +27,7 @@ from rlhf.models import encoders
 from rlhf.models import loading as models
 from rlhf.models.adapters import backbone
 from rlhf.models.scalar import last_token_scores, new_scalar_model
+from rlhf.padding import pad
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.inputs import value_start
 from rlhf.records import Ranking
@@ -149,8 +149,8 @@ def test_padding_on_either_side_changes_nothing(folder, tmp_path, name):
     tokenizer = models.load_tokenizer(folder(name))
     ids = [chat.encode_conversation(tokenizer, messages)[0] for messages in CONVERSATIONS[:6]]
     with torch.no_grad():
-        alone = torch.cat([last_token_scores(model, *pad_right([row], 0)) for row in ids])
-        right, mask = pad_right([*ids, [7] * 44], 0)
+        alone = torch.cat([last_token_scores(model, *pad([row], 0)) for row in ids])
+        right, mask = pad([*ids, [7] * 44], 0)
         both = [last_token_scores(model, right, mask)[:6]]
         shift = [torch.tensor([0] * (44 - len(row)) + row) for row in ids]
         both.append(last_token_scores(model, torch.stack(shift), (torch.stack(shift) != 0).long()))

@@ -575,11 +575,6 @@ def test_pairs_and_outcomes(case):
     pairs = list(zip(better.tolist(), worse.tolist(), strict=True))
     assert len(pairs) == len(expected)
     assert dict(zip(pairs, ours.tolist(), strict=True)) == expected
-    accuracy = losses.pair_accuracy(case.scores, case.ranks, **case.tensors())
-    if pairs:
-        near(accuracy, np.mean(list(expected.values())), 1.0)
-    else:
-        assert accuracy.isnan()
 
 
 @holds(case=rankings(), count=st.sampled_from([None, 2, 0.5]))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from reward_models.encoding import pad_right
 from reward_models.scoring import RewardModel, conversation, length_batches, score_sequences
 from rlhf import chat
 from rlhf.errors import InputError
@@ -116,12 +115,6 @@ def test_length_batches_by_hand():
     assert list(length_batches([2, 9, 3, 4, 1], 9)) == [[1], [3, 2], [0, 4]]
     assert list(length_batches([5, 6], 1)) == [[1], [0]]
     assert list(length_batches([], 10)) == []
-
-
-def test_pad_right_by_hand():
-    ids, mask = pad_right([[1, 2], [3]], 9)
-    assert ids.tolist() == [[1, 2], [3, 9]]
-    assert mask.tolist() == [[1, 1], [1, 0]]
 
 
 def test_a_conversation_without_a_response_is_refused(reward_folder):

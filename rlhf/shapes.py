@@ -1,0 +1,291 @@
+"""The shapes of rows that people already have, recognised and turned into the fields of our records.
+
+Shapes, a row each (extra columns are kept):
+
+* rankings: trl's preference formats, `prompt`/`chosen`/`rejected` as text or messages, with the prompt left implicit
+  if you like (what both share); Anthropic HH's ``"\\n\\nHuman: ...\\n\\nAssistant: ..."`` strings; K responses with
+  ties, ``{"prompt": ..., "responses": [...], "ranks": [...]}`` (a smaller rank is better).
+* demonstrations: `messages`; `prompt`/`completion`.
+* prompts: `prompt`; of any of the above, the prompt.
+
+Every mistake is an `InputError` of one line: field: what was seen; what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from rlhf.chat import Messages
+from rlhf.errors import InputError
+from rlhf.sources import show, wrong
+
+ROLES = ("system", "user", "assistant")
+_FIELDS = ("prompt", "chosen", "rejected", "responses", "ranks", "completion", "messages")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+Row = dict[str, Any]
+"""A JSON object; what its fields hold is to be checked."""
+
+
+class Unusable(Exception):
+    """A row that is left out and counted: a known flaw of a public data set, not the user's mistake."""
+
+
+class RankingFields(NamedTuple):
+    prompt: Messages
+    responses: tuple[str, ...]
+    ranks: tuple[float, ...]
+    columns: Row
+
+
+class DemonstrationFields(NamedTuple):
+    messages: Messages
+    trained_from: int
+    columns: Row
+
+
+class PromptFields(NamedTuple):
+    messages: Messages
+    columns: Row
+    text: bool = False
+
+
+# --- one row: its shape ---------------------------------------------------------------------------------------------
+
+
+def is_ranking(row: object) -> bool:
+    """Tell a row of preferences, complete or not."""
+    return isinstance(row, dict) and any(row.get(name) is not None for name in ("chosen", "rejected", "responses"))
+
+
+def ranking_fields(row: object) -> RankingFields:
+    """Read a row of preferences. Identical responses get equal ranks."""
+    row = _as_row(row, "prompt, chosen and rejected, or prompt, responses and ranks")
+    columns = _extra(row)
+    if row.get("responses") is not None:
+        responses, ranks = _need(row, "responses"), _need(row, "ranks")
+        for name, value in (("responses", responses), ("ranks", ranks)):
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise wrong(name, f"got {show(value)}", "write a list")
+        return RankingFields(_as_prompt(_need(row, "prompt")), tuple(responses), tuple(ranks), columns)
+    if row.get("chosen") is None:
+        _refuse_near_miss(row, "responses")
+    chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
+    prompt, better, worse = _shared_prompt(row, chosen, rejected)
+    return RankingFields(prompt, (better, worse), (1, 1) if better == worse else (1, 2), columns)
+
+
+def demonstration_fields(row: object) -> DemonstrationFields:
+    """Read a conversation, or a prompt and what completes it."""
+    row = _as_row(row, "prompt and completion, or messages")
+    columns = _extra(row)
+    if row.get("messages") is not None:
+        return DemonstrationFields(_as_messages(row["messages"], "messages"), 0, columns)
+    if row.get("completion") is None and row.get("prompt") is None:
+        _need(row, "messages")
+    prompt, completion = _as_prompt(_need(row, "prompt")), _need(row, "completion")
+    if isinstance(completion, str):
+        turns = [{"role": "assistant", "content": _text(completion, "completion")}]
+    else:
+        turns = _as_messages(completion, "completion")
+    return DemonstrationFields(prompt + turns, len(prompt), columns)
+
+
+def prompt_fields(row: object) -> PromptFields:
+    """Read a row's prompt: its own, or that of a demonstration or ranking."""
+    row = _as_row(row, "prompt")
+    if row.get("prompt") is None:
+        _refuse_near_miss(row, "prompt")
+        if row.get("messages") is not None:
+            turns = _as_messages(row["messages"], "messages")
+            return PromptFields(turns[:-1] if turns[-1]["role"] == "assistant" else turns, _extra(row))
+        if is_ranking(row):
+            fields = ranking_fields(row)
+            return PromptFields(fields.prompt, fields.columns)
+    value = _need(row, "prompt")
+    return PromptFields(_as_prompt(value), _extra(row), isinstance(value, str) and not _is_hh(value))
+
+
+def _shared_prompt(row: Row, chosen: object, rejected: object) -> tuple[Messages, str, str]:
+    """A preference row's prompt, given or shared by both, and the two responses."""
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise wrong("rejected", f"got {show(rejected)}", "write it as chosen is: both text, or both messages")
+    if row.get("prompt") is not None:
+        given = row["prompt"]
+        prompt = _as_prompt(given)
+        return prompt, _response(chosen, "chosen", prompt, given), _response(rejected, "rejected", prompt, given)
+    _refuse_near_miss(row, "prompt")
+    if isinstance(chosen, str) and isinstance(rejected, str) and not _is_hh(chosen):
+        return _shared_text(chosen, rejected)
+    better, worse = _turns(chosen, "chosen"), _turns(rejected, "rejected")
+    count = _shared_turns(better, worse)
+    for name, tail in (("chosen", better[count:]), ("rejected", worse[count:])):
+        if len(tail) != 1 or tail[0]["role"] != "assistant":
+            seen = f"{len(tail)} turns after the {count} that both share"
+            raise wrong(name, seen, "chosen and rejected may differ in their last assistant turn only")
+    if count == 0:
+        raise wrong("prompt", "there is none and chosen and rejected share no turn", "add a prompt field")
+    return better[:count], better[count]["content"], worse[count]["content"]
+
+
+def _shared_turns(chosen: Messages, rejected: Messages) -> int:
+    if chosen == rejected:
+        return len(chosen) - 1
+    same = [a == b for a, b in zip(chosen, rejected, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
+    """trl's implicit prompt for text: the common prefix up to the last white space (or all, for identical texts)."""
+    _text(chosen, "chosen"), _text(rejected, "rejected")
+    same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    prefix = chosen[: min(len(chosen), len(rejected)) if same is None else same]
+    end = max((m.end() for m in re.finditer(r"\s+", prefix)), default=0)
+    if chosen == rejected or not prefix[:end].strip():
+        raise wrong("prompt", "there is none and chosen and rejected begin differently or are the same text",
+                     "add a prompt field")  # fmt: skip
+    return [{"role": "user", "content": prefix[:end].strip()}], chosen[end:], rejected[end:]
+
+
+def _response(value: object, name: str, prompt: Messages, raw_prompt: object) -> str:
+    """A response beside a given prompt: text, or messages which may begin with the prompt again."""
+    if isinstance(value, str):
+        if isinstance(raw_prompt, str) and _is_hh(raw_prompt):
+            value = value.removeprefix(raw_prompt).strip()
+        return _text(value, name)
+    turns = _as_messages(value, name)
+    if turns[: len(prompt)] == prompt:
+        turns = turns[len(prompt) :]
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        raise wrong(name, f"{len(turns)} turns after the prompt", "write one assistant turn")
+    return turns[0]["content"]
+
+
+def _turns(value: object, name: str) -> Messages:
+    if not isinstance(value, str):
+        return _as_messages(value, name)
+    if not _is_hh(value):
+        raise wrong(name, f"got {show(value)}", "begin it with '\\n\\nHuman: ' as in the other column")
+    turns = _parse_hh(value)
+    if turns[-1]["role"] != "assistant":
+        raise wrong(name, "the last turn is Human's", "end it with '\\n\\nAssistant: ...'")
+    if not turns[-1]["content"]:
+        raise Unusable("an empty reply")  # 0.1% of the published HH rows
+    return check_messages(turns, name)
+
+
+def _is_hh(text: str) -> bool:
+    return bool(_HH_TURN.match(text))
+
+
+def _parse_hh(text: str) -> Messages:
+    """HH's dialogue string to messages; two turns of one speaker in a row (0.2% of the rows) become one."""
+    parts = _HH_TURN.split(text)[1:]
+    turns: Messages = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        role, content = ("user" if speaker == "Human" else "assistant"), content.strip()
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
+        else:
+            turns.append({"role": role, "content": content})
+    return turns
+
+
+# --- one field ------------------------------------------------------------------------------------------------------
+
+
+def _as_row(row: object, wanted: str) -> Row:
+    if not isinstance(row, dict):
+        raise InputError(f"got {show(row)}; write an object with {wanted}")
+    return row
+
+
+def _extra(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in _FIELDS}
+
+
+def _refuse_near_miss(row: Row, name: str) -> None:
+    near = get_close_matches(name, [str(k) for k in row if k not in _FIELDS], n=1, cutoff=0.75)
+    if near:
+        raise wrong(name, f"missing, but there is {near[0]!r}", f"rename {near[0]!r} to {name!r}")
+
+
+def _need(row: Row, name: str) -> Any:
+    if row.get(name) is None:
+        _refuse_near_miss(row, name)
+        seen = "got null" if name in row else f"missing; the fields are {', '.join(map(str, row)) or '(none)'}"
+        raise wrong(name, seen, f"add {name!r} to the row")
+    return row[name]
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise wrong(name, f"got {show(value)}", "write text")
+    if not value.strip():
+        raise wrong(name, f"got empty text {show(value)}", "write some text or take the row out")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise wrong(name, f"half a character at {error.start} (a lone surrogate)", "repair the text") from None
+    return value
+
+
+def check_texts(values: tuple[str, ...], name: str) -> None:
+    """Refuse a text that is none, or empty."""
+    for n, value in enumerate(values):
+        _text(value, f"{name}[{n}]")
+
+
+def check_messages(messages: object, name: str) -> Messages:
+    """Return a conversation that is one: a list of {role, content}, roles known, contents not empty."""
+    if not isinstance(messages, list) or not messages:
+        raise wrong(name, f"got {show(messages)}", "write text or a list of messages")
+    for n, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise wrong(f"{name}[{n}]", f"got {show(message)}", "write {'role': ..., 'content': ...}")
+        if message["role"] not in ROLES:
+            near = get_close_matches(str(message["role"]), ROLES, n=1, cutoff=0.5)
+            todo = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ROLES)}"
+            raise wrong(f"{name}[{n}].role", f"got {show(message['role'])}", todo)
+        _text(message["content"], f"{name}[{n}].content")
+    return messages
+
+
+def check_prompt(messages: object, name: str) -> Messages:
+    """Return a conversation that the assistant is to answer."""
+    turns = check_messages(messages, name)
+    if turns[-1]["role"] == "assistant":
+        raise wrong(name, "the last turn is 'assistant'", "end a prompt with a user turn")
+    return turns
+
+
+def _as_messages(value: object, name: str) -> Messages:
+    """Messages with role and content only; content in parts is joined if all parts are text."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise wrong(name, f"got {show(value)}", "write a list of messages")
+    turns = []
+    for n, message in enumerate(value):
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if isinstance(message, dict) and message.get("tool_calls"):
+            raise wrong(f"{name}[{n}].tool_calls", "tools aren't supported", "write the turn as text")
+        known = isinstance(message, dict) and {"role", "content"} <= message.keys()
+        turns.append({"role": message["role"], "content": content} if known else message)
+    return check_messages(turns, name)
+
+
+def _as_prompt(value: object) -> Messages:
+    if not isinstance(value, str):
+        turns = _as_messages(value, "prompt")
+    elif _is_hh(value):
+        turns = _parse_hh(value)
+        if turns[-1] == {"role": "assistant", "content": ""}:
+            turns = turns[:-1]
+    else:
+        turns = [{"role": "user", "content": _text(value, "prompt")}]
+    return check_prompt(turns, "prompt")

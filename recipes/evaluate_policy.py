@@ -73,7 +73,7 @@ class EvaluationConfig:
     tokens_per_microbatch: int = 16384
     """Memory only."""
     bf16: bool | None = None
-    """Run every model in bfloat16; null: on a GPU that has it."""
+    """Run every model in bfloat16; null: where the hardware is fast at it."""
     samples: int = 40
     """Prompts whose responses are written side by side to samples.jsonl."""
     overwrite: bool = False

@@ -48,7 +48,7 @@ class ReportConfig:
     tokens_per_microbatch: int = 16384
     """Memory only."""
     bf16: bool | None = None
-    """Score in bfloat16; null: on a GPU that has it."""
+    """Score in bfloat16; null: where the hardware is fast at it."""
 
     def __post_init__(self) -> None:
         if self.sensitivity_pairs < 0:

@@ -105,9 +105,9 @@ def score_functions(config: PPORecipe) -> list[Any]:
     """Everything that scores a response, in the order of reward_weights."""
     from reward_models import RewardClient, RewardModel
     from reward_models.grader import RubricGrader
-    from rlhf.run.precision import ppo_dtype
+    from rlhf.run.precision import compute_dtype
 
-    dtype = ppo_dtype(config.bf16)
+    dtype = compute_dtype(config.bf16)
     functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model, dtype=dtype)]
     functions += [
         RewardClient(spec) if spec.startswith(("http://", "https://")) else configs.import_function(spec)

@@ -71,12 +71,12 @@ def ppo(config: Any, scratch: str) -> Phases:
     check_model(str(config.model), ("base", "sft", "ppo"))
     from reward_models import RewardModel
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.run.precision import ppo_dtype
+    from rlhf.run.precision import compute_dtype
 
     functions: list[Any] = []
     if config.reward_model:
         check_model(config.reward_model, ("reward_model", "judge"))
-        functions.append(RewardModel.load(config.reward_model, dtype=ppo_dtype(config.bf16)))
+        functions.append(RewardModel.load(config.reward_model, dtype=compute_dtype(config.bf16)))
     functions += [configs.import_function(spec) for spec in config.reward_functions or []]
     trainer = PPOTrainer(
         str(config.model),

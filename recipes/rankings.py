@@ -21,7 +21,7 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
 from rlhf.run import console
-from rlhf.run.precision import default_dtype
+from rlhf.run.precision import compute_dtype
 
 console.quiet()
 
@@ -50,6 +50,8 @@ class DataConfig:
     """Sampled responses that are ranked together."""
     max_new_tokens: int = 128
     """Longest sampled response."""
+    bf16: bool | None = None
+    """Sample in bfloat16; null: where the hardware is fast at it."""
     max_row_chars: int | None = None
     """Leave out rankings whose prompt and longest response have more characters; counted in the log."""
     held_out_fraction: float = 0.1
@@ -122,7 +124,7 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.comparisons]
     tokenizer = models.load_tokenizer(model)
-    policy = models.load_policy(model, dtype=default_dtype())
+    policy = models.load_policy(model, dtype=compute_dtype(config.bf16))
     label = configs.import_function(str(config.labeler))
     begin()
     device = "cuda" if torch.cuda.is_available() else "cpu"

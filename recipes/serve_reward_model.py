@@ -44,7 +44,7 @@ class ServeRecipe(ServerConfig):
     allow_no_token: bool = False
     """Let everybody in who reaches a host other than this machine itself."""
     bf16: bool | None = None
-    """Score in bfloat16; null: on a GPU that has it."""
+    """Score in bfloat16; null: where the hardware is fast at it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.errors import InputError, require_divides
-from rlhf.run.precision import use_bf16
 from rlhf.run.trl_arguments import training_arguments
 
 if TYPE_CHECKING:
@@ -74,7 +73,8 @@ class RewardConfig:
     report_to: list[str] | None = None
     """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
     bf16: bool | None = None
-    """Compute in bfloat16 (weights stay float32); null: on a GPU that has it."""
+    """Compute in bfloat16 (weights stay float32); null: where the hardware is fast at it (GPUs, CPUs with AVX512-BF16
+    or AMX); the log says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth slower."""
     preflight: bool = True
@@ -122,8 +122,6 @@ def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if config.lr_schedule == "cosine" else {},
         eval_strategy="steps" if evaluate and config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
-        bf16=use_bf16(config.bf16),
-        report_to=config.report_to or [],
         max_length=None,  # over-long rankings are counted and left out by encode_rankings
         disable_dropout=False,  # done by _reward_model, which spares a LoRA adapter's
         remove_unused_columns=False,

@@ -40,6 +40,7 @@ from rlhf.padding import position_ids
 from rlhf.records import Ranking, check_disjoint, read_demonstrations, read_rankings
 from rlhf.run import distributed as sharding
 from rlhf.run.callbacks import Babysitter, attach
+from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
 from rlhf.sft.data import real_rows
 
@@ -103,6 +104,7 @@ class RewardTrainer(trl.RewardTrainer):
             raise InputError("keep_best needs held-out losses to choose by: give an eval_dataset")
         if config.label_smoothing and any(encoded["margin"]):
             raise InputError(f"label_smoothing={config.label_smoothing}: not with a `margin` column")
+        log_choice(config.bf16)
         self.config = config
         self._tokenizer = tokenizer
         self.normalizer = ScoreNormalizer()

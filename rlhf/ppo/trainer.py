@@ -74,9 +74,8 @@ class PPOTrainer:
         self.processing_class = tokenizer = inputs.policy_tokenizer(model, processing_class)
         self.prompts, self.prompt_ids = inputs.prompts_of("train_dataset", train_dataset, tokenizer, args)
         self.eval_prompts, self.eval_prompt_ids = inputs.prompts_of("eval_dataset", eval_dataset, tokenizer, args)
-        dtype = precision.ppo_dtype(args.bf16)
-        if args.bf16 is None:
-            log.info("precision: %s", precision.explained())
+        dtype = precision.compute_dtype(args.bf16)
+        precision.log_choice(args.bf16)
         callback_args = callback_arguments(args)  # before Accelerator: transformers resets its state
         self.accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
         self.device = self.accelerator.device

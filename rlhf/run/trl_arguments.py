@@ -6,7 +6,7 @@ import os
 from typing import Any, TypeVar
 
 from rlhf.errors import require_divides
-from rlhf.run.precision import use_bf16
+from rlhf.run.precision import compute_dtype
 
 Arguments = TypeVar("Arguments")
 
@@ -30,8 +30,7 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
 
     ``batch_size`` counts rows per optimizer step over all processes, ``microbatch_size`` rows per forward on
     one: gradient accumulation is what lies between. A ``warmup_fraction`` below 1 is a share of all steps
-    (transformers reads ``warmup_steps`` that way). bf16 where CUDA has it unless the config says otherwise.
-    ``extra`` overrides anything.
+    (transformers reads ``warmup_steps`` that way). ``extra`` overrides anything.
     """
     import torch
 
@@ -47,7 +46,7 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
         values["report_to"] = list(values["report_to"] or [])
     on_cuda = torch.cuda.is_available()
     values |= {
-        "bf16": use_bf16(getattr(config, "bf16", "auto")),
+        "bf16": compute_dtype(config.bf16) == torch.bfloat16,
         "use_cpu": not on_cuda,
         "dataloader_pin_memory": on_cuda,
         "disable_tqdm": True,

@@ -49,7 +49,8 @@ class SFTConfig:
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about 20% slower."""
     bf16: bool | None = None
-    """Compute in bfloat16; None: where the GPU can."""
+    """Compute in bfloat16 (weights that are trained stay float32); null: where the hardware is fast at it (GPUs, CPUs
+    with AVX512-BF16 or AMX); the log says."""
     logging_steps: int = 10
     """Optimizer steps between two logged lines."""
     eval_steps: int = 0

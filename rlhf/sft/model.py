@@ -14,7 +14,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
 from rlhf.models.loading import load_policy, load_tokenizer
-from rlhf.run.precision import use_bf16
+from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
 
 
@@ -32,8 +32,7 @@ def prepare_model(
     adapter: Any = peft_config or lora_config(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
     )
-    light = adapter is not None and use_bf16(config.bf16)
-    policy: Any = load_policy(model, dtype=torch.bfloat16 if light else torch.float32)
+    policy: Any = load_policy(model, dtype=torch.float32 if adapter is None else compute_dtype(config.bf16))
     if isinstance(policy, PeftModel) and adapter is not None:
         raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
     if config.dropout is not None:

@@ -26,6 +26,7 @@ from rlhf.errors import InputError, RunStopped, short
 from rlhf.models.adapters import base_model
 from rlhf.records import check_disjoint, read_demonstrations
 from rlhf.run.callbacks import Babysitter, attach
+from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sft.config import SFTConfig
@@ -75,6 +76,7 @@ class SFTTrainer(trl.SFTTrainer):
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
         model, peft_config = prepare_model(model, tokenizer, config, peft_config)
+        log_choice(config.bf16)
         self.config = config
         self.first_demonstrations = train[:64]  # preflight compares a few with what is trained
         self._forward: dict[str, Any] = {}
@@ -225,5 +227,4 @@ def trl_arguments(config: SFTConfig, *, evaluate: bool) -> trl.SFTConfig:
         max_length=None,
         eval_strategy=("steps" if config.eval_steps else "epoch") if evaluate else "no",
         eval_steps=config.eval_steps or None,
-        report_to=config.report_to or [],
     )

@@ -1,4 +1,4 @@
-"""Which precision PPO computes in, and what stays float32."""
+"""Which precision every stage computes in, and what stays float32."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch
 from reference.ppo_runs import make, prepared
 from reference.tiny_chain import chain
 
+from reward_models.config import RewardConfig
+from reward_models.config import trl_arguments as reward_arguments
 from rlhf.padding import make_batch
 from rlhf.run import precision
+from rlhf.sft.config import SFTConfig
+from rlhf.sft.trainer import trl_arguments as sft_arguments
 
 FOUND = "a CPU that has it"
 
@@ -26,11 +30,27 @@ def hardware(monkeypatch):
 
 
 @pytest.mark.parametrize("found", [None, FOUND])
+def test_fine_tuning_and_reward_models_follow_the_same_rule(hardware, tmp_path, caplog, found):
+    hardware(found)
+    for make, arguments in ((SFTConfig, sft_arguments), (RewardConfig, reward_arguments)):
+        chosen = [arguments(make(output_dir=str(tmp_path), bf16=x), evaluate=False).bf16 for x in (None, True, False)]
+        assert chosen == [found is not None, True, False]
+
+
+def test_what_the_hardware_decides_is_logged_once_asked(hardware, caplog):
+    hardware(FOUND)
+    with caplog.at_level(logging.INFO, "rlhf"):
+        for setting in (True, False, None):
+            precision.log_choice(setting)
+    assert caplog.messages == [f"precision: bfloat16 autocast ({FOUND}); bf16: false computes in float32"]
+
+
+@pytest.mark.parametrize("found", [None, FOUND])
 @pytest.mark.parametrize(("setting", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_setting_wins_over_the_hardware_and_needs_no_word(hardware, caplog, setting, expected, found):
     hardware(found)
     with caplog.at_level(logging.INFO, "rlhf"):
-        assert precision.ppo_dtype(setting) == expected
+        assert precision.compute_dtype(setting) == expected
     assert not caplog.records
 
 
@@ -43,7 +63,7 @@ def test_a_setting_wins_over_the_hardware_and_needs_no_word(hardware, caplog, se
 )
 def test_without_a_setting_the_hardware_decides_and_what_is_logged(hardware, found, expected, line):
     hardware(found)
-    assert precision.ppo_dtype(None) == expected
+    assert precision.compute_dtype(None) == expected
     assert f"precision: {precision.explained()}" == line
 
 

@@ -32,8 +32,10 @@ def hardware(monkeypatch):
 @pytest.mark.parametrize("found", [None, FOUND])
 def test_fine_tuning_and_reward_models_follow_the_same_rule(hardware, tmp_path, caplog, found):
     hardware(found)
-    for make, arguments in ((SFTConfig, sft_arguments), (RewardConfig, reward_arguments)):
-        chosen = [arguments(make(output_dir=str(tmp_path), bf16=x), evaluate=False).bf16 for x in (None, True, False)]
+    for settings, arguments in ((SFTConfig, sft_arguments), (RewardConfig, reward_arguments)):
+        chosen = [
+            arguments(settings(output_dir=str(tmp_path), bf16=x), evaluate=False).bf16 for x in (None, True, False)
+        ]
         assert chosen == [found is not None, True, False]
 
 

@@ -1,0 +1,176 @@
+"""Requests that wait for one thread that scores: first come, first served, joined while they fit one forward."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from rlhf.chat import Messages
+from rlhf.errors import InputError, short
+
+logger = logging.getLogger(__name__)
+
+Scorer = Callable[[list[Messages]], Sequence[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What a scoring server takes on."""
+
+    max_queue: int = 256
+    """Requests taken on at a time (being read, waiting, being scored); one more is answered 503."""
+    max_conversations: int = 1024
+    """Conversations in one request."""
+    max_body_bytes: int = 16 * 1024 * 1024
+    """Size of one request; max_queue times as much memory may be needed."""
+    max_body_seconds: float = 30.0
+    """How long a client may take to send its request."""
+    max_batch_tokens: int = 16384
+    """Padded tokens per forward: a memory setting, and the longest conversation."""
+    join_requests: bool = True
+    """Score requests of several clients in one forward; false: a score never depends on other requests, by no bit."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_queue", "max_conversations", "max_body_bytes", "max_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.max_body_seconds > 0:
+            raise InputError(f"max_body_seconds={self.max_body_seconds} must be above 0")
+
+
+class Refused(Exception):
+    """An answer other than 200: its status and one line."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(short(message, 500))
+        self.status = status
+
+
+class _Job:
+    """One request on its way through the thread."""
+
+    def __init__(self, conversations: list[Messages]) -> None:
+        self.conversations = conversations
+        self.lengths: list[int] = []
+        self.scores: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+
+
+class ScoringQueue:
+    """Requests, first come first served, in batches for one thread. All else runs on the event loop."""
+
+    def __init__(self, scorer: Scorer, count_tokens: Callable[[Messages], int], config: ServerConfig) -> None:
+        self._scorer, self._count_tokens, self._config = scorer, count_tokens, config
+        self._waiting: list[_Job] = []
+        self._news = asyncio.Event()
+        self.taken = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have been read and are waiting or being scored."""
+        return len(self._waiting)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among `max_queue`, before a byte of the request is read. Raises Refused (503)."""
+        if self.taken >= self._config.max_queue:
+            raise Refused(503, f"the queue is full ({self._config.max_queue} requests); try again")
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
+
+    async def score(self, conversations: list[Messages]) -> list[float]:
+        """Scores, when it is their turn. Cancelled while it waits, it costs the model nothing."""
+        if not conversations:
+            return []
+        job = _Job(conversations)
+        self._waiting.append(job)
+        self._news.set()
+        return await job.scores
+
+    async def work(self) -> None:
+        """Until cancelled: take what fits one forward, score it, answer."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, thread_name_prefix="scoring") as thread:
+            while True:
+                self._waiting = [job for job in self._waiting if not job.scores.done()]  # less those that hung up
+                if not self._waiting:
+                    self._news.clear()
+                    await self._news.wait()
+                    continue
+                batch, refused = await loop.run_in_executor(thread, self._take, list(self._waiting))
+                results: list[tuple[_Job, list[float] | Refused]] = list(refused.items())
+                batch = [job for job in batch if not job.scores.done()]
+                if batch:
+                    scored = await loop.run_in_executor(thread, self._score, batch)
+                    results += zip(batch, scored, strict=True)
+                for job, result in results:
+                    if job.scores.done():
+                        continue
+                    if isinstance(result, Refused):
+                        job.scores.set_exception(result)
+                    else:
+                        job.scores.set_result(result)
+
+    def _take(self, jobs: list[_Job]) -> tuple[list[_Job], dict[_Job, Refused]]:
+        """The first jobs that fit one forward together (the first one always), and those that cannot be scored."""
+        batch: list[_Job] = []
+        refused: dict[_Job, Refused] = {}
+        rows = longest = 0
+        for job in jobs:
+            try:
+                job.lengths = job.lengths or self._lengths(job.conversations)
+            except Refused as error:
+                refused[job] = error
+                continue
+            rows, longest = rows + len(job.lengths), max(longest, *job.lengths)
+            if batch and (not self._config.join_requests or rows * longest > self._config.max_batch_tokens):
+                break
+            batch.append(job)
+        return batch, refused
+
+    def _lengths(self, conversations: list[Messages]) -> list[int]:
+        lengths, most = [], self._config.max_batch_tokens
+        for number, messages in enumerate(conversations, start=1):
+            try:
+                tokens = self._count_tokens(messages)
+            except Refused as error:
+                raise Refused(error.status, f"conversation {number}: {error}") from error
+            except Exception as error:  # nothing but this client's text was looked at
+                raise Refused(400, f"conversation {number} cannot be encoded: {error}") from error
+            if tokens > most:
+                raise Refused(413, f"conversation {number}: {tokens} tokens; this server takes {most}")
+            lengths.append(tokens)
+        return lengths
+
+    def _score(self, batch: list[_Job]) -> list[list[float] | Refused]:
+        """Of every job its scores, or why there are none. One job's failure is not another's."""
+        conversations = [messages for job in batch for messages in job.conversations]
+        try:
+            scores = [float(score) for score in self._scorer(conversations)]
+            if len(scores) != len(conversations):
+                raise ValueError(f"{len(scores)} scores for {len(conversations)} conversations")
+        except Exception as error:
+            if len(batch) > 1:
+                return [self._score([job])[0] for job in batch]
+            return [_failed(f"scoring failed: {type(error).__name__}: {error}")]
+        answers: list[list[float] | Refused] = []
+        for job in batch:
+            own, scores = scores[: len(job.conversations)], scores[len(job.conversations) :]
+            bad = next((n for n, score in enumerate(own) if not math.isfinite(score)), None)
+            answers.append(
+                own if bad is None else _failed(f"conversation {bad + 1} scored {own[bad]}, no finite number")
+            )
+        return answers
+
+
+def _failed(message: str) -> Refused:
+    error = Refused(500, message)
+    logger.error("%s", error)
+    return error

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from reference import whole_chain
-from reference.whole_chain import STAGES, Started, Starter, copied, differences, fresh, kill_when, whole_checkpoints
+from reference.whole_chain import STAGES, Forks, Started, copied, differences, fresh, kill_when, whole_checkpoints
 
 from rlhf.run.checkpoint import check_checkpoint
 
@@ -34,10 +34,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fork() -> Iterator[Starter]:
-    starter = Starter()
-    yield starter
-    starter.close()
+def fork() -> Iterator[Forks]:
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 # ---------------------------------------------------------------- moments
@@ -122,7 +122,7 @@ def finish(started: Started) -> str:
 # ---------------------------------------------------------------- kills
 
 
-def test_killed_four_times_it_ends_as_if_nothing_happened(tmp_path: Path, undisturbed: Path, fork: Starter) -> None:
+def test_killed_four_times_it_ends_as_if_nothing_happened(tmp_path: Path, undisturbed: Path, fork: Forks) -> None:
     """First the real command, after a checkpoint of sft; then in a save, after a checkpoint, in the next save."""
     run = tmp_path / "run"
     moments = [Moment("sft", "checkpoint"), Moment("reward_model", "saves"), Moment("ppo", "checkpoint"),
@@ -145,7 +145,7 @@ def test_killed_four_times_it_ends_as_if_nothing_happened(tmp_path: Path, undist
 
 @pytest.mark.long
 def test_killed_a_hundred_times_at_random_every_chain_ends_the_same(
-    tmp_path: Path, undisturbed: Path, fork: Starter, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, undisturbed: Path, fork: Forks, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng, seconds = random.Random(0), whole_chain.read(undisturbed / "summary.json")["seconds"]
     hits, chains, began = Counter[tuple[str, str]](), 0, time.monotonic()
@@ -224,7 +224,7 @@ SPACE = 110 * 2**20  # a stage refuses to begin where about 100 MB are not free
 
 
 @pytest.fixture(scope="module")
-def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Starter, Path]]:
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Forks, Path]]:
     """A starter that sees a small disk of its own, and the disk's path for it (its only user)."""
     disk = tmp_path_factory.mktemp("disk")
     for unshare in (["unshare", "-m"], ["unshare", "-rm"]):  # root needs no namespace of users
@@ -240,7 +240,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Start
             break
     else:
         pytest.skip("no right to mount a tmpfs, not even in a namespace of users (unshare -rm)")
-    starter = Starter(mount)
+    starter = Forks(prefix=mount)
     yield starter, disk
     starter.close()  # the last process that saw the disk: it is gone with it
 
@@ -285,7 +285,7 @@ BRIEFLY = ("in ppo's second checkpoint", "in ppo's log", "in sft's second checkp
     "case", [pytest.param(case, marks=() if case in BRIEFLY else pytest.mark.long) for case in FULL]
 )
 def test_a_disk_that_fills_up_costs_one_line_and_nothing_else(
-    small_disk: tuple[Starter, Path], undisturbed: Path, case: str
+    small_disk: tuple[Forks, Path], undisturbed: Path, case: str
 ) -> None:
     """Exit code 1 and the last good checkpoint; refused while the disk is full; then the same end as undisturbed."""
     (starter, disk), full = small_disk, FULL[case]

@@ -6,21 +6,20 @@ The table is `reference/planted_bugs.py`'s; tests/README.md shows it.
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reference import forked_tests, planted_bugs
+from reference import planted_bugs
+from reference.forked import LIBRARIES, Forker
 from reference.planted_bugs import PLANTS, Plant
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("rlhf", "reward_models", "tests", "recipes", "data", "pyproject.toml")
+PYTEST = "import sys, pytest; sys.dont_write_bytecode = True; sys.exit(pytest.main(sys.argv[1:]))"
 every_plant = pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
 # A plant that breaks the program shows nothing: any test would fail under it.
 BROKEN = re.compile(r"^E +(NameError|AttributeError|TypeError|KeyError|UnboundLocalError|\w*ImportError)", re.MULTILINE)
@@ -65,24 +64,17 @@ class Copy:
                 shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / name, folder / name)
-        environment = os.environ | {
-            "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}",
-            "PYTHONDONTWRITEBYTECODE": "1",  # bytecode is told by its source's second and size: a plant may share both
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, forked_tests.__file__, str(folder)],
-            cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.answer() == "ready"
-
-    def answer(self):
-        return json.loads(self.process.stdout.readline())
+        self.forks = Forker(LIBRARIES, cwd=folder)  # no test and none of our modules is imported there
 
     def run(self, *tests: str) -> tuple[int, str]:
         """pytest's exit status, and what it wrote."""
-        self.process.stdin.write(json.dumps(tests) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
+        environment = {
+            "PYTHONPATH": f"{self.folder}{os.pathsep}{self.folder / 'tests'}",
+            "PYTHONDONTWRITEBYTECODE": "1",  # bytecode is told by its source's second and size: a plant may share both
+        }
+        argv = ["-c", PYTEST, "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "-rfE", *tests]
+        done = self.forks.run(argv, cwd=self.folder, env=environment)
+        return done.returncode, done.stdout + done.stderr
 
     def run_planted(self, plant: Plant) -> tuple[int, str]:
         file = self.folder / plant.file
@@ -93,16 +85,12 @@ class Copy:
         finally:
             file.write_text(whole, encoding="utf-8")
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Iterator[Copy]:
     made = Copy(tmp_path_factory.mktemp("copy"))
     yield made
-    made.close()
+    made.forks.close()
 
 
 @pytest.mark.long

@@ -1,12 +1,11 @@
 """The whole chain as a user runs it, started to be disturbed: run folders, how to compare two, and who starts them.
 
-`command` starts the real command. A `Starter` starts the same code without its seconds of imports: a process that has
-imported everything and never ran anything forks for every start. Both end by the same SIGKILL, and leave the same disk.
+`command` starts the real command; `Forks` start the same without its seconds of imports. Both end by the same SIGKILL,
+and leave the same disk.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -14,11 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+
+from reference.forked import ENVIRONMENT, LIMIT, Forker, Started
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # A log line says the mean since the line before it; here a checkpoint ends every second of them.
@@ -26,32 +28,9 @@ LOGGED = ["--sft.logging_steps", "3", "--reward_model.logging_steps", "3"]  # sa
 SMOKE = ["recipes/chain.py", "--config", "recipes/configs/smoke.yaml", *LOGGED]
 STAGES = ("data", "base", "sft", "rankings", "reward_model", "ppo", "evaluation")
 TRAINED = ("base", "sft", "reward_model", "ppo")
-LIMIT = 300  # seconds for one command, on a machine with other work
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 # ---------------------------------------------------------------- starting it
-
-
-class Started:
-    """A run of the chain under way, in a process group of its own."""
-
-    def __init__(self, pid: int, ended: Callable[[float], int | None], told: Callable[[], tuple[str, str]]):
-        self.pid, self._ended, self._told = pid, ended, told
-
-    def running(self) -> bool:
-        return self._ended(0) is None
-
-    def signal(self, number: int) -> None:
-        """To it and all that it started."""
-        if self.running():
-            os.killpg(self.pid, number)
-
-    def end(self) -> tuple[int, str, str]:
-        """Wait: exit code (minus the signal's number where one ended it), stdout, stderr."""
-        code = self._ended(LIMIT)
-        assert code is not None, f"still running after {LIMIT} s"
-        return code, *self._told()
 
 
 def command(folder: Path, *flags: str) -> Started:
@@ -61,14 +40,14 @@ def command(folder: Path, *flags: str) -> Started:
         cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
-    said: list[tuple[str, str]] = []
+    written: list[tuple[str, str]] = []
 
     def ended(seconds: float) -> int | None:
-        if seconds and not said:
-            said.append(process.communicate(timeout=seconds))
+        if seconds and not written:
+            written.append(process.communicate(timeout=seconds))
         return process.poll()
 
-    return Started(process.pid, ended, lambda: said[0])
+    return Started(process.pid, ended, lambda: written[0])
 
 
 def run(folder: Path, *flags: str) -> tuple[int, str, str]:
@@ -76,56 +55,12 @@ def run(folder: Path, *flags: str) -> tuple[int, str, str]:
     return command(folder, *flags).end()
 
 
-class Starter:
-    """The process that forks the chain (reference/forked_chain.py); `prefix` is a command that it is started under."""
-
-    def __init__(self, prefix: Sequence[str] = ()):
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, str(ROOT / "tests/reference/forked_chain.py")],
-            cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self._answer()  # everything is imported
+class Forks(Forker):
+    """Forks the chain."""
 
     def __call__(self, folder: Path, *flags: str) -> Started:
         """The chain in `folder` (its path for the forked process)."""
-        assert self.process.stdin is not None
-        print(json.dumps([*SMOKE, "--output_dir", str(folder), *flags]), file=self.process.stdin, flush=True)
-        pid, codes = self._answer(), list[int]()
-
-        def ended(seconds: float) -> int | None:
-            deadline = time.monotonic() + seconds
-            while not codes:
-                state = _process_state(pid)
-                if state in ("Z", None):
-                    print("wait", file=self.process.stdin, flush=True)
-                    codes.append(self._answer())
-                    self.said = self._answer()
-                elif time.monotonic() >= deadline:
-                    return None
-                else:
-                    time.sleep(0.002)
-            return codes[0]
-
-        return Started(pid, ended, lambda: (self.said[0], self.said[1]))
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the process that forks the chain has died; its stderr is above"
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(LIMIT)
-
-
-def _process_state(pid: int) -> str | None:
-    """One letter, Z for one that ended and was not asked yet; None: there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
+        return self.start([*SMOKE, "--output_dir", folder, *flags])
 
 
 def kill_when(started: Started, seen: Callable[[], bool], delay: float = 0.0, number: int = signal.SIGKILL) -> bool:
@@ -144,21 +79,21 @@ def kill_when(started: Started, seen: Callable[[], bool], delay: float = 0.0, nu
 # ---------------------------------------------------------------- run folders
 
 
-@functools.cache
-def _undisturbed(folder: Path) -> Path:
-    code, out, err = run(folder)
-    assert code == 0, out + err
-    assert err == ""
-    (folder.parent / "stdout").write_text(out)
-    return folder
-
-
 def undisturbed(factory: pytest.TempPathFactory) -> Path:
     """The folder of one undisturbed run of the real command, for all tests; they copy it before they change anything.
 
-    Its stdout lies beside it.
+    Its stdout lies beside it. Of several pytest workers, one makes it and the others wait.
     """
-    return _undisturbed(factory.getbasetemp() / "undisturbed" / "run")
+    session = factory.getbasetemp()
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "undisturbed" / "run"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.parent / "lock"):
+        if not (folder.parent / "stdout").exists():
+            code, out, err = run(folder)
+            assert code == 0, out + err
+            assert err == ""
+            (folder.parent / "stdout").write_text(out)
+    return folder
 
 
 def read(path: Path) -> Any:

@@ -121,6 +121,10 @@ def use_short_rows(model: Any) -> None:
     AttentionInterface.register(NAME, short_rows)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
+    for module in model.modules():  # inner modules may have a config of their own (`disable_dropout`)
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = NAME
 
 
 def uses_short_rows(model: Any) -> bool:

@@ -151,7 +151,7 @@ class ActorCritic(nn.Module):
 
     def _policy_state(self) -> dict[str, Tensor]:
         """The policy's tensors, of an adapter without its base."""
-        state = self.policy.state_dict(keep_vars=True)
+        state: dict[str, Tensor] = self.policy.state_dict(keep_vars=True)
         if not isinstance(self.policy, PeftModel):
             return state
         trained = {name for name, p in self.policy.named_parameters(remove_duplicate=False) if p.requires_grad}

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -199,7 +199,7 @@ def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> N
 
 def _drop_head(model: PreTrainedModel) -> None:
     """The value model has no use for a language head; frozen, so that no optimizer state is kept for it."""
-    output = model.get_output_embeddings()
+    output = cast(Any, model).get_output_embeddings()
     if output is not None and output.weight is not model.get_input_embeddings().weight:
         output.requires_grad_(False)
 

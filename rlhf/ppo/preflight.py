@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 from rlhf.errors import InputError
 from rlhf.ppo import preflight_checks as on_models
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.preflight_rewards import check_functions, reward_model_checks
 from rlhf.ppo.preflight_trial import sample_trial, score_trial
+from rlhf.ppo.protocol import Trainer
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import Finding, vocabulary_rows
 from rlhf.preflight.run import broken, conclude, run_checks, untouched
@@ -19,7 +19,7 @@ from rlhf.run import distributed as sharding
 log = logging.getLogger("rlhf")
 
 
-def check_ppo(trainer: Any) -> list[Finding]:
+def check_ppo(trainer: Trainer) -> list[Finding]:
     """Before the first update of a PPOTrainer: raises InputError with every failure, or returns what was found.
 
     Does nothing where `args.preflight` is off, and in a run that goes on from a checkpoint, where the facts of
@@ -33,7 +33,7 @@ def check_ppo(trainer: Any) -> list[Finding]:
     return conclude(trainer.accelerator, ppo_findings(trainer))
 
 
-def ppo_findings(trainer: Any) -> Iterator[list[Finding]]:
+def ppo_findings(trainer: Trainer) -> Iterator[list[Finding]]:
     """What is found of texts and weights, then of the responses that a few prompts get."""
     own: ActorCritic = trainer.accelerator.unwrap_model(trainer.module)
     with untouched(own):
@@ -44,7 +44,7 @@ def ppo_findings(trainer: Any) -> Iterator[list[Finding]]:
     yield findings
 
 
-def _ppo_statics(trainer: Any, own: ActorCritic) -> list[Finding]:
+def _ppo_statics(trainer: Trainer, own: ActorCritic) -> list[Finding]:
     tokenizer, rows = trainer.processing_class, vocabulary_rows(own.policy)
     texts = [p.messages[-1]["content"] for p in trainer.prompts[:8]]
     talks = [[*p.messages, {"role": "assistant", "content": t}] for p, t in zip(trainer.prompts, texts, strict=False)]
@@ -58,7 +58,7 @@ def _ppo_statics(trainer: Any, own: ActorCritic) -> list[Finding]:
     )
 
 
-def _ppo_trial(trainer: Any, own: ActorCritic) -> list[Finding]:
+def _ppo_trial(trainer: Trainer, own: ActorCritic) -> list[Finding]:
     try:
         trial = sample_trial(trainer)
         outputs = score_trial(trainer, own, trial)

@@ -20,6 +20,7 @@ from rlhf.models.heads import head_weight
 from rlhf.padding import make_batch
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.preflight_trial import Trial, TrialOutputs
+from rlhf.ppo.protocol import Trainer
 from rlhf.preflight.measure import (
     ROUNDING,
     SHARDED,
@@ -41,7 +42,7 @@ TRAINED = (ADAPTERS["policy"], ADAPTERS["value"])
 # -- PPO: the weights --------------------------------------------------------------------------------------
 
 
-def check_stop(trainer: Any, own: ActorCritic) -> Finding:
+def check_stop(trainer: Trainer, own: ActorCritic) -> Finding:
     """The token that ends a turn can be sampled, and the engine and the missing-stop rule look for the same ones."""
     tokenizer = trainer.processing_class
     end, stops, rows = chat.end_of_turn_id(tokenizer), tuple(trainer.stop_ids), head_weight(own.policy).shape[0]
@@ -167,7 +168,7 @@ def check_ratio(outputs: TrialOutputs) -> Finding:
     )
 
 
-def check_kl(trainer: Any, outputs: TrialOutputs) -> Finding:
+def check_kl(trainer: Trainer, outputs: TrialOutputs) -> Finding:
     """A reference that is the policy's copy gives KL 0 in float32; a given one is reported.
 
     To the last bit, but for families whose kernels round by where their weights lie in memory (Mamba)."""
@@ -186,7 +187,7 @@ def check_kl(trainer: Any, outputs: TrialOutputs) -> Finding:
     )
 
 
-def check_sampled(trainer: Any, trial: Trial, outputs: TrialOutputs) -> Finding:
+def check_sampled(trainer: Trainer, trial: Trial, outputs: TrialOutputs) -> Finding:
     """The log-probabilities that tokens were drawn with are those that PPO computes, and the stops are seen."""
     stops, ids = set(trainer.stop_ids), trial.responses.ids
     for row, tokens in enumerate(ids):
@@ -225,7 +226,7 @@ def _why_sampled(apart: list[Tensor], limit: Limits) -> str:
     return "padding on the left changes the model's states: it ignores position_ids or the attention mask"
 
 
-def check_padding(trainer: Any, own: ActorCritic, trial: Trial) -> Finding:
+def check_padding(trainer: Trainer, own: ActorCritic, trial: Trial) -> Finding:
     """A row's log-probabilities and values, alone and beside a much longer row."""
     short, response = trial.prompt_ids[0], trial.responses.ids[0]
     longer = lengthened(trial.prompt_ids[-1], len(short) + len(response), max_positions(own.policy) - len(response))
@@ -247,7 +248,7 @@ def check_padding(trainer: Any, own: ActorCritic, trial: Trial) -> Finding:
     )
 
 
-def check_ppo_gradients(trainer: Any, own: ActorCritic, outputs: TrialOutputs) -> Finding:
+def check_ppo_gradients(trainer: Trainer, own: ActorCritic, outputs: TrialOutputs) -> Finding:
     """Every trainable tensor of policy and value model gets a gradient."""
     if trainer.accelerator.distributed_type in SHARDED:
         return Finding("gradients", "not measured: weights are sharded", True)
@@ -256,7 +257,7 @@ def check_ppo_gradients(trainer: Any, own: ActorCritic, outputs: TrialOutputs) -
     return check_gradients(own, outputs.trained.logprobs.sum() + outputs.trained.values.sum(), idle=idle)
 
 
-def check_ppo_precision(trainer: Any, own: ActorCritic, trial: Trial, outputs: TrialOutputs) -> Finding:
+def check_ppo_precision(trainer: Trainer, own: ActorCritic, trial: Trial, outputs: TrialOutputs) -> Finding:
     """How far this run's precision moves the policy's log-probabilities from float32's."""
     if outputs.exact:
         return Finding("precision", "the run computes in float32", True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf import scores
 from rlhf.ppo.preflight_trial import Trial
+from rlhf.ppo.protocol import Trainer
 from rlhf.preflight.measure import (
     COPIED,
     Finding,
@@ -25,13 +26,13 @@ from rlhf.preflight.measure import (
 LEAST_SPREAD = 1e-4  # of scores; below it they are one number
 
 
-def check_functions(trainer: Any, trial: Trial) -> Finding:
+def check_functions(trainer: Trainer, trial: Trial) -> Finding:
     """Every reward function answers on sampled responses, with finite numbers. Its log calls go nowhere."""
     said, _ = _scores(trainer, trial, trainer.reward_funcs, trainer.reward_weights)
     return Finding("reward functions", f"scores {range_of(said)} on {len(said)} sampled responses", True)
 
 
-def reward_model_checks(trainer: Any, trial: Trial) -> Iterator[tuple[str, Callable[[], Finding]]]:
+def reward_model_checks(trainer: Trainer, trial: Trial) -> Iterator[tuple[str, Callable[[], Finding]]]:
     """Two checks for every reward model among the reward functions."""
     for function in trainer.reward_funcs:
         if all(hasattr(function, name) for name in ("model", "tokenizer", "normalizer")):
@@ -39,7 +40,7 @@ def reward_model_checks(trainer: Any, trial: Trial) -> Iterator[tuple[str, Calla
             yield "reload", partial(check_reload, trainer, trial, function)
 
 
-def check_spread(trainer: Any, trial: Trial, function: Any) -> Finding:
+def check_spread(trainer: Trainer, trial: Trial, function: Any) -> Finding:
     """A reward model tells different responses apart, in units that its normaliser was measured in."""
     said, _ = _scores(trainer, trial, [function], [1.0])
     std, distinct = function.normalizer.std, len(set(zip(map(tuple, trial.prompt_ids), trial.texts, strict=True)))
@@ -54,7 +55,7 @@ def check_spread(trainer: Any, trial: Trial, function: Any) -> Finding:
     )
 
 
-def check_reload(trainer: Any, trial: Trial, function: Any) -> Finding:
+def check_reload(trainer: Trainer, trial: Trial, function: Any) -> Finding:
     """A reward model that came from a folder scores as the same folder loaded anew: head and normaliser are there."""
     folder = getattr(function, "folder", None) or ("" if hasattr(function.model, "peft_config") else
                                                    getattr(function.model, "name_or_path", ""))  # fmt: skip
@@ -69,7 +70,7 @@ def check_reload(trainer: Any, trial: Trial, function: Any) -> Finding:
     return same_after_reload(ours, theirs, str(folder))
 
 
-def _scores(trainer: Any, trial: Trial, functions: Any, weights: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def _scores(trainer: Trainer, trial: Trial, functions: Any, weights: Any) -> tuple[Tensor, dict[str, Tensor]]:
     failures: list[str] | None = None if trainer.args.on_score_failure == "error" else []
     said, own = scores.score_responses(
         functions,

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from rlhf import chat
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo.actor_critic import ActorCritic, Outputs
+from rlhf.ppo.protocol import Trainer
 from rlhf.preflight.measure import PROMPT_TOKENS, RESPONSE_TOKENS, ROWS, is_exact, spread
 from rlhf.records import Prompt
 from rlhf.sampling.draw import draw
@@ -49,7 +50,7 @@ class Watched(TorchFunctionMode):
         return result
 
 
-def sample_trial(trainer: Any) -> Trial:
+def sample_trial(trainer: Trainer) -> Trial:
     """Short responses to a few prompts of different lengths, sampled as the run will."""
     at_most = getattr(trainer.engine, "rows_per_batch", ROWS)
     rows = spread([len(ids) for ids in trainer.prompt_ids[:256]], PROMPT_TOKENS)[:at_most]
@@ -91,7 +92,7 @@ class TrialOutputs:
     exact: bool
 
 
-def score_trial(trainer: Any, own: ActorCritic, trial: Trial) -> TrialOutputs:
+def score_trial(trainer: Trainer, own: ActorCritic, trial: Trial) -> TrialOutputs:
     temperature = trainer.args.temperature
     with torch.no_grad():
         collected = own(trial.batch, temperature, ("policy", "reference", "value"))

@@ -13,79 +13,31 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError
 from rlhf.padding import make_batch
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.logged import Clock, samples
+from rlhf.ppo.logged import samples
+from rlhf.ppo.protocol import State, Trainer
 from rlhf.ppo.rollout import ReadyRollout
-from rlhf.ppo.saved import Origin, Save, saving_update, update_folder
-from rlhf.records import Prompt
+from rlhf.ppo.saved import Save, saving_update, update_folder
 from rlhf.run import distributed
 from rlhf.run.checkpoint import full_disk_explained, mark_complete, random_state, restore_random_state, save_checkpoint
-from rlhf.run.loop import CallbackLoop
 from rlhf.run.resume import TERMINATED, Termination, resume_point
-from rlhf.sampling.engine import Responses
 
 log = logging.getLogger("rlhf")
-
-
-class State(TypedDict):
-    """What a PPO run goes on from, besides its log and the random states."""
-
-    trained: dict[str, torch.Tensor]
-    """The trained tensors by name; frozen ones come from the models that the run began with."""
-    optimizer: dict[str, Any]
-    kl_coef: float
-    moments: dict[str, Any]
-    """Of the running score normaliser."""
-    update_index: int
-
-
-class Resumable(Protocol):
-    """What a run needs of its trainer."""
-
-    args: PPOConfig
-    accelerator: Accelerator
-    processing_class: PreTrainedTokenizerBase
-    loop: CallbackLoop
-    clock: Clock
-    origin: Origin
-    peft_config: LoraConfig | None
-    update_index: int
-    eval_prompts: list[Prompt]
-    eval_prompt_ids: list[list[int]]
-    actor_critic: ActorCritic
-    module: Any
-    pad_id: int
-
-    def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses: ...
-
-    def raw_scores(
-        self, prompts: list[Prompt], texts: list[str], ids: list[list[int]], prefix: str = ""
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
-
-    def state_dict(self) -> State: ...
-
-    def load_state_dict(self, state: State) -> None: ...
-
-    def evaluate(self) -> dict[str, float]: ...
 
 
 class Run:
     """A run of a trainer, as a context manager around its loop: `while run.goes_on(): ...; run.updated(...)`."""
 
-    def __init__(self, trainer: Resumable, resume_from_checkpoint: bool | str | Path | None = None):
+    def __init__(self, trainer: Trainer, resume_from_checkpoint: bool | str | Path | None = None):
         self.trainer = trainer
         self.settings = resume_settings(trainer.args, PPOConfig)
         self.folder = Path(trainer.args.output_dir)
@@ -170,7 +122,7 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         trainer.loop.saved()
 
-    def _write_marked(self, state: dict[str, Any], folder: Path) -> None:
+    def _write_marked(self, state: Saved, folder: Path) -> None:
         write_state(self.trainer, state, folder)
         mark_complete(folder, self.settings)
 
@@ -183,17 +135,24 @@ class Run:
         return every > 0 and (self.trainer.update_index % every == 0 or self._finished())
 
 
-def gathered(trainer: Resumable) -> dict[str, Any]:
-    """A checkpoint's `ppo.pt`; a collective. The global random states are for reward functions that draw from them."""
+class Saved(State):
+    """A checkpoint's `ppo.pt`."""
+
+    random: list[Any]
+    """Every process's global random states, for reward functions that draw from them."""
+
+
+def gathered(trainer: Trainer) -> Saved:
+    """What a checkpoint holds; a collective."""
     return {**trainer.state_dict(), "random": gather_object([random_state()])}
 
 
-def write_state(trainer: Resumable, state: dict[str, Any], folder: Path) -> None:
+def write_state(trainer: Trainer, state: Saved, folder: Path) -> None:
     torch.save(state, folder / "ppo.pt")
     trainer.loop.save_state(folder / "trainer_state.json")
 
 
-def load_checkpoint(trainer: Resumable, folder: Path) -> None:
+def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     """Raises InputError where the folder holds no state of a PPO run, or one of other models."""
     if not (folder / "ppo.pt").is_file():
         raise InputError(f"{folder}: no ppo.pt; resume from a checkpoint-<update> folder of a PPO run")
@@ -208,7 +167,7 @@ def load_checkpoint(trainer: Resumable, folder: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(trainer: Resumable) -> dict[str, float]:
+def evaluate(trainer: Trainer) -> dict[str, float]:
     """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""
     ids, device = trainer.eval_prompt_ids, trainer.accelerator.device
     responses = trainer.generate(ids, torch.Generator(device).manual_seed(trainer.args.seed))

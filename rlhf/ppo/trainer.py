@@ -28,8 +28,9 @@ from rlhf.ppo import math as ppo_math
 from rlhf.ppo.actor_critic import Outputs, Role
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import Clock, StepStatistics, engine_metrics, rollout_metrics, update_metrics
+from rlhf.ppo.protocol import State
 from rlhf.ppo.rollout import Plan, ReadyRollout, Rollout, ScoredRollout
-from rlhf.ppo.run import Run, State, evaluate
+from rlhf.ppo.run import Run, evaluate
 from rlhf.ppo.saved import Origin
 from rlhf.records import Prompt
 from rlhf.run import distributed, precision
@@ -300,7 +301,9 @@ class PPOTrainer:
 
     def outputs(self, rollout: Rollout, rows: list[int], roles: Sequence[Role] = ("policy", "value")) -> Outputs:
         """What the models in `roles` say of some rows, with gradients."""
-        return self.module(rollout.batch(rows, self.pad_id, self.device), self.args.temperature, roles)
+        batch = rollout.batch(rows, self.pad_id, self.device)
+        outputs: Outputs = self.module(batch, self.args.temperature, roles)
+        return outputs
 
     def raw_scores(
         self, prompts: list[Prompt], texts: list[str], ids: list[list[int]], prefix: str = ""

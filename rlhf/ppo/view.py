@@ -124,7 +124,7 @@ def token_text(tokenizer: Any, token: int) -> str:
     """What one token adds to the text. SentencePiece's marked space, which `decode` drops, is a space; a part of a
     character is the vocabulary's own name for it."""
     piece = tokenizer.convert_ids_to_tokens(token)
-    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if isinstance(piece, str) and ("\N{REPLACEMENT CHARACTER}" in text or "\u2581" in piece):
         return piece.replace("\u2581", " ")
     return text

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -48,6 +48,9 @@ def joined(accelerator: Accelerator, shares: dict[str, Tensor], largest: Collect
 
 
 # ---------------------------------------------------------------- sharded modules
+
+
+Tree = TypeVar("Tree")
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -89,7 +92,7 @@ def layer_classes(models: Sequence[nn.Module]) -> list[str]:
 # ---------------------------------------------------------------- whole tensors
 
 
-def full(tree: Any) -> Any:
+def full(tree: Tree) -> Tree:
     """`tree` (dicts, lists) with its tensors on the CPU, the sharded ones put together; a collective.
 
     Only the first process keeps what was put together (one copy on a machine, not one for each GPU): elsewhere None
@@ -104,7 +107,8 @@ def full(tree: Any) -> Any:
             done[id(value)] = _full(value)
         return done[id(value)]
 
-    return tree_map(gather, tree)
+    whole: Tree = tree_map(gather, tree)
+    return whole
 
 
 def _full(tensor: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ module is accelerate's own `_prepare_fsdp2` under the settings of our own config
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -105,7 +106,8 @@ def first_step(trainer: PPOTrainer) -> dict[str, Any]:
 
     rollout = trainer.advantages(trainer.score(trainer.collect(trainer.next_prompts())))
     trainer.optimizer.step = watched
-    stats = trainer._optimizer_step(rollout, rollout.plan[0])
+    trainer.args = dataclasses.replace(trainer.args, inner_epochs=1)
+    stats = trainer.update(dataclasses.replace(rollout, plan=rollout.plan[:1]))
     norms = {name: value for name, value in stats.items() if name.endswith("_norm")}
     return {"gradient": seen, "norms": norms, "microbatches": [len(minibatch) for minibatch in rollout.plan]}
 

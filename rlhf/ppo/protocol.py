@@ -1,0 +1,72 @@
+"""What the files around `PPOTrainer` (run, preflight) may use of it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypedDict
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.logged import Clock
+from rlhf.ppo.saved import Origin
+from rlhf.records import Prompt
+from rlhf.run.loop import CallbackLoop
+from rlhf.sampling.engine import Engine, Responses
+from rlhf.scores import RewardFunction
+
+
+class State(TypedDict):
+    """What a PPO run goes on from, besides its log and the random states."""
+
+    trained: dict[str, Tensor]
+    """The trained tensors by name; frozen ones come from the models that the run began with."""
+    optimizer: dict[str, Any]
+    kl_coef: float
+    moments: dict[str, Any]
+    """Of the running score normaliser."""
+    update_index: int
+
+
+class Trainer(Protocol):
+    """A `PPOTrainer`, as far as others look at it."""
+
+    args: PPOConfig
+    accelerator: Accelerator
+    device: torch.device
+    processing_class: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    prompt_ids: list[list[int]]
+    eval_prompts: list[Prompt]
+    eval_prompt_ids: list[list[int]]
+    reward_funcs: list[RewardFunction]
+    reward_weights: list[float]
+    actor_critic: ActorCritic
+    module: Any
+    """`actor_critic` as accelerate has prepared it."""
+    optimizer: torch.optim.Optimizer
+    engine: Engine
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    reference_given: bool
+    origin: Origin
+    peft_config: LoraConfig | None
+    update_index: int
+    loop: CallbackLoop
+    clock: Clock
+
+    def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses: ...
+
+    def raw_scores(
+        self, prompts: list[Prompt], texts: list[str], ids: list[list[int]], prefix: str = ""
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def evaluate(self) -> dict[str, float]: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...

@@ -6,7 +6,6 @@ prompt, scores each once, and learns from all their pairs (InstructGPT, section 
 
 from __future__ import annotations
 
-import copy
 import math
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ import trl
 from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -27,15 +26,15 @@ from reward_models import losses
 from reward_models.best import Best, KeepBest
 from reward_models.config import RewardConfig, trl_arguments
 from reward_models.encoding import RankingCollator, encode_rankings, responses_of
+from reward_models.model import prepare_model
 from reward_models.preflight import check_reward_model
 from reward_models.scoring import score_sequences
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.models import encoders
-from rlhf.models import loading as models
-from rlhf.models.adapters import lora_config
-from rlhf.models.scalar import ScoreNormalizer, freeze_bias, is_scalar, new_scalar_model, score_head
+from rlhf.models.loading import tokenizer_of
+from rlhf.models.scalar import ScoreNormalizer, score_head
 from rlhf.padding import position_ids
 from rlhf.records import Ranking, check_disjoint, read_demonstrations, read_rankings
 from rlhf.run import distributed as sharding
@@ -87,12 +86,12 @@ class RewardTrainer(trl.RewardTrainer):
         config = args if args is not None else RewardConfig()
         if not isinstance(config, RewardConfig):
             raise TypeError(f"args: expected a reward_models.RewardConfig, got a {type(config).__module__} one")
-        tokenizer = _tokenizer(model, processing_class)
+        tokenizer = tokenizer_of(model, processing_class)
         train = read_rankings(train_dataset)
         held_out = None if eval_dataset is None else read_rankings(eval_dataset)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
-        reward_model = _reward_model(model, tokenizer, config, peft_config)
+        reward_model = prepare_model(model, tokenizer, config, peft_config)
         limit = encoders.position_limit(reward_model) if encoders.is_encoder(reward_model.config) else None
         self._max_length = min(config.max_length, limit or config.max_length)
         if held_out is not None:
@@ -333,65 +332,3 @@ def _sample(rankings: list[Ranking], config: RewardConfig) -> list[Ranking]:
         return rankings
     order = np.random.default_rng(config.seed).permutation(len(rankings))
     return [rankings[i] for i in sorted(order[: config.max_eval_prompts])]
-
-
-def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if given is not None:
-        if isinstance(model, nn.Module):
-            encoders.prepare_tokenizer(given, model.config)
-        chat.prepare_tokenizer(given)
-        return given
-    path = str(model.name_or_path if isinstance(model, nn.Module) else model)
-    if not path:
-        raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
-    return models.load_tokenizer(path)
-
-
-def _reward_model(
-    model: str | Path | PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RewardConfig,
-    peft_config: LoraConfig | None,
-) -> PreTrainedModel | PeftModel:
-    """The model to train: a head on its backbone, room for the tokenizer's tokens, an adapter if asked for."""
-    adapter = copy.deepcopy(peft_config) or lora_config(
-        config.lora_rank,
-        config.lora_alpha,
-        config.lora_dropout,
-        config.lora_target_modules,
-        task_type=TaskType.SEQ_CLS,
-    )
-    continued = not isinstance(model, nn.Module) and models.is_adapter(model)
-    if isinstance(model, nn.Module) and is_scalar(model):
-        scalar = model
-    else:
-        scalar = new_scalar_model(model, seed=config.seed, lora=adapter if continued else None)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what the trainer would set, with a warning
-        setattr(scalar.config, name, getattr(tokenizer, name))
-    rows = cast(nn.Embedding, scalar.get_input_embeddings()).weight.shape[0]
-    if len(tokenizer) > rows:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)  # new rows and, below, new adapters are drawn from the global generator
-            scalar.resize_token_embeddings(len(tokenizer))
-    if adapter is not None and isinstance(scalar, PeftModel) and not continued:
-        raise InputError("the model is already an adapter: to train it further, leave lora_rank and peft_config out")
-    if adapter is not None and not continued:
-        if not scalar.name_or_path:
-            raise InputError("LoRA needs a base that can be loaded again: save the model and pass its folder")
-        adapter.task_type = TaskType.SEQ_CLS
-        heads = encoders.new_modules(scalar) if encoders.is_encoder(scalar.config) else ["score"]
-        adapter.modules_to_save = sorted({*heads, *(adapter.modules_to_save or [])})
-        if encoders.is_encoder(scalar.config) and adapter.exclude_modules is None:
-            adapter.exclude_modules = rf".*\.?({'|'.join(heads)})(\..*)?"  # trained whole, with all their layers
-        if len(tokenizer) > rows and adapter.trainable_token_indices is None:
-            adapter.trainable_token_indices = list(range(rows, len(tokenizer)))
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            scalar = get_peft_model(scalar, adapter)
-    freeze_bias(scalar)
-    models.disable_dropout(scalar)
-    if isinstance(scalar, PeftModel):
-        for name, module in scalar.named_modules():
-            if isinstance(module, nn.Dropout) and "lora_dropout" in name:
-                module.p = cast(LoraConfig, scalar.peft_config["default"]).lora_dropout
-    return scalar

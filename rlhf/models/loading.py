@@ -60,6 +60,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokenizer_of(
+    model: str | Path | PreTrainedModel | PeftModel, given: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer given, made ready for chat, else the one beside the model."""
+    if given is not None:
+        if isinstance(model, nn.Module):
+            encoders.prepare_tokenizer(given, model.config)
+        chat.prepare_tokenizer(given)
+        return given
+    path = str(model.name_or_path if isinstance(model, nn.Module) else model)
+    if not path:
+        raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
+    return load_tokenizer(path)
+
+
 def load_policy(
     model: str | Path | PreTrainedModel | PeftModel,
     *,

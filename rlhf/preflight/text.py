@@ -8,10 +8,9 @@ from typing import Any
 from rlhf import chat
 from rlhf.chat import Messages
 from rlhf.errors import InputError, short
+from rlhf.padding import IGNORED
 from rlhf.preflight.measure import Finding
 from rlhf.records import Demonstration
-
-IGNORED = -100  # the label of tokens without loss, in transformers
 
 
 def check_vocabulary(tokenizer: Any, rows: int) -> Finding:

@@ -13,13 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError
-from rlhf.padding import pad
+from rlhf.padding import IGNORED, pad
 from rlhf.records import Demonstration
 
 logger = logging.getLogger("rlhf")
-
-
-IGNORED = -100  # the label of tokens without loss, in transformers
 
 
 def real_rows(accelerator: Accelerator, rows: int) -> int:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
-from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.loading import load_policy
 from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
 
@@ -110,13 +110,3 @@ def _embedding_names(model: PreTrainedModel) -> list[str]:
         modules.append(model.get_output_embeddings())
     named = model.named_modules()
     return [name.rsplit(".", 1)[-1] for name, module in named if any(module is wanted for wanted in modules)]
-
-
-def tokenizer_of(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if given is not None:
-        chat.prepare_tokenizer(given)
-        return given
-    path = model if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "")
-    if not path:
-        raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
-    return load_tokenizer(path)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.padding import IGNORED
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import (
     PROMPT_TOKENS,
@@ -25,7 +26,6 @@ from rlhf.preflight.measure import (
 )
 from rlhf.preflight.measure import check_gradients as gradients_of
 from rlhf.preflight.run import conclude, run_checks, untouched
-from rlhf.preflight.text import IGNORED
 
 
 def check_padding(trainer: Any) -> Finding:

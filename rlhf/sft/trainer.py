@@ -24,14 +24,16 @@ from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.models.adapters import base_model
+from rlhf.models.loading import tokenizer_of
+from rlhf.padding import IGNORED
 from rlhf.records import check_disjoint, read_demonstrations
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sft.config import SFTConfig
-from rlhf.sft.data import IGNORED, Collator, encode_demonstrations, real_rows
-from rlhf.sft.model import prepare_model, show_bias, tokenizer_of
+from rlhf.sft.data import Collator, encode_demonstrations, real_rows
+from rlhf.sft.model import prepare_model, show_bias
 from rlhf.sft.preflight import check_sft
 
 logger = logging.getLogger("rlhf")

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from reward_models import losses
 from reward_models.best import Best, KeepBest
 from reward_models.config import RewardConfig, trl_arguments
-from reward_models.encoding import RankingCollator, encode_rankings, responses_of
+from reward_models.encoding import RankingBatch, RankingCollator, encode_rankings, rankings_of, responses_of
 from reward_models.model import prepare_model
 from reward_models.preflight import check_reward_model
 from reward_models.scoring import score_sequences
@@ -37,11 +37,11 @@ from rlhf.models.loading import tokenizer_of
 from rlhf.models.scalar import ScoreNormalizer, score_head
 from rlhf.padding import position_ids
 from rlhf.records import Ranking, check_disjoint, read_demonstrations, read_rankings
-from rlhf.run import distributed as sharding
+from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
-from rlhf.sft.data import real_rows
+from rlhf.sources import Source
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -76,9 +76,9 @@ class RewardTrainer(trl.RewardTrainer):
         model: str | Path | PreTrainedModel | PeftModel,
         args: RewardConfig | None = None,
         *,
-        train_dataset: Any,
-        eval_dataset: Any = None,
-        normalizer_dataset: Any = None,
+        train_dataset: Source,
+        eval_dataset: Source | None = None,
+        normalizer_dataset: Source | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -113,7 +113,7 @@ class RewardTrainer(trl.RewardTrainer):
         super().__init__(
             model=reward_model,
             args=trl_arguments(config, evaluate=held_out is not None),
-            data_collator=RankingCollator(chat.pad_id(tokenizer)),
+            data_collator=cast(Any, RankingCollator(chat.pad_id(tokenizer))),
             train_dataset=encoded,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -124,7 +124,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
         self._keeper = KeepBest(config.output_dir)
         if config.keep_best:
-            if sharding.is_sharded(reward_model):
+            if distributed.is_sharded(reward_model):
                 raise InputError("keep_best: not where FSDP2 shards the model; turn it off")
             self.add_callback(self._keeper)
 
@@ -134,16 +134,21 @@ class RewardTrainer(trl.RewardTrainer):
         count = sum(len(batch["row"]) for batch in batches)
         if batches:
             last = batches[-1]
-            real = real_rows(self.accelerator, len(last["row"]))
+            real = distributed.real_rows(self.accelerator, len(last["row"]))
             last["ranks"] = torch.where(last["prompts"] < real, last["ranks"], 0.0)  # a repeated prompt: all ties
             count -= len(last["row"]) - real
         prompts = torch.tensor(float(count), device=device)
         return batches, self.accelerator.reduce(prompts, reduction="sum")
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """This micro-batch's share of the optimizer step's loss: its prompts' mean losses over the step's prompts."""
+    def compute_loss(  # type: ignore[override]  # `inputs` are what our collator makes
+        self,
+        model: nn.Module,
+        inputs: RankingBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Compute this micro-batch's share of the optimizer step's loss: its prompts' mean losses over the step's
+        prompts."""
         scores = self.scores(model, inputs)
         loss = self.loss(scores, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
@@ -155,7 +160,7 @@ class RewardTrainer(trl.RewardTrainer):
             self._seen.append(torch.stack([outcomes.sum(), margins.sum(), outcomes.new_tensor(len(outcomes))]))
         return (loss, {"scores": scores}) if return_outputs else loss
 
-    def _broken(self, scores: Float[Tensor, " n"], inputs: dict[str, Tensor], loss: float) -> str:
+    def _broken(self, scores: Float[Tensor, " n"], inputs: RankingBatch, loss: float) -> str:
         """One line: which response's score made the loss no number."""
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         where = "though every score is finite"
@@ -168,7 +173,7 @@ class RewardTrainer(trl.RewardTrainer):
             "response. No step was taken on it; the last checkpoint is good"
         )
 
-    def scores(self, model: nn.Module, inputs: dict[str, Tensor]) -> Float[Tensor, " n"]:
+    def scores(self, model: nn.Module, inputs: RankingBatch) -> Float[Tensor, " n"]:
         """Raw scores [n] of a batch's responses, in float32, read at each one's last real position.
 
         The model is called from outside, through whatever accelerate wrapped it in (DDP, FSDP, autocast); a hook
@@ -187,18 +192,19 @@ class RewardTrainer(trl.RewardTrainer):
         last = mask.sum(-1, keepdim=True) - 1  # padded on the right
         return said[0].squeeze(-1).float().gather(1, last).squeeze(1)
 
-    def loss(self, scores: Float[Tensor, " n"], inputs: dict[str, Tensor], count: Any = None) -> Float[Tensor, ""]:
+    def loss(
+        self, scores: Float[Tensor, " n"], inputs: RankingBatch, count: Tensor | float | None = None
+    ) -> Float[Tensor, ""]:
         """The loss of a batch's prompts, divided by `count` prompts; override it to learn by another."""
         ranks, coefficient = inputs["ranks"], self.config.center_rewards_coefficient
-        where: dict[str, Any] = {name: inputs[name] for name in ("prompts", "texts")}
-        where |= {"count": count, "weights": inputs.get("weights")}
+        where = (inputs["prompts"], inputs["texts"], count, inputs.get("weights"))
         if "margins" in inputs:
-            loss = losses.margin_ranking_loss(scores, ranks, inputs["margins"], **where)
+            loss = losses.margin_ranking_loss(scores, ranks, inputs["margins"], *where)
         elif self.config.label_smoothing:
-            loss = losses.smoothed_ranking_loss(scores, ranks, self.config.label_smoothing, **where)
+            loss = losses.smoothed_ranking_loss(scores, ranks, self.config.label_smoothing, *where)
         else:
-            loss = losses.ranking_loss(scores, ranks, **where)
-        return loss + coefficient * losses.centering_penalty(scores, ranks, **where) if coefficient else loss
+            loss = losses.ranking_loss(scores, ranks, *where)
+        return loss + coefficient * losses.centering_penalty(scores, ranks, *where) if coefficient else loss
 
     def train(
         self,
@@ -252,15 +258,10 @@ class RewardTrainer(trl.RewardTrainer):
         mine: list[tuple[int, list[float]]] = []
         for batch in dataloader:
             scores = self.scores(model, batch)
-            per_response = {
-                name: batch[name] for name in ("ranks", "prompts", "texts", "margins", "weights") if name in batch
-            }
-            for number, row in enumerate(batch["row"].tolist()):
-                chosen = batch["prompts"] == number
-                one = {name: values[chosen] for name, values in per_response.items()}
-                outcomes, margins = _compared(scores[chosen], one)
-                sums = [self.loss(scores[chosen], one), outcomes.sum(), margins.sum()]
-                mine.append((row, [*torch.stack(sums).tolist(), len(outcomes)]))
+            for own, ranking in rankings_of(batch):
+                outcomes, margins = _compared(scores[own], ranking)
+                sums = [self.loss(scores[own], ranking), outcomes.sum(), margins.sum()]
+                mine.append((int(ranking["row"]), [*torch.stack(sums).tolist(), len(outcomes)]))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         prompts = dict(gather_object(mine))
         loss, right, margin, pairs = np.sum(list(prompts.values()), axis=0).tolist()
@@ -319,7 +320,7 @@ class RewardTrainer(trl.RewardTrainer):
         """Nothing: trl's card would describe trl's loss."""
 
 
-def _compared(scores: Float[Tensor, " n"], inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _compared(scores: Float[Tensor, " n"], inputs: RankingBatch) -> tuple[Tensor, Tensor]:
     """Of every pair: 1, 0.5 or 0 (right, equal, wrong), and the better response's score less the worse one's."""
     better, worse = losses.ranked_pairs(inputs["ranks"], inputs["prompts"], inputs["texts"])
     outcomes = losses.pair_outcomes(scores, inputs["ranks"], inputs["prompts"], inputs["texts"])

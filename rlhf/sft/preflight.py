@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import TrainerState
 
 from rlhf.padding import IGNORED
 from rlhf.preflight import text as on_text
@@ -26,14 +28,35 @@ from rlhf.preflight.measure import (
 )
 from rlhf.preflight.measure import check_gradients as gradients_of
 from rlhf.preflight.run import conclude, run_checks, untouched
+from rlhf.records import Demonstration
+from rlhf.sft.config import SFTConfig
+from rlhf.sft.data import EncodedDemonstration
 
 
-def check_padding(trainer: Any) -> Finding:
+class Checked(Protocol):
+    """What the checks look at: an `SFTTrainer`. (For the first four, transformers' own types allow too much.)"""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def processing_class(self) -> Any: ...
+    @property
+    def train_dataset(self) -> Any: ...
+    @property
+    def data_collator(self) -> Any: ...
+
+    config: SFTConfig
+    first_demonstrations: list[Demonstration]
+    accelerator: Accelerator
+    state: TrainerState
+
+
+def check_padding(trainer: Checked) -> Finding:
     """A demonstration's loss, alone and beside a much longer one."""
     rows = _rows(trainer)
     short, model = rows[0], trainer.model
     ids = lengthened(rows[-1]["input_ids"], len(short["input_ids"]), max_positions(model))
-    longer = {"input_ids": ids, "labels": ids}
+    longer: EncodedDemonstration = {"input_ids": ids, "labels": ids}
     with torch.no_grad():
         alone, beside = _logprobs(trainer, [short]), _logprobs(trainer, [short, longer])
     width = alone.shape[1]
@@ -48,12 +71,12 @@ def check_padding(trainer: Any) -> Finding:
     )
 
 
-def check_gradients(trainer: Any) -> Finding:
+def check_gradients(trainer: Checked) -> Finding:
     return gradients_of(trainer.model, -_logprobs(trainer, _rows(trainer)[:2]).sum())
 
 
 @torch.no_grad()
-def check_precision(trainer: Any) -> Finding:
+def check_precision(trainer: Checked) -> Finding:
     """How far this run's precision moves log-probabilities from float32's."""
     if is_exact(trainer.accelerator, trainer.model):
         return Finding("precision", "the run computes in float32", True)
@@ -66,13 +89,13 @@ def check_precision(trainer: Any) -> Finding:
     return drift(gap(ours, truth, ours != 0))
 
 
-def _rows(trainer: Any) -> list[dict[str, list[int]]]:
+def _rows(trainer: Checked) -> list[EncodedDemonstration]:
     data = trainer.train_dataset
     rows = [data[i] for i in range(min(64, len(data)))]
     return [rows[i] for i in spread([len(row["input_ids"]) for row in rows], PROMPT_TOKENS)]
 
 
-def _logprobs(trainer: Any, rows: list[Any], whole: Any = None) -> Tensor:
+def _logprobs(trainer: Checked, rows: list[EncodedDemonstration], whole: nn.Module | None = None) -> Tensor:
     """Log-probabilities [B, T - 1] of the labels, 0 where there is no loss; in float32 under `whole`."""
     model = trainer.model if whole is None else whole
     batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
@@ -84,13 +107,16 @@ def _logprobs(trainer: Any, rows: list[Any], whole: Any = None) -> Tensor:
     return torch.where(labels != IGNORED, chosen, 0.0)
 
 
-def check_sft(trainer: Any) -> list[Finding]:
-    """The same before supervised fine-tuning."""
+def check_sft(trainer: Checked) -> list[Finding]:
+    """Check a run before its first step; raises InputError with every failure, or returns what was found.
+
+    Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
+    """
     wanted = trainer.config.preflight and not trainer.state.global_step
     return conclude(trainer.accelerator, sft_findings(trainer)) if wanted else []
 
 
-def sft_findings(trainer: Any) -> Iterator[list[Finding]]:
+def sft_findings(trainer: Checked) -> Iterator[list[Finding]]:
     """What is found of texts, then of the model on a few demonstrations."""
     model, tokenizer, first = trainer.model, trainer.processing_class, trainer.first_demonstrations
     most = trainer.config.max_length

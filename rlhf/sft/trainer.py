@@ -27,12 +27,13 @@ from rlhf.models.adapters import base_model
 from rlhf.models.loading import tokenizer_of
 from rlhf.padding import IGNORED
 from rlhf.records import check_disjoint, read_demonstrations
+from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sft.config import SFTConfig
-from rlhf.sft.data import Collator, encode_demonstrations, real_rows
+from rlhf.sft.data import Collator, encode_demonstrations
 from rlhf.sft.model import prepare_model, show_bias
 from rlhf.sft.preflight import check_sft
 
@@ -195,7 +196,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _silence_repeated(self, batch: dict[str, Tensor]) -> None:
         """Take the loss off rows that only fill the epoch's last batch."""
-        real = real_rows(self.accelerator, len(batch["labels"]))
+        real = distributed.real_rows(self.accelerator, len(batch["labels"]))
         batch["labels"] = torch.where(
             torch.arange(len(batch["labels"]), device=batch["labels"].device)[:, None] < real, batch["labels"], IGNORED
         )

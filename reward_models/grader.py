@@ -33,6 +33,7 @@ from typing import Any, Literal, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from reward_models.functions import response_text
 from reward_models.scoring import length_batches
@@ -202,7 +203,7 @@ class RubricGrader:
 class LocalModel:
     """Answers read from a causal model's next-token probabilities after the generation prompt."""
 
-    def __init__(self, model: Any, tokenizer: Any, tokens_per_microbatch: int = 16384) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, tokens_per_microbatch: int = 16384) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tokens_per_microbatch = tokens_per_microbatch
@@ -263,7 +264,7 @@ class Service:
             return list(threads.map(one, questions))
 
 
-def letter_tokens(tokenizer: Any, letters: Sequence[str]) -> tuple[list[int], list[int]]:
+def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: Sequence[str]) -> tuple[list[int], list[int]]:
     """The tokens that every letter's answer begins with (a SentencePiece space, say), and then each letter's own.
 
     Raises InputError where two letters begin with the same token.

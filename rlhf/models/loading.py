@@ -22,6 +22,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -121,7 +122,7 @@ def keep_gradients(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def is_quantized(model: Any) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Are weights held in 8 or 4 bits? Then only adapters beside them can be trained."""
     return bool(getattr(base_model(model), "is_quantized", False))
 
@@ -157,7 +158,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.config = quiet[id(config)]  # type: ignore[assignment]
 
 
-def _zero_dropouts(thing: Any) -> None:
+def _zero_dropouts(thing: nn.Module | PreTrainedConfig) -> None:
     for name, value in list(vars(thing).items()):
         if "drop" in name and isinstance(value, float):
             setattr(thing, name, 0.0)
@@ -172,7 +173,12 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def from_pretrained(cls: Any, path: str | Path, dtype: torch.dtype | None, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    cls: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    path: str | Path,
+    dtype: torch.dtype | None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     check_folder(path)
     try:
         model = cls.from_pretrained(str(path), dtype=dtype or torch.float32, **kwargs)
@@ -186,7 +192,7 @@ def from_pretrained(cls: Any, path: str | Path, dtype: torch.dtype | None, **kwa
     return model
 
 
-def config_of(path: str | Path) -> Any:
+def config_of(path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:

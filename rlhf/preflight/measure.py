@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from rlhf.models.adapters import base_model
 from rlhf.models.heads import head_weight
 
 ROWS, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 12, 96
@@ -51,20 +52,20 @@ def gap(one: Tensor, other: Tensor, mask: Tensor | None = None) -> tuple[float, 
     return float(apart.max()), float(apart.mean())
 
 
-def is_exact(accelerator: Any, model: nn.Module) -> bool:
+def is_exact(accelerator: Accelerator, model: nn.Module) -> bool:
     """Does this run compute in float32?"""
     return accelerator.mixed_precision == "no" and all(
         p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()
     )
 
 
-def vocabulary_rows(model: Any) -> int:
+def vocabulary_rows(model: nn.Module) -> int:
     """Tokens that model can both read and write."""
     return min(embedding_rows(model), head_weight(model).shape[0])
 
 
-def embedding_rows(model: Any) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+def embedding_rows(model: nn.Module) -> int:
+    return base_model(model).get_input_embeddings().weight.shape[0]
 
 
 def spread(lengths: list[int], most: int) -> list[int]:
@@ -82,8 +83,8 @@ def lengthened(ids: list[int], length: int, most: int) -> list[int]:
     return (ids * (wanted // len(ids) + 1))[: max(1, min(wanted, most))]
 
 
-def max_positions(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+def max_positions(model: nn.Module) -> int:
+    return getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def check_gradients(

@@ -14,10 +14,9 @@ import math
 import os
 import random
 import time
-from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
+from reward_models.functions import Texts
 from rlhf.chat import Messages
 from rlhf.errors import InputError, RunStopped, short
 
@@ -59,9 +58,7 @@ class RewardClient:
         self._random = random.Random()  # its own: the global generator belongs to the run that must be repeatable
         self.__name__ = name  # logs name a reward function by it
 
-    def __call__(
-        self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
-    ) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         """Normalised scores; further columns stay here."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")

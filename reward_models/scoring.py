@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.functions import conversation
+from reward_models.functions import Texts, conversation
 from rlhf import chat
 from rlhf.chat import Messages
 from rlhf.errors import InputError
@@ -86,9 +85,7 @@ class RewardModel:
         scorer.folder = str(path)
         return scorer
 
-    def __call__(
-        self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
-    ) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         """Normalised scores, in trl's reward-function signature. A plain-text prompt is one user turn."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")

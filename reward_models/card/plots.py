@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from reward_models.card.pairs import Numbers
 from rlhf.errors import short
 from rlhf.run.page import FIRST, INK, SECOND, WRONG, svg
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 MODEL, OTHER = FIRST, SECOND
 
 
-def forest(rows: Sequence[Mapping[str, Any]], first: int = 0) -> str:
+def forest(rows: Sequence[Numbers], first: int = 0) -> str:
     """Accuracies with their intervals, one row each, in per cent; the first `first` rows in the model's colour (0: all
     rows). A dashed line at 50%."""
 
@@ -35,7 +36,7 @@ def forest(rows: Sequence[Mapping[str, Any]], first: int = 0) -> str:
     return svg(draw, 7.2, 0.85 + 0.3 * len(rows))
 
 
-def reliability(raw: Mapping[str, Any], calibrated: Mapping[str, Any] | None) -> str:
+def reliability(raw: Numbers, calibrated: Numbers | None) -> str:
     """Accuracy against confidence by bins; the area of a point is the number of its pairs."""
 
     def draw(axes: Axes) -> None:
@@ -82,7 +83,7 @@ def score_and_length(characters: Sequence[int], scores: Sequence[float]) -> str:
     return svg(draw, 4.6, 3.0)
 
 
-def preferences(rows: Sequence[Mapping[str, Any]]) -> str:
+def preferences(rows: Sequence[Numbers]) -> str:
     """Of each feature, how often model and labels go for the response with more of it, and the way between them."""
     shown = [row for row in rows if row["model_prefers_more"] is not None]
 
@@ -103,7 +104,7 @@ def preferences(rows: Sequence[Mapping[str, Any]]) -> str:
     return svg(draw, 7.2, 1.2 + 0.3 * len(shown)) if shown else ""
 
 
-def best_of_n(curve: Mapping[str, Any]) -> str:
+def best_of_n(curve: Numbers) -> str:
     """Both models' scores of the best of n by the first, against KL."""
 
     def draw(axes: Axes) -> None:

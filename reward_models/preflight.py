@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel
 
 from reward_models.config import RewardConfig
 from reward_models.encoding import EncodedRanking, RankingBatch
@@ -32,24 +31,13 @@ from rlhf.preflight.measure import (
     range_of,
     same_after_reload,
 )
-from rlhf.preflight.run import conclude, run_checks, untouched
+from rlhf.preflight.run import Checked, conclude, run_checks, untouched
 
 
-class Checked(Protocol):
-    """What the checks look at: a `RewardTrainer`. (For the first four, transformers' own types allow too much.)"""
-
-    @property
-    def model(self) -> Any: ...
-    @property
-    def processing_class(self) -> Any: ...
-    @property
-    def train_dataset(self) -> Any: ...
-    @property
-    def data_collator(self) -> Any: ...
+class CheckedTrainer(Checked, Protocol):
+    """What the checks look at of a `RewardTrainer`."""
 
     config: RewardConfig
-    accelerator: Accelerator
-    state: TrainerState
 
     def scores(self, model: nn.Module, inputs: RankingBatch) -> Tensor: ...
 
@@ -70,7 +58,7 @@ def check_pairs(data: Dataset) -> Finding:
 
 
 @torch.no_grad()
-def check_scores(trainer: Checked) -> Finding:
+def check_scores(trainer: CheckedTrainer) -> Finding:
     """Scores are finite, and those of training are those of scoring: both read the last real position."""
     batch = _batch(trainer, _rows(trainer))
     trained, said = _train_scores(trainer, batch), _plain_scores(trainer, batch)
@@ -85,7 +73,7 @@ def check_scores(trainer: Checked) -> Finding:
 
 
 @torch.no_grad()
-def check_score_padding(trainer: Checked) -> Finding:
+def check_score_padding(trainer: CheckedTrainer) -> Finding:
     """Scores of a ranking's responses, alone and beside a much longer ranking."""
     rows = _rows(trainer)
     alone = _train_scores(trainer, _batch(trainer, rows[:1]))
@@ -103,7 +91,7 @@ def check_score_padding(trainer: Checked) -> Finding:
     )
 
 
-def check_score_gradients(trainer: Checked) -> Finding:
+def check_score_gradients(trainer: CheckedTrainer) -> Finding:
     """Every trainable tensor gets a gradient, the scalar head (which must be trainable) one that is not 0."""
     head = score_head(trainer.model)
     if not any(p.requires_grad for p in head.parameters()):
@@ -122,7 +110,7 @@ def check_score_gradients(trainer: Checked) -> Finding:
 
 
 @torch.no_grad()
-def check_saved(trainer: Checked) -> Finding:
+def check_saved(trainer: CheckedTrainer) -> Finding:
     """Saved to a temporary folder and loaded again, model and head give the same scores."""
     model = trainer.model
     written = sum(p.numel() for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config"))
@@ -141,11 +129,11 @@ def check_saved(trainer: Checked) -> Finding:
         return same_after_reload(_plain_scores(trainer, batch), _plain_scores(trainer, batch, fresh), "it")
 
 
-def _exact(trainer: Checked) -> bool:
+def _exact(trainer: CheckedTrainer) -> bool:
     return is_exact(trainer.accelerator, trainer.model)
 
 
-def _rows(trainer: Checked) -> list[EncodedRanking]:
+def _rows(trainer: CheckedTrainer) -> list[EncodedRanking]:
     """Three rankings, shortest first; the last is the longest of at most 128 tokens (or of the shortest few)."""
     data = trainer.train_dataset
     rows = sorted((data[i] for i in range(min(64, len(data)))), key=lambda row: len(row["chosen_ids"]))
@@ -154,22 +142,24 @@ def _rows(trainer: Checked) -> list[EncodedRanking]:
     return [fitting[0], fitting[len(fitting) // 2], fitting[-1]]
 
 
-def _batch(trainer: Checked, rows: list[EncodedRanking]) -> RankingBatch:
+def _batch(trainer: CheckedTrainer, rows: list[EncodedRanking]) -> RankingBatch:
     batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
     return cast(RankingBatch, batch)
 
 
-def _train_scores(trainer: Checked, batch: RankingBatch) -> Tensor:
+def _train_scores(trainer: CheckedTrainer, batch: RankingBatch) -> Tensor:
     with trainer.accelerator.autocast():
         return trainer.scores(trainer.model, batch)
 
 
-def _plain_scores(trainer: Checked, batch: RankingBatch, model: PreTrainedModel | PeftModel | None = None) -> Tensor:
+def _plain_scores(
+    trainer: CheckedTrainer, batch: RankingBatch, model: PreTrainedModel | PeftModel | None = None
+) -> Tensor:
     with trainer.accelerator.autocast():
         return last_token_scores(model or trainer.model, batch["input_ids"], batch["attention_mask"])
 
 
-def check_reward_model(trainer: Checked) -> list[Finding]:
+def check_reward_model(trainer: CheckedTrainer) -> list[Finding]:
     """Check a run before its first step; raises InputError with every failure, or returns what was found.
 
     Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
@@ -178,7 +168,7 @@ def check_reward_model(trainer: Checked) -> list[Finding]:
     return conclude(trainer.accelerator, reward_model_findings(trainer)) if wanted else []
 
 
-def reward_model_findings(trainer: Checked) -> Iterator[list[Finding]]:
+def reward_model_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
     """What is found of texts, then of the model on a few rankings."""
     model, tokenizer = trainer.model, trainer.processing_class
     yield run_checks(

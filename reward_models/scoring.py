@@ -140,7 +140,8 @@ def score_sequences(
     scores = torch.empty(len(sequences), dtype=torch.float32)
     device = next(model.parameters()).device
     for indices in length_batches([len(ids) for ids in sequences], tokens_per_microbatch):
-        scores[indices] = last_token_scores(model, *pad([sequences[i] for i in indices], pad_id, device)).cpu()
+        input_ids, mask = pad([sequences[i] for i in indices], pad_id, device)
+        scores[indices] = last_token_scores(model, input_ids, mask).cpu()
     return scores
 
 

@@ -19,11 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import TrainerState
 
 from rlhf.errors import InputError, short
 from rlhf.preflight.measure import Finding
@@ -31,6 +33,22 @@ from rlhf.preflight.measure import Finding
 log = logging.getLogger("rlhf")
 
 Check = Callable[[], Finding]
+
+
+class Checked(Protocol):
+    """What the checks look at of a trainer of transformers, whose own types allow too much for the first four."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def processing_class(self) -> Any: ...
+    @property
+    def train_dataset(self) -> Any: ...
+    @property
+    def data_collator(self) -> Any: ...
+
+    accelerator: Accelerator
+    state: TrainerState
 
 
 # Findings come in phases: what is wrong in a later one often follows from what is wrong in an earlier one.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import TrainerState
 
 from rlhf.padding import IGNORED
 from rlhf.preflight import text as on_text
@@ -27,31 +25,20 @@ from rlhf.preflight.measure import (
     vocabulary_rows,
 )
 from rlhf.preflight.measure import check_gradients as gradients_of
-from rlhf.preflight.run import conclude, run_checks, untouched
+from rlhf.preflight.run import Checked, conclude, run_checks, untouched
 from rlhf.records import Demonstration
 from rlhf.sft.config import SFTConfig
 from rlhf.sft.data import EncodedDemonstration
 
 
-class Checked(Protocol):
-    """What the checks look at: an `SFTTrainer`. (For the first four, transformers' own types allow too much.)"""
-
-    @property
-    def model(self) -> Any: ...
-    @property
-    def processing_class(self) -> Any: ...
-    @property
-    def train_dataset(self) -> Any: ...
-    @property
-    def data_collator(self) -> Any: ...
+class CheckedTrainer(Checked, Protocol):
+    """What the checks look at of a `SFTTrainer`."""
 
     config: SFTConfig
     first_demonstrations: list[Demonstration]
-    accelerator: Accelerator
-    state: TrainerState
 
 
-def check_padding(trainer: Checked) -> Finding:
+def check_padding(trainer: CheckedTrainer) -> Finding:
     """A demonstration's loss, alone and beside a much longer one."""
     rows = _rows(trainer)
     short, model = rows[0], trainer.model
@@ -71,12 +58,12 @@ def check_padding(trainer: Checked) -> Finding:
     )
 
 
-def check_gradients(trainer: Checked) -> Finding:
+def check_gradients(trainer: CheckedTrainer) -> Finding:
     return gradients_of(trainer.model, -_logprobs(trainer, _rows(trainer)[:2]).sum())
 
 
 @torch.no_grad()
-def check_precision(trainer: Checked) -> Finding:
+def check_precision(trainer: CheckedTrainer) -> Finding:
     """How far this run's precision moves log-probabilities from float32's."""
     if is_exact(trainer.accelerator, trainer.model):
         return Finding("precision", "the run computes in float32", True)
@@ -89,13 +76,13 @@ def check_precision(trainer: Checked) -> Finding:
     return drift(gap(ours, truth, ours != 0))
 
 
-def _rows(trainer: Checked) -> list[EncodedDemonstration]:
+def _rows(trainer: CheckedTrainer) -> list[EncodedDemonstration]:
     data = trainer.train_dataset
     rows = [data[i] for i in range(min(64, len(data)))]
     return [rows[i] for i in spread([len(row["input_ids"]) for row in rows], PROMPT_TOKENS)]
 
 
-def _logprobs(trainer: Checked, rows: list[EncodedDemonstration], whole: nn.Module | None = None) -> Tensor:
+def _logprobs(trainer: CheckedTrainer, rows: list[EncodedDemonstration], whole: nn.Module | None = None) -> Tensor:
     """Log-probabilities [B, T - 1] of the labels, 0 where there is no loss; in float32 under `whole`."""
     model = trainer.model if whole is None else whole
     batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
@@ -107,7 +94,7 @@ def _logprobs(trainer: Checked, rows: list[EncodedDemonstration], whole: nn.Modu
     return torch.where(labels != IGNORED, chosen, 0.0)
 
 
-def check_sft(trainer: Checked) -> list[Finding]:
+def check_sft(trainer: CheckedTrainer) -> list[Finding]:
     """Check a run before its first step; raises InputError with every failure, or returns what was found.
 
     Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
@@ -116,7 +103,7 @@ def check_sft(trainer: Checked) -> list[Finding]:
     return conclude(trainer.accelerator, sft_findings(trainer)) if wanted else []
 
 
-def sft_findings(trainer: Checked) -> Iterator[list[Finding]]:
+def sft_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
     """What is found of texts, then of the model on a few demonstrations."""
     model, tokenizer, first = trainer.model, trainer.processing_class, trainer.first_demonstrations
     most = trainer.config.max_length

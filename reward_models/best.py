@@ -38,8 +38,8 @@ class KeepBest(TrainerCallback):
         if not self.path.is_file():
             return None
         with safe_open(self.path, framework="pt") as file:
-            said = file.metadata()
-        return Best(int(said["step"]), float(said["eval_loss"]))
+            written = file.metadata()
+        return Best(int(written["step"]), float(written["eval_loss"]))
 
     def load_into(self, model: nn.Module) -> None:
         """Put the best weights into the model, in place."""

@@ -113,10 +113,10 @@ class RewardClient:
 
     def _refused(self, status: int, text: str) -> None:
         try:
-            said = json.loads(text)["error"]
+            reason = json.loads(text)["error"]
         except (ValueError, KeyError, TypeError):
-            said = text
-        message = f"{self.url}: {status}: {short(str(said), 300) or http.client.responses.get(status, 'no reason')}"
+            reason = text
+        message = f"{self.url}: {status}: {short(str(reason), 300) or http.client.responses.get(status, 'no reason')}"
         if status == 401:
             raise InputError(f"{message}; set {TOKEN_VARIABLE} to the server's token")
         if 400 <= status < 500:

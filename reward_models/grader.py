@@ -82,17 +82,17 @@ class Rubric:
     @classmethod
     def read(cls, file: str | Path) -> Rubric:
         """A YAML file with `instructions` and `choices`: letter -> {description, score}. Raises InputError."""
-        tree, places = config.read_yaml(file)
+        tree, lines = config.read_yaml(file)
         for name in tree:
             if name not in ("instructions", "choices"):
-                raise InputError(f"{places[(name,)]}: `{name}` is not known; a rubric has instructions and choices")
+                raise InputError(f"{lines[(name,)]}: `{name}` is not known; a rubric has instructions and choices")
         choices = tree.get("choices")
         if not isinstance(choices, dict):
             raise InputError(
                 f"{file}: choices: expected letter: {{description: ..., score: ...}} lines, got {choices!r}"
             )
         read = {
-            letter: _choice(choice, places.get(("choices", str(letter)), file)) for letter, choice in choices.items()
+            letter: _choice(choice, lines.get(("choices", str(letter)), file)) for letter, choice in choices.items()
         }
         try:
             return cls(tree.get("instructions", ""), read)
@@ -176,12 +176,12 @@ class RubricGrader:
         scores: list[float | Exception] = []
         chosen: list[str | None] = []
         answered = []
-        for said in self.ask(questions, letters):
-            if isinstance(said, Exception):
-                scores.append(said)
+        for answer in self.ask(questions, letters):
+            if isinstance(answer, Exception):
+                scores.append(answer)
                 chosen.append(None)
                 continue
-            probabilities, together = said
+            probabilities, together = answer
             best = int(probabilities.argmax())
             scores.append(float(values[best] if self.answer == "argmax" else probabilities @ values))
             chosen.append(letters[best])

@@ -61,11 +61,11 @@ def check_pairs(data: Dataset) -> Finding:
 def check_scores(trainer: CheckedTrainer) -> Finding:
     """Scores are finite, and those of training are those of scoring: both read the last real position."""
     batch = _batch(trainer, _rows(trainer))
-    trained, said = _train_scores(trainer, batch), _plain_scores(trainer, batch)
-    apart = gap(trained, said)
+    trained, scored = _train_scores(trainer, batch), _plain_scores(trainer, batch)
+    apart = gap(trained, scored)
     return Finding(
         "scores",
-        f"{len(said)} scores {range_of(said)}, {apart[0]:.3g} between training's path and scoring's",
+        f"{len(scored)} scores {range_of(scored)}, {apart[0]:.3g} between training's path and scoring's",
         bool(trained.isfinite().all()) and not limits(_exact(trainer)).refuse(apart),
         "scores are not finite, or training reads them at another position than RewardModel",
         "read scores at the last real token, by attention mask and not by searching a pad id",

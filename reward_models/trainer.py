@@ -179,18 +179,17 @@ class RewardTrainer(trl.RewardTrainer):
         The model is called from outside, through whatever accelerate wrapped it in (DDP, FSDP, autocast); a hook
         takes what its head says of every position, since the model's own pooling would search for a pad id.
         """
-        said: list[Tensor] = []
-        hook = score_head(cast(Any, self.model)).register_forward_hook(lambda head, args, output: said.append(output))
-        mask = inputs["attention_mask"]
-        if encoders.is_encoder(cast(Any, self.model).config):
+        mask, own = inputs["attention_mask"], cast(PreTrainedModel, self.model)
+        if encoders.is_encoder(own.config):
             return encoders.encoder_scores(model, inputs["input_ids"], mask)
-        places = position_ids(mask)
+        caught: list[Tensor] = []
+        hook = score_head(own).register_forward_hook(lambda head, args, output: caught.append(output))
         try:
-            model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=places, use_cache=False)
+            model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
         finally:
             hook.remove()
         last = mask.sum(-1, keepdim=True) - 1  # padded on the right
-        return said[0].squeeze(-1).float().gather(1, last).squeeze(1)
+        return caught[0].squeeze(-1).float().gather(1, last).squeeze(1)
 
     def loss(
         self, scores: Float[Tensor, " n"], inputs: RankingBatch, count: Tensor | float | None = None

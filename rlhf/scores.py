@@ -111,10 +111,10 @@ def score_responses(
         table[:, j], failed = _numbers(answers)
         if failed:
             row, error = next(iter(failed.items()))
-            told = _told(function, row, error, len(failed), prompts)
+            failure = _failure(function, row, error, len(failed), prompts)
             if failures is None:
-                raise (RunStopped if isinstance(error, Exception) else InputError)(told) from _cause(error)
-            failures.append(told)
+                raise (RunStopped if isinstance(error, Exception) else InputError)(failure) from _cause(error)
+            failures.append(failure)
             dropped[list(failed)] = True
     empty = table.isnan().all(-1) & ~dropped
     if bool(empty.any()):
@@ -154,18 +154,18 @@ def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, se
     muted = {name: _until(late, arguments[name]) for name in ("log_metric", "log_extra") if name in arguments}
 
     def answer() -> list[object]:
-        said: Any = function(**arguments | muted)
-        if inspect.isawaitable(said):  # in a thread: a notebook's own already runs an event loop
+        result: Any = function(**arguments | muted)
+        if inspect.isawaitable(result):  # in a thread: a notebook's own already runs an event loop
             # cancelled a moment after nobody waits for it any more, so that only the wait below tells of a time-out
-            awaited = said if seconds is None else asyncio.wait_for(said, seconds + 0.1)
-            said = _in_thread(lambda: asyncio.run(_wait(awaited)), None)
-        if isinstance(said, Tensor) and said.dim() > 0:
-            return said.detach().cpu().tolist()
-        if isinstance(said, str | bytes | Mapping | set | frozenset) or not isinstance(said, Iterable):
+            awaited = result if seconds is None else asyncio.wait_for(result, seconds + 0.1)
+            result = _in_thread(lambda: asyncio.run(_wait(awaited)), None)
+        if isinstance(result, Tensor) and result.dim() > 0:
+            return result.detach().cpu().tolist()
+        if isinstance(result, str | bytes | Mapping | set | frozenset) or not isinstance(result, Iterable):
             raise InputError(
-                f"{function_name(function)} returned a {type(said).__name__}; return a number per response"
+                f"{function_name(function)} returned a {type(result).__name__}; return a number per response"
             )
-        return list(said)
+        return list(result)
 
     try:
         answers = answer() if seconds is None else _in_thread(answer, seconds)
@@ -240,7 +240,7 @@ def _numbers(answers: Sequence[object]) -> tuple[Float[Tensor, "N"], dict[int, E
     return values, failed
 
 
-def _told(function: RewardFunction, row: int, error: Exception | str, failed: int, prompts: Sequence[Prompt]) -> str:
+def _failure(function: RewardFunction, row: int, error: Exception | str, failed: int, prompts: Sequence[Prompt]) -> str:
     """A function's failure in one line: its first row, and on how many."""
     where = f"response {row}, to {short(prompts[row].messages[-1]['content'])!r}"
     name, share = function_name(function), f"{failed} of {len(prompts)} responses"

@@ -24,9 +24,9 @@ def calibration(differences: np.ndarray, prompts: np.ndarray, seed: int) -> Numb
     """
     halves = _halves(prompts, seed)
     calibrated = np.zeros_like(differences)
-    for mine in (halves, ~halves):
-        scale = inverse_temperature(differences[~mine]) if (~mine).any() else None
-        calibrated[mine] = differences[mine] * (1.0 if scale is None else scale)
+    for half in (halves, ~halves):
+        scale = inverse_temperature(differences[~half]) if (~half).any() else None
+        calibrated[half] = differences[half] * (1.0 if scale is None else scale)
     scale = inverse_temperature(differences)
     return {
         **reliability(differences),

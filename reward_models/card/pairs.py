@@ -128,9 +128,9 @@ def by_column(pairs: ScoredPairs, name: str, seed: int) -> list[Numbers]:
     values = [ranking.columns.get(name) for ranking in pairs.rankings]
     of_pair = [values[number] for number in pairs.ranking_of[pairs.better]]
     members: dict[Any, list[int]] = {}
-    for place, value in enumerate(of_pair):
+    for index, value in enumerate(of_pair):
         if value is not None:
-            members.setdefault(str(value) if isinstance(value, list | dict) else value, []).append(place)
+            members.setdefault(str(value) if isinstance(value, list | dict) else value, []).append(index)
     largest = sorted(members, key=lambda value: -len(members[value]))[:MOST_GROUPS]
     numeric = all(isinstance(value, int | float) for value in largest)
     order = sorted(largest) if numeric else sorted(largest, key=str)
@@ -210,8 +210,8 @@ def rewardbench_sections(rows: Sequence[Mapping[str, Any]]) -> Numbers | None:
     return {"sections": sections, "mean": sum(sections.values()) / len(sections)}
 
 
-def _group(pairs: ScoredPairs, name: str, places: np.ndarray, seed: int) -> Numbers:
-    return {"name": name, **accuracy(pairs.right[places], pairs.prompts[places], seed)}
+def _group(pairs: ScoredPairs, name: str, chosen: np.ndarray, seed: int) -> Numbers:
+    return {"name": name, **accuracy(pairs.right[chosen], pairs.prompts[chosen], seed)}
 
 
 # -------------------------------------------------------------------------------- spread and worst pairs
@@ -243,13 +243,13 @@ def most_wrong(pairs: ScoredPairs, count: int = 20) -> list[Numbers]:
     rows: list[Numbers] = []
     seen: set[int] = set()
     differences = pairs.differences
-    for place in np.argsort(differences, kind="stable"):
-        if differences[place] >= 0 or len(rows) == count:
+    for index in np.argsort(differences, kind="stable"):
+        if differences[index] >= 0 or len(rows) == count:
             break
-        if int(pairs.prompts[place]) in seen:
+        if int(pairs.prompts[index]) in seen:
             continue
-        seen.add(int(pairs.prompts[place]))
-        better, worse = int(pairs.better[place]), int(pairs.worse[place])
+        seen.add(int(pairs.prompts[index]))
+        better, worse = int(pairs.better[index]), int(pairs.worse[index])
         rows.append(
             {
                 "prompt": pairs.rankings[pairs.ranking_of[better]].prompt,
@@ -257,7 +257,7 @@ def most_wrong(pairs: ScoredPairs, count: int = 20) -> list[Numbers]:
                 "rejected": pairs.texts[worse],
                 "score_preferred": float(pairs.scores[better]),
                 "score_rejected": float(pairs.scores[worse]),
-                "difference": float(differences[place]),
+                "difference": float(differences[index]),
             }
         )
     return rows
@@ -297,9 +297,9 @@ def best_of_n_curve(
     """
     proxy, other = (_standard(values) for values in (pairs.scores, second))
     groups: dict[int, dict[str, int]] = {}
-    for place, (prompt, text) in enumerate(zip(pairs.prompt_of.tolist(), pairs.texts, strict=True)):
-        groups.setdefault(prompt, {}).setdefault(text, place)
-    members = [np.array(list(places.values())) for places in groups.values()]
+    for index, (prompt, text) in enumerate(zip(pairs.prompt_of.tolist(), pairs.texts, strict=True)):
+        groups.setdefault(prompt, {}).setdefault(text, index)
+    members = [np.array(list(texts.values())) for texts in groups.values()]
     largest = max(n for n in sizes if 2 * sum(len(m) >= n for m in members) >= len(members))
     enough = [m for m in members if len(m) >= largest]
     rows = []
@@ -312,8 +312,8 @@ def best_of_n_curve(
     centred = [np.concatenate([values[m] - values[m].mean() for m in several]) for values in (proxy, other)]
     pool = []
     for n in (n for n in sizes if n <= len(centred[0])):
-        mine, theirs = (expected_best_of_n(centred[0], values, n) for values in centred)
-        pool.append({"n": n, "kl_nats": best_of_n_kl(n), "proxy": mine, "second": theirs})
+        own, judged = (expected_best_of_n(centred[0], values, n) for values in centred)
+        pool.append({"n": n, "kl_nats": best_of_n_kl(n), "proxy": own, "second": judged})
     agreement = accuracy(outcomes(second[pairs.better] - second[pairs.worse]), pairs.prompts, seed)
     return {"per_prompt": rows, "per_prompt_prompts": len(enough), "pool": pool, "second_model": agreement}
 

@@ -20,11 +20,11 @@ def forest(rows: Sequence[Numbers], first: int = 0) -> str:
     rows). A dashed line at 50%."""
 
     def draw(axes: Axes) -> None:
-        for place, row in enumerate(rows):
+        for line, row in enumerate(rows):
             low, high = (100 * bound for bound in row["accuracy_ci"])
-            color = MODEL if not first or place < first else OTHER
-            axes.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
-            axes.plot([100 * row["accuracy"]], [place], "o", color=color, markersize=6)
+            color = MODEL if not first or line < first else OTHER
+            axes.plot([low, high], [line, line], color=color, linewidth=2, solid_capstyle="butt")
+            axes.plot([100 * row["accuracy"]], [line], "o", color=color, markersize=6)
         axes.axvline(50, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
         axes.set_yticks(range(len(rows)), [f"{_label(row['name'])}  ({row['n']:,})" for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -88,11 +88,11 @@ def preferences(rows: Sequence[Numbers]) -> str:
     shown = [row for row in rows if row["model_prefers_more"] is not None]
 
     def draw(axes: Axes) -> None:
-        for place, row in enumerate(shown):
+        for line, row in enumerate(shown):
             model, labels = 100 * row["model_prefers_more"], 100 * row["labels_prefer_more"]
-            axes.plot([labels, model], [place, place], color=INK, alpha=0.35, linewidth=2)
-            axes.plot([labels], [place], "D", color=OTHER, markersize=6, label="" if place else "labels")
-            axes.plot([model], [place], "o", color=MODEL, markersize=7, label="" if place else "model")
+            axes.plot([labels, model], [line, line], color=INK, alpha=0.35, linewidth=2)
+            axes.plot([labels], [line], "D", color=OTHER, markersize=6, label="" if line else "labels")
+            axes.plot([model], [line], "o", color=MODEL, markersize=7, label="" if line else "model")
         axes.axvline(50, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
         axes.set_yticks(range(len(shown)), [f"{row['feature']}  ({row['n']:,})" for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)

@@ -97,6 +97,6 @@ def _change(before: np.ndarray, after: np.ndarray, deviation: float) -> Numbers:
     }
 
 
-def _conversation(pairs: ScoredPairs, place: int) -> Messages:
-    prompt: Sequence[dict[str, str]] = pairs.rankings[pairs.ranking_of[place]].prompt
-    return [*prompt, {"role": "assistant", "content": pairs.texts[place]}]
+def _conversation(pairs: ScoredPairs, index: int) -> Messages:
+    prompt: Sequence[dict[str, str]] = pairs.rankings[pairs.ranking_of[index]].prompt
+    return [*prompt, {"role": "assistant", "content": pairs.texts[index]}]

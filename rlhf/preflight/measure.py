@@ -74,7 +74,7 @@ def spread(lengths: list[int], most: int) -> list[int]:
     fitting = [i for i in order if lengths[i] <= most]
     fitting = fitting if len(fitting) >= ROWS else order[:ROWS]
     last = max(1, min(ROWS, len(fitting)) - 1)
-    return [fitting[place * (len(fitting) - 1) // last] for place in range(min(ROWS, len(fitting)))]
+    return [fitting[i * (len(fitting) - 1) // last] for i in range(min(ROWS, len(fitting)))]
 
 
 def lengthened(ids: list[int], length: int, most: int) -> list[int]:
@@ -136,19 +136,19 @@ def drift(apart: tuple[float, float]) -> Finding:
 SAVED = 50_000_000  # parameters that are written to a temporary folder for a check, at the most
 
 
-def same_after_reload(ours: Tensor, theirs: Tensor, folder: str) -> Finding:
-    apart = gap(theirs, ours)[0]
+def same_after_reload(before: Tensor, after: Tensor, folder: str) -> Finding:
+    apart = gap(after, before)[0]
     return Finding(
         "reload",
-        f"{len(ours)} scores differ by {apart:.3g} after loading {folder} again",
-        apart <= 1e-5 * max(1.0, float(ours.abs().max())),
+        f"{len(before)} scores differ by {apart:.3g} after loading {folder} again",
+        apart <= 1e-5 * max(1.0, float(before.abs().max())),
         "its folder lacks the trained head or normaliser, or the model was changed after loading",
         "save it with RewardTrainer.save_model (an adapter needs modules_to_save=['score'])",
     )
 
 
-def range_of(said: Tensor) -> str:
-    return f"{float(said.min()):.3g} to {float(said.max()):.3g}"
+def range_of(scores: Tensor) -> str:
+    return f"{float(scores.min()):.3g} to {float(scores.max()):.3g}"
 
 
 @dataclass(frozen=True)

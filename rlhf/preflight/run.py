@@ -55,7 +55,7 @@ class Checked(Protocol):
 
 
 def run_checks(*checks: tuple[str, Check]) -> list[Finding]:
-    """Every check's finding; a check that breaks is a failure, told by its exception."""
+    """Make every check; one that breaks is a failure, with its exception."""
     findings = []
     for name, check in checks:
         try:
@@ -68,8 +68,8 @@ def run_checks(*checks: tuple[str, Check]) -> list[Finding]:
 def broken(name: str, error: Exception) -> Finding:
     if isinstance(error, InputError):
         return Finding(name, str(error).removeprefix("preflight: "), False)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    measured = f"{short(f'{type(error).__name__}: {error}', 300)} ({place.filename}:{place.lineno})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    measured = f"{short(f'{type(error).__name__}: {error}', 300)} ({frame.filename}:{frame.lineno})"
     return Finding(name, measured, False, "the run would break there, too", "mend it")
 
 

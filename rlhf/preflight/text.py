@@ -120,8 +120,8 @@ def check_trained(
         spans = trained_spans(row["input_ids"], row["labels"])
         wanted = [
             message["content"]
-            for place, message in enumerate(demonstration.messages)
-            if message["role"] == "assistant" and place >= demonstration.trained_from
+            for index, message in enumerate(demonstration.messages)
+            if message["role"] == "assistant" and index >= demonstration.trained_from
         ]
         got = [chat.decode_response(tokenizer, span).strip() for span in spans]
         # through the tokenizer, which may know no way to write a character
@@ -143,10 +143,10 @@ def check_trained(
 def trained_spans(ids: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
     """The runs of labels that carry loss; a label that is not its token stays in, and shows."""
     spans: list[list[int]] = []
-    for place, label in enumerate(labels):
+    for index, label in enumerate(labels):
         if label == IGNORED:
             continue
-        if place and labels[place - 1] != IGNORED:
+        if index and labels[index - 1] != IGNORED:
             spans[-1].append(label)
         else:
             spans.append([label])

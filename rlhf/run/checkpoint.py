@@ -161,7 +161,7 @@ def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
     """Raise InputError unless every byte is there that was saved, by a run of the same settings."""
     try:
         marker = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-        files, theirs = dict(marker["files"]), dict(marker["settings"])
+        files, saved = dict(marker["files"]), dict(marker["settings"])
     except FileNotFoundError:
         raise InputError(f"{checkpoint}: no complete checkpoint (no file {COMPLETE!r} in it)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -174,10 +174,10 @@ def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
             raise InputError(f"{checkpoint}: {name} has {path.stat().st_size} bytes, {size} were written")
         if _fingerprint(path)[1] != digest:
             raise InputError(f"{checkpoint}: {name} is not what was written (its sha256 differs)")
-    for name, mine in plain(settings).items():
-        if theirs.get(name) != mine:
+    for name, now in plain(settings).items():
+        if saved.get(name) != now:
             raise InputError(
-                f"{checkpoint}: made with {name}={theirs.get(name)}, now {mine}; use the same, or another output_dir"
+                f"{checkpoint}: made with {name}={saved.get(name)}, now {now}; use the same, or another output_dir"
             )
 
 
@@ -217,7 +217,7 @@ def save_checkpoint(
     """
     path = Path(folder) / f"checkpoint-{step}"
     with full_disk_explained(folder):
-        with atomic_folder(path) as temporary, full_disk_explained(folder):  # told before clearing up makes room
+        with atomic_folder(path) as temporary, full_disk_explained(folder):  # raised before clearing up makes room
             write(temporary)
             mark_complete(temporary, settings)
         prune(folder, keep)
@@ -250,18 +250,18 @@ def full_disk_explained(folder: str | Path) -> Iterator[None]:
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
     """torch and safetensors turn ENOSPC into errors of their own, whose text says it, or only that a write failed."""
-    said = ""
+    text = ""
     cause: BaseException | None = error
     while cause is not None:  # torch hides the first error behind one about closing the file
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        said += f"{cause}\n".lower()
+        text += f"{cause}\n".lower()
         cause = cause.__cause__ or cause.__context__
-    if "no space left" in said or "os error 28" in said:
+    if "no space left" in text or "os error 28" in text:
         return True
     while not folder.exists():
         folder = folder.absolute().parent
-    failed = any(words in said for words in ("write", "writing", "iostream error", "unexpected pos"))
+    failed = any(words in text for words in ("write", "writing", "iostream error", "unexpected pos"))
     return failed and shutil.disk_usage(folder).free < 2**20
 
 

@@ -156,8 +156,8 @@ def with_interval(entry: Json, name: str, interval: str | None = None) -> str:
 
 
 def _without_empty(headers: list[str], rows: list[list[str]]) -> Table:
-    used = [place for place in range(len(headers)) if place == 0 or any(row[place] for row in rows)]
-    return [headers[place] for place in used], [[row[place] for place in used] for row in rows]
+    used = [column for column in range(len(headers)) if column == 0 or any(row[column] for row in rows)]
+    return [headers[column] for column in used], [[row[column] for column in used] for row in rows]
 
 
 def _evaluation(summary: Json) -> Json:

@@ -139,14 +139,14 @@ class SFTTrainer(trl.SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not model.training:
             self._silence_repeated(inputs)
-        said: list[Any] = []  # what trl's forward says of every token, which its own metrics average over batches
-        hook = cast(nn.Module, self.model).register_forward_hook(lambda model, args, outputs: said.append(outputs))
+        caught: list[Any] = []  # what trl's forward says of every token, which its own metrics average over batches
+        hook = cast(nn.Module, self.model).register_forward_hook(lambda model, args, outputs: caught.append(outputs))
         try:
             result = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             hook.remove()
         counted = (inputs["labels"] != IGNORED).any(-1)
-        numbers = [-said[0].log_probs, said[0].entropy, said[0].is_top1, said[0].label_mask]
+        numbers = [-caught[0].log_probs, caught[0].entropy, caught[0].is_top1, caught[0].label_mask]
         sums = [number.detach().double().sum() for number in [*numbers, inputs["attention_mask"][counted]]]
         self._sums["train" if model.training else "eval"].append(torch.stack(sums))
         loss = result[0] if isinstance(result, tuple) else result

@@ -1,4 +1,9 @@
-"""Reward models and every other source of a score.
+"""Reward models, and every other source of a score.
+
+`trainer` trains one on rankings: `config` has the settings, `encoding` makes batches, `model` what is trained, `losses`
+the formulas, `best` keeps the best weights, `preflight` checks before the first step. `scoring` scores with a reward
+model; `server`, `scoring_queue` and `client` do so over HTTP. `functions`, `rules` and `grader` score without one, and
+`card` says how good one is.
 
 Names below are imported when first used, so ``import reward_models`` stays fast.
 """

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 BEST_FILE = "best.safetensors"
 
@@ -38,8 +38,8 @@ class KeepBest(TrainerCallback):
         if not self.path.is_file():
             return None
         with safe_open(self.path, framework="pt") as file:
-            said = file.metadata()
-        return Best(int(said["step"]), float(said["eval_loss"]))
+            written = file.metadata()
+        return Best(int(written["step"]), float(written["eval_loss"]))
 
     def load_into(self, model: nn.Module) -> None:
         """Put the best weights into the model, in place."""
@@ -48,14 +48,14 @@ class KeepBest(TrainerCallback):
             for name, weight in saved.items():
                 named[name].copy_(weight)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and state.global_step == 0:
             drop_best(self.path.parent)  # another attempt's
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
-    ) -> None:
-        loss = (metrics or {}).get("eval_loss")
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss, model = kwargs["metrics"].get("eval_loss"), kwargs["model"]
         best = self.read()
         if loss is None or not state.is_world_process_zero or (best is not None and best.eval_loss <= loss):
             return

@@ -14,10 +14,9 @@ import math
 import os
 import random
 import time
-from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
+from reward_models.functions import Texts
 from rlhf.chat import Messages
 from rlhf.errors import InputError, RunStopped, short
 
@@ -59,9 +58,7 @@ class RewardClient:
         self._random = random.Random()  # its own: the global generator belongs to the run that must be repeatable
         self.__name__ = name  # logs name a reward function by it
 
-    def __call__(
-        self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
-    ) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         """Normalised scores; further columns stay here."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
@@ -116,10 +113,10 @@ class RewardClient:
 
     def _refused(self, status: int, text: str) -> None:
         try:
-            said = json.loads(text)["error"]
+            reason = json.loads(text)["error"]
         except (ValueError, KeyError, TypeError):
-            said = text
-        message = f"{self.url}: {status}: {short(str(said), 300) or http.client.responses.get(status, 'no reason')}"
+            reason = text
+        message = f"{self.url}: {status}: {short(str(reason), 300) or http.client.responses.get(status, 'no reason')}"
         if status == 401:
             raise InputError(f"{message}; set {TOKEN_VARIABLE} to the server's token")
         if 400 <= status < 500:

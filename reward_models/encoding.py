@@ -1,15 +1,16 @@
-"""Rankings as the tensors that the reward trainer's batches are made of."""
+"""Rankings as token ids, and as the reward trainer's batches."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +25,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class EncodedRanking(TypedDict):
+    """A ranking as token ids, in trl's columns for tokenized preferences; the responses beyond two are `other_ids`.
+
+    `ranks` and `texts` (equal numbers: the same text) follow that order.
+    """
+
+    chosen_ids: Sequence[int]
+    rejected_ids: Sequence[int]
+    other_ids: Sequence[Sequence[int]]
+    ranks: list[float]
+    texts: list[int]
+    margin: float
+    weight: float
+    """What the ranking counts, 1 on average: its column `weight`, times its labeler's."""
+    row: int
+    """Its number in the data."""
+
+
+class RankingBatch(TypedDict):
+    """Several rankings' responses as one flat batch, padded on the right."""
+
+    input_ids: Int[Tensor, "n T"]
+    attention_mask: Int[Tensor, "n T"]
+    ranks: Float[Tensor, " n"]
+    prompts: Int[Tensor, " n"]
+    """Which of the batch's prompts a response belongs to."""
+    texts: Int[Tensor, " n"]
+    row: Int[Tensor, " prompts"]
+    """The rankings' numbers in the data."""
+    margins: NotRequired[Float[Tensor, " n"]]
+    """Where the data has any."""
+    weights: NotRequired[Float[Tensor, " n"]]
+    """Where not all rankings count alike."""
+
+
 def encode_rankings(
     tokenizer: PreTrainedTokenizerBase,
     rankings: Sequence[Ranking],
@@ -31,14 +67,12 @@ def encode_rankings(
     name: str,
     labeler_weights: Mapping[str, float] | None = None,
 ) -> Dataset:
-    """Rankings as token ids, in trl's columns for tokenized preferences: `chosen_ids`, `rejected_ids`; the responses
-    beyond two are `other_ids`. `ranks` and `texts` (equal numbers: the same text) follow that order. `weight` is what
-    the ranking counts, 1 on average: its column `weight`, times its labeler's among `labeler_weights`.
+    """Encode rankings; a row each of the columns of `EncodedRanking`.
 
     Left out, and counted in the log: rankings without a pair, and those with a response that makes prompt and
     response longer than `max_length`. Raises InputError when nothing remains.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[EncodedRanking] = []
     ties, too_long = 0, {}
     for number, ranking in enumerate(rankings):
         pairs = ranking.pairs()
@@ -52,7 +86,7 @@ def encode_rankings(
             too_long[number] = longest
             continue
         order = [*pairs[0], *(i for i in range(len(encoded)) if i not in pairs[0])]
-        ids = [np.asarray(encoded[i], dtype=np.int32) for i in order]
+        ids = [_compact(encoded[i]) for i in order]
         rows.append(
             {
                 "chosen_ids": ids[0],
@@ -78,19 +112,15 @@ def encode_rankings(
 
 @dataclass(frozen=True)
 class RankingCollator:
-    """Encoded rankings as one flat batch of responses, padded on the right:
-
-    input_ids, attention_mask [n, T]; ranks, prompts (which of the batch's), texts and, where the data has any,
-    margins [n]; weights [n], where not all count alike; row [prompts], the rankings' numbers in the data.
-    """
+    """Puts encoded rankings into a batch."""
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[EncodedRanking]) -> RankingBatch:
         sequences = [responses_of(row) for row in rows]
         input_ids, mask = pad([ids for responses in sequences for ids in responses], self.pad_id)
         sizes = torch.tensor([len(responses) for responses in sequences])
-        batch = {
+        batch: RankingBatch = {
             "input_ids": input_ids,
             "attention_mask": mask.long(),
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]], dtype=torch.float32),
@@ -106,9 +136,25 @@ class RankingCollator:
         return batch
 
 
-def responses_of(row: dict[str, Any]) -> list[list[int]]:
-    """All responses of an encoded ranking (with their prompt), in the order of its `ranks`."""
+def rankings_of(batch: RankingBatch) -> Iterator[tuple[Bool[Tensor, " n"], RankingBatch]]:
+    """Take a batch apart: of each ranking, which of the batch's responses are its own, and a batch of them."""
+    tensors = cast(dict[str, Tensor], batch)
+    for number, row in enumerate(batch["row"]):
+        own = batch["prompts"] == number
+        yield (
+            own,
+            cast(RankingBatch, {name: t[own] for name, t in tensors.items() if name != "row"} | {"row": row[None]}),
+        )
+
+
+def responses_of(row: EncodedRanking) -> list[Sequence[int]]:
+    """List the responses of an encoded ranking (with their prompt), in the order of its `ranks`."""
     return [row["chosen_ids"], row["rejected_ids"], *row["other_ids"]]
+
+
+def _compact(ids: list[int]) -> Sequence[int]:
+    """Hold ids in four bytes each: a whole data set of them is in memory at a time."""
+    return cast(Sequence[int], np.asarray(ids, dtype=np.int32))
 
 
 def _margin(ranking: Ranking, where: str) -> float:
@@ -138,7 +184,7 @@ def _weight(ranking: Ranking, labeler_weights: Mapping[str, float] | None, where
     return float(weight) * labeler_weights[str(labeler)]
 
 
-def _scale_weights(rows: list[dict[str, Any]], name: str) -> None:
+def _scale_weights(rows: list[EncodedRanking], name: str) -> None:
     """Weights of 1 on average, so that they shift the loss between rankings and leave the learning rate its meaning."""
     total = math.fsum(row["weight"] for row in rows)
     if rows and total <= 0:

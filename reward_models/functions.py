@@ -9,36 +9,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 from rlhf.chat import Messages
 from rlhf.errors import InputError
 
 RewardFunction = Callable[..., list[float | None]]
+Texts = Sequence[str | Messages]
+"""Prompts or completions, each as text or as messages."""
 
 NOT_COLUMNS = ("completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
 """What trainers hand a reward function besides the dataset's columns."""
 
 
 def response_text(completion: str | Messages) -> str:
-    """A completion's text: itself, or the content of its last message."""
+    """Return a completion's text: itself, or the content of its last message."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def conversation(prompt: str | Messages, completion: str | Messages) -> Messages:
-    """Prompt and completion, each text or messages, as one list of messages."""
+    """Join prompt and completion, each text or messages, into one list of messages."""
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-    return asked + said
+    answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    return asked + answered
 
 
-def column_values(function: str, column: str, columns: Mapping[str, Any]) -> list[Any]:
-    """A dataset column that `function` needs, one value per response. Raises InputError where there is none."""
+def column_values(function: str, column: str, columns: Mapping[str, object]) -> Sequence[object]:
+    """Return a dataset column that `function` needs, one value per response. Raises InputError where there is none."""
     if column not in columns:
         given = (name for name in columns if name not in NOT_COLUMNS)
         known = ", ".join(sorted(given)) or "none"
         raise InputError(f"{function}: the prompts have no column {column!r}; columns: {known}")
-    return columns[column]
+    return cast(Sequence[object], columns[column])
 
 
 def length_penalty(target_words: int, per_word: float = 0.01) -> RewardFunction:
@@ -50,7 +52,7 @@ def length_penalty(target_words: int, per_word: float = 0.01) -> RewardFunction:
     if target_words < 0 or per_word < 0:
         raise InputError(f"length_penalty: target_words={target_words} and per_word={per_word} must be 0 or more")
 
-    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def score(prompts: Texts, completions: Texts, **columns: object) -> list[float | None]:
         words = [len(response_text(completion).split()) for completion in completions]
         return [-per_word * max(0, count - target_words) for count in words]
 
@@ -67,7 +69,7 @@ def matches(pattern: str) -> RewardFunction:
     except re.error as error:
         raise InputError(f"matches: {pattern!r} is no regular expression: {error}") from None
 
-    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def score(prompts: Texts, completions: Texts, **columns: object) -> list[float | None]:
         return [float(compiled.fullmatch(response_text(c).strip()) is not None) for c in completions]
 
     return _named(score, "matches")
@@ -77,7 +79,7 @@ def final_answer(column: str = "answer") -> RewardFunction:
     """1 where the response's last number, or its last word if it has none, equals the dataset's `column`, else 0;
     None where that column is empty, so that rows of another kind are left to other functions."""
 
-    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def score(prompts: Texts, completions: Texts, **columns: object) -> list[float | None]:
         answers = column_values("final_answer", column, columns)
         return [_answer_score(response_text(c), a) for c, a in zip(completions, answers, strict=True)]
 
@@ -90,7 +92,7 @@ def repetition_penalty(n: int = 3) -> RewardFunction:
     if n < 1:
         raise InputError(f"repetition_penalty: n={n} must be at least 1")
 
-    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def score(prompts: Texts, completions: Texts, **columns: object) -> list[float | None]:
         scores: list[float | None] = []
         for completion in completions:
             words = response_text(completion).lower().split()
@@ -104,11 +106,11 @@ def repetition_penalty(n: int = 3) -> RewardFunction:
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-def _answer_score(text: str, answer: Any) -> float | None:
+def _answer_score(text: str, answer: object) -> float | None:
     if answer is None or not str(answer).strip():
         return None
-    said, wanted = _final(text), _final(str(answer))
-    return float(said is not None and said == wanted)
+    given, wanted = _final(text), _final(str(answer))
+    return float(given is not None and given == wanted)
 
 
 def _final(text: str) -> float | str | None:

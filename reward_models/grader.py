@@ -28,13 +28,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.functions import response_text
+from reward_models.functions import Texts, response_text
 from reward_models.scoring import length_batches
 from rlhf import chat, config
 from rlhf.chat import Messages
@@ -45,6 +47,8 @@ from rlhf.padding import pad, position_ids
 log = logging.getLogger("rlhf")
 
 Answer = Literal["expected", "argmax"]
+Answered = tuple[Float[Tensor, "K"], float] | Exception
+"""The probabilities of a question's letters and how much they have together, or what went wrong with it."""
 LETTERS = re.compile("[A-Z]")
 LITTLE = 0.1  # probability of all letters together, below which a model has hardly answered
 
@@ -78,17 +82,17 @@ class Rubric:
     @classmethod
     def read(cls, file: str | Path) -> Rubric:
         """A YAML file with `instructions` and `choices`: letter -> {description, score}. Raises InputError."""
-        tree, places = config.read_yaml(file)
+        tree, lines = config.read_yaml(file)
         for name in tree:
             if name not in ("instructions", "choices"):
-                raise InputError(f"{places[(name,)]}: `{name}` is not known; a rubric has instructions and choices")
+                raise InputError(f"{lines[(name,)]}: `{name}` is not known; a rubric has instructions and choices")
         choices = tree.get("choices")
         if not isinstance(choices, dict):
             raise InputError(
                 f"{file}: choices: expected letter: {{description: ..., score: ...}} lines, got {choices!r}"
             )
         read = {
-            letter: _choice(choice, places.get(("choices", str(letter)), file)) for letter, choice in choices.items()
+            letter: _choice(choice, lines.get(("choices", str(letter)), file)) for letter, choice in choices.items()
         }
         try:
             return cls(tree.get("instructions", ""), read)
@@ -112,9 +116,7 @@ class Asks(Protocol):
     """Answers a rubric's questions: per question the probabilities of its letters (or an exception in its place), and
     how much probability the letters have together."""
 
-    def __call__(
-        self, questions: Sequence[str], letters: Sequence[str]
-    ) -> list[tuple[Float[Tensor, "K"], float] | Exception]: ...
+    def __call__(self, questions: Sequence[str], letters: Sequence[str]) -> list[Answered]: ...
 
 
 class RubricGrader:
@@ -161,11 +163,11 @@ class RubricGrader:
 
     def __call__(
         self,
-        prompts: Sequence[str | Messages],
-        completions: Sequence[str | Messages],
+        prompts: Texts,
+        completions: Texts,
         log_metric: Callable[[str, float], None] | None = None,
-        log_extra: Callable[[str, list[Any]], None] | None = None,
-        **columns: Any,
+        log_extra: Callable[[str, list[str | None]], None] | None = None,
+        **columns: object,
     ) -> list[float | Exception]:
         """A score per response; where the grader failed on one, the exception in its place."""
         letters = list(self.rubric.choices)
@@ -174,12 +176,12 @@ class RubricGrader:
         scores: list[float | Exception] = []
         chosen: list[str | None] = []
         answered = []
-        for said in self.ask(questions, letters):
-            if isinstance(said, Exception):
-                scores.append(said)
+        for answer in self.ask(questions, letters):
+            if isinstance(answer, Exception):
+                scores.append(answer)
                 chosen.append(None)
                 continue
-            probabilities, together = said
+            probabilities, together = answer
             best = int(probabilities.argmax())
             scores.append(float(values[best] if self.answer == "argmax" else probabilities @ values))
             chosen.append(letters[best])
@@ -202,15 +204,15 @@ class RubricGrader:
 class LocalModel:
     """Answers read from a causal model's next-token probabilities after the generation prompt."""
 
-    def __init__(self, model: Any, tokenizer: Any, tokens_per_microbatch: int = 16384) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tokens_per_microbatch: int = 16384
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tokens_per_microbatch = tokens_per_microbatch
 
     @torch.no_grad()
-    def __call__(
-        self, questions: Sequence[str], letters: Sequence[str]
-    ) -> list[tuple[Float[Tensor, "K"], float] | Exception]:
+    def __call__(self, questions: Sequence[str], letters: Sequence[str]) -> list[Answered]:
         before, tokens = letter_tokens(self.tokenizer, letters)
         asked = [
             chat.encode_prompt(self.tokenizer, [{"role": "user", "content": question}]) + before
@@ -218,7 +220,7 @@ class LocalModel:
         ]
         self._check_length(max(map(len, asked), default=0))
         device, pad_id = next(self.model.parameters()).device, chat.pad_id(self.tokenizer)
-        answers: list[Any] = [None] * len(asked)
+        answers: dict[int, Answered] = {}
         for rows in length_batches([len(ids) for ids in asked], self.tokens_per_microbatch):
             input_ids, mask = pad([asked[row] for row in rows], pad_id, device, side="left")
             output = self.model(
@@ -229,7 +231,7 @@ class LocalModel:
             for row, share in zip(rows, letters_of, strict=True):
                 together = float(share.sum())
                 answers[row] = (share / share.sum(), together) if together > 0 else _no_answer(together)
-        return answers
+        return [answers[row] for row in range(len(asked))]
 
     def _check_length(self, tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -249,10 +251,8 @@ class Service:
         self.reply = reply
         self.at_once = at_once
 
-    def __call__(
-        self, questions: Sequence[str], letters: Sequence[str]
-    ) -> list[tuple[Float[Tensor, "K"], float] | Exception]:
-        def one(question: str) -> tuple[Tensor, float] | Exception:
+    def __call__(self, questions: Sequence[str], letters: Sequence[str]) -> list[Answered]:
+        def one(question: str) -> Answered:
             try:
                 letter = named_letter(self.reply(question), letters)
             except Exception as error:  # of this row alone; the trainer says what becomes of it
@@ -263,7 +263,7 @@ class Service:
             return list(threads.map(one, questions))
 
 
-def letter_tokens(tokenizer: Any, letters: Sequence[str]) -> tuple[list[int], list[int]]:
+def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: Sequence[str]) -> tuple[list[int], list[int]]:
     """The tokens that every letter's answer begins with (a SentencePiece space, say), and then each letter's own.
 
     Raises InputError where two letters begin with the same token.
@@ -298,7 +298,7 @@ def _quoted(text: str) -> str:
     return "\n".join(f"> {line}" for line in text.splitlines() or [""])
 
 
-def _choice(value: Any, where: Any) -> Choice:
+def _choice(value: object, where: object) -> Choice:
     if not isinstance(value, dict) or set(value) != {"description", "score"}:
         raise InputError(f"{where}: expected {{description: ..., score: ...}}, got {value!r}")
     description, score = value["description"], value["score"]

@@ -1,17 +1,19 @@
-"""Preflight checks of scores: reward functions and models in PPO, and a reward model before its training.
-
-A reward model is recognised by what it has (`model`, `tokenizer`, `normalizer`), never imported.
-"""
+"""Preflight checks of a reward model before its training, on a few of the run's rankings."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from reward_models.config import RewardConfig
+from reward_models.encoding import EncodedRanking, RankingBatch
 from rlhf.models.scalar import last_token_scores, load_scalar_model, score_head
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import (
@@ -29,15 +31,20 @@ from rlhf.preflight.measure import (
     range_of,
     same_after_reload,
 )
-from rlhf.preflight.run import conclude, run_checks, untouched
-
-# -- in PPO ------------------------------------------------------------------------------------------------
+from rlhf.preflight.run import Checked, conclude, run_checks, untouched
 
 
-# -- before a reward model's training ----------------------------------------------------------------------
+class CheckedTrainer(Checked, Protocol):
+    """What the checks look at of a `RewardTrainer`."""
+
+    config: RewardConfig
+
+    def scores(self, model: nn.Module, inputs: RankingBatch) -> Tensor: ...
+
+    def loss(self, scores: Tensor, inputs: RankingBatch) -> Tensor: ...
 
 
-def check_pairs(data: Any) -> Finding:
+def check_pairs(data: Dataset) -> Finding:
     """Chosen and rejected are different token sequences."""
     rows = [data[i] for i in range(min(512, len(data)))]
     same = sum(row["chosen_ids"] == row["rejected_ids"] for row in rows)
@@ -51,14 +58,14 @@ def check_pairs(data: Any) -> Finding:
 
 
 @torch.no_grad()
-def check_scores(trainer: Any) -> Finding:
+def check_scores(trainer: CheckedTrainer) -> Finding:
     """Scores are finite, and those of training are those of scoring: both read the last real position."""
     batch = _batch(trainer, _rows(trainer))
-    trained, said = _train_scores(trainer, batch), _plain_scores(trainer, batch)
-    apart = gap(trained, said)
+    trained, scored = _train_scores(trainer, batch), _plain_scores(trainer, batch)
+    apart = gap(trained, scored)
     return Finding(
         "scores",
-        f"{len(said)} scores {range_of(said)}, {apart[0]:.3g} between training's path and scoring's",
+        f"{len(scored)} scores {range_of(scored)}, {apart[0]:.3g} between training's path and scoring's",
         bool(trained.isfinite().all()) and not limits(_exact(trainer)).refuse(apart),
         "scores are not finite, or training reads them at another position than RewardModel",
         "read scores at the last real token, by attention mask and not by searching a pad id",
@@ -66,15 +73,14 @@ def check_scores(trainer: Any) -> Finding:
 
 
 @torch.no_grad()
-def check_score_padding(trainer: Any) -> Finding:
+def check_score_padding(trainer: CheckedTrainer) -> Finding:
     """Scores of a ranking's responses, alone and beside a much longer ranking."""
     rows = _rows(trainer)
     alone = _train_scores(trainer, _batch(trainer, rows[:1]))
     lengths = max(len(rows[0]["chosen_ids"]), len(rows[0]["rejected_ids"]))
     longer = lengthened(list(rows[-1]["chosen_ids"]), lengths, max_positions(trainer.model))
-    beside = _train_scores(
-        trainer, _batch(trainer, [rows[0], rows[-1] | {"chosen_ids": longer, "rejected_ids": longer}])
-    )
+    other: EncodedRanking = {**rows[-1], "chosen_ids": longer, "rejected_ids": longer}
+    beside = _train_scores(trainer, _batch(trainer, [rows[0], other]))
     apart = gap(beside[: len(alone)], alone)
     return Finding(
         "padding",
@@ -85,7 +91,7 @@ def check_score_padding(trainer: Any) -> Finding:
     )
 
 
-def check_score_gradients(trainer: Any) -> Finding:
+def check_score_gradients(trainer: CheckedTrainer) -> Finding:
     """Every trainable tensor gets a gradient, the scalar head (which must be trainable) one that is not 0."""
     head = score_head(trainer.model)
     if not any(p.requires_grad for p in head.parameters()):
@@ -104,7 +110,7 @@ def check_score_gradients(trainer: Any) -> Finding:
 
 
 @torch.no_grad()
-def check_saved(trainer: Any, tokenizer: Any) -> Finding:
+def check_saved(trainer: CheckedTrainer) -> Finding:
     """Saved to a temporary folder and loaded again, model and head give the same scores."""
     model = trainer.model
     written = sum(p.numel() for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config"))
@@ -118,16 +124,16 @@ def check_saved(trainer: Any, tokenizer: Any) -> Finding:
     torch.seed()  # what a load has to invent for want of weights is then never the same twice
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
         fresh = load_scalar_model(folder, model.dtype)[0].to(model.device)
         return same_after_reload(_plain_scores(trainer, batch), _plain_scores(trainer, batch, fresh), "it")
 
 
-def _exact(trainer: Any) -> bool:
+def _exact(trainer: CheckedTrainer) -> bool:
     return is_exact(trainer.accelerator, trainer.model)
 
 
-def _rows(trainer: Any) -> list[dict[str, Any]]:
+def _rows(trainer: CheckedTrainer) -> list[EncodedRanking]:
     """Three rankings, shortest first; the last is the longest of at most 128 tokens (or of the shortest few)."""
     data = trainer.train_dataset
     rows = sorted((data[i] for i in range(min(64, len(data)))), key=lambda row: len(row["chosen_ids"]))
@@ -136,27 +142,33 @@ def _rows(trainer: Any) -> list[dict[str, Any]]:
     return [fitting[0], fitting[len(fitting) // 2], fitting[-1]]
 
 
-def _batch(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
+def _batch(trainer: CheckedTrainer, rows: list[EncodedRanking]) -> RankingBatch:
+    batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
+    return cast(RankingBatch, batch)
 
 
-def _train_scores(trainer: Any, batch: dict[str, Tensor]) -> Tensor:
+def _train_scores(trainer: CheckedTrainer, batch: RankingBatch) -> Tensor:
     with trainer.accelerator.autocast():
         return trainer.scores(trainer.model, batch)
 
 
-def _plain_scores(trainer: Any, batch: dict[str, Tensor], model: Any = None) -> Tensor:
+def _plain_scores(
+    trainer: CheckedTrainer, batch: RankingBatch, model: PreTrainedModel | PeftModel | None = None
+) -> Tensor:
     with trainer.accelerator.autocast():
         return last_token_scores(model or trainer.model, batch["input_ids"], batch["attention_mask"])
 
 
-def check_reward_model(trainer: Any) -> list[Finding]:
-    """The same before a reward model's training."""
+def check_reward_model(trainer: CheckedTrainer) -> list[Finding]:
+    """Check a run before its first step; raises InputError with every failure, or returns what was found.
+
+    Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
+    """
     wanted = trainer.config.preflight and not trainer.state.global_step
     return conclude(trainer.accelerator, reward_model_findings(trainer)) if wanted else []
 
 
-def reward_model_findings(trainer: Any) -> Iterator[list[Finding]]:
+def reward_model_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
     """What is found of texts, then of the model on a few rankings."""
     model, tokenizer = trainer.model, trainer.processing_class
     yield run_checks(
@@ -170,6 +182,6 @@ def reward_model_findings(trainer: Any) -> Iterator[list[Finding]]:
             ("scores", lambda: check_scores(trainer)),
             ("padding", lambda: check_score_padding(trainer)),
             ("gradients", lambda: check_score_gradients(trainer)),
-            ("reload", lambda: check_saved(trainer, tokenizer)),
+            ("reload", lambda: check_saved(trainer)),
         )
     yield findings

@@ -26,9 +26,10 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from reward_models.functions import column_values, response_text
+from reward_models.functions import Texts, column_values, response_text
+from rlhf.chat import Messages
 from rlhf.errors import InputError
 
 Rule = Callable[..., Sequence[float | None]]
@@ -43,7 +44,7 @@ class Format:
     def __post_init__(self) -> None:
         _compiled("Format", self.pattern)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         pattern = _compiled("Format", self.pattern)
         return [float(pattern.fullmatch(_text(c)) is not None) for c in completions]
 
@@ -57,7 +58,7 @@ class Found:
     def __post_init__(self) -> None:
         _compiled("Found", self.pattern)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         pattern = _compiled("Found", self.pattern)
         return [float(pattern.search(_text(c)) is not None) for c in completions]
 
@@ -80,7 +81,7 @@ class Length:
         if self.unit not in ("words", "characters"):
             raise InputError(f"Length: unit={self.unit!r} must be 'words' or 'characters'")
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         texts = [_text(c) for c in completions]
         return [self._share(len(text.split() if self.unit == "words" else text)) for text in texts]
 
@@ -106,7 +107,7 @@ class Forbidden:
         for pattern in self.patterns:
             _compiled("Forbidden", pattern)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         patterns = [_compiled("Forbidden", pattern) for pattern in self.patterns]
         return [float(not any(p.search(text) for p in patterns)) for text in map(_plain, map(_text, completions))]
 
@@ -127,11 +128,11 @@ class ExactAnswer:
         if self.inside is not None and _compiled("ExactAnswer", self.inside).groups < 1:
             raise InputError(f"ExactAnswer: inside={self.inside!r} has no group; put the answer's part in (...)")
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float | None]:
         answers = column_values("ExactAnswer", self.column, columns)
         return [self._score(_text(c), answer) for c, answer in zip(completions, answers, strict=True)]
 
-    def _score(self, text: str, answer: Any) -> float | None:
+    def _score(self, text: str, answer: object) -> float | None:
         accepted = answer if isinstance(answer, list | tuple) else [answer]
         wanted = [normalised(str(a)) for a in accepted if a is not None and str(a).strip()]
         if not wanted:
@@ -151,7 +152,7 @@ class JsonSchema:
     Needs the package jsonschema. A schema is never fetched from the network: a ``$ref`` to an address is refused.
     """
 
-    schema: Mapping[str, Any]
+    schema: Mapping[str, object]
 
     def __post_init__(self) -> None:
         jsonschema = _jsonschema()
@@ -162,7 +163,7 @@ class JsonSchema:
         except jsonschema.SchemaError as error:
             raise InputError(f"JsonSchema: the schema is not valid at {error.json_path}: {error.message}") from None
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         import referencing
 
         jsonschema = _jsonschema()
@@ -206,11 +207,11 @@ class Rules:
 
     def __call__(
         self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
+        prompts: Texts,
+        completions: Texts,
         log_metric: Callable[[str, float], None] | None = None,
-        log_extra: Callable[[str, list[Any]], None] | None = None,
-        **columns: Any,
+        log_extra: Callable[[str, list[float | None]], None] | None = None,
+        **columns: object,
     ) -> list[float | None]:
         logs = {name: f for name, f in (("log_metric", log_metric), ("log_extra", log_extra)) if f is not None}
         sums: list[float | None] = [None] * len(completions)
@@ -241,7 +242,7 @@ def normalised(text: str) -> str | Decimal:
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))", re.ASCII)
 
 
-def _text(completion: Any) -> str:
+def _text(completion: str | Messages) -> str:
     return response_text(completion).strip()
 
 
@@ -258,7 +259,7 @@ def _compiled(rule: str, pattern: str) -> re.Pattern[str]:
         raise InputError(f"{rule}: {pattern!r} is no regular expression: {error}") from None
 
 
-def _no_json(constant: str) -> Any:
+def _no_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 

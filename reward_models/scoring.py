@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.functions import conversation
+from reward_models.functions import Texts, conversation
 from rlhf import chat
 from rlhf.chat import Messages
 from rlhf.errors import InputError
@@ -86,9 +85,7 @@ class RewardModel:
         scorer.folder = str(path)
         return scorer
 
-    def __call__(
-        self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages], **columns: Any
-    ) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         """Normalised scores, in trl's reward-function signature. A plain-text prompt is one user turn."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
@@ -143,7 +140,8 @@ def score_sequences(
     scores = torch.empty(len(sequences), dtype=torch.float32)
     device = next(model.parameters()).device
     for indices in length_batches([len(ids) for ids in sequences], tokens_per_microbatch):
-        scores[indices] = last_token_scores(model, *pad([sequences[i] for i in indices], pad_id, device)).cpu()
+        input_ids, mask = pad([sequences[i] for i in indices], pad_id, device)
+        scores[indices] = last_token_scores(model, input_ids, mask).cpu()
     return scores
 
 

@@ -70,12 +70,14 @@ def _conversations(asked: object, max_conversations: int) -> list[Messages]:
     if not isinstance(asked, dict) or not ("conversations" in asked) ^ ("prompts" in asked or "completions" in asked):
         raise Refused(400, 'write {"conversations": [...]}, or {"prompts": [...], "completions": [...]}')
     names = ("conversations",) if "conversations" in asked else ("prompts", "completions")
-    lists: dict[str, Any] = {name: asked.get(name) for name in names}
-    for name, rows in lists.items():
+    lists: dict[str, list[object]] = {}
+    for name in names:
+        rows = asked.get(name)
         if not isinstance(rows, list):
             raise Refused(400, f"{name}: a list is needed, got {show(rows)}")
         if len(rows) > max_conversations:
             raise Refused(413, f"{name}: {len(rows)}; this server takes {max_conversations} in one request")
+        lists[name] = rows
     if "conversations" in asked:
         return [_messages(row, f"conversations[{n}]", ends=True) for n, row in enumerate(lists["conversations"])]
     prompts, completions = lists["prompts"], lists["completions"]

@@ -6,7 +6,6 @@ prompt, scores each once, and learns from all their pairs (InstructGPT, section 
 
 from __future__ import annotations
 
-import copy
 import math
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ import trl
 from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -26,23 +25,23 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from reward_models import losses
 from reward_models.best import Best, KeepBest
 from reward_models.config import RewardConfig, trl_arguments
-from reward_models.encoding import RankingCollator, encode_rankings, responses_of
+from reward_models.encoding import RankingBatch, RankingCollator, encode_rankings, rankings_of, responses_of
+from reward_models.model import prepare_model
 from reward_models.preflight import check_reward_model
 from reward_models.scoring import score_sequences
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.models import encoders
-from rlhf.models import loading as models
-from rlhf.models.adapters import lora_config
-from rlhf.models.scalar import ScoreNormalizer, freeze_bias, is_scalar, new_scalar_model, score_head
+from rlhf.models.loading import tokenizer_of
+from rlhf.models.scalar import ScoreNormalizer, score_head
 from rlhf.padding import position_ids
 from rlhf.records import Ranking, check_disjoint, read_demonstrations, read_rankings
-from rlhf.run import distributed as sharding
+from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
-from rlhf.sft.data import real_rows
+from rlhf.sources import Source
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -77,9 +76,9 @@ class RewardTrainer(trl.RewardTrainer):
         model: str | Path | PreTrainedModel | PeftModel,
         args: RewardConfig | None = None,
         *,
-        train_dataset: Any,
-        eval_dataset: Any = None,
-        normalizer_dataset: Any = None,
+        train_dataset: Source,
+        eval_dataset: Source | None = None,
+        normalizer_dataset: Source | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -87,12 +86,12 @@ class RewardTrainer(trl.RewardTrainer):
         config = args if args is not None else RewardConfig()
         if not isinstance(config, RewardConfig):
             raise TypeError(f"args: expected a reward_models.RewardConfig, got a {type(config).__module__} one")
-        tokenizer = _tokenizer(model, processing_class)
+        tokenizer = tokenizer_of(model, processing_class)
         train = read_rankings(train_dataset)
         held_out = None if eval_dataset is None else read_rankings(eval_dataset)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
-        reward_model = _reward_model(model, tokenizer, config, peft_config)
+        reward_model = prepare_model(model, tokenizer, config, peft_config)
         limit = encoders.position_limit(reward_model) if encoders.is_encoder(reward_model.config) else None
         self._max_length = min(config.max_length, limit or config.max_length)
         if held_out is not None:
@@ -114,7 +113,7 @@ class RewardTrainer(trl.RewardTrainer):
         super().__init__(
             model=reward_model,
             args=trl_arguments(config, evaluate=held_out is not None),
-            data_collator=RankingCollator(chat.pad_id(tokenizer)),
+            data_collator=cast(Any, RankingCollator(chat.pad_id(tokenizer))),
             train_dataset=encoded,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -125,7 +124,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
         self._keeper = KeepBest(config.output_dir)
         if config.keep_best:
-            if sharding.is_sharded(reward_model):
+            if distributed.is_sharded(reward_model):
                 raise InputError("keep_best: not where FSDP2 shards the model; turn it off")
             self.add_callback(self._keeper)
 
@@ -135,16 +134,21 @@ class RewardTrainer(trl.RewardTrainer):
         count = sum(len(batch["row"]) for batch in batches)
         if batches:
             last = batches[-1]
-            real = real_rows(self.accelerator, len(last["row"]))
+            real = distributed.real_rows(self.accelerator, len(last["row"]))
             last["ranks"] = torch.where(last["prompts"] < real, last["ranks"], 0.0)  # a repeated prompt: all ties
             count -= len(last["row"]) - real
         prompts = torch.tensor(float(count), device=device)
         return batches, self.accelerator.reduce(prompts, reduction="sum")
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """This micro-batch's share of the optimizer step's loss: its prompts' mean losses over the step's prompts."""
+    def compute_loss(  # type: ignore[override]  # `inputs` are what our collator makes
+        self,
+        model: nn.Module,
+        inputs: RankingBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Compute this micro-batch's share of the optimizer step's loss: its prompts' mean losses over the step's
+        prompts."""
         scores = self.scores(model, inputs)
         loss = self.loss(scores, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
@@ -156,7 +160,7 @@ class RewardTrainer(trl.RewardTrainer):
             self._seen.append(torch.stack([outcomes.sum(), margins.sum(), outcomes.new_tensor(len(outcomes))]))
         return (loss, {"scores": scores}) if return_outputs else loss
 
-    def _broken(self, scores: Float[Tensor, " n"], inputs: dict[str, Tensor], loss: float) -> str:
+    def _broken(self, scores: Float[Tensor, " n"], inputs: RankingBatch, loss: float) -> str:
         """One line: which response's score made the loss no number."""
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         where = "though every score is finite"
@@ -169,37 +173,37 @@ class RewardTrainer(trl.RewardTrainer):
             "response. No step was taken on it; the last checkpoint is good"
         )
 
-    def scores(self, model: nn.Module, inputs: dict[str, Tensor]) -> Float[Tensor, " n"]:
+    def scores(self, model: nn.Module, inputs: RankingBatch) -> Float[Tensor, " n"]:
         """Raw scores [n] of a batch's responses, in float32, read at each one's last real position.
 
         The model is called from outside, through whatever accelerate wrapped it in (DDP, FSDP, autocast); a hook
         takes what its head says of every position, since the model's own pooling would search for a pad id.
         """
-        said: list[Tensor] = []
-        hook = score_head(cast(Any, self.model)).register_forward_hook(lambda head, args, output: said.append(output))
-        mask = inputs["attention_mask"]
-        if encoders.is_encoder(cast(Any, self.model).config):
+        mask, own = inputs["attention_mask"], cast(PreTrainedModel, self.model)
+        if encoders.is_encoder(own.config):
             return encoders.encoder_scores(model, inputs["input_ids"], mask)
-        places = position_ids(mask)
+        caught: list[Tensor] = []
+        hook = score_head(own).register_forward_hook(lambda head, args, output: caught.append(output))
         try:
-            model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=places, use_cache=False)
+            model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
         finally:
             hook.remove()
         last = mask.sum(-1, keepdim=True) - 1  # padded on the right
-        return said[0].squeeze(-1).float().gather(1, last).squeeze(1)
+        return caught[0].squeeze(-1).float().gather(1, last).squeeze(1)
 
-    def loss(self, scores: Float[Tensor, " n"], inputs: dict[str, Tensor], count: Any = None) -> Float[Tensor, ""]:
+    def loss(
+        self, scores: Float[Tensor, " n"], inputs: RankingBatch, count: Tensor | float | None = None
+    ) -> Float[Tensor, ""]:
         """The loss of a batch's prompts, divided by `count` prompts; override it to learn by another."""
         ranks, coefficient = inputs["ranks"], self.config.center_rewards_coefficient
-        where: dict[str, Any] = {name: inputs[name] for name in ("prompts", "texts")}
-        where |= {"count": count, "weights": inputs.get("weights")}
+        where = (inputs["prompts"], inputs["texts"], count, inputs.get("weights"))
         if "margins" in inputs:
-            loss = losses.margin_ranking_loss(scores, ranks, inputs["margins"], **where)
+            loss = losses.margin_ranking_loss(scores, ranks, inputs["margins"], *where)
         elif self.config.label_smoothing:
-            loss = losses.smoothed_ranking_loss(scores, ranks, self.config.label_smoothing, **where)
+            loss = losses.smoothed_ranking_loss(scores, ranks, self.config.label_smoothing, *where)
         else:
-            loss = losses.ranking_loss(scores, ranks, **where)
-        return loss + coefficient * losses.centering_penalty(scores, ranks, **where) if coefficient else loss
+            loss = losses.ranking_loss(scores, ranks, *where)
+        return loss + coefficient * losses.centering_penalty(scores, ranks, *where) if coefficient else loss
 
     def train(
         self,
@@ -253,15 +257,10 @@ class RewardTrainer(trl.RewardTrainer):
         mine: list[tuple[int, list[float]]] = []
         for batch in dataloader:
             scores = self.scores(model, batch)
-            per_response = {
-                name: batch[name] for name in ("ranks", "prompts", "texts", "margins", "weights") if name in batch
-            }
-            for number, row in enumerate(batch["row"].tolist()):
-                chosen = batch["prompts"] == number
-                one = {name: values[chosen] for name, values in per_response.items()}
-                outcomes, margins = _compared(scores[chosen], one)
-                sums = [self.loss(scores[chosen], one), outcomes.sum(), margins.sum()]
-                mine.append((row, [*torch.stack(sums).tolist(), len(outcomes)]))
+            for own, ranking in rankings_of(batch):
+                outcomes, margins = _compared(scores[own], ranking)
+                sums = [self.loss(scores[own], ranking), outcomes.sum(), margins.sum()]
+                mine.append((int(ranking["row"]), [*torch.stack(sums).tolist(), len(outcomes)]))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         prompts = dict(gather_object(mine))
         loss, right, margin, pairs = np.sum(list(prompts.values()), axis=0).tolist()
@@ -320,7 +319,7 @@ class RewardTrainer(trl.RewardTrainer):
         """Nothing: trl's card would describe trl's loss."""
 
 
-def _compared(scores: Float[Tensor, " n"], inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _compared(scores: Float[Tensor, " n"], inputs: RankingBatch) -> tuple[Tensor, Tensor]:
     """Of every pair: 1, 0.5 or 0 (right, equal, wrong), and the better response's score less the worse one's."""
     better, worse = losses.ranked_pairs(inputs["ranks"], inputs["prompts"], inputs["texts"])
     outcomes = losses.pair_outcomes(scores, inputs["ranks"], inputs["prompts"], inputs["texts"])
@@ -333,65 +332,3 @@ def _sample(rankings: list[Ranking], config: RewardConfig) -> list[Ranking]:
         return rankings
     order = np.random.default_rng(config.seed).permutation(len(rankings))
     return [rankings[i] for i in sorted(order[: config.max_eval_prompts])]
-
-
-def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if given is not None:
-        if isinstance(model, nn.Module):
-            encoders.prepare_tokenizer(given, model.config)
-        chat.prepare_tokenizer(given)
-        return given
-    path = str(model.name_or_path if isinstance(model, nn.Module) else model)
-    if not path:
-        raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
-    return models.load_tokenizer(path)
-
-
-def _reward_model(
-    model: str | Path | PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: RewardConfig,
-    peft_config: LoraConfig | None,
-) -> PreTrainedModel | PeftModel:
-    """The model to train: a head on its backbone, room for the tokenizer's tokens, an adapter if asked for."""
-    adapter = copy.deepcopy(peft_config) or lora_config(
-        config.lora_rank,
-        config.lora_alpha,
-        config.lora_dropout,
-        config.lora_target_modules,
-        task_type=TaskType.SEQ_CLS,
-    )
-    continued = not isinstance(model, nn.Module) and models.is_adapter(model)
-    if isinstance(model, nn.Module) and is_scalar(model):
-        scalar = model
-    else:
-        scalar = new_scalar_model(model, seed=config.seed, lora=adapter if continued else None)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what the trainer would set, with a warning
-        setattr(scalar.config, name, getattr(tokenizer, name))
-    rows = cast(nn.Embedding, scalar.get_input_embeddings()).weight.shape[0]
-    if len(tokenizer) > rows:
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)  # new rows and, below, new adapters are drawn from the global generator
-            scalar.resize_token_embeddings(len(tokenizer))
-    if adapter is not None and isinstance(scalar, PeftModel) and not continued:
-        raise InputError("the model is already an adapter: to train it further, leave lora_rank and peft_config out")
-    if adapter is not None and not continued:
-        if not scalar.name_or_path:
-            raise InputError("LoRA needs a base that can be loaded again: save the model and pass its folder")
-        adapter.task_type = TaskType.SEQ_CLS
-        heads = encoders.new_modules(scalar) if encoders.is_encoder(scalar.config) else ["score"]
-        adapter.modules_to_save = sorted({*heads, *(adapter.modules_to_save or [])})
-        if encoders.is_encoder(scalar.config) and adapter.exclude_modules is None:
-            adapter.exclude_modules = rf".*\.?({'|'.join(heads)})(\..*)?"  # trained whole, with all their layers
-        if len(tokenizer) > rows and adapter.trainable_token_indices is None:
-            adapter.trainable_token_indices = list(range(rows, len(tokenizer)))
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            scalar = get_peft_model(scalar, adapter)
-    freeze_bias(scalar)
-    models.disable_dropout(scalar)
-    if isinstance(scalar, PeftModel):
-        for name, module in scalar.named_modules():
-            if isinstance(module, nn.Dropout) and "lora_dropout" in name:
-                module.p = cast(LoraConfig, scalar.peft_config["default"]).lora_dropout
-    return scalar

@@ -26,10 +26,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 from rlhf.errors import InputError, reason, short
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -92,18 +95,20 @@ class _Chat:
 _CHATS: WeakKeyDictionary[Any, _Chat] = WeakKeyDictionary()
 
 
-def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """The prompt's ids, ending with the generation prompt. Raises InputError where the template refuses it."""
     return _fill(tokenizer, messages)[0]
 
 
-def encode_response(tokenizer: Any, text: str) -> list[int]:
+def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
     """A response's ids: `text` as ordinary text, then the end-of-turn token."""
     chat = _chat(tokenizer)
     return _encode_content(tokenizer, chat, chat.response, text) + chat.tail
 
 
-def encode_conversation(tokenizer: Any, messages: Messages, trained_from: int = 0) -> tuple[list[int], list[bool]]:
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Messages, trained_from: int = 0
+) -> tuple[list[int], list[bool]]:
     """Ids and mask of a conversation that ends with an assistant turn.
 
     The mask is True on the contents and end-of-turn tokens of assistant turns whose index in `messages` is at
@@ -122,7 +127,7 @@ def encode_conversation(tokenizer: Any, messages: Messages, trained_from: int = 
     return ids + response, mask + [len(messages) - 1 >= trained_from] * len(response)
 
 
-def decode_response(tokenizer: Any, ids: list[int]) -> str:
+def decode_response(tokenizer: Tokenizer, ids: list[int]) -> str:
     """A response's text: what stands before the first stop token. Other control tokens stay visible."""
     chat = _chat(tokenizer)
     ids = [int(i) for i in ids]
@@ -135,29 +140,29 @@ def decode_response(tokenizer: Any, ids: list[int]) -> str:
     return text.removeprefix(chat.response.lead)
 
 
-def end_of_turn_id(tokenizer: Any) -> int:
+def end_of_turn_id(tokenizer: Tokenizer) -> int:
     """The first control token that the template writes after an assistant's content; eos where it writes none."""
     return _chat(tokenizer).tail[-1]
 
 
-def stop_ids(tokenizer: Any, generation_config_eos: int | list[int] | None = None) -> tuple[int, ...]:
+def stop_ids(tokenizer: Tokenizer, generation_config_eos: int | list[int] | None = None) -> tuple[int, ...]:
     """The ids that end a response: end of turn, eos, and those of the model's generation config if given."""
     ids = [end_of_turn_id(tokenizer), tokenizer.eos_token_id]
     ids += [generation_config_eos] if isinstance(generation_config_eos, int) else list(generation_config_eos or [])
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Tokenizer) -> int:
     """The padding id; end of turn where the tokenizer has none. Masks never depend on it."""
     return end_of_turn_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-def template_hash(tokenizer: Any) -> str:
+def template_hash(tokenizer: Tokenizer) -> str:
     """Sixteen hex digits of the template's text: two models may share rollouts only where it agrees."""
     return hashlib.sha256(_template(tokenizer).encode()).hexdigest()[:16]
 
 
-def prepare_tokenizer(tokenizer: Any) -> list[str]:
+def prepare_tokenizer(tokenizer: Tokenizer) -> list[str]:
     """Make a tokenizer ready for chat, in place; return the tokens added to its vocabulary.
 
     A tokenizer without a template gets ChatML, with <|im_end|> as its eos (so that other programs stop there too).
@@ -182,14 +187,14 @@ def prepare_tokenizer(tokenizer: Any) -> list[str]:
     return [t for t in ("<|im_start|>", "<|im_end|>", "<|pad|>") if t in vocabulary and t not in before]
 
 
-def _template(tokenizer: Any) -> str:
+def _template(tokenizer: Tokenizer) -> str:
     template = tokenizer.chat_template
     if not template:
         raise InputError("chat template: the tokenizer has none; call rlhf.chat.prepare_tokenizer(tokenizer) first")
     return template if isinstance(template, str) else tokenizer.get_chat_template()
 
 
-def _chat(tokenizer: Any) -> _Chat:
+def _chat(tokenizer: Tokenizer) -> _Chat:
     """The analysis of this tokenizer, made once and again when its template, eos or vocabulary changes."""
     fingerprint = (
         tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else _template(tokenizer),
@@ -203,7 +208,7 @@ def _chat(tokenizer: Any) -> _Chat:
     return chat
 
 
-def _analyse(tokenizer: Any, fingerprint: tuple) -> _Chat:
+def _analyse(tokenizer: Tokenizer, fingerprint: tuple) -> _Chat:
     # Runs of spaces that some tokenizers hold as added tokens are vocabulary, not control.
     added = tokenizer.added_tokens_decoder.items()
     control = {i for i, token in added if token.special or not token.content.isspace()}
@@ -225,7 +230,7 @@ def _analyse(tokenizer: Any, fingerprint: tuple) -> _Chat:
     return chat
 
 
-def _plain_backend(tokenizer: Any, control: set[int]) -> Any:
+def _plain_backend(tokenizer: Tokenizer, control: set[int]) -> Any:
     """A copy of the fast tokenizer to which every control token is ordinary text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -241,7 +246,7 @@ def _plain_backend(tokenizer: Any, control: set[int]) -> Any:
     return plain
 
 
-def _encode_content(tokenizer: Any, chat: _Chat, slot: _Slot, content: str) -> list[int]:
+def _encode_content(tokenizer: Tokenizer, chat: _Chat, slot: _Slot, content: str) -> list[int]:
     """A message's content as it would be encoded in the middle of the rendered text, less any control token."""
     text = slot.text(content)
     if chat.anchored and slot.left:
@@ -252,7 +257,7 @@ def _encode_content(tokenizer: Any, chat: _Chat, slot: _Slot, content: str) -> l
     return _encode_text(tokenizer, chat, text)
 
 
-def _encode_text(tokenizer: Any, chat: _Chat, text: str) -> list[int]:
+def _encode_text(tokenizer: Tokenizer, chat: _Chat, text: str) -> list[int]:
     """Ordinary text to ids, none of which is a control token's."""
     if chat.plain is not None:
         ids = chat.plain.encode(text, add_special_tokens=False).ids
@@ -263,7 +268,7 @@ def _encode_text(tokenizer: Any, chat: _Chat, text: str) -> list[int]:
     return ids
 
 
-def _encode_broken(tokenizer: Any, chat: _Chat, text: str) -> list[int]:
+def _encode_broken(tokenizer: Tokenizer, chat: _Chat, text: str) -> list[int]:
     """For vocabularies that hold a control token's string as a word, too: break the string in two, or leave it out."""
     names = sorted((tokenizer.added_tokens_decoder[i].content for i in chat.control), key=len, reverse=True)
     name = next(name for name in [*names, ""] if name in text)
@@ -275,11 +280,11 @@ def _encode_broken(tokenizer: Any, chat: _Chat, text: str) -> list[int]:
     return [i for part in parts for i in _encode_text(tokenizer, chat, part)]
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _fill(tokenizer: Any, messages: Messages) -> tuple[list[int], list[tuple[int, int, int]]]:
+def _fill(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[tuple[int, int, int]]]:
     """A prompt's ids and, per slot, (message index, start, end incl. its end-of-turn token)."""
     chat = _chat(tokenizer)
     skeleton = _render(tokenizer, chat, tuple(m["role"] for m in messages), generation_prompt=True)
@@ -293,21 +298,22 @@ def _fill(tokenizer: Any, messages: Messages) -> tuple[list[int], list[tuple[int
     return ids, spans
 
 
-def _render(tokenizer: Any, chat: _Chat, roles: tuple[str, ...], generation_prompt: bool) -> _Skeleton:
+def _render(tokenizer: Tokenizer, chat: _Chat, roles: tuple[str, ...], generation_prompt: bool) -> _Skeleton:
     key = (roles, generation_prompt)
     if key not in chat.skeletons:
         chat.skeletons[key] = _render_anew(tokenizer, chat, roles, generation_prompt)
     return chat.skeletons[key]
 
 
-def _render_anew(tokenizer: Any, chat: _Chat, roles: tuple[str, ...], generation_prompt: bool) -> _Skeleton:
+def _render_anew(tokenizer: Tokenizer, chat: _Chat, roles: tuple[str, ...], generation_prompt: bool) -> _Skeleton:
     messages = [{"role": r, "content": f"{_EDGE}{_OPEN}{n}{_CLOSE}{_EDGE}"} for n, r in enumerate(roles)]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
     except Exception as error:  # Jinja's raise_exception, or whatever a template does with roles it doesn't know
         raise InputError(
             f"messages: the chat template refuses the roles {', '.join(roles)}: {reason(error)}; merge or drop turns"
         ) from error
+    text = cast(str, rendered)
     texts, slots, position = [], [], 0
     for match in _SENTINEL.finditer(text):
         piece = text[position : match.start()]
@@ -326,7 +332,7 @@ def _render_anew(tokenizer: Any, chat: _Chat, roles: tuple[str, ...], generation
     return _Skeleton(tuple(pieces), tuple(texts), tuple(slots))
 
 
-def _encode_piece(tokenizer: Any, chat: _Chat, text: str, first: bool) -> list[int]:
+def _encode_piece(tokenizer: Tokenizer, chat: _Chat, text: str, first: bool) -> list[int]:
     """A template's own text to ids, control tokens included."""
     anchor = "a" if chat.anchored and not first else ""
 
@@ -337,5 +343,5 @@ def _encode_piece(tokenizer: Any, chat: _Chat, text: str, first: bool) -> list[i
     return ids[len(left) :] if ids[: len(left)] == left else encode(text)
 
 
-def _ends_in_control(tokenizer: Any, text: str) -> bool:
+def _ends_in_control(tokenizer: Tokenizer, text: str) -> bool:
     return any(text.endswith(token.content) for token in tokenizer.added_tokens_decoder.values())

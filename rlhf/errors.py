@@ -13,7 +13,7 @@ _LINE_BREAK = re.compile(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*")
 
 
 class InputError(ValueError):
-    """A mistake in what the user handed in, told in one line: where, what was seen, what to do.
+    """A mistake in what the user handed in, as one line: where, what was seen, what to do.
 
     Recipes print it without a traceback and exit with code 2.
     """

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.chat import decode_response, encode_prompt
 from rlhf.intervals import (
@@ -40,6 +41,9 @@ __all__ = [
     "summarize",
     "win_rate",
 ]
+
+Entry = dict[str, Any]
+"""Numbers and texts by name, as a JSON object."""
 
 # ------------------------------------------------------------------------------------- what policies wrote
 
@@ -79,7 +83,7 @@ class PolicySamples:
 
 def sample_policy(
     prompts: Sequence[Prompt],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     engine: Engine,
     *,
     max_new_tokens: int,
@@ -139,7 +143,7 @@ class JudgeCard:
     accuracy: float | None = None
     accuracy_ci: tuple[float, float] | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Entry:
         interval = None if self.accuracy_ci is None else list(self.accuracy_ci)
         return {"kind": self.kind, "name": self.name, "accuracy": self.accuracy, "accuracy_ci": interval}
 
@@ -158,7 +162,7 @@ def _verdicts(samples: PolicySamples, kind: str) -> np.ndarray:
     return samples.by_prompt(scores)
 
 
-def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, dict[str, Any]]:
+def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, Entry]:
     """Means by family; ``n`` counts prompts. Empty when the prompts carry no ``family`` column."""
     members: dict[str, list[int]] = {}
     for index, prompt in enumerate(samples.prompts):
@@ -177,9 +181,9 @@ def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, dict[
     return table
 
 
-def summarize(samples: PolicySamples, won: np.ndarray | None = None) -> dict[str, Any]:
+def summarize(samples: PolicySamples, won: np.ndarray | None = None) -> Entry:
     """One policy's entry in ``summary["evaluation"]``, win rates apart."""
-    entry: dict[str, Any] = {
+    entry: Entry = {
         "prompts": len(samples.prompts),
         "score": _average(samples.scores),
         "gold_score": _average(samples.gold_scores),
@@ -208,7 +212,7 @@ def compare(
     *,
     candidates: PolicySamples | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Entry:
     """``summary["evaluation"]``: each policy's means, and how often it beats SFT on the same prompts.
 
     ``policies`` maps names to samples (``{"ppo": ...}``). ``candidates`` are n > 1 fresh SFT samples a prompt with
@@ -221,7 +225,7 @@ def compare(
         best = choose_best(candidates)
         entrants["best_of_n"] = best
     base = _verdicts(sft, judge.kind)
-    result: dict[str, Any] = {"sft": {**summarize(sft), "kl_nats": 0.0}}
+    result: Entry = {"sft": {**summarize(sft), "kl_nats": 0.0}}
     for name, samples in entrants.items():
         if [prompt.messages for prompt in samples.prompts] != [prompt.messages for prompt in sft.prompts]:
             raise ValueError(f"{name} and sft answered different prompts; sample both on the same list")
@@ -239,14 +243,14 @@ def compare(
     return result
 
 
-def side_by_side(policies: Mapping[str, PolicySamples], limit: int | None = None) -> list[dict[str, Any]]:
+def side_by_side(policies: Mapping[str, PolicySamples], limit: int | None = None) -> list[Entry]:
     """Rows of ``evaluation/samples.jsonl``: the prompt, and each policy's (first) response and score."""
     first = next(iter(policies.values()))
     rows = []
     for index, prompt in enumerate(first.prompts[:limit]):
         turns = [f"{turn['role']}: {turn['content']}" for turn in prompt.messages]
         lone = len(turns) == 1
-        row: dict[str, Any] = {"prompt": prompt.messages[0]["content"] if lone else "\n".join(turns)}
+        row: Entry = {"prompt": prompt.messages[0]["content"] if lone else "\n".join(turns)}
         row |= {name: samples.responses[index * samples.n] for name, samples in policies.items()}
         for measure in ("score", "gold_score", "judge_score"):
             for name, samples in policies.items():

@@ -188,7 +188,7 @@ def check(name: str, value: float) -> str | None:
 
 
 class Watch:
-    """Which metrics have left their healthy range, told once per departure. Feed it every logged line in turn."""
+    """Advises on metrics that leave their healthy range, once per departure. Feed it every logged line in turn."""
 
     def __init__(self) -> None:
         self._outside: dict[str, int] = {}

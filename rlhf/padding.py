@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+IGNORED = -100  # the label of tokens without loss, in transformers
+
 
 def position_ids(attention_mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """Count 0, 1, 2 ... over real tokens, so that left and right padding give a model the same positions."""

@@ -9,7 +9,7 @@ import math
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from decimal import Decimal
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,6 +27,8 @@ from rlhf.errors import InputError, RunStopped, short
 from rlhf.records import Prompt
 
 log = logging.getLogger("rlhf")
+
+T = TypeVar("T")
 
 RewardFunction = Callable[..., Any]
 """As trl's: called with lists, answers with a number or None per response; may be async."""
@@ -109,10 +111,10 @@ def score_responses(
         table[:, j], failed = _numbers(answers)
         if failed:
             row, error = next(iter(failed.items()))
-            told = _told(function, row, error, len(failed), prompts)
+            failure = _failure(function, row, error, len(failed), prompts)
             if failures is None:
-                raise (RunStopped if isinstance(error, Exception) else InputError)(told) from _cause(error)
-            failures.append(told)
+                raise (RunStopped if isinstance(error, Exception) else InputError)(failure) from _cause(error)
+            failures.append(failure)
             dropped[list(failed)] = True
     empty = table.isnan().all(-1) & ~dropped
     if bool(empty.any()):
@@ -142,7 +144,7 @@ class _TimedOut(Exception):
     pass
 
 
-def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, seconds: float | None) -> list[Any]:
+def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, seconds: float | None) -> list[object]:
     """What a function says of each of `count` responses; the exception itself, for each, where it raised one.
 
     With a time-out the function runs in a thread of its own. Python cannot stop a thread: one that is late is left
@@ -151,19 +153,19 @@ def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, se
     late = threading.Event()
     muted = {name: _until(late, arguments[name]) for name in ("log_metric", "log_extra") if name in arguments}
 
-    def answer() -> list[Any]:
-        said: Any = function(**arguments | muted)
-        if inspect.isawaitable(said):  # in a thread: a notebook's own already runs an event loop
+    def answer() -> list[object]:
+        result: Any = function(**arguments | muted)
+        if inspect.isawaitable(result):  # in a thread: a notebook's own already runs an event loop
             # cancelled a moment after nobody waits for it any more, so that only the wait below tells of a time-out
-            awaited = said if seconds is None else asyncio.wait_for(said, seconds + 0.1)
-            said = _in_thread(lambda: asyncio.run(_wait(awaited)), None)
-        if isinstance(said, Tensor) and said.dim() > 0:
-            return said.detach().cpu().tolist()
-        if isinstance(said, str | bytes | Mapping | set | frozenset) or not isinstance(said, Iterable):
+            awaited = result if seconds is None else asyncio.wait_for(result, seconds + 0.1)
+            result = _in_thread(lambda: asyncio.run(_wait(awaited)), None)
+        if isinstance(result, Tensor) and result.dim() > 0:
+            return result.detach().cpu().tolist()
+        if isinstance(result, str | bytes | Mapping | set | frozenset) or not isinstance(result, Iterable):
             raise InputError(
-                f"{function_name(function)} returned a {type(said).__name__}; return a number per response"
+                f"{function_name(function)} returned a {type(result).__name__}; return a number per response"
             )
-        return list(said)
+        return list(result)
 
     try:
         answers = answer() if seconds is None else _in_thread(answer, seconds)
@@ -179,24 +181,24 @@ def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, se
     return answers
 
 
-async def _wait(awaitable: Any) -> Any:
+async def _wait(awaitable: Awaitable[T]) -> T:
     return await awaitable
 
 
 def _until(late: threading.Event, log_call: Callable[..., None]) -> Callable[..., None]:
-    def call(*args: Any) -> None:
+    def call(*args: object) -> None:
         if not late.is_set():
             log_call(*args)
 
     return call
 
 
-def _in_thread(work: Callable[[], Any], seconds: float | None) -> Any:
+def _in_thread(work: Callable[[], T], seconds: float | None) -> T:
     """`work()` in a thread that doesn't keep the process alive. Raises _TimedOut after `seconds`.
 
     Gradient mode and the current device belong to a thread: they are handed on.
     """
-    result: Future[Any] = Future()
+    result: Future[T] = Future()
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
     gradients = torch.is_grad_enabled()
 
@@ -216,7 +218,7 @@ def _in_thread(work: Callable[[], Any], seconds: float | None) -> Any:
     return result.result()
 
 
-def _numbers(answers: Sequence[Any]) -> tuple[Float[Tensor, "N"], dict[int, Exception | str]]:
+def _numbers(answers: Sequence[object]) -> tuple[Float[Tensor, "N"], dict[int, Exception | str]]:
     """Scores as float32 (NaN for None), and by row what is wrong with those that are none (NaN too)."""
     values = torch.full((len(answers),), math.nan)
     failed: dict[int, Exception | str] = {}
@@ -238,7 +240,7 @@ def _numbers(answers: Sequence[Any]) -> tuple[Float[Tensor, "N"], dict[int, Exce
     return values, failed
 
 
-def _told(function: RewardFunction, row: int, error: Exception | str, failed: int, prompts: Sequence[Prompt]) -> str:
+def _failure(function: RewardFunction, row: int, error: Exception | str, failed: int, prompts: Sequence[Prompt]) -> str:
     """A function's failure in one line: its first row, and on how many."""
     where = f"response {row}, to {short(prompts[row].messages[-1]['content'])!r}"
     name, share = function_name(function), f"{failed} of {len(prompts)} responses"

@@ -7,14 +7,14 @@ against it. Differences must be those that the model was trained with: raw score
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+
+from reward_models.card.pairs import Numbers
 
 BINS = 10
 
 
-def calibration(differences: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Any]:
+def calibration(differences: np.ndarray, prompts: np.ndarray, seed: int) -> Numbers:
     """ECE, Brier score, loss and reliability curve of sigmoid(differences), raw and after dividing by a temperature.
 
     differences: [n] score of the preferred response less the other's. prompts: [n] clusters.
@@ -24,9 +24,9 @@ def calibration(differences: np.ndarray, prompts: np.ndarray, seed: int) -> dict
     """
     halves = _halves(prompts, seed)
     calibrated = np.zeros_like(differences)
-    for mine in (halves, ~halves):
-        scale = inverse_temperature(differences[~mine]) if (~mine).any() else None
-        calibrated[mine] = differences[mine] * (1.0 if scale is None else scale)
+    for half in (halves, ~halves):
+        scale = inverse_temperature(differences[~half]) if (~half).any() else None
+        calibrated[half] = differences[half] * (1.0 if scale is None else scale)
     scale = inverse_temperature(differences)
     return {
         **reliability(differences),
@@ -36,7 +36,7 @@ def calibration(differences: np.ndarray, prompts: np.ndarray, seed: int) -> dict
     }
 
 
-def reliability(differences: np.ndarray) -> dict[str, Any]:
+def reliability(differences: np.ndarray) -> Numbers:
     """`ece`: mean over pairs of |accuracy - confidence| per bin (10 of equal width from 0.5 to 1; Guo et al.
     1706.04599). `brier`: mean of (1 - probability of the preferred response)^2; 0.25 is a coin. `nll`: mean of
     -log of that probability, in nats; 0.693 is a coin. `curve`: the bins that hold a pair."""

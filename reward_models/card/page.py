@@ -5,15 +5,13 @@ What a model or a user wrote is inserted as text. `plots` draws the pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from reward_models.card import plots
+from reward_models.card.pairs import Numbers
 from reward_models.card.sensitivity import PADDING
 from rlhf.run import page as html
 from rlhf.run.report import number, percent, with_interval
-
-Report = Mapping[str, Any]
 
 BIAS = 0.1
 """A feature is named when the model goes for it so much more often than the labels do (share of pairs)."""
@@ -22,7 +20,7 @@ MATTERS = 50
 """Pairs below which a share is too uncertain to warn of."""
 
 
-def headlines(report: Report) -> list[str]:
+def headlines(report: Numbers) -> list[str]:
     """The main numbers, a sentence each."""
     accuracy = with_interval(report, "accuracy")
     lines = [f"Right on {accuracy} of {_pairs(report)} of {report['prompts']:,} prompts; a coin gets 50%."]
@@ -50,7 +48,7 @@ def headlines(report: Report) -> list[str]:
     return lines
 
 
-def advice(report: Report) -> list[str]:
+def advice(report: Numbers) -> list[str]:
     """What is wrong, or may be, and what to do about it."""
     found = []
     if report["accuracy_ci"][0] <= 0.5:
@@ -81,7 +79,7 @@ def advice(report: Report) -> list[str]:
     return found
 
 
-def page(report: Report) -> str:
+def page(report: Numbers) -> str:
     """The whole page. report: what `reward_report` returns, with `about` (see `save_reward_report`)."""
     about = report["about"]
     title = f"Report card of {about['reward_model']}"
@@ -99,7 +97,7 @@ def page(report: Report) -> str:
 # ----------------------------------------------------------------------------------------------- sections
 
 
-def _accuracy(report: Report) -> str:
+def _accuracy(report: Numbers) -> str:
     rows = [{**report, "name": "reward model"}]
     rule = {"accuracy": report["length_baseline"], "accuracy_ci": report["length_baseline_ci"], "n": report["n"]}
     rows.append({**rule, "name": f"always the {report['length_rule']} response"})
@@ -120,7 +118,7 @@ def _accuracy(report: Report) -> str:
     return f"<h2>Accuracy</h2>{body}"
 
 
-def _groups(report: Report) -> str:
+def _groups(report: Numbers) -> str:
     parts = []
     for name, rows in {**report["groups"], **report["labelers"]}.items():
         if rows:
@@ -144,7 +142,7 @@ def _groups(report: Report) -> str:
     return "<h2>Where it is right</h2>" + "".join(parts)
 
 
-def _certainty(report: Report) -> str:
+def _certainty(report: Numbers) -> str:
     numbers, spread, points = report["calibration"], report["spread"], report["points"]
     temperature = numbers["temperature"]
     columns = [("as it is", numbers)] + ([("with the temperature", numbers["calibrated"])] if temperature else [])
@@ -180,7 +178,7 @@ def _certainty(report: Report) -> str:
     )
 
 
-def _surface(report: Report) -> str:
+def _surface(report: Numbers) -> str:
     features, points = report["surface"]["features"], report["points"]
     rows = [
         [row["feature"], number(row["spearman"]), percent(row["model_prefers_more"]),
@@ -203,7 +201,7 @@ def _surface(report: Report) -> str:
     )
 
 
-def _sensitivity(report: Report) -> str:
+def _sensitivity(report: Numbers) -> str:
     if not report["sensitivity"]:
         return ""
     rows = []
@@ -218,7 +216,7 @@ def _sensitivity(report: Report) -> str:
     return f"<h2>Does it change when nothing does?</h2>{html.note(note)}{table}"
 
 
-def _best_of_n(report: Report) -> str:
+def _best_of_n(report: Numbers) -> str:
     curve = report["best_of_n"]
     heading = "<h2>Over-optimisation: best of n</h2>"
     if not curve:
@@ -241,7 +239,7 @@ def _best_of_n(report: Report) -> str:
     return f"{heading}<div class=wide>{plots.best_of_n(curve)}</div>{html.note(note)}{table}"
 
 
-def _most_wrong(report: Report) -> str:
+def _most_wrong(report: Numbers) -> str:
     cards = []
     for row in report["most_wrong"]:
         turns = row["prompt"]
@@ -259,7 +257,7 @@ def _most_wrong(report: Report) -> str:
 # ------------------------------------------------------------------------------------------------- pieces
 
 
-def _biases(features: Sequence[Mapping[str, Any]]) -> list[str]:
+def _biases(features: Sequence[Numbers]) -> list[str]:
     lines = []
     for row in features:
         if row["model_prefers_more"] is None or row["n"] < MATTERS:
@@ -275,7 +273,7 @@ def _biases(features: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _over_optimised(curve: Mapping[str, Any]) -> list[str]:
+def _over_optimised(curve: Numbers) -> list[str]:
     rows = max(curve["per_prompt"], curve["pool"], key=len)
     best = max(rows, key=lambda row: row["second"])
     if best is rows[-1]:
@@ -283,10 +281,10 @@ def _over_optimised(curve: Mapping[str, Any]) -> list[str]:
     return [f"The second model's score peaks at best of {best['n']} and falls after: stop early, raise kl_coef."]
 
 
-def _points(lead: Mapping[str, Any]) -> str:
+def _points(lead: Numbers) -> str:
     low, high = (f"{100 * bound:+.1f}" for bound in lead["difference_ci"])
     return f"{100 * lead['difference']:+.1f} [{low}, {high}] points"
 
 
-def _pairs(report: Report) -> str:
+def _pairs(report: Numbers) -> str:
     return f"{report['n']:,} held-out pairs"

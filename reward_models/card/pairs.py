@@ -17,6 +17,9 @@ from rlhf.errors import InputError
 from rlhf.intervals import best_of_n_kl, bootstrap_interval, clustered_accuracy
 from rlhf.records import Ranking, prompt_key
 
+Numbers = dict[str, Any]
+"""A part of reward_report.json: numbers, texts and further parts by name."""
+
 GROUP_COLUMNS = ("section", "subset", "category", "family", "task", "domain", "topic", "source", "dataset", "language")
 """Columns by which accuracy is split where the data has them."""
 LABELER_COLUMNS = ("labeler", "annotator", "worker", "agreement", "labeler_agreement", "annotator_agreement")
@@ -104,14 +107,14 @@ def scored_pairs(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]])
     )
 
 
-def accuracy(right: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Any]:
+def accuracy(right: np.ndarray, prompts: np.ndarray, seed: int) -> Numbers:
     """`accuracy`, `accuracy_ci`, `n` (pairs) and `prompts` of outcomes [n]."""
     estimate = clustered_accuracy(right.tolist(), prompts.tolist(), seed)
     counts = {"n": len(right), "prompts": len(set(prompts.tolist()))}
     return {"accuracy": estimate.value, "accuracy_ci": estimate.interval, **counts}
 
 
-def difference(right: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: int) -> dict[str, Any]:
+def difference(right: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: int) -> Numbers:
     """How much more often one scorer is right than another on the same pairs: a paired bootstrap over prompts."""
     estimate = clustered_accuracy((right - other).tolist(), prompts.tolist(), seed)
     return {"difference": estimate.value, "difference_ci": estimate.interval}
@@ -120,14 +123,14 @@ def difference(right: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: 
 # ------------------------------------------------------------------------------------------------- groups
 
 
-def by_column(pairs: ScoredPairs, name: str, seed: int) -> list[dict[str, Any]]:
+def by_column(pairs: ScoredPairs, name: str, seed: int) -> list[Numbers]:
     """Accuracy per value of a column of the data: the largest groups (at most 40), in the order of their values."""
     values = [ranking.columns.get(name) for ranking in pairs.rankings]
     of_pair = [values[number] for number in pairs.ranking_of[pairs.better]]
     members: dict[Any, list[int]] = {}
-    for place, value in enumerate(of_pair):
+    for index, value in enumerate(of_pair):
         if value is not None:
-            members.setdefault(str(value) if isinstance(value, list | dict) else value, []).append(place)
+            members.setdefault(str(value) if isinstance(value, list | dict) else value, []).append(index)
     largest = sorted(members, key=lambda value: -len(members[value]))[:MOST_GROUPS]
     numeric = all(isinstance(value, int | float) for value in largest)
     order = sorted(largest) if numeric else sorted(largest, key=str)
@@ -147,7 +150,7 @@ def grouping_columns(rankings: Sequence[Ranking], wanted: Sequence[str] | None =
     return [name for name in usual if len({str(ranking.columns.get(name)) for ranking in rankings}) > 1]
 
 
-def by_margin(pairs: ScoredPairs, seed: int) -> list[dict[str, Any]]:
+def by_margin(pairs: ScoredPairs, seed: int) -> list[Numbers]:
     """Accuracy per quartile of the absolute score difference: a model that knows what it knows is right more often
     where it is surer."""
     size = np.abs(pairs.differences)
@@ -169,7 +172,7 @@ def length_differences(pairs: ScoredPairs) -> np.ndarray:
     return (better - worse) / np.maximum(better, worse)
 
 
-def by_length_difference(pairs: ScoredPairs, seed: int) -> list[dict[str, Any]]:
+def by_length_difference(pairs: ScoredPairs, seed: int) -> list[Numbers]:
     """Accuracy where the preferred response is much shorter, shorter, of like length (within 10%), longer, much longer
     (more than twice as long): a model that pays for length is right on one side only."""
     relative = length_differences(pairs)
@@ -183,7 +186,7 @@ def by_length_difference(pairs: ScoredPairs, seed: int) -> list[dict[str, Any]]:
     return [_group(pairs, name, np.flatnonzero(chosen), seed) for name, chosen in bins.items() if chosen.any()]
 
 
-def rewardbench_sections(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def rewardbench_sections(rows: Sequence[Mapping[str, Any]]) -> Numbers | None:
     """RewardBench's section scores and their mean from the accuracy of its subsets (`by_column(..., "subset")`).
 
     A section is the mean over its pairs, but Reasoning weighs mathematics and code alike (2403.13787, section 4).
@@ -207,14 +210,14 @@ def rewardbench_sections(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | 
     return {"sections": sections, "mean": sum(sections.values()) / len(sections)}
 
 
-def _group(pairs: ScoredPairs, name: str, places: np.ndarray, seed: int) -> dict[str, Any]:
-    return {"name": name, **accuracy(pairs.right[places], pairs.prompts[places], seed)}
+def _group(pairs: ScoredPairs, name: str, chosen: np.ndarray, seed: int) -> Numbers:
+    return {"name": name, **accuracy(pairs.right[chosen], pairs.prompts[chosen], seed)}
 
 
 # -------------------------------------------------------------------------------- spread and worst pairs
 
 
-def spread(pairs: ScoredPairs) -> dict[str, Any]:
+def spread(pairs: ScoredPairs) -> Numbers:
     """Mean, standard deviation (population) and quantiles of the scores; the share of their variance that lies within
     a prompt's responses (the only part that ranks them); mean and quantiles of the pairs' differences."""
     scores, differences = pairs.scores, pairs.differences
@@ -235,18 +238,18 @@ def spread(pairs: ScoredPairs) -> dict[str, Any]:
     }
 
 
-def most_wrong(pairs: ScoredPairs, count: int = 20) -> list[dict[str, Any]]:
+def most_wrong(pairs: ScoredPairs, count: int = 20) -> list[Numbers]:
     """The pairs that the model gets wrong by the widest margin, widest first; at most one per prompt."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Numbers] = []
     seen: set[int] = set()
     differences = pairs.differences
-    for place in np.argsort(differences, kind="stable"):
-        if differences[place] >= 0 or len(rows) == count:
+    for index in np.argsort(differences, kind="stable"):
+        if differences[index] >= 0 or len(rows) == count:
             break
-        if int(pairs.prompts[place]) in seen:
+        if int(pairs.prompts[index]) in seen:
             continue
-        seen.add(int(pairs.prompts[place]))
-        better, worse = int(pairs.better[place]), int(pairs.worse[place])
+        seen.add(int(pairs.prompts[index]))
+        better, worse = int(pairs.better[index]), int(pairs.worse[index])
         rows.append(
             {
                 "prompt": pairs.rankings[pairs.ranking_of[better]].prompt,
@@ -254,7 +257,7 @@ def most_wrong(pairs: ScoredPairs, count: int = 20) -> list[dict[str, Any]]:
                 "rejected": pairs.texts[worse],
                 "score_preferred": float(pairs.scores[better]),
                 "score_rejected": float(pairs.scores[worse]),
-                "difference": float(differences[place]),
+                "difference": float(differences[index]),
             }
         )
     return rows
@@ -283,7 +286,7 @@ def expected_best_of_n(proxy: np.ndarray, other: np.ndarray, n: int) -> float:
 
 def best_of_n_curve(
     pairs: ScoredPairs, second: np.ndarray, seed: int, sizes: Sequence[int] = (1, 2, 4, 8, 16)
-) -> dict[str, Any]:
+) -> Numbers:
     """What a second model says of the responses that this one picks: does more optimisation still buy anything?
 
     Scores of both are in standard deviations from their mean over all responses. `per_prompt`: the best of n of a
@@ -294,9 +297,9 @@ def best_of_n_curve(
     """
     proxy, other = (_standard(values) for values in (pairs.scores, second))
     groups: dict[int, dict[str, int]] = {}
-    for place, (prompt, text) in enumerate(zip(pairs.prompt_of.tolist(), pairs.texts, strict=True)):
-        groups.setdefault(prompt, {}).setdefault(text, place)
-    members = [np.array(list(places.values())) for places in groups.values()]
+    for index, (prompt, text) in enumerate(zip(pairs.prompt_of.tolist(), pairs.texts, strict=True)):
+        groups.setdefault(prompt, {}).setdefault(text, index)
+    members = [np.array(list(texts.values())) for texts in groups.values()]
     largest = max(n for n in sizes if 2 * sum(len(m) >= n for m in members) >= len(members))
     enough = [m for m in members if len(m) >= largest]
     rows = []
@@ -309,8 +312,8 @@ def best_of_n_curve(
     centred = [np.concatenate([values[m] - values[m].mean() for m in several]) for values in (proxy, other)]
     pool = []
     for n in (n for n in sizes if n <= len(centred[0])):
-        mine, theirs = (expected_best_of_n(centred[0], values, n) for values in centred)
-        pool.append({"n": n, "kl_nats": best_of_n_kl(n), "proxy": mine, "second": theirs})
+        own, judged = (expected_best_of_n(centred[0], values, n) for values in centred)
+        pool.append({"n": n, "kl_nats": best_of_n_kl(n), "proxy": own, "second": judged})
     agreement = accuracy(outcomes(second[pairs.better] - second[pairs.worse]), pairs.prompts, seed)
     return {"per_prompt": rows, "per_prompt_prompts": len(enough), "pool": pool, "second_model": agreement}
 

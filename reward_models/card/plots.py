@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from reward_models.card.pairs import Numbers
 from rlhf.errors import short
 from rlhf.run.page import FIRST, INK, SECOND, WRONG, svg
 
@@ -14,16 +15,16 @@ if TYPE_CHECKING:
 MODEL, OTHER = FIRST, SECOND
 
 
-def forest(rows: Sequence[Mapping[str, Any]], first: int = 0) -> str:
+def forest(rows: Sequence[Numbers], first: int = 0) -> str:
     """Accuracies with their intervals, one row each, in per cent; the first `first` rows in the model's colour (0: all
     rows). A dashed line at 50%."""
 
     def draw(axes: Axes) -> None:
-        for place, row in enumerate(rows):
+        for line, row in enumerate(rows):
             low, high = (100 * bound for bound in row["accuracy_ci"])
-            color = MODEL if not first or place < first else OTHER
-            axes.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
-            axes.plot([100 * row["accuracy"]], [place], "o", color=color, markersize=6)
+            color = MODEL if not first or line < first else OTHER
+            axes.plot([low, high], [line, line], color=color, linewidth=2, solid_capstyle="butt")
+            axes.plot([100 * row["accuracy"]], [line], "o", color=color, markersize=6)
         axes.axvline(50, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
         axes.set_yticks(range(len(rows)), [f"{_label(row['name'])}  ({row['n']:,})" for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -35,7 +36,7 @@ def forest(rows: Sequence[Mapping[str, Any]], first: int = 0) -> str:
     return svg(draw, 7.2, 0.85 + 0.3 * len(rows))
 
 
-def reliability(raw: Mapping[str, Any], calibrated: Mapping[str, Any] | None) -> str:
+def reliability(raw: Numbers, calibrated: Numbers | None) -> str:
     """Accuracy against confidence by bins; the area of a point is the number of its pairs."""
 
     def draw(axes: Axes) -> None:
@@ -82,16 +83,16 @@ def score_and_length(characters: Sequence[int], scores: Sequence[float]) -> str:
     return svg(draw, 4.6, 3.0)
 
 
-def preferences(rows: Sequence[Mapping[str, Any]]) -> str:
+def preferences(rows: Sequence[Numbers]) -> str:
     """Of each feature, how often model and labels go for the response with more of it, and the way between them."""
     shown = [row for row in rows if row["model_prefers_more"] is not None]
 
     def draw(axes: Axes) -> None:
-        for place, row in enumerate(shown):
+        for line, row in enumerate(shown):
             model, labels = 100 * row["model_prefers_more"], 100 * row["labels_prefer_more"]
-            axes.plot([labels, model], [place, place], color=INK, alpha=0.35, linewidth=2)
-            axes.plot([labels], [place], "D", color=OTHER, markersize=6, label="" if place else "labels")
-            axes.plot([model], [place], "o", color=MODEL, markersize=7, label="" if place else "model")
+            axes.plot([labels, model], [line, line], color=INK, alpha=0.35, linewidth=2)
+            axes.plot([labels], [line], "D", color=OTHER, markersize=6, label="" if line else "labels")
+            axes.plot([model], [line], "o", color=MODEL, markersize=7, label="" if line else "model")
         axes.axvline(50, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
         axes.set_yticks(range(len(shown)), [f"{row['feature']}  ({row['n']:,})" for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -103,7 +104,7 @@ def preferences(rows: Sequence[Mapping[str, Any]]) -> str:
     return svg(draw, 7.2, 1.2 + 0.3 * len(shown)) if shown else ""
 
 
-def best_of_n(curve: Mapping[str, Any]) -> str:
+def best_of_n(curve: Numbers) -> str:
     """Both models' scores of the best of n by the first, against KL."""
 
     def draw(axes: Axes) -> None:

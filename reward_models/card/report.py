@@ -6,10 +6,10 @@ writes them as `reward_report.json` and as a page, `reward_report.html`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from reward_models.card.baselines import fit_bag_of_words, longer_share
 from reward_models.card.calibration import auc, calibration
 from reward_models.card.pairs import (
     LABELER_COLUMNS,
+    Numbers,
     ScoredPairs,
     accuracy,
     best_of_n_curve,
@@ -46,9 +47,7 @@ QUICK_PAIRS = 50
 """Sample for the sensitivity after training, where the report should take a small part of the training's time."""
 
 
-def report_card(
-    score: Score, rankings: Sequence[Ranking], *, seed: int = 0, gold: Score | None = None
-) -> dict[str, Any]:
+def report_card(score: Score, rankings: Sequence[Ranking], *, seed: int = 0, gold: Score | None = None) -> Numbers:
     """How often `score` orders a held-out pair as its label does; ties of the score count half.
 
     score, gold: functions of trl's reward signature, or objects with `.score(conversations)` (a RewardModel is both).
@@ -72,7 +71,7 @@ def reward_report(
     seed: int = 0,
     group_by: Sequence[str] | None = None,
     sensitivity_pairs: int = 200,
-) -> dict[str, Any]:
+) -> Numbers:
     """Everything that the report card says, as plain values: see the keys below.
 
     scorer: an object with `.score(conversations)`, or a function of trl's signature. Its `normalizer.std`, where it
@@ -125,7 +124,7 @@ def reward_report(
     }
 
 
-def save_reward_report(report: dict[str, Any], folder: str | Path, about: Mapping[str, str | None]) -> Path:
+def save_reward_report(report: Numbers, folder: str | Path, about: Mapping[str, str | None]) -> Path:
     """Write `reward_report.json` and `reward_report.html` into `folder`; returns the page's path.
 
     about: what the page says it is of: `reward_model`, `data`, `train_data`, `second_model`."""
@@ -142,7 +141,7 @@ def report_after_training(
     train: Sequence[Ranking],
     folder: str | Path,
     seed: int,
-) -> dict[str, Any]:
+) -> Numbers:
     """Write the report of a model just trained beside it; returns the numbers of `report_card` (the length rule chosen
     on the training data) and `bag_of_words_accuracy` with its interval."""
     report = reward_report(scorer, held_out, train=train, seed=seed, sensitivity_pairs=QUICK_PAIRS)
@@ -180,18 +179,18 @@ def score_rankings(score: Score, rankings: Sequence[Ranking]) -> list[list[float
     return [[float(next(flat)) for _ in ranking.responses] for ranking in rankings]
 
 
-def score_conversations(scorer: Any, conversations: Sequence[Messages]) -> np.ndarray:
+def score_conversations(scorer: Score, conversations: Sequence[Messages]) -> np.ndarray:
     """[B] scores of conversations that end with the response."""
     if hasattr(scorer, "score"):
         return np.array([float(value) for value in scorer.score(conversations)])
     values = scorer(prompts=[c[:-1] for c in conversations], completions=[c[-1:] for c in conversations])
-    return np.array([float(value) for value in values])
+    return np.array([math.nan if value is None else float(value) for value in values])
 
 
 # ---------------------------------------------------------------------------------------------- baselines
 
 
-def _headline(pairs: ScoredPairs, train: Sequence[Ranking] | None, seed: int) -> dict[str, Any]:
+def _headline(pairs: ScoredPairs, train: Sequence[Ranking] | None, seed: int) -> Numbers:
     rule, right = _length_rule(pairs, train)
     length = clustered_accuracy(right.tolist(), pairs.prompts.tolist(), seed)
     return {
@@ -209,9 +208,9 @@ def _length_rule(pairs: ScoredPairs, train: Sequence[Ranking] | None) -> tuple[s
     return ("longer", longer) if share >= 0.5 else ("shorter", 1.0 - longer)
 
 
-def _against_baselines(pairs: ScoredPairs, train: Sequence[Ranking] | None, seed: int) -> dict[str, Any]:
+def _against_baselines(pairs: ScoredPairs, train: Sequence[Ranking] | None, seed: int) -> Numbers:
     _, right = _length_rule(pairs, train)
-    result: dict[str, Any] = {
+    result: Numbers = {
         "length_rule_chosen_on": "these pairs" if train is None else "the training data",
         "over_length_rule": difference(pairs.right, right, pairs.prompts, seed),
         "bag_of_words": None,
@@ -241,7 +240,7 @@ def _points(pairs: ScoredPairs, seed: int, most: int = 500) -> dict[str, list[fl
     }
 
 
-def _against_gold(pairs: ScoredPairs, gold: list[list[float]], seed: int) -> dict[str, Any]:
+def _against_gold(pairs: ScoredPairs, gold: list[list[float]], seed: int) -> Numbers:
     right: list[float] = []
     owners: list[int] = []
     labels: list[float] = []

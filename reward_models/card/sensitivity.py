@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from reward_models.card.pairs import ScoredPairs
+from reward_models.card.pairs import Numbers, ScoredPairs
 from rlhf.chat import Messages
 from rlhf.errors import InputError
 
@@ -51,7 +50,7 @@ VARIANTS = (
 PADDING = "beside a longer row in the batch"
 
 
-def sensitivity(score: Score, pairs: ScoredPairs, seed: int, sample: int = 200) -> dict[str, Any]:
+def sensitivity(score: Score, pairs: ScoredPairs, seed: int, sample: int = 200) -> Numbers:
     """How far scores move under `VARIANTS`, and under padding: a response scored alone, then beside the longest one.
 
     score: conversations -> scores. On `sample` pairs drawn with the seed (padding: on at most 32 of them). Each row has
@@ -78,7 +77,7 @@ def sensitivity(score: Score, pairs: ScoredPairs, seed: int, sample: int = 200) 
     return {"std": deviation, "changes": rows}
 
 
-def _padding(score: Score, pairs: ScoredPairs, both: np.ndarray, deviation: float) -> dict[str, Any]:
+def _padding(score: Score, pairs: ScoredPairs, both: np.ndarray, deviation: float) -> Numbers:
     longest = _conversation(pairs, max(range(len(pairs.texts)), key=lambda i: len(pairs.texts[i])))
     conversations = [_conversation(pairs, i) for i in both.flatten()]
     alone = np.array([score([messages])[0] for messages in conversations]).reshape(-1, 2)
@@ -86,7 +85,7 @@ def _padding(score: Score, pairs: ScoredPairs, both: np.ndarray, deviation: floa
     return {"name": PADDING, **_change(alone, beside, deviation)}
 
 
-def _change(before: np.ndarray, after: np.ndarray, deviation: float) -> dict[str, Any]:
+def _change(before: np.ndarray, after: np.ndarray, deviation: float) -> Numbers:
     """before, after: [pairs, 2] scores of the preferred and of the other response."""
     moved = np.abs(after - before) / (deviation or 1.0)
     turned = (before[:, 0] - before[:, 1]) * (after[:, 0] - after[:, 1]) < 0
@@ -98,6 +97,6 @@ def _change(before: np.ndarray, after: np.ndarray, deviation: float) -> dict[str
     }
 
 
-def _conversation(pairs: ScoredPairs, place: int) -> Messages:
-    prompt: Sequence[dict[str, str]] = pairs.rankings[pairs.ranking_of[place]].prompt
-    return [*prompt, {"role": "assistant", "content": pairs.texts[place]}]
+def _conversation(pairs: ScoredPairs, index: int) -> Messages:
+    prompt: Sequence[dict[str, str]] = pairs.rankings[pairs.ranking_of[index]].prompt
+    return [*prompt, {"role": "assistant", "content": pairs.texts[index]}]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from reward_models.card.pairs import ScoredPairs, accuracy, length_differences
+from reward_models.card.pairs import Numbers, ScoredPairs, accuracy, length_differences
 
 MATCHED = 0.1
 """Two lengths are matched when they differ by at most this share of the longer."""
@@ -30,7 +29,7 @@ FEATURES: dict[str, Callable[[str], float]] = {
 }
 
 
-def surface(pairs: ScoredPairs, seed: int) -> dict[str, Any]:
+def surface(pairs: ScoredPairs, seed: int) -> Numbers:
     """`features`: of each, `spearman` with the score over all responses, and of the pairs in which the feature
     differs (`n`), in how many the model (`model_prefers_more`) and the labels (`labels_prefer_more`) go for the
     response that has more of it: a model far above the labels pays for the feature itself.

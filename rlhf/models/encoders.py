@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TEMPLATE = (
     "{{ cls_token }}"
@@ -23,12 +22,12 @@ TEMPLATE = (
 """``[CLS]user: ...[SEP]assistant: ...[SEP]``: the words an encoder was pretrained on, and its own control tokens."""
 
 
-def is_encoder(config: Any) -> bool:
+def is_encoder(config: PreTrainedConfig) -> bool:
     """Is this the configuration of an encoder: of a family with a masked language model, and no decoder?"""
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
 
 
-def prepare_tokenizer(tokenizer: Any, config: Any) -> None:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give an encoder's tokenizer that has no chat template ours, in place; it needs no token that is not there."""
     if is_encoder(config) and not tokenizer.chat_template and tokenizer.cls_token and tokenizer.sep_token:
         tokenizer.chat_template = TEMPLATE
@@ -45,26 +44,26 @@ def encoder_scores(
     return model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float()
 
 
-def head_modules(plain: nn.Module) -> dict[str, nn.Module]:
+def head_modules(plain: PreTrainedModel) -> dict[str, nn.Module]:
     """An encoder's modules outside its trunk, by name, the last one writing the score."""
     trunk = plain.base_model_prefix
     return {name: m for name, m in plain.named_children() if name != trunk and next(m.parameters(), None) is not None}
 
 
-def new_modules(plain: Any) -> list[str]:
+def new_modules(plain: PreTrainedModel) -> list[str]:
     """Names of what a pretrained trunk may lack, so that an adapter has to save it: the head, and the trunk's pooler
     (masked language models are often published without)."""
     pooler = getattr(getattr(plain, plain.base_model_prefix), "pooler", None)
     return [*head_modules(plain), *(["pooler"] if isinstance(pooler, nn.Module) else [])]
 
 
-def last_linear(plain: nn.Module) -> nn.Linear:
+def last_linear(plain: PreTrainedModel) -> nn.Linear:
     """The linear layer that writes the score."""
     head = list(head_modules(plain).values())[-1]
     return [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
 
 
-def position_limit(model: Any) -> int | None:
+def position_limit(model: nn.Module) -> int | None:
     """The most tokens that learned position embeddings reach; None where positions are relative or rotary."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):

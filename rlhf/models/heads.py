@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import base_model
 
 
-def head_weight(model: Any) -> Tensor:
+def head_weight(model: nn.Module) -> Tensor:
     """The language head's weight [V, H]; with trained token embeddings tied to it, the merged one."""
     plain = base_model(model)
     output = plain.get_output_embeddings()
@@ -30,7 +29,7 @@ def head_weight(model: Any) -> Tensor:
     raise InputError(f"{type(plain).__name__}: language head {type(output).__name__} is not a linear layer")
 
 
-def logits_function(model: Any) -> Callable[[Tensor], Tensor] | None:
+def logits_function(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What the family does to its logits after the head: bias, scaling, soft cap. None for most."""
     plain = base_model(model)
     config = plain.config

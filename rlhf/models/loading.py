@@ -22,6 +22,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -58,6 +59,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         encoders.prepare_tokenizer(tokenizer, config_of(base_of(path) if is_adapter(path) else path))
     chat.prepare_tokenizer(tokenizer)
     return tokenizer
+
+
+def tokenizer_of(
+    model: str | Path | PreTrainedModel | PeftModel, given: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer given, made ready for chat, else the one beside the model."""
+    if given is not None:
+        if isinstance(model, nn.Module):
+            encoders.prepare_tokenizer(given, model.config)
+        chat.prepare_tokenizer(given)
+        return given
+    path = str(model.name_or_path if isinstance(model, nn.Module) else model)
+    if not path:
+        raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
+    return load_tokenizer(path)
 
 
 def load_policy(
@@ -106,7 +122,7 @@ def keep_gradients(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def is_quantized(model: Any) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Are weights held in 8 or 4 bits? Then only adapters beside them can be trained."""
     return bool(getattr(base_model(model), "is_quantized", False))
 
@@ -142,7 +158,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.config = quiet[id(config)]  # type: ignore[assignment]
 
 
-def _zero_dropouts(thing: Any) -> None:
+def _zero_dropouts(thing: nn.Module | PreTrainedConfig) -> None:
     for name, value in list(vars(thing).items()):
         if "drop" in name and isinstance(value, float):
             setattr(thing, name, 0.0)
@@ -157,7 +173,12 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def from_pretrained(cls: Any, path: str | Path, dtype: torch.dtype | None, **kwargs: Any) -> PreTrainedModel:
+def from_pretrained(
+    cls: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    path: str | Path,
+    dtype: torch.dtype | None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     check_folder(path)
     try:
         model = cls.from_pretrained(str(path), dtype=dtype or torch.float32, **kwargs)
@@ -171,7 +192,7 @@ def from_pretrained(cls: Any, path: str | Path, dtype: torch.dtype | None, **kwa
     return model
 
 
-def config_of(path: str | Path) -> Any:
+def config_of(path: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:

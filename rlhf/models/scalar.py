@@ -149,13 +149,13 @@ def load_scalar_model(
     return from_pretrained(AutoModelForSequenceClassification, path, dtype).eval(), ScoreNormalizer.load(path)
 
 
-def score_head(model: Any) -> Any:
+def score_head(model: nn.Module) -> nn.Module:
     """The module that writes the score: a linear layer `score`, or what an encoder's family has."""
     plain = base_model(model)
     return list(encoders.head_modules(plain).values())[-1] if encoders.is_encoder(plain.config) else plain.score
 
 
-def is_scalar(model: Any) -> bool:
+def is_scalar(model: nn.Module) -> bool:
     """Does this model object have a scalar head already?"""
     plain = base_model(model)
     if encoders.is_encoder(plain.config):
@@ -163,7 +163,7 @@ def is_scalar(model: Any) -> bool:
     return hasattr(plain, "score")
 
 
-def freeze_bias(model: Any) -> None:
+def freeze_bias(model: nn.Module) -> None:
     """The Bradley-Terry loss sees differences of scores only: an encoder's last bias would drift by rounding."""
     plain = base_model(model)
     if encoders.is_encoder(plain.config):

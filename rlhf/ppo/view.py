@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.records import Messages
+from rlhf.chat import Messages
+from rlhf.run import page as html
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -231,9 +231,8 @@ def rows_table(rollout: ReadyRollout, sort: Sort | None = None) -> Table:
 def response_page(view: ResponseView, title: str) -> str:
     """The whole page: the response in colours, chosen by radio buttons, above the table of its tokens."""
     prompt = "".join(
-        f"<dt>{_text(message['role'])}</dt><dd>{_text(message['content'])}</dd>" for message in view.prompt
+        f"<dt>{html.text(message['role'])}</dt><dd>{html.text(message['content'])}</dd>" for message in view.prompt
     )
-    facts = "".join(f"<li>{_text(fact)}</li>" for fact in view.facts())
     largest = {name: _largest(view.tokens, name) for name in NUMBERS}
     choices, legends, rules = [], [], []
     for place, (name, (_, meaning)) in enumerate(NUMBERS.items()):
@@ -241,18 +240,15 @@ def response_page(view: ResponseView, title: str) -> str:
         choices.append(f'<input type="radio" name="by" id="by{place}"{checked}><label for="by{place}">{name}</label>')
         scale = "Darker is further from 0" if name in ONE_SIDED else "Blue above 0, orange below"
         scale += f"; the darkest is {number(largest[name])} from 0"
-        legends.append(f'<span class="l{place}"><b>{name}</b>: {_text(meaning)}. {scale}.</span>')
+        legends.append(f'<span class="l{place}"><b>{name}</b>: {html.text(meaning)}. {scale}.</span>')
         rules.append(f"#by{place}:checked ~ .response a {{ background: var(--n{place}); }}")
         rules.append(f"#by{place}:checked ~ .legend .l{place} {{ display: inline; }}")
     tokens = "".join(_coloured(token, largest) for token in view.tokens)
-    return _SHELL.format(
-        title=_text(title), rules="\n".join(rules), prompt=prompt, facts=facts, choices="".join(choices),
-        response=tokens, legend="".join(legends), table=_html_table(view),
-    )  # fmt: skip
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+    body = (
+        f"<dl>{prompt}</dl>{html.items(view.facts(), 'facts')}<main>{''.join(choices)}"
+        f'<div class="response">{tokens}</div><p class="legend">{"".join(legends)}</p></main>{_html_table(view)}'
+    )
+    return html.page(title, body, "\n".join([_STYLE, *rules]))
 
 
 def _largest(tokens: Sequence[Token], name: str) -> float:
@@ -274,62 +270,43 @@ def _coloured(token: Token, largest: dict[str, float]) -> str:
     )
     numbers = "  ".join(f"{name} {number(value)}" for name, value in token.numbers.items())
     tip = f"#{token.position} {token.shown}  {numbers}  {token.end}".rstrip()
-    text = _text(visible(token.text)).replace("\n", "⏎\n") or "&#8203;"
-    return f'<a href="#t{token.position}" style="{colours}" data-numbers="{_text(tip)}">{text}</a>'
+    text = html.text(visible(token.text)).replace("\n", "⏎\n") or "&#8203;"
+    return f'<a href="#t{token.position}" style="{colours}" data-numbers="{html.text(tip)}">{text}</a>'
 
 
 def _html_table(view: ResponseView) -> str:
-    head = "".join(f'<th title="{_text(meaning)}">{name}</th>' for name, (_, meaning) in NUMBERS.items())
+    head = "".join(f'<th title="{html.text(meaning)}">{name}</th>' for name, (_, meaning) in NUMBERS.items())
     rows = []
     for token in view.tokens:
         numbers = "".join(f"<td>{number(value)}</td>" for value in token.numbers.values())
         rows.append(
-            f'<tr id="t{token.position}"><td>{token.position}</td><td><code>{_text(token.shown)}</code></td>'
+            f'<tr id="t{token.position}"><td>{token.position}</td><td><code>{html.text(token.shown)}</code></td>'
             f"{numbers}<td>1 {token.end}</td></tr>"
         )
     sums = view.sums()
     foot = "".join(f"<td>{number(sums[name]) if name in sums else ''}</td>" for name in NUMBERS)
     more = f'<tr><td></td><td colspan="{len(NUMBERS) + 2}">{view.padding} places of padding follow (mask 0, every number 0)</td></tr>'  # noqa: E501
     return (
-        f"<table><thead><tr><th>#</th><th>token</th>{head}<th>mask</th></tr></thead><tbody>{''.join(rows)}</tbody>"
-        f"<tfoot><tr><td></td><td>sum</td>{foot}<td></td></tr>{more if view.padding else ''}</tfoot></table>"
+        f"<div class=scroll><table><thead><tr><th>#</th><th>token</th>{head}<th>mask</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody>"
+        f"<tfoot><tr><td></td><td>sum</td>{foot}<td></td></tr>{more if view.padding else ''}</tfoot></table></div>"
     )
 
 
-_SHELL = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --line: #8884; --soft: #8881; --dim: #777; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto 5rem; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; }} dl {{ margin: 0; }} dt, .legend {{ color: var(--dim); font-size: .85rem; }}
-dd {{ margin: 0 0 .6rem 1rem; }} dd, .response {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
-.facts {{ list-style: none; padding: .6rem 0; display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; }}
-input {{ margin: 0 .3rem 0 0; }} label {{ margin-right: 1rem; }}
-.response {{ border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; margin: .6rem 0; line-height: 2; }}
-.response a {{ color: inherit; text-decoration: none; padding: .15rem 0; border-bottom: 1px solid var(--line);
-  border-left: 1px solid var(--line); }}
-.response a:is(:hover, :focus-visible) {{ outline: 2px solid CanvasText; }}
-.response a:is(:hover, :focus-visible)::after {{ content: attr(data-numbers); position: fixed; left: 0; right: 0;
+_STYLE = """
+dl { margin: 0; } dt, .legend { color: var(--dim); font-size: .85rem; }
+dd { margin: 0 0 .6rem 1rem; } dd, .response { white-space: pre-wrap; overflow-wrap: anywhere; }
+.facts { list-style: none; padding: .6rem 0; display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; }
+input { margin: 0 .3rem 0 0; } label { margin-right: 1rem; }
+.response { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; margin: .6rem 0; line-height: 2; }
+.response a { color: inherit; text-decoration: none; padding: .15rem 0; border-bottom: 1px solid var(--line);
+  border-left: 1px solid var(--line); }
+.response a:is(:hover, :focus-visible) { outline: 2px solid CanvasText; }
+.response a:is(:hover, :focus-visible)::after { content: attr(data-numbers); position: fixed; left: 0; right: 0;
   bottom: 0; padding: .6rem 1.2rem; background: Canvas; border-top: 1px solid var(--line); line-height: 1.5;
-  font-variant-numeric: tabular-nums; white-space: pre-wrap; }}
-.legend {{ margin: 0 0 1.5rem; }} .legend span {{ display: none; }}
-.scroll {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }}
-th {{ color: var(--dim); font-weight: 500; }} th[title] {{ cursor: help; }}
-:is(th, td):is(:nth-child(2), :last-child) {{ text-align: left; }} code {{ white-space: pre; }}
-tfoot td {{ border: 0; color: var(--dim); }} tr:target {{ background: var(--soft); outline: 1px solid var(--line); }}
-{rules}
-</style></head>
-<body><h1>{title}</h1>
-<dl>{prompt}</dl>
-<ul class="facts">{facts}</ul>
-<main>
-{choices}
-<div class="response">{response}</div>
-<p class="legend">{legend}</p>
-</main>
-<div class="scroll">{table}</div>
-</body></html>
+  font-variant-numeric: tabular-nums; white-space: pre-wrap; }
+.legend { margin: 0 0 1.5rem; } .legend span { display: none; } th[title] { cursor: help; }
+:is(th, td):first-child { text-align: right; } :is(th, td):is(:nth-child(2), :last-child) { text-align: left; }
+code { white-space: pre; } tfoot td { border: 0; color: var(--dim); }
+tr:target { background: var(--soft); outline: 1px solid var(--line); }
 """

@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from rlhf.models.adapters import base_model
 from rlhf.models.heads import head_weight
 
 ROWS, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 12, 96
@@ -51,20 +52,20 @@ def gap(one: Tensor, other: Tensor, mask: Tensor | None = None) -> tuple[float, 
     return float(apart.max()), float(apart.mean())
 
 
-def is_exact(accelerator: Any, model: nn.Module) -> bool:
+def is_exact(accelerator: Accelerator, model: nn.Module) -> bool:
     """Does this run compute in float32?"""
     return accelerator.mixed_precision == "no" and all(
         p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()
     )
 
 
-def vocabulary_rows(model: Any) -> int:
+def vocabulary_rows(model: nn.Module) -> int:
     """Tokens that model can both read and write."""
     return min(embedding_rows(model), head_weight(model).shape[0])
 
 
-def embedding_rows(model: Any) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+def embedding_rows(model: nn.Module) -> int:
+    return base_model(model).get_input_embeddings().weight.shape[0]
 
 
 def spread(lengths: list[int], most: int) -> list[int]:
@@ -73,7 +74,7 @@ def spread(lengths: list[int], most: int) -> list[int]:
     fitting = [i for i in order if lengths[i] <= most]
     fitting = fitting if len(fitting) >= ROWS else order[:ROWS]
     last = max(1, min(ROWS, len(fitting)) - 1)
-    return [fitting[place * (len(fitting) - 1) // last] for place in range(min(ROWS, len(fitting)))]
+    return [fitting[i * (len(fitting) - 1) // last] for i in range(min(ROWS, len(fitting)))]
 
 
 def lengthened(ids: list[int], length: int, most: int) -> list[int]:
@@ -82,8 +83,8 @@ def lengthened(ids: list[int], length: int, most: int) -> list[int]:
     return (ids * (wanted // len(ids) + 1))[: max(1, min(wanted, most))]
 
 
-def max_positions(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+def max_positions(model: nn.Module) -> int:
+    return getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 def check_gradients(
@@ -135,19 +136,19 @@ def drift(apart: tuple[float, float]) -> Finding:
 SAVED = 50_000_000  # parameters that are written to a temporary folder for a check, at the most
 
 
-def same_after_reload(ours: Tensor, theirs: Tensor, folder: str) -> Finding:
-    apart = gap(theirs, ours)[0]
+def same_after_reload(before: Tensor, after: Tensor, folder: str) -> Finding:
+    apart = gap(after, before)[0]
     return Finding(
         "reload",
-        f"{len(ours)} scores differ by {apart:.3g} after loading {folder} again",
-        apart <= 1e-5 * max(1.0, float(ours.abs().max())),
+        f"{len(before)} scores differ by {apart:.3g} after loading {folder} again",
+        apart <= 1e-5 * max(1.0, float(before.abs().max())),
         "its folder lacks the trained head or normaliser, or the model was changed after loading",
         "save it with RewardTrainer.save_model (an adapter needs modules_to_save=['score'])",
     )
 
 
-def range_of(said: Tensor) -> str:
-    return f"{float(said.min()):.3g} to {float(said.max()):.3g}"
+def range_of(scores: Tensor) -> str:
+    return f"{float(scores.min()):.3g} to {float(scores.max()):.3g}"
 
 
 @dataclass(frozen=True)

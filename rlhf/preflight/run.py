@@ -19,11 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import TrainerState
 
 from rlhf.errors import InputError, short
 from rlhf.preflight.measure import Finding
@@ -33,11 +35,27 @@ log = logging.getLogger("rlhf")
 Check = Callable[[], Finding]
 
 
+class Checked(Protocol):
+    """What the checks look at of a trainer of transformers, whose own types allow too much for the first four."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def processing_class(self) -> Any: ...
+    @property
+    def train_dataset(self) -> Any: ...
+    @property
+    def data_collator(self) -> Any: ...
+
+    accelerator: Accelerator
+    state: TrainerState
+
+
 # Findings come in phases: what is wrong in a later one often follows from what is wrong in an earlier one.
 
 
 def run_checks(*checks: tuple[str, Check]) -> list[Finding]:
-    """Every check's finding; a check that breaks is a failure, told by its exception."""
+    """Make every check; one that breaks is a failure, with its exception."""
     findings = []
     for name, check in checks:
         try:
@@ -50,8 +68,8 @@ def run_checks(*checks: tuple[str, Check]) -> list[Finding]:
 def broken(name: str, error: Exception) -> Finding:
     if isinstance(error, InputError):
         return Finding(name, str(error).removeprefix("preflight: "), False)
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    measured = f"{short(f'{type(error).__name__}: {error}', 300)} ({place.filename}:{place.lineno})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    measured = f"{short(f'{type(error).__name__}: {error}', 300)} ({frame.filename}:{frame.lineno})"
     return Finding(name, measured, False, "the run would break there, too", "mend it")
 
 

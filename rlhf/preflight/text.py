@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.chat import Messages
 from rlhf.errors import InputError, short
+from rlhf.padding import IGNORED
 from rlhf.preflight.measure import Finding
 from rlhf.records import Demonstration
 
-IGNORED = -100  # the label of tokens without loss, in transformers
 
-
-def check_vocabulary(tokenizer: Any, rows: int) -> Finding:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
     """Every id that the tokenizer can write, its padding and its stop tokens have a row among the `rows` embeddings.
 
     Padding may be a stop token: masks come from lengths.
@@ -33,7 +34,7 @@ def check_vocabulary(tokenizer: Any, rows: int) -> Finding:
     )
 
 
-def check_template(tokenizer: Any, conversations: Sequence[Messages]) -> Finding:
+def check_template(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> Finding:
     """Prompt and response encoded apart are the conversation encoded whole, and most responses come back as text.
 
     (Not all have to: a vocabulary without bytes loses characters that it never saw.)
@@ -66,11 +67,11 @@ def check_template(tokenizer: Any, conversations: Sequence[Messages]) -> Finding
     )
 
 
-def check_injection(tokenizer: Any) -> Finding:
+def check_injection(tokenizer: PreTrainedTokenizerBase) -> Finding:
     """A control token's name in a user's or the assistant's text stays text: it can't end a turn or forge a role."""
     added = tokenizer.added_tokens_decoder.items()
     wanted = {i: token.content for i, token in added if token.special and i != tokenizer.unk_token_id}
-    wanted |= {i: tokenizer.convert_ids_to_tokens(i) for i in chat.stop_ids(tokenizer)}
+    wanted |= {i: str(tokenizer.convert_ids_to_tokens(i)) for i in chat.stop_ids(tokenizer)}
     prompt, response = _encoded(tokenizer, "a"), chat.encode_response(tokenizer, "a")
     for i, name in list(wanted.items())[:32]:
         try:
@@ -88,11 +89,11 @@ def check_injection(tokenizer: Any) -> Finding:
     return Finding("injection", f"{min(32, len(wanted))} control tokens stay text inside a message", True)
 
 
-def _encoded(tokenizer: Any, content: str) -> list[int]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:
     return chat.encode_prompt(tokenizer, [{"role": "user", "content": content}])
 
 
-def check_generation_stop(tokenizer: Any, generation_config: Any) -> Finding:
+def check_generation_stop(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> Finding:
     """The saved model's own `generate` stops where our training ends a turn."""
     wanted = chat.end_of_turn_id(tokenizer)
     stops = getattr(generation_config, "eos_token_id", None)
@@ -107,17 +108,20 @@ def check_generation_stop(tokenizer: Any, generation_config: Any) -> Finding:
 
 
 def check_trained(
-    tokenizer: Any, rows: Sequence[Any], demonstrations: Sequence[Demonstration], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Sequence[int]]],
+    demonstrations: Sequence[Demonstration],
+    max_length: int,
 ) -> Finding:
     """The tokens with loss, decoded, are the demonstration's answers and end with the end of turn."""
     fitting = (d for d in demonstrations if len(chat.encode_conversation(tokenizer, d.messages)[0]) <= max_length)
     checked = 0
-    for number, (demonstration, row) in enumerate(zip(fitting, _first(rows, 8), strict=False), 1):
+    for number, (demonstration, row) in enumerate(zip(fitting, islice(rows, 8), strict=False), 1):
         spans = trained_spans(row["input_ids"], row["labels"])
         wanted = [
             message["content"]
-            for place, message in enumerate(demonstration.messages)
-            if message["role"] == "assistant" and place >= demonstration.trained_from
+            for index, message in enumerate(demonstration.messages)
+            if message["role"] == "assistant" and index >= demonstration.trained_from
         ]
         got = [chat.decode_response(tokenizer, span).strip() for span in spans]
         # through the tokenizer, which may know no way to write a character
@@ -139,15 +143,11 @@ def check_trained(
 def trained_spans(ids: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
     """The runs of labels that carry loss; a label that is not its token stays in, and shows."""
     spans: list[list[int]] = []
-    for place, label in enumerate(labels):
+    for index, label in enumerate(labels):
         if label == IGNORED:
             continue
-        if place and labels[place - 1] != IGNORED:
+        if index and labels[index - 1] != IGNORED:
             spans[-1].append(label)
         else:
             spans.append([label])
     return spans
-
-
-def _first(rows: Any, count: int) -> list[Any]:
-    return [rows[i] for i in range(min(count, len(rows)))]

@@ -31,6 +31,9 @@ log = logging.getLogger("rlhf")
 
 COMPLETE = "complete"
 
+Settings = Mapping[str, Any]
+"""What a run was made with, by name: whatever `plain` has a JSON form for."""
+
 
 # ---------------------------------------------------------------- atomic writing
 
@@ -58,7 +61,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     remove(replaced)
 
 
-def write_json_atomic(path: str | Path, value: Any) -> None:
+def write_json_atomic(path: str | Path, value: object) -> None:
     """Write JSON beside ``path``, then rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,7 @@ def sync_tree(folder: Path) -> None:
     _sync(folder)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """The JSON form of records, configs, paths and numbers of NumPy or torch."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
@@ -147,18 +150,18 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
-def mark_complete(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+def mark_complete(checkpoint: Path, settings: Settings) -> None:
     """Flush a checkpoint to disk, then write down what it holds and what it was made with: from now on it counts."""
     sync_tree(checkpoint)
     files = {name: _fingerprint(checkpoint / name) for name in _files(checkpoint)}
     write_json_atomic(checkpoint / COMPLETE, {"files": files, "settings": plain(settings)})
 
 
-def check_checkpoint(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
     """Raise InputError unless every byte is there that was saved, by a run of the same settings."""
     try:
         marker = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-        files, theirs = dict(marker["files"]), dict(marker["settings"])
+        files, saved = dict(marker["files"]), dict(marker["settings"])
     except FileNotFoundError:
         raise InputError(f"{checkpoint}: no complete checkpoint (no file {COMPLETE!r} in it)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -171,14 +174,14 @@ def check_checkpoint(checkpoint: Path, settings: Mapping[str, Any]) -> None:
             raise InputError(f"{checkpoint}: {name} has {path.stat().st_size} bytes, {size} were written")
         if _fingerprint(path)[1] != digest:
             raise InputError(f"{checkpoint}: {name} is not what was written (its sha256 differs)")
-    for name, mine in plain(settings).items():
-        if theirs.get(name) != mine:
+    for name, now in plain(settings).items():
+        if saved.get(name) != now:
             raise InputError(
-                f"{checkpoint}: made with {name}={theirs.get(name)}, now {mine}; use the same, or another output_dir"
+                f"{checkpoint}: made with {name}={saved.get(name)}, now {now}; use the same, or another output_dir"
             )
 
 
-def latest_checkpoint(folder: str | Path, settings: Mapping[str, Any]) -> Path | None:
+def latest_checkpoint(folder: str | Path, settings: Settings) -> Path | None:
     """The newest checkpoint to go on from; None where there is none yet.
 
     A damaged or foreign one is named in a warning with its reason and moved aside (`refused-checkpoint-<step>`); the
@@ -206,7 +209,7 @@ def latest_checkpoint(folder: str | Path, settings: Mapping[str, Any]) -> Path |
 
 
 def save_checkpoint(
-    folder: str | Path, step: int, write: Callable[[Path], Any], settings: Mapping[str, Any], keep: int = 2
+    folder: str | Path, step: int, write: Callable[[Path], None], settings: Settings, keep: int = 2
 ) -> Path:
     """Let ``write`` fill a temporary folder and make it `checkpoint-<step>`; keep the newest ``keep``.
 
@@ -214,7 +217,7 @@ def save_checkpoint(
     """
     path = Path(folder) / f"checkpoint-{step}"
     with full_disk_explained(folder):
-        with atomic_folder(path) as temporary, full_disk_explained(folder):  # told before clearing up makes room
+        with atomic_folder(path) as temporary, full_disk_explained(folder):  # raised before clearing up makes room
             write(temporary)
             mark_complete(temporary, settings)
         prune(folder, keep)
@@ -247,18 +250,18 @@ def full_disk_explained(folder: str | Path) -> Iterator[None]:
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
     """torch and safetensors turn ENOSPC into errors of their own, whose text says it, or only that a write failed."""
-    said = ""
+    text = ""
     cause: BaseException | None = error
     while cause is not None:  # torch hides the first error behind one about closing the file
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        said += f"{cause}\n".lower()
+        text += f"{cause}\n".lower()
         cause = cause.__cause__ or cause.__context__
-    if "no space left" in said or "os error 28" in said:
+    if "no space left" in text or "os error 28" in text:
         return True
     while not folder.exists():
         folder = folder.absolute().parent
-    failed = any(words in said for words in ("write", "writing", "iostream error", "unexpected pos"))
+    failed = any(words in text for words in ("write", "writing", "iostream error", "unexpected pos"))
     return failed and shutil.disk_usage(folder).free < 2**20
 
 
@@ -273,9 +276,9 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in files if name != COMPLETE and not name.endswith(".writing"))
 
 
-def _fingerprint(path: Path) -> list[Any]:
+def _fingerprint(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- random numbers

@@ -47,6 +47,18 @@ def joined(accelerator: Accelerator, shares: dict[str, Tensor], largest: Collect
     return {name: most[i] if name in largest else sums[i] for i, name in enumerate(shares)}
 
 
+def real_rows(accelerator: Accelerator, rows: int) -> int:
+    """Count those of this process's ``rows`` in the batch just fetched that are the data's own, and not repeated.
+
+    With several processes accelerate fills the last batch of an epoch with rows from its beginning, so that all
+    have as many; trained on, they would count twice, and how many depends on the number of processes.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder < 1:  # of the last batch's rows over all processes; 0: all real
+        return rows
+    return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
+
+
 # ---------------------------------------------------------------- sharded modules
 
 

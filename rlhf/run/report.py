@@ -20,12 +20,15 @@ from rlhf.run.page import FIRST, INK, SECOND, Table, svg
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Json = Mapping[str, Any]
+"""An object of summary.json or samples.jsonl."""
+
 CURVES = ("score", "kl_nats", "entropy_nats", "clip_fraction", "response_tokens", "explained_variance")
 FROM_ZERO = ("kl_nats", "entropy_nats", "clip_fraction", "response_tokens")
 SAMPLES = 12
 
 
-def write_report(run_folder: str | Path, summary: Mapping[str, Any]) -> Path:
+def write_report(run_folder: str | Path, summary: Json) -> Path:
     """Write ``report.html`` and ``report.md`` into ``run_folder``; returns the path of the first."""
     folder = Path(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,9 +46,9 @@ def write_report(run_folder: str | Path, summary: Mapping[str, Any]) -> Path:
 # ---------------------------------------------------------------- numbers as text
 
 
-def headline(summary: Mapping[str, Any]) -> Table:
+def headline(summary: Json) -> Table:
     """The evaluation of every policy, one row each; columns that no policy has are left out."""
-    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+    columns: list[tuple[str, Callable[[Json], str]]] = [
         ("score", lambda entry: number(entry.get("score"))),
         ("gold score", lambda entry: number(entry.get("gold_score"))),
         ("win rate vs SFT", lambda entry: with_interval(entry, "win_rate_vs_sft", "win_rate_ci")),
@@ -59,7 +62,7 @@ def headline(summary: Mapping[str, Any]) -> Table:
     return _without_empty(["policy", *(name for name, _ in columns)], table)
 
 
-def notes(summary: Mapping[str, Any]) -> list[str]:
+def notes(summary: Json) -> list[str]:
     """Who judged and how far it can be trusted, the reward model's accuracy, the time taken."""
     lines = []
     judge = _evaluation(summary).get("judge")
@@ -87,7 +90,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def stage_results(summary: Mapping[str, Any]) -> Table:
+def stage_results(summary: Json) -> Table:
     """Every number in the summary's stages, a stage a row."""
     rows = []
     for stage, result in summary.get("stages", {}).items():
@@ -101,7 +104,7 @@ def stage_results(summary: Mapping[str, Any]) -> Table:
     return ["stage", "results"], rows
 
 
-def gold_parts(summary: Mapping[str, Any]) -> Table:
+def gold_parts(summary: Json) -> Table:
     """Mean of each part of the gold score, a column per policy."""
     policies = {name: entry for name, entry in _policies(summary).items() if entry.get("gold_parts")}
     parts = list(dict.fromkeys(part for entry in policies.values() for part in entry["gold_parts"]))
@@ -110,7 +113,7 @@ def gold_parts(summary: Mapping[str, Any]) -> Table:
     return ["part of the gold score", *(_label(name, entry) for name, entry in policies.items())], rows
 
 
-def families(summary: Mapping[str, Any]) -> Table:
+def families(summary: Json) -> Table:
     """SFT beside PPO for each family of prompts."""
     policies = _policies(summary)
     before, after = (policies.get(name, {}).get("families", {}) for name in ("sft", "ppo"))
@@ -127,7 +130,8 @@ def families(summary: Mapping[str, Any]) -> Table:
     return _without_empty(headers, rows)
 
 
-def number(value: Any) -> str:
+def number(value: float | None) -> str:
+    """Write a number in few digits; nothing where there is none."""
     if value is None:
         return ""
     if isinstance(value, int) or abs(value) >= 1000:
@@ -135,11 +139,12 @@ def number(value: Any) -> str:
     return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
 
 
-def percent(value: Any) -> str:
+def percent(value: float | None) -> str:
+    """Write a share as a percentage; nothing where there is none."""
     return "" if value is None else f"{100 * value:.1f}%"
 
 
-def with_interval(entry: Mapping[str, Any], name: str, interval: str | None = None) -> str:
+def with_interval(entry: Json, name: str, interval: str | None = None) -> str:
     """A value with its interval where there is one: shares as percentages."""
     value, bounds = entry.get(name), entry.get(interval or f"{name}_ci")
     if value is None:
@@ -151,20 +156,20 @@ def with_interval(entry: Mapping[str, Any], name: str, interval: str | None = No
 
 
 def _without_empty(headers: list[str], rows: list[list[str]]) -> Table:
-    used = [place for place in range(len(headers)) if place == 0 or any(row[place] for row in rows)]
-    return [headers[place] for place in used], [[row[place] for place in used] for row in rows]
+    used = [column for column in range(len(headers)) if column == 0 or any(row[column] for row in rows)]
+    return [headers[column] for column in used], [[row[column] for column in used] for row in rows]
 
 
-def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(summary: Json) -> Json:
     return dict(summary.get("evaluation") or {})
 
 
-def _policies(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _policies(summary: Json) -> dict[str, Json]:
     entries = _evaluation(summary)
     return {name: entry for name, entry in entries.items() if name != "judge" and isinstance(entry, Mapping)}
 
 
-def _label(name: str, entry: Mapping[str, Any]) -> str:
+def _label(name: str, entry: Json) -> str:
     if name == "best_of_n":
         return f"best of {entry['n']}" if entry.get("n") else "best of n"
     return {"sft": "SFT", "ppo": "PPO"}.get(name, name)
@@ -178,11 +183,11 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def _read_samples(path: Path) -> list[dict[str, Any]]:
+def _read_samples(path: Path) -> list[Json]:
     """Some rows of samples.jsonl, taking families in turn."""
     if not path.exists():
         return []
-    by_family: dict[str, list[dict[str, Any]]] = {}
+    by_family: dict[str, list[Json]] = {}
     for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
@@ -197,7 +202,7 @@ def _read_samples(path: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- report.md
 
 
-def _markdown(title: str, summary: Mapping[str, Any], advice: Sequence[str]) -> str:
+def _markdown(title: str, summary: Json, advice: Sequence[str]) -> str:
     parts = [f"# {title}", _markdown_table(headline(summary))]
     parts.append("\n".join(f"- {line}" for line in notes(summary)))
     if advice:
@@ -223,10 +228,10 @@ def _markdown_table(table: Table) -> str:
 
 def _page(
     title: str,
-    summary: Mapping[str, Any],
+    summary: Json,
     rows: Sequence[Mapping[str, float]],
     advice: Sequence[str],
-    samples: Sequence[Mapping[str, Any]],
+    samples: Sequence[Json],
 ) -> str:
     policies = headline(summary)
     sections = [html.table(policies, "headline") if policies[1] else html.note("No evaluation yet.")]
@@ -247,7 +252,7 @@ def _page(
     return html.page(title, "\n".join(sections))
 
 
-def _sample(row: Mapping[str, Any]) -> str:
+def _sample(row: Json) -> str:
     answers = []
     for name in ("sft", "ppo"):
         scores = {measure: row.get(f"{measure}_{name}") for measure in ("score", "gold_score", "judge_score")}
@@ -283,7 +288,7 @@ def _curve(name: str, rows: Sequence[Mapping[str, float]]) -> str:
     return f"<figure>{svg(draw, 4.0, 2.4)}{caption}</figure>"
 
 
-def _frontier(rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> str:
+def _frontier(rows: Sequence[Mapping[str, float]], summary: Json) -> str:
     """How much score each nat of KL bought, update by update, beside SFT and best-of-n."""
     points = [
         (row["kl_nats"], row["score"])

@@ -17,14 +17,20 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.errors import InputError, short
 from rlhf.run.checkpoint import checkpoints_in, plain, recover, remove, sync_tree, write_json_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Inputs = Mapping[str, Any]
+"""What a stage was given, by name: whatever has a JSON form (`rlhf.run.checkpoint.plain`)."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "rlhf-recipes")
 
@@ -32,11 +38,11 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "r
 # ---------------------------------------------------------------- fingerprints
 
 
-def _canonical(value: Any) -> bytes:
+def _canonical(value: object) -> bytes:
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def data_fingerprint(source: Any) -> str:
+def data_fingerprint(source: str | Path | Iterable[object]) -> str:
     """sha256 of a dataset's content: a file's bytes, a folder's files, or every record of an iterable.
 
     A hub id can't be read without loading it; its name is hashed (pass the loaded records to be sure).
@@ -58,7 +64,7 @@ def data_fingerprint(source: Any) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of what decides a tokenizer's ids: vocabulary, merges, normalisation, special tokens.
 
     The padding and truncation that a fast tokenizer remembers from its last call don't count; nor does the
@@ -92,7 +98,7 @@ class Manifest:
     """What a stage was given, what it made, and with what. Written when the stage is complete."""
 
     stage: str
-    inputs: dict[str, Any]
+    inputs: Inputs
     """Config, data fingerprints, parents' fingerprints: another value here is another run."""
     seed: int
     base_model: str | None = None
@@ -150,7 +156,7 @@ def _read_json(path: Path) -> Any:
 State = Literal["complete", "interrupted", "absent"]
 
 
-def stage_state(folder: str | Path, inputs: Mapping[str, Any], overwrite: bool = False) -> State:
+def stage_state(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> State:
     """Whether the stage in ``folder`` is complete, was interrupted, or never began. Changes nothing.
 
     Raises InputError when the folder holds a run with other inputs (with ``overwrite`` that counts as "absent"), or
@@ -169,7 +175,7 @@ def _is_stage(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("manifest.json", "inputs.json"))
 
 
-def _stage_state(folder: Path, inputs: Mapping[str, Any]) -> State:
+def _stage_state(folder: Path, inputs: Inputs) -> State:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder}: is a file; choose another --output_dir")
     if (folder / "manifest.json").exists():
@@ -183,7 +189,7 @@ def _stage_state(folder: Path, inputs: Mapping[str, Any]) -> State:
     return "absent"
 
 
-def begin_stage(folder: str | Path, inputs: Mapping[str, Any], overwrite: bool = False) -> State:
+def begin_stage(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> State:
     """Record a stage's inputs before its work begins; returns the state that the folder was in.
 
     With ``overwrite`` another run's stage in the folder is deleted first; a folder that is no stage never is,
@@ -217,7 +223,7 @@ def drop_checkpoints(folder: str | Path) -> None:
         remove(checkpoint)
 
 
-def _require_same(recorded: Mapping[str, Any], inputs: Mapping[str, Any], folder: Path) -> None:
+def _require_same(recorded: Inputs, inputs: Inputs, folder: Path) -> None:
     differences = list(_differences(recorded, json.loads(_canonical(inputs)), ""))
     if not differences:
         return
@@ -229,7 +235,7 @@ def _require_same(recorded: Mapping[str, Any], inputs: Mapping[str, Any], folder
     )
 
 
-def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+def _differences(before: object, now: object, name: str) -> Iterator[tuple[str, object, object]]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)

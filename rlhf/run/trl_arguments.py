@@ -46,7 +46,7 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
         values["report_to"] = list(values["report_to"] or [])
     on_cuda = torch.cuda.is_available()
     values |= {
-        "bf16": compute_dtype(config.bf16) == torch.bfloat16,
+        "bf16": compute_dtype(getattr(config, "bf16", None)) == torch.bfloat16,
         "use_cpu": not on_cuda,
         "dataloader_pin_memory": on_cuda,
         "disable_tqdm": True,

@@ -5,33 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError
-from rlhf.padding import pad
+from rlhf.padding import IGNORED, pad
 from rlhf.records import Demonstration
 
 logger = logging.getLogger("rlhf")
 
 
-IGNORED = -100  # the label of tokens without loss, in transformers
+class EncodedDemonstration(TypedDict):
+    """A conversation as token ids, and as many labels: IGNORED where there is no loss."""
 
-
-def real_rows(accelerator: Accelerator, rows: int) -> int:
-    """How many of this process's ``rows`` in the batch just fetched are the data's own, and not repeated.
-
-    With several processes accelerate fills the last batch of an epoch with rows from its beginning, so that all
-    have as many; trained on, they would count twice, and how many depends on the number of processes.
-    """
-    state = accelerator.gradient_state
-    if not state.end_of_dataloader or state.remainder < 1:  # of the last batch's rows over all processes; 0: all real
-        return rows
-    return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
+    input_ids: list[int]
+    labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,7 @@ class Collator:
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[EncodedDemonstration]) -> dict[str, Tensor]:
         input_ids, mask = pad([row["input_ids"] for row in rows], self.pad_id)
         labels, _ = pad([row["labels"] for row in rows], IGNORED)
         return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
@@ -54,7 +46,7 @@ def encode_demonstrations(
     Demonstrations of more than ``max_length`` tokens are left out: a cut one would teach never to stop. How many, and
     which, is logged; InputError when none remains.
     """
-    rows: list[dict[str, list[int]]] = []
+    rows: list[EncodedDemonstration] = []
     too_long: dict[int, int] = {}
     for index, demonstration in enumerate(demonstrations):
         ids, mask = chat.encode_conversation(tokenizer, demonstration.messages, demonstration.trained_from)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
-from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.loading import load_policy
 from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
 
@@ -29,16 +29,16 @@ def prepare_model(
     Under a new adapter, rows of the embeddings that the base never learned (tokens added for chat) are trained and
     saved with it. The stop tokens and padding are written to generation_config, so that plain ``generate`` stops.
     """
-    adapter: Any = peft_config or lora_config(
+    adapter = peft_config or lora_config(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
     )
-    policy: Any = load_policy(model, dtype=torch.float32 if adapter is None else compute_dtype(config.bf16))
+    policy = load_policy(model, dtype=torch.float32 if adapter is None else compute_dtype(config.bf16))
     if isinstance(policy, PeftModel) and adapter is not None:
         raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
     if config.dropout is not None:
         set_dropout(policy, config.dropout)
     new_tokens = grow_vocabulary(policy, tokenizer)
-    if adapter is not None and new_tokens and getattr(adapter, "trainable_token_indices", None) is None:
+    if isinstance(adapter, LoraConfig) and new_tokens and adapter.trainable_token_indices is None:
         adapter.trainable_token_indices = dict.fromkeys(_embedding_names(policy), new_tokens)
     _tell_special_tokens(policy, tokenizer)
     return policy, adapter
@@ -93,30 +93,20 @@ def _chat_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(vocabulary[token] for token in ("<|im_start|>", "<|im_end|>"))
 
 
-def show_bias(head: Any) -> None:
+def show_bias(head: nn.Module) -> None:
     """Let trl's loss read ``head.bias``, which peft's wrapper of trained token rows hides (peft 0.21)."""
     if not hasattr(head, "bias"):
-        vars(head)["bias"] = head.original_module.bias
+        vars(head)["bias"] = cast(nn.Module, head.original_module).bias
 
 
-def _weight(embeddings: Any) -> Tensor:
-    return embeddings.weight
+def _weight(embeddings: nn.Module) -> Tensor:
+    return cast(Tensor, embeddings.weight)
 
 
-def _embedding_names(model: PreTrainedModel) -> list[str]:
+def _embedding_names(model: PreTrainedModel | PeftModel) -> list[str]:
     """The last part of the names of the input embeddings and, where it has its own weights, the head."""
     modules = [model.get_input_embeddings()]
     if model.get_output_embeddings().weight is not modules[0].weight:
         modules.append(model.get_output_embeddings())
     named = model.named_modules()
     return [name.rsplit(".", 1)[-1] for name, module in named if any(module is wanted for wanted in modules)]
-
-
-def tokenizer_of(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if given is not None:
-        chat.prepare_tokenizer(given)
-        return given
-    path = model if not isinstance(model, nn.Module) else getattr(model, "name_or_path", "")
-    if not path:
-        raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
-    return load_tokenizer(path)

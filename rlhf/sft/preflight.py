@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlhf.padding import IGNORED
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import (
     PROMPT_TOKENS,
@@ -24,16 +25,25 @@ from rlhf.preflight.measure import (
     vocabulary_rows,
 )
 from rlhf.preflight.measure import check_gradients as gradients_of
-from rlhf.preflight.run import conclude, run_checks, untouched
-from rlhf.preflight.text import IGNORED
+from rlhf.preflight.run import Checked, conclude, run_checks, untouched
+from rlhf.records import Demonstration
+from rlhf.sft.config import SFTConfig
+from rlhf.sft.data import EncodedDemonstration
 
 
-def check_padding(trainer: Any) -> Finding:
+class CheckedTrainer(Checked, Protocol):
+    """What the checks look at of a `SFTTrainer`."""
+
+    config: SFTConfig
+    first_demonstrations: list[Demonstration]
+
+
+def check_padding(trainer: CheckedTrainer) -> Finding:
     """A demonstration's loss, alone and beside a much longer one."""
     rows = _rows(trainer)
     short, model = rows[0], trainer.model
     ids = lengthened(rows[-1]["input_ids"], len(short["input_ids"]), max_positions(model))
-    longer = {"input_ids": ids, "labels": ids}
+    longer: EncodedDemonstration = {"input_ids": ids, "labels": ids}
     with torch.no_grad():
         alone, beside = _logprobs(trainer, [short]), _logprobs(trainer, [short, longer])
     width = alone.shape[1]
@@ -48,12 +58,12 @@ def check_padding(trainer: Any) -> Finding:
     )
 
 
-def check_gradients(trainer: Any) -> Finding:
+def check_gradients(trainer: CheckedTrainer) -> Finding:
     return gradients_of(trainer.model, -_logprobs(trainer, _rows(trainer)[:2]).sum())
 
 
 @torch.no_grad()
-def check_precision(trainer: Any) -> Finding:
+def check_precision(trainer: CheckedTrainer) -> Finding:
     """How far this run's precision moves log-probabilities from float32's."""
     if is_exact(trainer.accelerator, trainer.model):
         return Finding("precision", "the run computes in float32", True)
@@ -66,13 +76,13 @@ def check_precision(trainer: Any) -> Finding:
     return drift(gap(ours, truth, ours != 0))
 
 
-def _rows(trainer: Any) -> list[dict[str, list[int]]]:
+def _rows(trainer: CheckedTrainer) -> list[EncodedDemonstration]:
     data = trainer.train_dataset
     rows = [data[i] for i in range(min(64, len(data)))]
     return [rows[i] for i in spread([len(row["input_ids"]) for row in rows], PROMPT_TOKENS)]
 
 
-def _logprobs(trainer: Any, rows: list[Any], whole: Any = None) -> Tensor:
+def _logprobs(trainer: CheckedTrainer, rows: list[EncodedDemonstration], whole: nn.Module | None = None) -> Tensor:
     """Log-probabilities [B, T - 1] of the labels, 0 where there is no loss; in float32 under `whole`."""
     model = trainer.model if whole is None else whole
     batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
@@ -84,13 +94,16 @@ def _logprobs(trainer: Any, rows: list[Any], whole: Any = None) -> Tensor:
     return torch.where(labels != IGNORED, chosen, 0.0)
 
 
-def check_sft(trainer: Any) -> list[Finding]:
-    """The same before supervised fine-tuning."""
+def check_sft(trainer: CheckedTrainer) -> list[Finding]:
+    """Check a run before its first step; raises InputError with every failure, or returns what was found.
+
+    Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
+    """
     wanted = trainer.config.preflight and not trainer.state.global_step
     return conclude(trainer.accelerator, sft_findings(trainer)) if wanted else []
 
 
-def sft_findings(trainer: Any) -> Iterator[list[Finding]]:
+def sft_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
     """What is found of texts, then of the model on a few demonstrations."""
     model, tokenizer, first = trainer.model, trainer.processing_class, trainer.first_demonstrations
     most = trainer.config.max_length

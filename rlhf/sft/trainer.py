@@ -19,20 +19,25 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.models.adapters import base_model
+from rlhf.models.loading import tokenizer_of
+from rlhf.padding import IGNORED
 from rlhf.records import check_disjoint, read_demonstrations
+from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sft.config import SFTConfig
-from rlhf.sft.data import IGNORED, Collator, encode_demonstrations, real_rows
-from rlhf.sft.model import prepare_model, show_bias, tokenizer_of
+from rlhf.sft.data import Collator, encode_demonstrations
+from rlhf.sft.model import prepare_model, show_bias
 from rlhf.sft.preflight import check_sft
+from rlhf.sources import Source
 
 logger = logging.getLogger("rlhf")
 
@@ -61,8 +66,8 @@ class SFTTrainer(trl.SFTTrainer):
         self,
         model: str | Path | PreTrainedModel | PeftModel,
         args: SFTConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: Source | None = None,
+        eval_dataset: Source | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -78,6 +83,7 @@ class SFTTrainer(trl.SFTTrainer):
         model, peft_config = prepare_model(model, tokenizer, config, peft_config)
         log_choice(config.bf16)
         self.config = config
+        self._tokenizer = tokenizer
         self.first_demonstrations = train[:64]  # preflight compares a few with what is trained
         self._forward: dict[str, Any] = {}
         self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}  # per micro-batch since the last log
@@ -99,7 +105,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._settings = resume_settings(config, SFTConfig)
         self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, if there is one."""
         folder = resume_point(self.accelerator, self.config.output_dir, resume_from_checkpoint, self._settings)
         if folder is None:
@@ -119,8 +125,8 @@ class SFTTrainer(trl.SFTTrainer):
         """``eval_loss`` (mean over all trained tokens) and ``eval_token_accuracy``, on any held-out demonstrations."""
         encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
         if eval_dataset is not None and not encoded:
-            records, tokenizer = read_demonstrations(eval_dataset), cast(Any, self.processing_class)
-            eval_dataset = encode_demonstrations(tokenizer, records, self.config.max_length, "eval_dataset")
+            records = read_demonstrations(eval_dataset)
+            eval_dataset = encode_demonstrations(self._tokenizer, records, self.config.max_length, "eval_dataset")
         self._sums["eval"].clear()
         with self._trl_forward():
             return super().evaluate(eval_dataset, *args, **kwargs)
@@ -136,14 +142,14 @@ class SFTTrainer(trl.SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not model.training:
             self._silence_repeated(inputs)
-        said: list[Any] = []  # what trl's forward says of every token, which its own metrics average over batches
-        hook = cast(nn.Module, self.model).register_forward_hook(lambda model, args, outputs: said.append(outputs))
+        caught: list[Any] = []  # what trl's forward says of every token, which its own metrics average over batches
+        hook = cast(nn.Module, self.model).register_forward_hook(lambda model, args, outputs: caught.append(outputs))
         try:
             result = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             hook.remove()
         counted = (inputs["labels"] != IGNORED).any(-1)
-        numbers = [-said[0].log_probs, said[0].entropy, said[0].is_top1, said[0].label_mask]
+        numbers = [-caught[0].log_probs, caught[0].entropy, caught[0].is_top1, caught[0].label_mask]
         sums = [number.detach().double().sum() for number in [*numbers, inputs["attention_mask"][counted]]]
         self._sums["train" if model.training else "eval"].append(torch.stack(sums))
         loss = result[0] if isinstance(result, tuple) else result
@@ -152,7 +158,7 @@ class SFTTrainer(trl.SFTTrainer):
         return result
 
     @torch.no_grad()
-    def _broken(self, model: nn.Module, inputs: dict[str, Any], loss: float) -> str:
+    def _broken(self, model: nn.Module, inputs: dict[str, Tensor], loss: float) -> str:
         """One line: which demonstration and which token gave a loss that is no number."""
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
         targets = inputs["labels"][:, 1:]
@@ -160,9 +166,9 @@ class SFTTrainer(trl.SFTTrainer):
         bad = (~logprobs.isfinite() & (targets != IGNORED)).nonzero().tolist()
         where = "in no single token: it overflows in the sum"
         if bad:
-            (row, token), tokenizer = bad[0], cast(Any, self.processing_class)
-            text = tokenizer.decode(inputs["input_ids"][row], skip_special_tokens=True)
-            where = f"at token {token + 1} (id {int(targets[row, token])}) of {short(text, 80)!r}"
+            row, token = bad[0]
+            text = short(str(self._tokenizer.decode(inputs["input_ids"][row], skip_special_tokens=True)), 80)
+            where = f"at token {token + 1} (id {int(targets[row, token])}) of {text!r}"
         step = self.state.global_step + 1
         return (
             f"step {step}: loss is {loss} {where}; lower learning_rate, or look at that demonstration. No step was "
@@ -193,7 +199,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _silence_repeated(self, batch: dict[str, Tensor]) -> None:
         """Take the loss off rows that only fill the epoch's last batch."""
-        real = real_rows(self.accelerator, len(batch["labels"]))
+        real = distributed.real_rows(self.accelerator, len(batch["labels"]))
         batch["labels"] = torch.where(
             torch.arange(len(batch["labels"]), device=batch["labels"].device)[:, None] < real, batch["labels"], IGNORED
         )

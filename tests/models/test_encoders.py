@@ -87,6 +87,7 @@ def trained(source, out, **changes) -> RewardTrainer:
     args = RewardConfig(output_dir=str(out), **(settings | {"normalizer_samples": 16} | changes))
     trainer = RewardTrainer(source, args=args, train_dataset=rankings())
     trainer.train()  # preflight included: padding, gradients, reload
+    assert not any(module._forward_hooks for module in trainer.model.modules()), "nothing keeps a batch's outputs"
     return trainer
 
 

@@ -3,6 +3,8 @@ PYTHON ?= python3
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PY = .venv/bin/python
+# One process of one thread for each core; what stays together is in tests/conftest.py.
+PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo bench test test-long check format clean
 
@@ -14,10 +16,10 @@ bench: .venv/installed
 	$(PY) recipes/benchmarks/ppo_vs_trl.py
 
 test: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(PY) -m pytest
+	$(PYTEST)
 
 test-long: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 check: .venv/installed-dev
 	$(PY) -m ruff check .

@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several side by side: a thread each, or they wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 
@@ -17,6 +19,21 @@ from jaxtyping import install_import_hook
 # The shapes in ppo_math's signatures are checked at every call, by the trainers' tests too.
 install_import_hook("rlhf.ppo.math", "reference.checked")
 
+# Files whose tests share something expensive: of workers side by side, one runs all of such a file. Longest first, and
+# before all other tests, which then fill the gaps.
+TOGETHER = {
+    "test_kill.py": "chain",
+    "recipes/test_chain.py": "chain",
+    "test_docs.py": "docs",
+    "run/test_distributed.py": "distributed",
+    "test_invariance.py": "invariance",
+    "recipes/test_notebook.py": "notebook",
+    "recipes/test_inspect_rollout.py": "inspect_rollout",
+    "sampling/test_vllm.py": "vllm",
+    "reward_models/test_server.py": "server",
+    "data/test_toy.py": "toy",
+}
+
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
     "What is the capital of France? The capital of France is Paris.",
@@ -24,6 +41,17 @@ CORPUS = [
     "Count to ten: one, two, three, four, five, six, seven, eight, nine, ten.",
     "You are a helpful assistant. Please answer the question of the user.",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    places = {name: place for place, name in enumerate(TOGETHER)}
+    files = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
+    for item, file in files.items():
+        if file in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(TOGETHER[file]))
+    items.sort(key=lambda item: places.get(files[item], len(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from reference import forked
 from reference.tiny_chain import save_base
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -316,6 +317,8 @@ def provide_rows(text: str, folder: Path) -> None:
 def run(command: list[str], folder: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """As a user would, but without a network: stdout, stderr and the exit status."""
     settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if command[0] == sys.executable:  # without the seconds of its imports
+        return forked.shared().run(command[1:], cwd=folder, stdin=stdin, limit=900)
     return subprocess.run(
         command, cwd=folder, input=stdin, env=os.environ | settings, capture_output=True, text=True, timeout=900
     )

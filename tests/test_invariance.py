@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import two_processes
+from reference import forked, two_processes
 from reference.tiny_chain import chain
 from reference.two_processes import KINDS, PPO_KINDS, STAGES, GivenResponses
 
@@ -32,6 +32,7 @@ from rlhf.sft.trainer import SFTTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLIT = {"ppo": "tokens_per_microbatch", "sft": "microbatch_size", "reward_model": "microbatch_size"}
+LAUNCHERS = ("torchrun", "accelerate")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_stage_and_kind = pytest.mark.parametrize(
     ("stage", "kind"), [(stage, kind) for stage in STAGES for kind in KINDS] + [("ppo", kind) for kind in PPO_KINDS]
@@ -58,19 +59,16 @@ class Runs:
         return STAGES[stage](*two_processes.folders(self.folder, kind), str(out), **changes)
 
     def launched(self, launcher: str) -> dict:
-        """By both launchers at once, with micro-batches of 1 and of 2; meanwhile the plain runs are made here."""
-        if not self.together:
-            started = {name: self.start(name, size) for name, size in (("torchrun", 1), ("accelerate", 2))}
-            for stage in STAGES:
-                for kind in (*KINDS, *PPO_KINDS) if stage == "ppo" else KINDS:
-                    self.plain(stage, kind)
-            for name, process in started.items():
-                _, errors = process.communicate(timeout=240)
-                assert process.returncode == 0, errors[-3000:]
-                self.together[name] = torch.load(self.folder / f"{name}.pt", weights_only=True)
+        """In two processes: forked, with micro-batches of 1, or by a real launcher, with micro-batches of 2."""
+        if launcher not in self.together:
+            output = self.folder / f"{launcher}.pt"
+            script: list[object] = [two_processes.__file__, self.folder, 1 if launcher == "forked" else 2, output]
+            done = forked.shared().together(script) if launcher == "forked" else self.launch(launcher, script)
+            assert done.returncode == 0, done.stderr[-3000:]
+            self.together[launcher] = torch.load(output, weights_only=True)
         return self.together[launcher]
 
-    def start(self, launcher: str, microbatch: int) -> subprocess.Popen:
+    def launch(self, launcher: str, script: list[object]) -> subprocess.CompletedProcess:
         command = {
             "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
             "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
@@ -78,10 +76,9 @@ class Runs:
         }[launcher]  # fmt: skip
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                                     "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}  # fmt: skip
-        arguments = [two_processes.__file__, self.folder, microbatch, self.folder / f"{launcher}.pt"]
-        return subprocess.Popen(
-            [sys.executable, "-m", *command, *map(str, arguments)],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        return subprocess.run(
+            [sys.executable, "-m", *command, *map(str, script)],
+            env=environment, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
 
 
@@ -252,7 +249,7 @@ def test_order_of_rows(runs, stage, kind):
 
 
 @every_stage_and_kind
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["forked", *(pytest.param(n, marks=pytest.mark.long) for n in LAUNCHERS)])
 def test_two_processes(runs, launcher, stage, kind):
     """Whatever they log, learning rates, steps, prompts, KL coefficient, running moments and normaliser included."""
     two, one = runs.launched(launcher)[f"{stage}, {kind}"], runs.plain(stage, kind)

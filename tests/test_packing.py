@@ -13,13 +13,13 @@ from reference.prepared import prepared_models
 from reference.tiny_chain import shake
 from torch import nn
 
-from rlhf import chat, packing
+from rlhf import chat, cpu, packing
 from rlhf.cpu.attention import MOST_TOKENS, use_short_rows
 from rlhf.models.adapters import backbone, lora_config
 from rlhf.packing import Rows, can_pack, packed_hidden
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo import actor_critic as actor_critics
-from rlhf.ppo.build import enable_gradient_checkpointing
+from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing
 from rlhf.ppo.plan import split_by_tokens
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 
@@ -224,10 +224,12 @@ def test_long_rows_have_few_lengths(lengths, width, widths):
 
 def test_not_on_a_gpu():
     """Where torch's kernel attends, and a mask of the whole batch would be paid for."""
-    model = prepared_models(new_model("llama"))
-    assert model.packs
-    model.to("meta")
+    model = build_actor_critic(new_model("llama")).to("meta")
+    classes = [type(module) for module in model.modules()]
+    cpu.prepare(model)
     assert not model.packs
+    assert [type(module) for module in model.modules()] == classes
+    assert model.policy.config._attn_implementation == "sdpa"
     assert model.most_tokens(10_000) == 10_000
 
 
@@ -315,15 +317,15 @@ def test_a_trainers_micro_batches_hold_so_many_real_tokens(tiny_model, tiny_toke
     made = trainer(tmp_path / "run", 90, tmp_path / "model")
     assert made.actor_critic.packs
     lengths = [10, 20, 30, 40, 50, 10, 10, 10]
-    (plan,) = made._plan(lengths, 0)
+    (plan,) = made.plan(lengths, 0)
     assert all(sum(lengths[row] for row in part) <= 90 for part in plan)
     assert any(len(part) * max(lengths[row] for row in part) > 90 for part in plan)
     made.args = replace(made.args, tokens_per_microbatch=10_000)
     monkeypatch.setattr(packing, "MOST_TOKENS", 100)
-    (plan,) = made._plan(lengths, 0)
+    (plan,) = made.plan(lengths, 0)
     assert len(plan) > 1, "beyond that a batch would be padded, and its padding was not counted"
     made.actor_critic.packs = False
-    (plan,) = made._plan([30] * 8, 0)
+    (plan,) = made.plan([30] * 8, 0)
     assert len(plan) == 1
 
 

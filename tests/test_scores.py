@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import two_processes
+from reference import forked, two_processes
 from reference.tiny_chain import chain, save_reward_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -520,16 +518,9 @@ def dropping_run(folder: str, output: str) -> dict:
 def test_two_processes_drop_as_one_does(tmp_path, tiny_model, tiny_tokenizer):
     """Unevenly: update by update, one process loses other responses, and another number of them, than the other."""
     chain(tmp_path / "full", tiny_model, tiny_tokenizer, lora=False)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    process = subprocess.Popen(
-        [*command, str(tmp_path), str(tmp_path / "two.pt")],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    done = forked.shared().together([__file__, tmp_path, tmp_path / "two.pt"])
+    assert done.returncode == 0, done.stderr[-3000:]
     alone = dropping_run(str(tmp_path), str(tmp_path / "alone"))
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors[-3000:]
     together = torch.load(tmp_path / "two.pt", weights_only=True)
     assert [row["dropped_responses"] for row in alone["logs"]] == [
         sum(n in BROKEN for n in numbers) for numbers in alone["prompts"]

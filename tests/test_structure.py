@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -43,7 +44,7 @@ FILE_LINES, FUNCTION_LINES = (
     350,
     60,
 )  # a file's as `wc -l` counts; a function's of code: no blank line, comment, docstring
-LONGER: dict[str, str] = {}  # "file: function", and why it reads better in one piece
+LONGER = {"rlhf/ppo/trainer.py: update": "the papers' loops and both losses, one below the other"}  # and why
 
 
 def name_of(path: Path) -> str:
@@ -226,9 +227,8 @@ def answers(code: str, *argv: str) -> tuple[str, set[str], float]:
 
 def test_import_rlhf_is_light():
     probe = "import time; start = time.perf_counter(); import rlhf; print(time.perf_counter() - start)"
-    seconds, heavy, _ = zip(*(answers(probe) for _ in range(3)), strict=True)
-    assert heavy == (set(), set(), set())
-    assert min(map(float, seconds)) < 0.3
+    assert answers(probe)[1] == set()
+    assert any(float(answers(probe)[0]) < 0.3 for _ in range(3))
 
 
 def test_settings_are_made_without_torch():
@@ -236,29 +236,31 @@ def test_settings_are_made_without_torch():
     assert answers(f"{code}; print(P().seed, R().seed, S().seed)")[:2] == ("0 0 0\n", set())
 
 
-AS_SCRIPT = """
-import runpy, sys
-recipe = sys.argv[1]
+AS_SCRIPTS = """
+import contextlib, io, json, runpy, sys
 sys.path[0] = "recipes"
-for flags in (["--help"], ["--no_such_flag", "1"]):
-    sys.argv = [recipe, *flags]
-    try:
-        runpy.run_path(recipe, run_name="__main__")
-    except SystemExit as end:
-        print("exit code", end.code)
+for recipe in sys.argv[1:]:
+    for flags in (["--help"], ["--no_such_flag", "1"]):
+        sys.argv, out, code = [recipe, *flags], io.StringIO(), None
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+                runpy.run_path(recipe, run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        print(json.dumps([recipe, code, out.getvalue()[:6]]))
 """
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_help_and_a_wrong_flag_are_answered_without_torch(recipe):
-    text, heavy, _ = answers(AS_SCRIPT, f"recipes/{recipe}.py")
-    assert text.startswith("usage:")
-    assert [line for line in text.splitlines() if line.startswith("exit code")] == ["exit code 0", "exit code 2"]
+def test_help_and_a_wrong_flag_are_answered_without_torch():
+    recipes = [f"recipes/{name}.py" for name in RECIPES]
+    text, heavy, _ = answers(AS_SCRIPTS, *recipes)
+    expected = [found for recipe in recipes for found in ([recipe, 0, "usage:"], [recipe, 2, ""])]
+    assert [json.loads(line) for line in text.splitlines()] == expected
     assert heavy == set()
 
 
 def test_help_is_quick():
-    assert min(answers(AS_SCRIPT, "recipes/chain.py")[2] for _ in range(3)) < 1.5
+    assert any(answers(AS_SCRIPTS, "recipes/chain.py")[2] < 1.5 for _ in range(3))
 
 
 @pytest.mark.parametrize("package", ["rlhf", "reward_models"])

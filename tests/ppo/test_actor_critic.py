@@ -41,9 +41,9 @@ def gradients(actor_critic, batch: Batch, roles=("policy", "value"), joint: bool
     losses = []
     for group in [roles] if joint else [(role,) for role in roles]:
         outputs = actor_critic(batch, 0.7, group)
-        if outputs.logprobs is not None:
+        if "policy" in group:
             losses.append((outputs.logprobs * weights).sum())
-        if outputs.values is not None:
+        if "value" in group:
             losses.append((outputs.values.square() * weights).sum())
         if not joint:
             losses.pop().backward()

@@ -1,6 +1,6 @@
 """PPO under FSDP2 as accelerate sets it up, on CPU: two gloo processes, one launch, everything that tests ask saved.
 
-torchrun --standalone --nproc_per_node 2 tests/reference/fsdp_worker.py CONFIG.yaml FOLDER KIND POLICY REWARD ...
+torchrun --nproc_per_node 2 tests/reference/fsdp_worker.py CONFIG.yaml FOLDER KIND POLICY REWARD ...
 
 accelerate leaves FSDP out on CPU; `sharded_accelerator` puts it back in (three attributes), so that what cuts the
 module is accelerate's own `_prepare_fsdp2` under the settings of our own configuration file.
@@ -97,7 +97,7 @@ def share(module: torch.nn.Module) -> float:
 
 
 def first_step(trainer: PPOTrainer) -> dict[str, Any]:
-    """Of the first minibatch of the first rollout: the clipped gradient that Adam gets, and the norms before."""
+    """Of the only step on the first rollout: the clipped gradient that Adam gets, and the norms before."""
     seen: dict[str, Any] = {}
 
     def watched(*args: Any, **kwargs: Any) -> None:
@@ -140,7 +140,9 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
     plan = plan_minibatches(lengths, 4, 40, torch.Generator().manual_seed(0))
     own["plans"] = plan, sharding.even_plan(plan, trainer.module)
     for name, checkpointing in (("step", False), ("step_checkpointed", True)):
-        trainer = make(folder / name, policy, reward, GivenResponses(), gradient_checkpointing=checkpointing)
+        trainer = make(
+            folder / name, policy, reward, GivenResponses(), gradient_checkpointing=checkpointing, inner_epochs=1
+        )
         together[name] = first_step(trainer)
     together["run"] = run(make(folder / "run", policy, reward, GivenResponses(), save_steps=1, eval_steps=1))
     trainer = make(folder / "whole", policy, reward, save_steps=1, eval_steps=1)

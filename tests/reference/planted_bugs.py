@@ -62,7 +62,7 @@ PLANTS = (
         file="rlhf/ppo/trainer.py",
         old="accelerator.backward(loss * accelerator.num_processes)",
         new="accelerator.backward(loss)",
-        test="tests/test_invariance.py::test_two_processes[torchrun-ppo-full]",
+        test="tests/test_invariance.py::test_two_processes[forked-ppo-full]",
     ),
     # -- optimizer steps != epochs x minibatches
     Plant(
@@ -551,7 +551,7 @@ PLANTS = (
         file="rlhf/ppo/trainer.py",
         old="args.lr_factor(self.update_index)",
         new="args.lr_factor(self.update_index * accelerator.num_processes)",
-        test="tests/test_invariance.py::test_two_processes[torchrun-ppo-full]",
+        test="tests/test_invariance.py::test_two_processes[forked-ppo-full]",
         here="the schedule is a pure function of the update",
     ),
     Plant(
@@ -561,7 +561,7 @@ PLANTS = (
         file="reward_models/config.py",
         old="gradient_accumulation_steps=config.prompts_per_batch // together",
         new="gradient_accumulation_steps=config.prompts_per_batch // config.microbatch_size",
-        test="tests/test_invariance.py::test_two_processes[torchrun-reward_model-full]",
+        test="tests/test_invariance.py::test_two_processes[forked-reward_model-full]",
     ),
     # -- engine and trainer disagree, and the correction is wrong
     Plant(

@@ -5,9 +5,6 @@ One launch of tests/reference/fsdp_worker.py does all the sharded work; the test
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import get_peft_model
+from reference import forked
 from reference import fsdp_worker as worker
 from reference.tiny_chain import TARGETS, save_base, save_reward_model, shake
 from reference.two_processes import GivenResponses
@@ -78,33 +76,16 @@ def ran(tmp_path_factory, tiny_model, tiny_tokenizer):
 
 
 def launch(folder: Path, arguments: list[str]) -> None:
-    """Both processes, or neither: a process that waits for ever for the other is ended with it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker.__file__]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }  # fmt: skip
-    with (folder / "log").open("w") as log:
-        started = subprocess.Popen(
-            [*command, str(CONFIGS / "fsdp2.yaml"), str(folder), *arguments],
-            env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
-        try:
-            code: int | None = started.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            code = None
-            started.terminate()  # torchrun ends its processes; killed, it would leave them behind
-            started.wait()
-    if code != 0:
-        what = f"exit code {code}" if code is not None else f"the processes still wait after {SECONDS} s"
-        RESULTS["failed"] = f"{what}; {(folder / 'log').read_text()[-3000:]}"
+    done = forked.shared().together([worker.__file__, CONFIGS / "fsdp2.yaml", folder, *arguments], limit=SECONDS)
+    if done.returncode != 0:
+        RESULTS["failed"] = f"exit code {done.returncode}; {done.stderr[-3000:]}"
         pytest.fail(RESULTS["failed"])
 
 
 def alone(folder: Path, policy: str, reward: str) -> dict:
     trainer = worker.make(folder, policy, reward)
     results = {"outputs": worker.outputs(trainer), "sampled": [worker.sample(trainer, process) for process in (0, 1)]}
-    results["step"] = worker.first_step(worker.make(folder, policy, reward, GivenResponses()))
+    results["step"] = worker.first_step(worker.make(folder, policy, reward, GivenResponses(), inner_epochs=1))
     results["run"] = worker.run(worker.make(folder, policy, reward, GivenResponses(), eval_steps=1))
     trainer.save_model(folder / "saved")
     return results

@@ -7,14 +7,11 @@ import logging
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from reference import resume_worker
+from reference import forked, resume_worker
 from reference.ppo_runs import ROWS, StopAfter, lines, low_share, make, prepared, weights
 from reference.tiny_chain import chain
 from transformers import TrainerCallback
@@ -45,14 +42,7 @@ def test_with_two_processes_every_stage_goes_on_bit_for_bit(tmp_path, tiny_model
     for kind in ("full", "lora"):
         (tmp_path / kind).mkdir()
         arguments += [kind, *map(str, chain(tmp_path / kind, tiny_model, tiny_tokenizer, kind == "lora"))]
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-                                "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         resume_worker.__file__, str(tmp_path / "out"), *arguments],
-        env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    done = forked.shared().together([resume_worker.__file__, tmp_path / "out", *arguments])
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert found == {

@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # One process of one thread for each core; what stays together is in tests/conftest.py.
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo bench test test-long check format clean
+.PHONY: demo bench test test-long check format docs clean
 
 demo: .venv/installed
 	$(PY) recipes/chain.py --config recipes/configs/toy.yaml
@@ -31,6 +31,13 @@ format: .venv/installed-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The documentation site in build/site, without a network; sources are copied beside the pages that link to them.
+docs: .venv/installed-docs
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	tar -c --exclude __pycache__ README.md CHANGELOG.md CONTRIBUTING.md LICENSE tests/README.md rlhf reward_models data recipes | tar -x -C build/docs
+	$(PY) -m zensical build --strict
+
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv .venv
@@ -42,6 +49,10 @@ format: .venv/installed-dev
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch .venv/installed $@
+
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
 
 clean:
 	rm -rf .venv .bench runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

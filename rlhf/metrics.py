@@ -276,9 +276,9 @@ def truncate(path: str | Path, step: int) -> None:
     os.replace(writing, path)
 
 
-# ---------------------------------------------------------------- README's table
+# ---------------------------------------------------------------- the PPO guide's table
 
-TABLE = ("<!-- metrics: python -m rlhf.metrics README.md -->", "<!-- end of metrics -->")
+TABLE = ("<!-- metrics: python -m rlhf.metrics recipes/guides/ppo.md -->", "<!-- end of metrics -->")
 
 
 def table() -> str:

@@ -131,10 +131,10 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_readmes_table_is_the_one_that_the_metrics_make(tmp_path: Path) -> None:
-    readme = Path(__file__).resolve().parent.parent / "README.md"
-    again = tmp_path / "README.md"
-    again.write_text(readme.read_text(encoding="utf-8"), encoding="utf-8")
+def test_the_guides_table_is_the_one_that_the_metrics_make(tmp_path: Path) -> None:
+    guide = Path(__file__).resolve().parent.parent / "recipes" / "guides" / "ppo.md"
+    again, text = tmp_path / "ppo.md", guide.read_text(encoding="utf-8")
+    again.write_text(text, encoding="utf-8")
     main(str(again))
-    assert again.read_text(encoding="utf-8") == readme.read_text(encoding="utf-8"), "python -m rlhf.metrics README.md"
-    assert readme.read_text(encoding="utf-8").count("| `kl_nats` | nats per response |") == 1
+    assert again.read_text(encoding="utf-8") == text, "run: python -m rlhf.metrics recipes/guides/ppo.md"
+    assert text.count("| `kl_nats` | nats per response |") == 1

@@ -1,0 +1,209 @@
+"""The memory of a 7B run, counted: the tables of recipes/guides/model_7b.md.
+
+    python recipes/studies/memory_7b.py                               # prints them
+    python recipes/studies/memory_7b.py recipes/guides/model_7b.md    # rewrites them there
+
+Nothing here was measured on a GPU. Parameters and adapters are exact; activations are what autograd keeps of a Qwen2
+layer (transformers 5.23, peft 0.21, bfloat16 autocast, attention that keeps no scores). GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+TRAINED = 16
+"""Bytes per trained parameter: float32 weight, gradient, Adam's two moments."""
+HEAD_LOGITS = 2**26
+"""Logits that exist at once on a GPU (rlhf/models/forward.py); each is there in bfloat16 and twice in float32."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder with gated MLPs and biases on query, key and value, as Qwen2 has them; heads not tied."""
+
+    hidden: int
+    layers: int
+    key_value: int
+    intermediate: int
+    vocabulary: int
+
+    @property
+    def linear(self) -> list[tuple[int, int]]:
+        """(in, out) of a layer's linear maps: query, key, value, output, gate, up, down."""
+        h, kv, i = self.hidden, self.key_value, self.intermediate
+        return [(h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h)]
+
+    @property
+    def trunk(self) -> int:
+        """Parameters without the language head."""
+        layer = sum(a * b for a, b in self.linear) + (self.hidden + 2 * self.key_value) + 2 * self.hidden
+        return self.vocabulary * self.hidden + self.layers * layer + self.hidden
+
+    @property
+    def whole(self) -> int:
+        """All parameters."""
+        return self.trunk + self.vocabulary * self.hidden
+
+    def lora(self, rank: int) -> int:
+        """Parameters of an adapter on every linear layer."""
+        return self.layers * rank * sum(a + b for a, b in self.linear)
+
+    def cache(self, tokens: int) -> int:
+        """Bytes of keys and values in bfloat16."""
+        return tokens * self.layers * 2 * self.key_value * 2
+
+    def layer(self, tokens: int, rank: int) -> int:
+        """Bytes that a layer's forward keeps for backward; without gradients, taken for its peak."""
+        return tokens * (8 * self.intermediate + 24 * self.hidden + 4 * self.key_value + 14 * rank)
+
+    def recomputed(self, tokens: int, rank: int, hidden_bytes: int = 2) -> int:
+        """Bytes of activations with gradient checkpointing: every layer's input; one layer's own, and its gradients."""
+        return tokens * self.layers * self.hidden * hidden_bytes + 2 * self.layer(tokens, rank)
+
+    def kept(self, tokens: int, rank: int) -> int:
+        """Bytes of activations without it: every layer's own."""
+        return self.layers * self.layer(tokens, rank)
+
+
+QWEN_7B = Shape(hidden=3584, layers=28, key_value=512, intermediate=18944, vocabulary=152064)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings that decide memory."""
+
+    rank: int
+    prompt_tokens: int
+    new_tokens: int
+    generation_batch: int
+    microbatch_tokens: int
+
+
+PLAN = Plan(rank=64, prompt_tokens=512, new_tokens=512, generation_batch=64, microbatch_tokens=8192)
+Rows = list[tuple[str, str, float]]
+"""What, by which formula, bytes."""
+
+
+def head() -> float:
+    return HEAD_LOGITS * (2 + 4 + 4)
+
+
+def sampling(shape: Shape, plan: Plan) -> float:
+    """Cache of a whole batch, its prompts' forward, and probabilities."""
+    rows, tokens = plan.generation_batch, plan.prompt_tokens + plan.new_tokens
+    return shape.cache(rows * tokens) + shape.layer(rows * plan.prompt_tokens, plan.rank) + rows * shape.vocabulary * 12
+
+
+def lora_ppo(shape: Shape, plan: Plan) -> Rows:
+    """PPO with adapters on one base, one process."""
+    adapter, tokens = shape.lora(plan.rank), plan.microbatch_tokens
+    return [
+        ("the base, in bfloat16", "2 P", 2 * shape.whole),
+        ("policy and value adapter, trained", "2 x 16 L", 2 * TRAINED * adapter),
+        ("reference and reward model adapter, frozen, float32", "2 x 4 L", 2 * 4 * adapter),
+        ("**held all the time**", "", 2 * shape.whole + (2 * TRAINED + 8) * adapter),
+        ("while it samples: cache, prompts, probabilities", "B (m + n) c + B m a", sampling(shape, plan)),
+        ("while it scores: one layer at a time", "T a", shape.layer(tokens, plan.rank)),
+        (
+            "in the update: recomputed activations, logits", "T (2 h l + 2 a) + head",
+            shape.recomputed(tokens, plan.rank) + head(),
+        ),
+    ]  # fmt: skip
+
+
+def stages(shape: Shape, plan: Plan) -> Rows:
+    """The peak of each stage under LoRA on one card, 8,192 tokens per forward."""
+    adapter, tokens = TRAINED * shape.lora(plan.rank), 8192
+    fine_tuning = 2 * shape.whole + adapter + shape.recomputed(tokens, plan.rank) + head()
+    reward_model = 4 * shape.trunk + adapter + shape.recomputed(tokens, plan.rank, hidden_bytes=4)
+    *_, (_, _, held), (_, _, sampled), _, (_, _, updated) = lora_ppo(shape, plan)
+    both = held + updated + shape.recomputed(tokens, plan.rank)
+    models = (
+        4 * shape.whole + 2 * shape.trunk + 3 * 4 * shape.lora(plan.rank)
+    )  # policy, baseline, judge, each on its own
+    drawn = sampling(shape, replace(plan, generation_batch=256, prompt_tokens=256, new_tokens=256))
+    return [
+        ("fine-tuning", "2 P + 16 L + activations", fine_tuning),
+        ("reward model: its frozen trunk is float32", "4 P' + 16 L + activations", reward_model),
+        ("PPO at its start: the reward model's own trunk, until it is shared", "+ 2 P'", held + 2 * shape.trunk),
+        ("PPO while it samples", "", held + sampled),
+        ("PPO in the update", "", held + updated),
+        ("PPO in the update, DDP: both models in one backward", "", both),
+        (
+            "evaluation: three models, 256 rows of 256 + 256 tokens at once",
+            "4 P + 2 P' + 12 L + sampling",
+            models + drawn,
+        ),
+    ]
+
+
+def choices(shape: Shape, plan: Plan) -> str:
+    """Peaks of PPO on one card for other settings."""
+    held = lora_ppo(shape, plan)[3][2]
+    lines = ["| setting | peak, GB |", "|---|---|"]
+    for rows in (64, 128, 192):
+        size = held + sampling(shape, replace(plan, generation_batch=rows))
+        lines.append(f"| `generation_batch_size: {rows}`, while it samples | {size / 1e9:.1f} |")
+    for checkpointing, tokens in (("true", 8192), ("true", 16384), ("true", 32768), ("false", 4096), ("false", 8192)):
+        activations = shape.recomputed if checkpointing == "true" else shape.kept
+        size = held + activations(tokens, plan.rank) + head()
+        settings = f"`tokens_per_microbatch: {tokens}`, `gradient_checkpointing: {checkpointing}`"
+        lines.append(f"| {settings}, in the update | {size / 1e9:.1f} |")
+    return "\n".join(lines)
+
+
+def full_ppo(shape: Shape, plan: Plan, cards: int) -> Rows:
+    """PPO with full weights under FSDP2: a card's share."""
+    parts = [TRAINED * shape.whole / cards, TRAINED * shape.trunk / cards, 4 * shape.whole / cards, 2 * shape.trunk]
+    held = sum(parts)
+    sampled = held + 2 * shape.whole + sampling(shape, replace(plan, rank=0))
+    updated = held + 2 * shape.recomputed(plan.microbatch_tokens, 0) + 4 * shape.whole / shape.layers + head()
+    return [
+        ("policy, trained", "16 P / 8", parts[0]),
+        ("value model, trained", "16 P' / 8", parts[1]),
+        ("reference, float32", "4 P / 8", parts[2]),
+        ("reward model, whole, bfloat16", "2 P'", parts[3]),
+        ("**held all the time**", "", held),
+        ("peak while it samples: the policy whole in bfloat16", "+ 2 P + as above", sampled),
+        ("peak in the update: both models' activations, two layers whole", "", updated),
+        ("**at its start**, before FSDP2 cuts: four whole models", "8 P + 6 P'", 8 * shape.whole + 6 * shape.trunk),
+    ]
+
+
+def table(rows: Rows) -> str:
+    lines = ["| what | bytes | GB |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {what} | {formula} | {size / 1e9:.1f} |" for what, formula, size in rows)])
+
+
+def tables(shape: Shape = QWEN_7B, plan: Plan = PLAN) -> dict[str, str]:
+    """Every table by its mark in the guide."""
+    return {
+        "ppo": table(lora_ppo(shape, plan)),
+        "stages": table(stages(shape, plan)),
+        "choices": choices(shape, plan),
+        "eight": table(full_ppo(shape, plan, 8)),
+    }
+
+
+def written(text: str) -> str:
+    """A guide's text with its tables made anew, each between `<!-- counted: NAME -->` and `<!-- end of NAME -->`."""
+    for name, content in tables().items():
+        begin, end = f"<!-- counted: {name} -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        path = Path(argv[0])
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for name, content in tables().items():
+        print(f"{name}\n\n{content}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -122,7 +122,7 @@ def use_short_rows(model: Any) -> None:
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
     for module in model.modules():  # inner modules may have a config of their own (`disable_dropout`)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = NAME
 

@@ -26,8 +26,8 @@ __version__ = "0.1.0"
 
 moved.install()
 
-# Read by GNU OpenMP when torch is loaded: how long a thread that waits for others keeps its core busy. With its own value
-# (about a millisecond), one other busy process makes two threads on two cores 2 to 6 times as slow; see the guide on speed.
+# GNU OpenMP reads it when torch is loaded: how long a thread that waits for others keeps its core busy. With its own
+# value (about a millisecond), one other busy process makes two threads on two cores several times as slow.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 _PUBLIC = {

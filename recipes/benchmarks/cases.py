@@ -74,12 +74,11 @@ TOY = Case(
 """An update of recipes/configs/toy.yaml, and the model of all its stages."""
 
 LORA = {"lora_rank": 16, "lora_alpha": 32.0}
-IN_TURN = {"side_by_side": False}
 
 OURS: dict[str, dict[str, Any]] = {
-    "ours_adapter": {"bf16": True, **LORA, **IN_TURN},
-    "ours_shared_trunk": {"bf16": True, "value_model": "shared_trunk", **LORA, **IN_TURN},
-    "ours_full": {"bf16": False, **IN_TURN},
+    "ours_adapter": {"bf16": True, **LORA},
+    "ours_shared_trunk": {"bf16": True, "value_model": "shared_trunk", **LORA},
+    "ours_full": {"bf16": False},
 }
 """Settings of our PPOConfig. With LoRA, policy, reference and value model are adapters on one backbone, and so is the
 reward model on its own; without, they are four full models, as trl's are."""

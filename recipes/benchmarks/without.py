@@ -76,7 +76,7 @@ SWITCHES: dict[str, Switch] = {
     "attention": lambda: replaced("rlhf.cpu.attention", "MOST_TOKENS", 0),  # rows go to torch's kernel, one by one
     "large_blocks": lambda: replaced("rlhf.cpu.memory", "keep_large_blocks", _nothing),
     "freed_memory": lambda: replaced("rlhf.cpu.memory", "release_freed_memory", _nothing),
-    "draw": lambda: replaced("rlhf.sampling.draw", "draw", _multinomial),
+    "draw": lambda: replaced("rlhf.cpu.drawing", "draw", _multinomial),
 }
 """By a trick's name; see the list in ablation.py."""
 

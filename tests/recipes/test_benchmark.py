@@ -397,7 +397,7 @@ def test_what_can_be_switched_off_is_what_is_listed():
 @pytest.mark.parametrize("trick", ablation.TRICKS)
 def test_a_trick_is_really_off_and_the_others_are_on(job, trick, monkeypatch):
     """And what is computed stays the same."""
-    settings = {"bf16": False, "lora_rank": 4, **cases.IN_TURN}
+    settings = {"bf16": False, "lora_rank": 4}
     folder = Path(job["folder"])
     with_all, whole = used_tricks(job | {"settings": settings, "folder": str(folder / "with")}, monkeypatch)
     assert with_all == set(ablation.TRICKS)
@@ -411,14 +411,15 @@ def test_a_trick_is_really_off_and_the_others_are_on(job, trick, monkeypatch):
 
 
 def test_nothing_stays_switched_off():
-    from rlhf.cpu import memory
-    from rlhf.ppo import trainer
+    """And the modules that have imported a function see its replacement too."""
+    from rlhf import cpu
+    from rlhf.cpu import drawing
 
-    before = memory.keep_large_blocks
-    with without.off("large_blocks"):
-        assert trainer.keep_large_blocks is memory.keep_large_blocks is not before
-    assert trainer.keep_large_blocks is memory.keep_large_blocks is before
-    with pytest.raises(AttributeError), without.replaced("rlhf.cpu.memory", "no_such_function", None):
+    before = drawing.draw
+    with without.off("draw"):
+        assert cpu.draw is drawing.draw is not before
+    assert cpu.draw is drawing.draw is before
+    with pytest.raises(AttributeError), without.replaced("rlhf.cpu.drawing", "no_such_function", None):
         pass
 
 

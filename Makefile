@@ -16,10 +16,10 @@ bench: .venv/installed
 	$(PY) recipes/benchmarks/ppo_vs_trl.py
 
 test: .venv/installed-dev
-	$(PYTEST)
+	$(PYTEST) $(ARGS)
 
 test-long: .venv/installed-dev
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" $(ARGS)
 
 check: .venv/installed-dev
 	$(PY) -m ruff check .

@@ -16,22 +16,25 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def summarize(result: Mapping[str, Any], warmup: int = 1) -> dict[str, float]:
-    """Medians over the updates after the warm-up: seconds by phase, response tokens/s, peak memory in GiB."""
+def summarize(result: Mapping[str, Any], warmup: int = 1) -> dict[str, Any]:
+    """Medians over the updates after the warm-up: seconds by phase, response tokens/s, peak memory in GiB; beside them
+    the shortest and the longest update, and the precision."""
     measured = result["updates"][warmup:] or result["updates"]
     tokens = result["response_tokens"][warmup:] or result["response_tokens"]
-    summary = {name: median(update[name] for update in measured) for name in PHASES}
+    summary: dict[str, Any] = {name: median(update[name] for update in measured) for name in PHASES}
+    summary["range"] = (min(update["step"] for update in measured), max(update["step"] for update in measured))
+    summary["precision"] = result.get("precision", "")
     summary["tokens_per_second"] = median(t / u["step"] for t, u in zip(tokens, measured, strict=True))
     summary["peak_gib"] = result.get("peak_cuda_bytes", result["peak_bytes"]) / GIB
     summary["process_gib"] = result["peak_bytes"] / GIB
     return summary
 
 
-def speed_table(runs: Mapping[str, Mapping[str, float]]) -> str:
-    """One row per run: seconds per update and by phase, tokens/s, peak memory."""
-    headers = ["run", "s/update", "generate", "score", "log-probs", "update", "tokens/s", "peak GiB"]
+def speed_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row per run: its precision, seconds per update and by phase, tokens/s, peak memory."""
+    headers = ["run", "precision", "s/update", "generate", "score", "log-probs", "update", "tokens/s", "peak GiB"]
     rows = [
-        [name, f"{r['step']:.2f}", *(f"{r[phase]:.2f}" for phase in PHASES[:-1]),
+        [name, r["precision"], f"{r['step']:.2f}", *(f"{r[phase]:.2f}" for phase in PHASES[:-1]),
          f"{r['tokens_per_second']:.1f}", f"{r['peak_gib']:.2f}"]
         for name, r in runs.items()
     ]  # fmt: skip
@@ -48,6 +51,18 @@ def ratio_table(runs: Mapping[str, Mapping[str, float]]) -> str:
         for name, ours in runs.items() if name not in theirs
     ]  # fmt: skip
     return markdown(headers, rows) if theirs and rows else ""
+
+
+def comparison_table(runs: Mapping[str, Mapping[str, Any]], base: str) -> str:
+    """One row per run: seconds per update with the shortest and the longest, and peak memory; each also as a multiple
+    of the run `base`'s."""
+    first = runs[base]
+    rows = [
+        [name, f"{r['step']:.2f}", "{:.2f}-{:.2f}".format(*r["range"]), f"{r['step'] / first['step']:.3f}",
+         f"{r['peak_gib']:.2f}", f"{r['peak_gib'] / first['peak_gib']:.3f}"]
+        for name, r in runs.items()
+    ]  # fmt: skip
+    return markdown(["run", "s/update", "range", f"/ {base}", "peak GiB", f"/ {base}"], rows)
 
 
 def limit_table(runs: Mapping[str, Mapping[str, float]], limits: Mapping[str, Mapping[str, float]]) -> str:

@@ -67,18 +67,21 @@ CASES = {
     ),
 }  # fmt: skip
 
+TOY = Case(
+    shape=llama_shape(128, 4, 4, 704, 256), rollout_size=256, prompt_tokens=(12, 36), new_tokens=16, inner_epochs=2,
+    minibatches=4,
+)  # fmt: skip
+"""An update of recipes/configs/toy.yaml, and the model of all its stages."""
+
 LORA = {"lora_rank": 16, "lora_alpha": 32.0}
 
 OURS: dict[str, dict[str, Any]] = {
     "ours_adapter": {"bf16": True, **LORA},
-    "ours_adapter_in_turn": {"bf16": True, "side_by_side": False, **LORA},
     "ours_shared_trunk": {"bf16": True, "value_model": "shared_trunk", **LORA},
     "ours_full": {"bf16": False},
-    "ours_full_in_turn": {"bf16": False, "side_by_side": False},
 }
 """Settings of our PPOConfig. With LoRA, policy, reference and value model are adapters on one backbone, and so is the
-reward model on its own; without, they are four full models, as trl's are. In turn: policy and value model one after the
-other, which takes less memory."""
+reward model on its own; without, they are four full models, as trl's are."""
 
 TRL: dict[str, dict[str, Any]] = {
     "trl_defaults": {"autocast": False, "frozen_dtype": "float32", "lora_rank": 0},
@@ -88,6 +91,31 @@ TRL: dict[str, dict[str, Any]] = {
 """trl's PPOTrainer at its defaults (its bf16=True reaches no forward pass: it is float32), under bf16 autocast with a
 LoRA policy whose reference is the policy with adapters off, and that with the frozen weights held in bf16 too. The
 value model is always trained whole: trl has no adapter for it. `ours_full` and `trl_defaults` are the same work."""
+
+
+def settings_here(run: str, hardware: str | None) -> dict[str, Any]:
+    """A run's settings on this machine: bfloat16 only where its `hardware` multiplies it fast, on both sides alike."""
+    settings = (OURS | TRL)[run]
+    if hardware is not None:
+        return settings
+    plain = {"bf16": False, "autocast": False, "frozen_dtype": "float32"}
+    return settings | {name: value for name, value in plain.items() if name in settings}
+
+
+def runs_here(runs: list[str], hardware: str | None) -> dict[str, dict[str, Any]]:
+    """The settings of these runs here; of those that come to the same without bfloat16, the first alone."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        settings = settings_here(run, hardware)
+        if not any(settings == other and (run in OURS) == (name in OURS) for name, other in chosen.items()):
+            chosen[run] = settings
+    return chosen
+
+
+def precision(settings: dict[str, Any]) -> str:
+    """What a run computes its matrix products in."""
+    return "bfloat16" if settings.get("bf16") or settings.get("autocast") else "float32"
+
 
 SPEED_SETTINGS = {
     "learning_rate": 1e-6, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "temperature": 1.0, "clip_ratio": 0.2,

@@ -11,6 +11,7 @@ from rlhf.run import console
 console.quiet()
 
 import torch  # noqa: E402
+import without  # noqa: E402
 from cases import SPEED_SETTINGS, Case  # noqa: E402
 from jobs import Job, Result, memory, resident_bytes, serve, wait_for_turn  # noqa: E402
 from peft import TaskType  # noqa: E402
@@ -33,7 +34,12 @@ class Turns(TrainerCallback):
 
 
 def work(job: Job) -> Result:
-    """`updates` updates; of each, seconds by phase."""
+    """`updates` updates; of each, seconds by phase. `without`: the name of a trick that is switched off."""
+    with without.off(job.get("without")):
+        return train(job)
+
+
+def train(job: Job) -> Result:
     imported = resident_bytes()
     case, settings = Case.of_job(job["case"]), job["settings"]
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])

@@ -2,31 +2,36 @@
 
     python recipes/benchmarks/ppo_vs_trl.py
     python recipes/benchmarks/ppo_vs_trl.py --only speed --cases "[tiny]" --updates 2
+    python recipes/benchmarks/ppo_vs_trl.py --ablate               # what each of our tricks for CPUs is worth
+    python recipes/benchmarks/ppo_vs_trl.py --before ../earlier    # another checkout of this project beside this one
+    python recipes/benchmarks/ppo_vs_trl.py --busy                 # each stage beside one busy process
 
 trl 1.12.0, the last with a PPOTrainer, is installed into a folder of its own (--trl_folder), without touching the
 environment. Each run is a process of its own; the runs of a case take turns, an update each, so that a machine's slow
 minutes fall on all of them (all are in memory then: with little, choose --runs, or --take_turns false). Results go to
-<output_dir>/results.json, tables to tables.md beside it. On a GPU the same script uses it (bfloat16 and memory as CUDA
-counts it); not yet run on one.
+<output_dir>/results.json, tables to tables.md beside it. Both sides compute in bfloat16 only where the hardware is fast
+at it; the tables say which. On a GPU the same script uses it (memory as CUDA counts it); not yet run on one.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import ablation
 import bench_tables
+import busy
+import earlier
 import quality
 import scaling
-from cases import CASES, OURS, TRL, Case
-from jobs import Worker, run_job
+from board import Board
+from cases import CASES, OURS, TRL, Case, precision, runs_here
+from jobs import Job, Worker, run_job
 from limit import Sizes, Update, count
 
 from rlhf import config as configs
@@ -43,10 +48,20 @@ class BenchmarkConfig:
     """Results, tables, and every run's log."""
     only: Literal["speed", "quality", "scaling"] | None = None
     """One part alone; null: all three."""
+    ablate: bool = False
+    """Instead of those: our runs with one trick for CPUs switched off at a time, in turn."""
+    tricks: list[str] = field(default_factory=lambda: list(ablation.TRICKS))
+    """Which of them, by their names in ablation.py."""
+    before: str | None = None
+    """Instead of the three parts: our runs as they are here and in another checkout of this project, in turn."""
+    before_variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further runs there: name -> what it changes there, settings or (dotted) what one of its modules holds."""
+    busy: bool = False
+    """Instead of the three parts: each stage alone and beside one process that computes all the time."""
     cases: list[str] = field(default_factory=lambda: list(CASES))
-    """Of the speed part: tiny (4 layers, 256 wide, 49k words), smollm2 (the model of --model)."""
+    """tiny (4 layers, 256 wide, 49k words), smollm2 (the model of --model)."""
     runs: list[str] = field(default_factory=lambda: [*OURS, *TRL])
-    """Of the speed part: ours and trl's, by their names in cases.py."""
+    """Of a case: ours and trl's, by their names in cases.py."""
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """A Llama-like model for the case smollm2: a folder or hub id."""
     updates: int = 3
@@ -65,7 +80,12 @@ class BenchmarkConfig:
     """Updates over which the quality part's learning rate falls to 0 and after which it gives up; null: the toy's."""
 
     def __post_init__(self) -> None:
-        for name, chosen, known in (("cases", self.cases, list(CASES)), ("runs", self.runs, [*OURS, *TRL])):
+        lists = (
+            ("cases", self.cases, list(CASES)),
+            ("runs", self.runs, [*OURS, *TRL]),
+            ("tricks", self.tricks, list(ablation.TRICKS)),
+        )
+        for name, chosen, known in lists:
             wrong = [one for one in chosen if one not in known]
             if wrong or not chosen:
                 raise InputError(f"{name}={chosen}: {wrong[0] if wrong else 'nothing'} is none of {', '.join(known)}")
@@ -75,6 +95,8 @@ class BenchmarkConfig:
         for name in ("threads", "quality_updates"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1 or null")
+        if self.before is not None:
+            earlier.check(self.before, self.before_variants)
 
 
 def install_trl(folder: Path) -> Path:
@@ -91,45 +113,15 @@ def install_trl(folder: Path) -> Path:
     return folder.absolute()
 
 
-@dataclass
-class Board:
-    """Results so far: kept on disk after every run, so that an interrupted benchmark loses nothing."""
-
-    folder: Path
-    results: dict[str, Any] = field(default_factory=dict)
-    tables: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def attempt(self, name: str, run: Callable[[], Any]) -> Any:
-        """What a run gives; None, and a line, where it fails."""
-        print(f"{name} ...", flush=True)
-        try:
-            return run()
-        except InputError as error:
-            self.failures.append(f"{name}: {error}")
-            print(f"{name}: left out: {error}", flush=True)
-            return None
-
-    def keep(self, part: str, result: Any) -> None:
-        self.results[part] = result
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
-
-    def show(self, title: str, text: str) -> None:
-        if text:
-            print(f"\n### {title}\n\n{text}\n", flush=True)
-            self.tables.append(f"### {title}\n\n{text}\n")
-            (self.folder / "tables.md").write_text("\n".join(self.tables))
-
-
 def benchmark(config: BenchmarkConfig) -> Board:
     """Run the parts that were asked for."""
     board = Board(Path(config.output_dir).absolute())
     board.keep("config", configs.to_dict(config) | {"python": platform.python_version(), "machine": platform.machine()})
     parts = {"speed": speed, "quality": quality_part, "scaling": scaling_part}
-    for name, part in parts.items():
-        if config.only in (None, name):
-            part(config, board)
+    instead = {ablate_part: config.ablate, before_part: config.before is not None, busy_part: config.busy}
+    chosen = [part for part, asked in instead.items() if asked]
+    for part in chosen or [part for name, part in parts.items() if config.only in (None, name)]:
+        part(config, board)
     return board
 
 
@@ -140,41 +132,40 @@ def speed(config: BenchmarkConfig, board: Board) -> None:
     results: dict[str, Any] = {}
     for name in config.cases:
         case, folder = CASES[name], board.folder / name
-        job = {"case": case.as_job(), "model": config.model, "updates": config.updates}
-        made = board.attempt(f"{name}: model", partial(run_job, "synthetic.py", job, folder / "made"))
+        made = board.made(name, case, config.model)
         if made is None:
             continue
-        job |= {"model": made["model"], "tokenizer": made["tokenizer"]}
+        job = made | {"updates": config.updates}
         results[name] = {"sizes": made["sizes"], "runs": {}}
-        runs = [run for run in config.runs if site is not None or run not in TRL]
-        for group in [runs] if config.take_turns else [[run] for run in runs]:
-            print(f"{name}: {', '.join(group)}: {config.updates} updates ...", flush=True)
-            workers = {run: start(run, job, folder / run, config, site) for run in group}
-            for _ in range(config.updates):
-                for worker in workers.values():
-                    worker.update()
-            for run, worker in workers.items():
-                result = board.attempt(f"{name}: {run}", worker.result)
-                if result is not None:
-                    results[name]["runs"][run] = result
-                    board.keep("speed", results)
-        show_speed(name, case, results[name], config, board)
+        chosen = [run for run in config.runs if site is not None or run not in TRL]
+        runs = runs_here(chosen, made["bf16_hardware"])
+        for group in [list(runs)] if config.take_turns else [[run] for run in runs]:
+            workers = {run: start(run, job | {"settings": runs[run]}, folder / run, config, site) for run in group}
+            for run, result in board.in_turns(name, workers, config.updates).items():
+                results[name]["runs"][run] = result | {"precision": precision(runs[run])}
+            board.keep("speed", results)
+        show_speed(name, case, results[name], runs, config, board)
         board.keep("speed", results)
 
 
-def start(run: str, job: dict[str, Any], folder: Path, config: BenchmarkConfig, site: Path | None) -> Worker:
+def start(run: str, job: Job, folder: Path, config: BenchmarkConfig, site: Path | None) -> Worker:
     """One run of one case, in its own process, which waits after each update."""
     if run in OURS:
-        job = job | {"settings": OURS[run]}
         return Worker("ours_worker.py", job, folder, threads=config.threads, in_turns=True)
-    precision = "bf16" if TRL[run]["autocast"] else "no"
+    mixed = "bf16" if job["settings"]["autocast"] else "no"
     return Worker(
-        "trl_worker.py", job | {"settings": TRL[run]}, folder, threads=config.threads, site=site, in_turns=True,
-        ACCELERATE_MIXED_PRECISION=precision,
-    )  # fmt: skip
+        "trl_worker.py", job, folder, threads=config.threads, site=site, in_turns=True, ACCELERATE_MIXED_PRECISION=mixed
+    )
 
 
-def show_speed(name: str, case: Case, result: dict[str, Any], config: BenchmarkConfig, board: Board) -> None:
+def show_speed(
+    name: str,
+    case: Case,
+    result: dict[str, Any],
+    settings: dict[str, dict[str, Any]],
+    config: BenchmarkConfig,
+    board: Board,
+) -> None:
     """A case's tables: speed, ratios, and ours against the limit of this machine."""
     summaries = {run: bench_tables.summarize(numbers) for run, numbers in result["runs"].items()}
     result["summary"] = summaries
@@ -194,15 +185,14 @@ def show_speed(name: str, case: Case, result: dict[str, Any], config: BenchmarkC
     if machine is None or not ours:
         return
     result["machine"] = machine
-    result["limit"] = {run: limits(run, case, Sizes.of(result["sizes"]), machine) for run in ours}
+    result["limit"] = {run: limits(settings[run], case, Sizes.of(result["sizes"]), machine) for run in ours}
     text = f"{machine['device']}: {machine['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16, "
     text += f"{machine['float32'] / 1e9:.0f} in float32, {machine['bandwidth'] / 1e9:.1f} GB/s\n\n"
     board.show(f"{name}: ours against the limit", text + bench_tables.limit_table(summaries, result["limit"]))
 
 
-def limits(run: str, case: Case, sizes: Sizes, machine: dict[str, Any]) -> dict[str, float]:
-    """The least seconds of each phase of one of our runs."""
-    settings = OURS[run]
+def limits(settings: dict[str, Any], case: Case, sizes: Sizes, machine: dict[str, Any]) -> dict[str, float]:
+    """The least seconds of each phase of one of our runs, with these settings."""
     rank = settings.get("lora_rank", 0)
     half = bool(settings.get("bf16"))
     update = Update(
@@ -242,6 +232,26 @@ def scaling_part(config: BenchmarkConfig, board: Board) -> None:
     if result is not None:
         board.keep("scaling", result)
         board.show("What an update of ours costs, by size", scaling.table(result))
+
+
+def ablate_part(config: BenchmarkConfig, board: Board) -> None:
+    """What each of our tricks for CPUs takes off an update's time and off the peak."""
+    ablation.ablate(board, config.cases, config.runs, config.tricks, _shared(config))
+
+
+def before_part(config: BenchmarkConfig, board: Board) -> None:
+    """Seconds per update and peak memory, here and in the other checkout."""
+    folder = Path(str(config.before))
+    earlier.compare(board, folder, config.before_variants, config.cases, config.runs, _shared(config))
+
+
+def busy_part(config: BenchmarkConfig, board: Board) -> None:
+    """Seconds of each stage, alone and beside one busy process."""
+    busy.measure(board, busy.STAGES, config.updates, config.threads)
+
+
+def _shared(config: BenchmarkConfig) -> Job:
+    return {"model": config.model, "updates": config.updates, "threads": config.threads}
 
 
 def main(argv: list[str]) -> None:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.chat import CHATML, encode_prompt
+from rlhf.run.precision import bf16_hardware
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
 ROLES = ("user", "assistant", "system", "<unk>")
@@ -62,7 +63,8 @@ def make_prompts(tokenizer: Any, lengths: list[int]) -> list[dict[str, str]]:
 
 
 def work(job: Job) -> Result:
-    """Write `<folder>/tokenizer`, and `<folder>/model` where the case brings no model of its own."""
+    """Write `<folder>/tokenizer`, and `<folder>/model` where the case brings no model of its own; also say what makes
+    bfloat16 fast here, None where nothing does."""
     folder, shape, model = Path(job["folder"]), job["case"]["shape"], job["model"]
     vocabulary = shape["vocab_size"] if shape else AutoConfig.from_pretrained(model).vocab_size
     tokenizer = make_tokenizer(vocabulary)
@@ -75,7 +77,8 @@ def work(job: Job) -> Result:
     fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     sizes = {name: getattr(config, name) for name in (*fields, "vocab_size")}
     sizes["head_dim"] = getattr(config, "head_dim", None) or sizes["hidden_size"] // sizes["num_attention_heads"]
-    return {"model": model, "tokenizer": str(folder / "tokenizer"), "sizes": sizes}
+    made = {"model": model, "tokenizer": str(folder / "tokenizer"), "sizes": sizes}
+    return made | {"bf16_hardware": bf16_hardware()}
 
 
 if __name__ == "__main__":

@@ -121,6 +121,8 @@ def use_short_rows(model: Any) -> None:
     AttentionInterface.register(NAME, short_rows)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
+    if not uses_short_rows(model):
+        return  # a family with attention of its own (Falcon), of which transformers warns
     for module in model.modules():  # inner modules may have a config of their own (`disable_dropout`)
         config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == "sdpa":

@@ -27,7 +27,7 @@ GARBAGE = [math.nan, math.inf, -math.inf, 1e30, -7.5, 0.0]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 FEW = settings(
-    max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 MANY = settings(FEW, max_examples=1000)
 PROPERTIES = {}

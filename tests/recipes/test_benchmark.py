@@ -1,11 +1,15 @@
-"""The benchmark: counted work against hand arithmetic and torch's own counter, fits of known laws, tables, clocks, and
-one small run of ours. trl's side installs trl and is a long test."""
+"""The benchmark: counted work against hand arithmetic and torch's own counter, fits of known laws, tables, clocks,
+small runs of ours, each trick for CPUs really switched off. trl's side installs trl and is a long test."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +39,7 @@ def load(name: str):
 cases, jobs, limit, scaling, quality, tables = map(
     load, ("cases", "jobs", "limit", "scaling", "quality", "bench_tables")
 )
+ablation, board_module, busy, earlier, without = map(load, ("ablation", "board", "busy", "earlier", "without"))
 
 # -- the limit ---------------------------------------------------------------------------------------------
 
@@ -142,13 +147,14 @@ def test_every_curve_has_four_points():
         assert len({size for size, _ in points}) >= 4
 
 
-def timed(step: float, peak_gib: float) -> dict:
+def timed(step: float, peak_gib: float, precision: str = "float32") -> dict:
     phases = {"generate": step / 4, "score": step / 8, "logprobs": step / 8, "update": step / 2}
     warm = dict.fromkeys((*phases, "step"), 100.0)
     return {
         "updates": [warm, phases | {"step": step}, phases | {"step": step}],
         "response_tokens": [96.0] * 3,
         "peak_bytes": int(peak_gib * 2**30),
+        "precision": precision,
     }
 
 
@@ -157,19 +163,60 @@ def test_medians_leave_the_first_update_out():
     assert summary["step"] == 8.0
     assert summary["update"] == 4.0
     assert summary["tokens_per_second"] == 12.0
+    assert summary["range"] == (8.0, 8.0)
     assert summary["peak_gib"] == 1.5
     assert tables.summarize(timed(8.0, 1.5) | {"peak_cuda_bytes": 2**30})["peak_gib"] == 1.0
 
 
 def test_tables_of_speed_ratio_and_limit():
-    runs = {"ours_adapter": tables.summarize(timed(8.0, 1.0)), "trl_lora": tables.summarize(timed(24.0, 4.0))}
-    assert "| ours_adapter | 8.00 | 2.00 | 1.00 | 1.00 | 4.00 | 12.0 | 1.00 |" in tables.speed_table(runs)
+    runs = {
+        "ours_adapter": tables.summarize(timed(8.0, 1.0, "bfloat16")), "trl_lora": tables.summarize(timed(24.0, 4.0))
+    }  # fmt: skip
+    assert "| ours_adapter | bfloat16 | 8.00 | 2.00 | 1.00 | 1.00 | 4.00 | 12.0 | 1.00 |" in tables.speed_table(runs)
     assert "| ours_adapter | 3.00 | 0.25 |" in tables.ratio_table(runs)
     assert tables.ratio_table({"ours_adapter": runs["ours_adapter"]}) == ""
     least = {"generate": 1.0, "score": 0.5, "logprobs": 0.5, "update": 2.0, "step": 4.0}
     text = tables.limit_table(runs, {"ours_adapter": least})
     assert "| ours_adapter | update | 4.00 | 2.00 | 2.00 | 50% |" in text
     assert "| ours_adapter | step | 8.00 | 4.00 | 2.00 | 100% |" in text
+
+
+def test_comparison_is_with_the_base_alone():
+    slow = timed(8.0, 1.0)
+    slow["updates"][2] = slow["updates"][2] | {"step": 12.0}
+    runs = {"before": tables.summarize(slow), "today": tables.summarize(timed(5.0, 1.25))}
+    text = tables.comparison_table(runs, "before")
+    assert "| run | s/update | range | / before | peak GiB | / before |" in text
+    assert "| before | 10.00 | 8.00-12.00 | 1.000 | 1.00 | 1.000 |" in text
+    assert "| today | 5.00 | 5.00-5.00 | 0.500 | 1.25 | 1.250 |" in text
+
+
+def test_shares_of_a_trick_and_what_stays():
+    """With everything 8 s and 2 GiB; without the trick 10 s and 1.6 GiB: it takes off a fifth, and adds a quarter."""
+    summaries = {ablation.WITH: tables.summarize(timed(8.0, 2.0)), "norms": tables.summarize(timed(10.0, 1.6))}
+    (share,) = ablation.shares_of("tiny", summaries).values()
+    assert (share.seconds, share.peak) == (pytest.approx(0.2), pytest.approx(-0.25))
+
+    def stays(*pairs):
+        return ablation.stays([ablation.Share(run="r", seconds=s, peak=p) for s, p in pairs])
+
+    assert stays((0.05, 0.0))
+    assert stays((0.0, 0.0), (0.0, 0.1))  # in one of the cases
+    assert not stays((0.04, 0.09))
+    assert not stays((0.2, -0.25))
+    assert not stays((0.2, 0.0), (-0.1, 0.0))
+    assert stays((0.2, 0.0), (-0.02, -0.02))  # no more than timings of one run differ by
+    text = ablation.verdicts({"norms": [share], "draw": []})
+    assert "| +20% / -25% | no |" in text
+    assert "| - | no |" in text
+
+
+def test_busy_table():
+    text = busy.table(
+        {"sft": {"alone": [2.0, 2.0, 9.0], "busy": [4.0, 4.0]}, "ppo_tiny": {"alone": [1], "busy": [2.1]}}
+    )
+    assert "| sft | 2.00 | 4.00 | 2.00 | yes |" in text
+    assert "| ppo_tiny | 1.00 | 2.10 | 2.10 | no |" in text
 
 
 def test_time_to_quality_table():
@@ -203,12 +250,40 @@ def test_time_to_quality_table():
         (["--threads", "-1"], "threads=-1 must be at least 1 or null"),
         (["--only", "memory"], "--only: expected one of speed, quality, scaling"),
         (["--quality_updates", "0"], "quality_updates=0 must be at least 1 or null"),
+        (["--tricks", "[magic]"], "tricks=['magic']: magic is none of gated, norms"),
+        (["--before", "nowhere"], "nowhere/recipes/benchmarks/ours_worker.py is missing; name a checkout"),
+        (["--before", str(ROOT), "--before_variants", "{today: {}}"], "before_variants: today is taken"),
     ],
 )
 def test_mistakes_in_the_settings(flags, message):
     with pytest.raises(InputError) as error:
         configs.load(load("ppo_vs_trl").BenchmarkConfig, flags)
     assert message in str(error.value)
+
+
+def test_bfloat16_only_where_the_hardware_is_fast_at_it():
+    """Else both sides compute in float32, and the run of trl's that holds its weights in bfloat16 is another one's."""
+    names = [*cases.OURS, *cases.TRL]
+    fast = cases.runs_here(names, "avx512_bf16")
+    assert list(fast) == names
+    half = {"ours_adapter", "ours_shared_trunk", "trl_lora", "trl_lora_bf16"}
+    assert {name for name in names if cases.precision(fast[name]) == "bfloat16"} == half
+    slow = cases.runs_here(names, None)
+    assert list(slow) == [name for name in names if name != "trl_lora_bf16"]
+    assert {cases.precision(settings) for settings in slow.values()} == {"float32"}
+    assert all(settings.get("frozen_dtype", "float32") == "float32" for settings in slow.values())
+
+
+def test_parts_that_take_the_place_of_the_three(monkeypatch, tmp_path):
+    benchmark, ran = load("ppo_vs_trl"), []
+    for part in ("speed", "quality_part", "scaling_part", "ablate_part", "before_part", "busy_part"):
+        monkeypatch.setattr(benchmark, part, lambda config, board, part=part: ran.append(part))
+    for flags in ([], ["--only", "speed"], ["--ablate"], ["--busy", "--before", str(ROOT)]):
+        config = configs.load(benchmark.BenchmarkConfig, [*flags, "--output_dir", str(tmp_path)])
+        benchmark.benchmark(config)
+        ran.append(".")
+    expected = "speed quality_part scaling_part . speed . ablate_part . before_part busy_part ."
+    assert ran == expected.split()
 
 
 def test_cases_are_checked():
@@ -262,6 +337,92 @@ def test_synthetic_text_has_the_tokens_it_was_made_with(job):
     assert [len(row["prompt"].split()) for row in synthetic.make_prompts(tokenizer, [6, 9])] == [1, 4]
 
 
+class Allocator:
+    """In glibc's place: counts what is asked of it."""
+
+    def __init__(self, used: Counter):
+        self.mallopt = lambda option, value: used.update(["large_blocks"])
+        self.malloc_trim = lambda keep: used.update(["freed_memory"])
+
+
+def graph(tensor: torch.Tensor) -> set[str]:
+    """The names of the steps that backward would take."""
+    names, open_ = set(), [tensor.grad_fn]
+    while open_:
+        step = open_.pop()
+        if step is not None and step not in names:
+            names.add(step)
+            open_ += [other for other, _ in step.next_functions]
+    return {step.name() for step in names}
+
+
+def used_tricks(job: dict, monkeypatch) -> tuple[set[str], dict[str, float]]:
+    """The tricks that a run of ours has used, each seen from outside; and what it logged."""
+    from rlhf.cpu import attention, gated, lora, memory, norms
+    from rlhf.ppo.trainer import PPOTrainer
+
+    used: Counter = Counter()
+
+    def watch(owner, name, trick):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: used.update([trick]) or function(*a, **k))
+
+    watch(attention, "_products", "attention")
+    watch(lora.FusedLinear, "merge_for_sampling", "merged_lora")
+    watch(torch, "multinomial", "torch's own draw")
+    monkeypatch.setattr(memory, "_libc", lambda: Allocator(used))
+    train = PPOTrainer.train
+
+    def look(trainer):
+        batch = torch.tensor([[5, 6, 7]])
+        for module in trainer.actor_critic.modules():
+            forward = vars(type(module)).get("forward")
+            used.update(trick for trick, own in (("gated", gated), ("norms", norms)) if forward is own._forward)
+        if "LoraProductBackward" in graph(trainer.actor_critic.policy(input_ids=batch).logits):
+            used.update(["fused_lora"])
+        return train(trainer)
+
+    monkeypatch.setattr(PPOTrainer, "train", look)
+    load("ours_worker").work(job)
+    monkeypatch.undo()
+    if used.pop("torch's own draw", 0) == 0:
+        used.update(["draw"])
+    return set(used), json.loads(Path(job["folder"], "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_what_can_be_switched_off_is_what_is_listed():
+    assert set(without.SWITCHES) == set(ablation.TRICKS)
+
+
+@pytest.mark.parametrize("trick", ablation.TRICKS)
+def test_a_trick_is_really_off_and_the_others_are_on(job, trick, monkeypatch):
+    """And what is computed stays the same."""
+    settings = {"bf16": False, "lora_rank": 4}
+    folder = Path(job["folder"])
+    with_all, whole = used_tricks(job | {"settings": settings, "folder": str(folder / "with")}, monkeypatch)
+    assert with_all == set(ablation.TRICKS)
+    job |= {"settings": settings, "folder": str(folder / "without"), "without": trick}
+    others, less = used_tricks(job, monkeypatch)
+    assert others == with_all - {trick}
+    if trick != "draw":
+        same = ("score", "kl_nats", "entropy_nats", "policy_loss", "value_loss", "policy_grad_norm", "value_grad_norm")
+        expected = {name: whole[name] for name in same}
+        assert {name: less[name] for name in same} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_nothing_stays_switched_off():
+    """And the modules that have imported a function see its replacement too."""
+    from rlhf import cpu
+    from rlhf.cpu import drawing
+
+    before = drawing.draw
+    with without.off("draw"):
+        assert cpu.draw is drawing.draw is not before
+    assert cpu.draw is drawing.draw is before
+    with pytest.raises(AttributeError), without.replaced("rlhf.cpu.drawing", "no_such_function", None):
+        pass
+
+
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}, {"lora_rank": 4, "value_model": "shared_trunk"}])
 def test_ours_runs_and_never_stops_early(job, settings):
     result = load("ours_worker").work(job | {"settings": {"bf16": False} | settings})
@@ -275,7 +436,7 @@ def test_ours_runs_and_never_stops_early(job, settings):
 def test_a_failed_run_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"machine.py ended with code 1: KeyError: 'sizes' \(see .*log.txt\)"):
         jobs.run_job("machine.py", {}, tmp_path)
-    board = load("ppo_vs_trl").Board(tmp_path)
+    board = board_module.Board(tmp_path)
 
     def fails():
         raise InputError("no such thing")
@@ -316,6 +477,76 @@ def test_runs_take_turns_update_by_update(tmp_path):
         workers[1].result()
     assert workers[2].result() == {"name": "two"}
     assert jobs.run_job(str(script), {"name": "alone"}, tmp_path / "alone") == {"name": "alone"}
+
+
+EARLIER = """
+import sys
+from jobs import serve
+import rlhf.pace
+
+def work(job):
+    return {"updates": [{"step": rlhf.pace.SECONDS, **job["settings"]}], "path": sys.path[0]}
+
+if __name__ == "__main__":
+    serve(work)
+"""
+
+
+def test_another_checkouts_worker_runs_with_its_own_modules(tmp_path):
+    """Its benchmark folder, its package, and in one of its modules another number."""
+    checkout = tmp_path / "earlier"
+    for folder in ("rlhf", "recipes/benchmarks"):
+        (checkout / folder).mkdir(parents=True)
+    (checkout / "rlhf/__init__.py").touch()
+    (checkout / "rlhf/pace.py").write_text("SECONDS = 3\n")
+    (checkout / "rlhf/errors.py").write_text("class InputError(Exception): pass\n")
+    own = checkout / "recipes/benchmarks"
+    (own / "ours_worker.py").write_text(EARLIER)
+    (own / "jobs.py").write_text((ROOT / "recipes/benchmarks/jobs.py").read_text())
+    job = {"checkout": str(checkout), "settings": {"bf16": False}, "replaced": {}}
+
+    def run(name, replaced):
+        given = job | {"replaced": replaced}
+        return jobs.run_job("earlier_worker.py", given, tmp_path / name, site=checkout)
+
+    assert run("as it is", {}) == {"updates": [{"step": 3, "bf16": False}], "path": str(own)}
+    assert run("changed", {"rlhf.pace.SECONDS": 4})["updates"][0]["step"] == 4
+    with pytest.raises(InputError, match="has no attribute 'MINUTES'"):
+        run("misspelt", {"rlhf.pace.MINUTES": 4})
+    assert earlier.worker_of(checkout) == own / "ours_worker.py"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "sampling"])
+def test_a_stage_by_turns(job, stage, monkeypatch):
+    worker, waits = load("stage_worker"), []
+    monkeypatch.setattr(worker, "STEPS", 2)
+    monkeypatch.setattr(worker, "wait_for_turn", lambda: waits.append(None))
+    result = worker.work(job | {"stage": stage, "updates": 3})
+    assert len(result["updates"]) == len(waits) == 3
+    assert all(update["step"] > 0 for update in result["updates"])
+
+
+def test_the_busy_process_is_busy_and_ends():
+    with busy.busy_process() as process:
+        before = cpu_seconds(process.pid)
+        time.sleep(0.5)
+        assert cpu_seconds(process.pid) > before
+        assert process.poll() is None
+    assert process.poll() is not None
+    code = f"import sys; sys.path[:0] = [{str(ROOT / 'recipes/benchmarks')!r}]\n"
+    code += "import busy, os\nwith busy.busy_process() as process:\n    print(process.pid, flush=True)\n    os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    for _ in range(100):  # it ends with the process that started it, however that ended
+        if not Path(f"/proc/{int(done.stdout)}").exists():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the busy process outlives the one that started it")
+
+
+def cpu_seconds(pid: int) -> float:
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11]
+    return int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 class Time:
@@ -403,6 +634,31 @@ def test_ours_and_trls_side_by_side(tmp_path, monkeypatch):
         for seconds in result["updates"]:
             assert all(value > 0 for value in seconds.values())
     assert "ours against the limit" in (tmp_path / "out/tables.md").read_text()
+
+
+@pytest.mark.long
+def test_ablation_comparison_and_busy_machine(tmp_path, monkeypatch):
+    """Each from its flag to its table, on a tiny model."""
+    benchmark = load("ppo_vs_trl")
+    monkeypatch.setitem(cases.CASES, "tiny", tiny_case())
+    monkeypatch.setattr(busy, "TOY", tiny_case())
+    monkeypatch.setattr(busy, "STAGES", ("reward_model", "ppo_tiny"))
+    config = benchmark.BenchmarkConfig(
+        output_dir=str(tmp_path), cases=["tiny"], runs=["ours_adapter", "ours_full"], updates=2, threads=1,
+        ablate=True, tricks=["gated", "merged_lora"], before=str(ROOT), before_variants={"wide": {"lora_rank": 8}},
+        busy=True,
+    )  # fmt: skip
+    board = benchmark.benchmark(config)
+    assert board.failures == []
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {run: list(tricks) for run, tricks in results["ablation"].items()} == {
+        "tiny: ours_adapter": ["with all", "gated", "merged_lora"], "tiny: ours_full": ["with all", "gated"]
+    }  # fmt: skip
+    assert list(results["before"]["tiny: ours_adapter"]) == ["today", "before", "wide"]
+    assert {stage: len(times["busy"]) for stage, times in results["busy"].items()} == {"reward_model": 2, "ppo_tiny": 2}
+    text = (tmp_path / "tables.md").read_text()
+    for title in ("tiny, ours_full (float32), without", "What stays", "Beside one busy process"):
+        assert f"### {title}" in text
 
 
 @pytest.mark.long

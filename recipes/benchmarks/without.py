@@ -1,0 +1,90 @@
+"""Our tricks for CPUs, each with what switches it off, so that the benchmark can tell what each is worth (--ablate).
+
+Plain torch, transformers and peft do its work then. A worker switches one off before it builds a trainer: the library
+has no settings for this.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+
+@contextmanager
+def replaced(module: str, name: str, new: Any) -> Iterator[None]:
+    """Inside, `module`'s `name` is `new`, also for the modules of ours that have imported the function from there.
+
+    `name` may be a class's attribute: `Class.attribute`.
+    """
+    *path, last = name.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    old = getattr(owner, last)
+    places = [(owner, last)]
+    if callable(old) and not path:
+        ours = [m for key, m in list(sys.modules.items()) if key.split(".")[0] in ("rlhf", "reward_models")]
+        places += [(m, key) for m in ours for key, value in vars(m).items() if value is old]
+    for place, key in places:
+        setattr(place, key, new)
+    try:
+        yield
+    finally:
+        for place, key in places:
+            setattr(place, key, old)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@contextmanager
+def _no_layers(*args: Any, **kwargs: Any) -> Iterator[list[Any]]:
+    yield []
+
+
+def _multinomial(probabilities: Any, generator: Any) -> Any:
+    import torch
+
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def _as_peft(layer: Any, x: Any, *args: Any, gated: Any = None, **kwargs: Any) -> Any:
+    """A LoRA layer's forward: peft's own, but for what is merged while the policy samples."""
+    from torch.nn.functional import linear
+
+    from rlhf.cpu.gated import GatedProduct
+    from rlhf.cpu.lora import LoraLinear
+
+    if gated is not None:
+        x = GatedProduct.apply(x, gated)
+    if layer.merged_weight is not None:
+        return linear(x.to(layer.merged_weight.dtype), layer.merged_weight, layer.get_base_layer().bias)
+    return LoraLinear.forward(layer, x, *args, **kwargs)
+
+
+Switch = Callable[[], AbstractContextManager[None]]
+
+SWITCHES: dict[str, Switch] = {
+    "gated": lambda: replaced("rlhf.cpu.gated", "fuse", _nothing),
+    "norms": lambda: replaced("rlhf.cpu.norms", "fuse", _nothing),
+    "fused_lora": lambda: replaced("rlhf.cpu.lora", "FusedLinear.forward", _as_peft),
+    "merged_lora": lambda: replaced("rlhf.cpu.lora", "merged", _no_layers),
+    "attention": lambda: replaced("rlhf.cpu.attention", "MOST_TOKENS", 0),  # rows go to torch's kernel, one by one
+    "large_blocks": lambda: replaced("rlhf.cpu.memory", "keep_large_blocks", _nothing),
+    "freed_memory": lambda: replaced("rlhf.cpu.memory", "release_freed_memory", _nothing),
+    "draw": lambda: replaced("rlhf.cpu.drawing", "draw", _multinomial),
+}
+"""By a trick's name; see the list in ablation.py."""
+
+
+@contextmanager
+def off(name: str | None) -> Iterator[None]:
+    """Inside, the trick of that name is off; None: all are on."""
+    with ExitStack() as stack:
+        if name is not None:
+            stack.enter_context(SWITCHES[name]())
+        yield

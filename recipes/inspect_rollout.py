@@ -233,11 +233,11 @@ def _no_score(**columns: Any) -> list[float]:
 
 
 def load_state(trainer: PPOTrainer, folder: Path) -> None:
-    from rlhf.ppo import run as ppo_state
+    from rlhf.ppo import run as ppo_run
     from rlhf.ppo.saved import BROKEN, reason
 
     try:
-        ppo_state.load(trainer, folder)
+        ppo_run.load_checkpoint(trainer, folder)
     except InputError:
         raise
     except BROKEN as error:

@@ -24,7 +24,7 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import load_policy
-from rlhf.ppo import run as ppo_state
+from rlhf.ppo import run as ppo_run
 from rlhf.run import distributed as sharding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,7 +175,7 @@ def test_resume_is_exact(ran, kind):
 def test_one_process_resumes_what_two_sharded_ones_began(ran, kind, tmp_path):
     case = ran[kind]
     trainer = worker.make(tmp_path, case["policy"], case["reward"], GivenResponses(), eval_steps=1)
-    ppo_state.load(trainer, case["folder"] / "run" / "checkpoint-1")
+    ppo_run.load_checkpoint(trainer, case["folder"] / "run" / "checkpoint-1")
     assert trainer.update_index == 1
     same(worker.run(trainer)["state"], case["alone"]["run"]["state"], 2e-4)
 

@@ -9,11 +9,11 @@ PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loa
 .PHONY: demo bench test test-long check format docs clean
 
 demo: .venv/installed
-	$(PY) recipes/chain.py --config recipes/configs/toy.yaml
+	.venv/bin/rlhf chain --config toy.yaml
 
-# About an hour on 2 cores; with --only speed, quality or scaling one part of it: see the script's --help.
+# About an hour on 2 cores; with --only speed, quality or scaling one part of it: `rlhf benchmark --help`.
 bench: .venv/installed
-	$(PY) recipes/benchmarks/ppo_vs_trl.py
+	.venv/bin/rlhf benchmark
 
 test: .venv/installed-dev
 	$(PYTEST) $(ARGS)

@@ -1,9 +1,10 @@
-"""The whole pipeline: data -> base -> supervised fine-tuning -> rankings -> reward model -> PPO -> evaluation.
+"""The whole pipeline, from data to evaluation.
 
-    python recipes/chain.py --config recipes/configs/toy.yaml
-    python recipes/chain.py --config recipes/configs/toy.yaml --ppo.kl_coef 0.1 --output_dir runs/other
+    rlhf chain --config toy.yaml
+    rlhf chain --config toy.yaml --ppo.kl_coef 0.1 --output_dir runs/other
 
-Run again, it skips complete stages and goes on where it stopped.
+data -> base -> supervised fine-tuning -> rankings -> reward model -> PPO -> evaluation. Run again, it skips complete
+stages and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,13 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evaluate_policy import EvaluationConfig, evaluation
-from ppo import PPORecipe, ppo
-from rankings import DataConfig, rankings
-from reward_model import RewardRecipe, reward_model
-from sft import SFTRecipe, sft
-from stage import open_stage
-
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
@@ -26,6 +20,12 @@ from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.report import write_report
 from rlhf.run.stages import Manifest
 from rlhf.sources import require_there
+from rlhf_recipes.evaluate_policy import EvaluationConfig, evaluation
+from rlhf_recipes.ppo import PPORecipe, ppo
+from rlhf_recipes.rankings import DataConfig, rankings
+from rlhf_recipes.reward_model import RewardRecipe, reward_model
+from rlhf_recipes.sft import SFTRecipe, sft
+from rlhf_recipes.stage import open_stage
 
 console.quiet()
 
@@ -52,6 +52,11 @@ class FunctionConfig:
 @dataclass(frozen=True, kw_only=True)
 class ChainConfig:
     """Every stage's settings, each in its section."""
+
+    MOST_USED = (
+        "output_dir", "seed", "overwrite", "data.rankings", "sft.model", "sft.train_data", "sft.lora_rank",
+        "ppo.updates", "ppo.kl_coef", "evaluation.judge",
+    )  # fmt: skip
 
     output_dir: str = "runs/chain"
     """The run's folder; each stage has one in it."""
@@ -97,6 +102,8 @@ def chain(config: ChainConfig) -> dict[str, Any]:
     write_json_atomic(run / "summary.json", summary)
     report = write_report(run, summary)
     console.final_table(summary)
+    if config.ppo.save_rollouts:
+        console.stage_line("next", f"rlhf inspect_rollout {run}")
     console.stage_line("report", str(report))
     return summary
 

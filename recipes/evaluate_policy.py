@@ -1,9 +1,12 @@
-"""A policy against a baseline on held-out prompts: score, win rate, KL, length, stops, samples side by side.
+"""A policy against a baseline on held-out prompts.
 
-    python recipes/evaluate_policy.py --policy runs/my/ppo --baseline runs/my/sft --judge runs/my/judge \\
-        --eval_data prompts.jsonl --output_dir runs/my/comparison
+    rlhf evaluate_policy --policy runs/my/ppo --baseline runs/my/sft \\
+        --judge runs/my/judge --eval_data prompts.jsonl \\
+        --output_dir runs/my/comparison
+    rlhf evaluate_policy --config toy.yaml    # its `evaluation:` section
 
-The judge is a function (file.py:name) or a reward model that the policy was not trained on.
+Measures scores, win rate, KL, length and stops, and writes samples side by side. The judge is a function
+(file.py:name) or a reward model that the policy was not trained on.
 """
 
 from __future__ import annotations
@@ -13,17 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stage import SECTIONS, check_model, from_siblings, open_stage
-
 from rlhf import chat
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf.ppo.build import encode_prompts, same_tokenizer
 from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
 from rlhf.run import console
-from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.precision import compute_dtype
+from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.stages import Manifest
+from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,11 @@ console.quiet()
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Comparing a policy, and best-of-n of its baseline, with the baseline."""
+
+    MOST_USED = (
+        "policy", "baseline", "judge", "eval_data", "reward_model", "output_dir", "max_prompts", "best_of",
+        "max_new_tokens", "temperature",
+    )  # fmt: skip
 
     output_dir: str = "runs/evaluation"
     """Where summary and samples go."""
@@ -111,6 +117,7 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
         return stage.outputs
     from reward_models import RewardModel
     from rlhf import evaluate
+    from rlhf.ppo.inputs import same_tokenizer
 
     dtype = compute_dtype(config.bf16)
     prompts = _prompts(config)
@@ -149,12 +156,13 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
 
 def _prompts(config: EvaluationConfig) -> list[Prompt]:
     from rlhf.models import loading as models
+    from rlhf.ppo.inputs import prompts_of
 
     prompts = read_prompts(config.eval_data)
     if config.seen_data:
         check_disjoint(read_prompts(config.seen_data), prompts, ("seen_data", "eval_data"))
     tokenizer = models.load_tokenizer(str(config.baseline))
-    return encode_prompts(tokenizer, prompts, config.max_prompt_tokens, "eval_data")[0][: config.max_prompts]
+    return prompts_of("eval_data", prompts, tokenizer, config)[0][: config.max_prompts]
 
 
 def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[str, Any]]:
@@ -271,6 +279,8 @@ def main(argv: list[str]) -> None:
     )
     outputs = evaluation(config)
     console.final_table({"stages": {"reward_model": outputs["reward_model"]}, "evaluation": outputs["evaluation"]})
+    if "--config" in argv:  # skips what is complete
+        next_command("chain", argv, config.output_dir, ".")
 
 
 if __name__ == "__main__":

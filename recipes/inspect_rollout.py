@@ -1,12 +1,13 @@
-"""Look into a PPO update that was kept (train with --save_rollouts N; in a chain --ppo.save_rollouts N).
+"""A PPO update that was kept, response by response.
 
-    python recipes/inspect_rollout.py runs/my                              # which updates were kept
-    python recipes/inspect_rollout.py runs/my --update 4 --sort kl         # its responses, a line each
-    python recipes/inspect_rollout.py runs/my --update 4 --row 3           # one of them, token by token
-    python recipes/inspect_rollout.py runs/my --update 4 --row 3 --html row.html
-    python recipes/inspect_rollout.py runs/my --update 4 --replay          # run it again, compare with the log
+    rlhf inspect_rollout runs/my                      # which were kept
+    rlhf inspect_rollout runs/my --update 4 --sort kl # a line per response
+    rlhf inspect_rollout runs/my --update 4 --row 3   # one, token by token
+    rlhf inspect_rollout runs/my --update 4 --row 3 --html row.html
+    rlhf inspect_rollout runs/my --update 4 --replay  # run again, compare
 
-The first word is a run's folder or its ppo stage's. --replay exits with 1 where any number differs.
+Train with --save_rollouts N (in a chain --ppo.save_rollouts N) to keep updates. The first word is a run's folder or
+its ppo stage's. --replay exits with 1 where any number differs.
 """
 
 from __future__ import annotations
@@ -180,8 +181,7 @@ def replay(folder: Path, config: InspectConfig) -> bool:
     if processes != origin.processes:
         raise InputError(
             f"the run had {origin.processes} processes, this is {processes}: start it with "
-            f"torchrun --nproc_per_node {origin.processes} recipes/inspect_rollout.py {config.run} "
-            f"--update {config.update} --replay"
+            f"rlhf inspect_rollout {config.run} --update {config.update} --replay --num_processes {origin.processes}"
         )
     logged = read_logged(folder)
     if not torch.cuda.is_available():
@@ -283,7 +283,7 @@ def with_run(argv: list[str]) -> list[str]:
     if argv and not argv[0].startswith("-"):
         return ["--run", *argv]
     if not any(word.split("=")[0] in ("--run", "--help", "-h") for word in argv):
-        raise InputError("name the run's folder first: python recipes/inspect_rollout.py RUN [--update N] [--row K]")
+        raise InputError("name the run's folder first: rlhf inspect_rollout RUN [--update N] [--row K]")
     return argv
 
 

@@ -1,8 +1,9 @@
-"""PPO of a policy against a reward model, and against any score functions of your own.
+"""PPO of a policy against a reward model and functions.
 
-    python recipes/ppo.py --model runs/my/sft --reward_model runs/my/reward_model --train_data prompts.jsonl \\
-        --output_dir runs/my/ppo
-    python recipes/ppo.py --config recipes/configs/toy.yaml      # its `ppo:` section; inputs from the run's folder
+    rlhf ppo --model runs/my/sft --reward_model runs/my/reward_model \\
+        --train_data prompts.jsonl --output_dir runs/my/ppo
+    rlhf ppo --config toy.yaml    # its `ppo:` section, the run's inputs
+    rlhf ppo --num_processes 8 --accelerate_config ddp.yaml --config my.yaml
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from stage import SECTIONS, check_model, from_siblings, open_stage
-
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.ppo.config import PPOConfig
 from rlhf.records import read_prompts
 from rlhf.run import console
+from rlhf.run.precision import compute_dtype
 from rlhf.run.checkpoint import full_disk_explained
+from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
 
 console.quiet()
 
@@ -25,6 +26,13 @@ console.quiet()
 @dataclass(frozen=True, kw_only=True)
 class PPORecipe(PPOConfig):
     """PPO of a policy against scores."""
+
+    MOST_USED = (
+        "model", "reward_model", "reward_functions", "train_data", "output_dir", "updates", "rollout_size",
+        "learning_rate", "kl_coef", "max_new_tokens",
+    )  # fmt: skip
+
+    "Model and data"
 
     model: str | None = None
     """Policy to start from, and the reference; default: the run's `sft`."""
@@ -45,6 +53,9 @@ class PPORecipe(PPOConfig):
     """Address of a vLLM server (http://host:port) that samples the responses; null: the built-in loop."""
     max_prompts: int | None = None
     """Use only the first so many prompts."""
+
+    "Run"
+
     overwrite: bool = False
     """Replace another run's output in output_dir."""
 
@@ -70,7 +81,7 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
     if stage.complete:
         return stage.outputs
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.run.callbacks import ProgressCallback
+    from rlhf.run.callbacks import PPO_NUMBERS, ProgressCallback
 
     trainer = PPOTrainer(
         str(config.model),
@@ -80,9 +91,7 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         eval_dataset=config.eval_data,
         value_model=None if config.value_model == "shared_trunk" else config.reward_model,
         engine=vllm_engine(config.vllm_server),
-        callbacks=[
-            ProgressCallback("ppo", ("score", "kl_nats", "clip_fraction", "explained_variance", "response_tokens"))
-        ],
+        callbacks=[ProgressCallback("ppo", PPO_NUMBERS)],
     )
     stage.begin()
     metrics = trainer.train(resume_from_checkpoint=stage.resuming)
@@ -105,7 +114,6 @@ def score_functions(config: PPORecipe) -> list[Any]:
     """Everything that scores a response, in the order of reward_weights."""
     from reward_models import RewardClient, RewardModel
     from reward_models.grader import RubricGrader
-    from rlhf.run.precision import compute_dtype
 
     dtype = compute_dtype(config.bf16)
     functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model, dtype=dtype)]
@@ -119,7 +127,11 @@ def score_functions(config: PPORecipe) -> list[Any]:
 
 
 def main(argv: list[str]) -> None:
-    ppo(configs.load(PPORecipe, argv, section="ppo", known_sections=SECTIONS, description=__doc__ or ""))
+    config = configs.load(PPORecipe, argv, section="ppo", known_sections=SECTIONS, description=__doc__ or "")
+    ppo(config)
+    next_command(
+        "evaluate_policy", argv, config.output_dir, "evaluation", judge="judge", eval_data="data/eval_prompts.jsonl"
+    )
 
 
 if __name__ == "__main__":

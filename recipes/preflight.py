@@ -1,10 +1,10 @@
-"""What every stage checks before its first step, without training: a run's config, models, tokenizers and data.
+"""What every stage checks before its first step.
 
-    python recipes/preflight.py --config recipes/configs/toy.yaml
-    python recipes/preflight.py --config recipes/configs/toy.yaml --stage ppo
+    rlhf preflight --config toy.yaml
+    rlhf preflight --config toy.yaml --stage ppo
 
-Prints what was measured; exits with 2 where a check fails. A stage whose inputs an earlier one has yet to write is
-named and left out. Nothing is written.
+Looks at a run's config, models, tokenizers and data without training. Prints what was measured; exits with 2 where a
+check fails. A stage whose inputs an earlier one has yet to write is named and left out. Nothing is written.
 """
 
 from __future__ import annotations
@@ -13,40 +13,42 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from chain import ChainConfig
-from stage import check_model, from_siblings
-
-from reward_models.preflight import reward_model_findings
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf.ppo.preflight import ppo_findings
-from rlhf.preflight.measure import Finding
 from rlhf.records import read_demonstrations, read_prompts, read_rankings
 from rlhf.run import console
-from rlhf.sft.preflight import sft_findings
+from rlhf.run.precision import compute_dtype
+from rlhf_recipes.chain import ChainConfig
+from rlhf_recipes.stage import check_model, from_siblings
+
+if TYPE_CHECKING:
+    from rlhf.preflight.measure import Finding
+
+    Phases = Iterator[list[Finding]]
 
 console.quiet()
-
-Phases = Iterator[list[Finding]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightConfig(ChainConfig):
     """The chain's settings, and which stage to look at."""
 
+    MOST_USED = ("stage", *ChainConfig.MOST_USED)
+
     stage: Literal["sft", "reward_model", "ppo"] | None = None
     """Check this stage alone; default: all whose inputs are there."""
 
 
 def sft(config: Any, scratch: str) -> Phases:
-    """Findings on supervised fine-tuning, as recipes/sft.py would start it."""
+    """Findings on supervised fine-tuning, as `rlhf sft` would start it."""
     demonstrations = "data/demonstrations.jsonl"
     if not (Path(config.output_dir).parent / demonstrations).exists():
         demonstrations = "rankings/train.jsonl"
     config = _inputs(config, model="base", train_data=demonstrations)
     check_model(str(config.model), ("base", "sft", "ppo"))
+    from rlhf.sft.preflight import sft_findings
     from rlhf.sft.trainer import SFTTrainer
 
     rows = read_demonstrations(config.train_data)[: config.max_rows]
@@ -55,23 +57,24 @@ def sft(config: Any, scratch: str) -> Phases:
 
 
 def reward_model(config: Any, scratch: str) -> Phases:
-    """Findings on the reward model's training, as recipes/reward_model.py would start it."""
+    """Findings on the reward model's training, as `rlhf reward_model` would start it."""
     config = _inputs(config, model="sft", train_data="rankings/train.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
     from reward_models import RewardTrainer
+    from reward_models.preflight import reward_model_findings
 
     train, args = read_rankings(config.train_data), replace(config, output_dir=scratch)
     return reward_model_findings(RewardTrainer(str(config.model), args=args, train_dataset=train))
 
 
 def ppo(config: Any, scratch: str) -> Phases:
-    """Findings on PPO, as recipes/ppo.py would start it."""
+    """Findings on PPO, as `rlhf ppo` would start it."""
     optional = "?" if config.reward_functions else ""
     config = _inputs(config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
     from reward_models import RewardModel
+    from rlhf.ppo.preflight import ppo_findings
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.run.precision import compute_dtype
 
     functions: list[Any] = []
     if config.reward_model:
@@ -88,7 +91,7 @@ def ppo(config: Any, scratch: str) -> Phases:
     return ppo_findings(trainer)
 
 
-STAGES: dict[str, Callable[[Any, str], Phases]] = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
+STAGES: dict[str, Callable[[Any, str], Any]] = {"sft": sft, "reward_model": reward_model, "ppo": ppo}
 
 
 class NotThereYet(Exception):

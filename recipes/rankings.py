@@ -1,9 +1,11 @@
-"""Comparisons for the reward model, split by prompt: sampled from the SFT model and ranked, or read from a data set.
+"""Comparisons for the reward model, split by prompt.
 
-    python recipes/rankings.py --config recipes/configs/toy.yaml      # its `data:` section
+    rlhf rankings --config toy.yaml    # its `data:` section
+    rlhf rankings --rankings pairs.jsonl --output_dir runs/my/data
 
-Leaves train.jsonl, held_out.jsonl, judge.jsonl (a disjoint half of the training prompts, for a second reward
-model that judges policies) and prompts.jsonl (for PPO) in the run's rankings/ folder.
+They are sampled from the SFT model and ranked, or read from a data set. Leaves train.jsonl, held_out.jsonl,
+judge.jsonl (a disjoint half of the training prompts, for a second reward model that judges policies) and prompts.jsonl
+(for PPO) in the run's rankings/ folder.
 """
 
 from __future__ import annotations
@@ -14,14 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stage import SECTIONS, from_siblings, open_stage
-
 from rlhf import chat
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
+from rlhf_recipes.stage import SECTIONS, from_siblings, next_command, open_stage
 
 console.quiet()
 
@@ -82,9 +83,7 @@ def rankings(config: DataConfig) -> dict[str, Any]:
         config = from_siblings(config, prompts="data/prompts.jsonl")
         model = run / "sft"
         if not model.is_dir():
-            raise InputError(
-                f"no earlier stage left {model}, whose responses would be ranked; run recipes/sft.py first"
-            )
+            raise InputError(f"no earlier stage left {model}, whose responses would be ranked; run `rlhf sft` first")
         if config.labeler is None:
             raise InputError("data.labeler is missing: name a function that ranks, or give data.rankings")
     stage = open_stage("rankings", config, {"model": model, "rankings": config.rankings, "prompts": config.prompts})
@@ -192,7 +191,9 @@ def _row(ranking: Ranking) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    rankings(configs.load(DataConfig, argv, section="data", known_sections=SECTIONS, description=__doc__ or ""))
+    config = configs.load(DataConfig, argv, section="data", known_sections=SECTIONS, description=__doc__ or "")
+    rankings(config)
+    next_command("reward_model", argv, config.output_dir, model="sft")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""A reward model from human preferences: pairs, or K ranked responses.
+"""A reward model from pairs or K ranked responses.
 
-python recipes/reward_model.py --model runs/my/sft --train_data pairs.jsonl --output_dir runs/my/reward_model
-python recipes/reward_model.py --config recipes/configs/toy.yaml      # its `reward_model:` section
-python recipes/reward_model.py --config recipes/configs/toy.yaml --seeds '[0,1,2]' --sizes '[500,1000,2000]'
+    rlhf reward_model --model runs/my/sft --train_data pairs.jsonl \\
+        --output_dir runs/my/reward_model
+    rlhf reward_model --config toy.yaml    # its `reward_model:` section
+    rlhf reward_model --config toy.yaml --seeds '[0,1,2]' --sizes '[500,1000]'
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from stage import SECTIONS, Stage, check_model, from_siblings, open_stage
-
 from reward_models.config import RewardConfig
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.records import Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
 from rlhf.run import console
-from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.precision import compute_dtype
+from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.stages import drop_checkpoints
+from rlhf_recipes.stage import SECTIONS, Stage, check_model, from_siblings, next_command, open_stage
 
 if TYPE_CHECKING:
     from reward_models import RewardTrainer
@@ -37,6 +37,13 @@ console.quiet()
 class RewardRecipe(RewardConfig):
     """Training a reward model on rankings, and its accuracy on held-out prompts."""
 
+    MOST_USED = (
+        "model", "train_data", "eval_data", "output_dir", "epochs", "learning_rate", "prompts_per_batch",
+        "microbatch_size", "max_length", "lora_rank",
+    )  # fmt: skip
+
+    "Model and data"
+
     model: str | None = None
     """SFT model whose trunk carries the score head, or an encoder; default: the run's `sft`."""
     train_data: str | None = None
@@ -47,6 +54,9 @@ class RewardRecipe(RewardConfig):
     """Rankings by whose loss keep_best and seeds choose; null: a tenth of the training prompts is set aside for it."""
     normalizer_data: str | None = None
     """Demonstrations whose responses get mean score 0 and spread 1; null: the training responses."""
+
+    "Run"
+
     seeds: list[int] | None = None
     """Train once per seed and save the model with the lowest loss on selection_data; null: once, with `seed`."""
     sizes: list[int] | None = None
@@ -263,6 +273,7 @@ def main(argv: list[str]) -> None:
         RewardRecipe, argv, section="reward_model", known_sections=SECTIONS, description=__doc__ or ""
     )
     reward_model(config)
+    next_command("ppo", argv, config.output_dir, train_data="rankings/prompts.jsonl")
 
 
 if __name__ == "__main__":

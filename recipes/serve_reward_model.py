@@ -1,12 +1,13 @@
-"""A trained reward model as an HTTP server, for PPO on another machine, for several runs at once, for any program.
+"""A trained reward model as an HTTP server.
 
-    python recipes/serve_reward_model.py --reward_model runs/my/reward_model --port 8000
+    rlhf serve_reward_model --reward_model runs/my/reward_model --port 8000
     curl -s http://127.0.0.1:8000/score -H 'Content-Type: application/json' \\
         -d '{"prompts": ["What is 2 + 2?"], "completions": ["4"]}'
 
-In Python, `reward_models.client.RewardClient("http://127.0.0.1:8000")` is a reward function like any other. Clients
-send the token (--token_file, or the environment's RLHF_SERVER_TOKEN) where the server has one; without one it is
-reachable from its own machine only. There is no TLS: across a network that others use, put a proxy in front.
+For PPO on another machine, for several runs at once, for any program. In Python,
+`reward_models.client.RewardClient("http://127.0.0.1:8000")` is a reward function like any other. Clients send the
+token (--token_file, or the environment's RLHF_SERVER_TOKEN) where the server has one; without one it is reachable from
+its own machine only. There is no TLS: across a network that others use, put a proxy in front.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Supervised fine-tuning on demonstrations.
 
-python recipes/sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train_data demos.jsonl --output_dir runs/my/sft
-python recipes/sft.py --config recipes/configs/toy.yaml        # its `sft:` section; inputs from the run's folder
+    rlhf sft --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --train_data demos.jsonl --output_dir runs/my/sft
+    rlhf sft --config toy.yaml    # its `sft:` section, the run's inputs
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stage import SECTIONS, check_model, from_siblings, open_stage
-
 from rlhf import config as configs
 from rlhf.records import read_demonstrations
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.sft.config import SFTConfig
+from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
 
 console.quiet()
 
@@ -25,6 +25,13 @@ console.quiet()
 @dataclass(frozen=True, kw_only=True)
 class SFTRecipe(SFTConfig):
     """Supervised fine-tuning of a model on demonstrations."""
+
+    MOST_USED = (
+        "model", "train_data", "eval_data", "output_dir", "epochs", "learning_rate", "batch_size", "microbatch_size",
+        "max_length", "lora_rank",
+    )  # fmt: skip
+
+    "Model and data"
 
     model: str | None = None
     """Folder or hub id to start from; default: the run's `base`."""
@@ -35,6 +42,9 @@ class SFTRecipe(SFTConfig):
     """Held-out demonstrations, for eval_loss."""
     max_rows: int | None = None
     """Use only the first so many demonstrations."""
+
+    "Run"
+
     overwrite: bool = False
     """Replace another run's output in output_dir."""
 
@@ -77,7 +87,12 @@ def mean_loss(log: Sequence[Mapping[str, float]]) -> float:
 
 
 def main(argv: list[str]) -> None:
-    sft(configs.load(SFTRecipe, argv, section="sft", known_sections=SECTIONS, description=__doc__ or ""))
+    config = configs.load(SFTRecipe, argv, section="sft", known_sections=SECTIONS, description=__doc__ or "")
+    sft(config)
+    if "--config" in argv:
+        next_command("rankings", argv, config.output_dir, "data")
+    else:
+        next_command("reward_model", argv, config.output_dir, train_data="rankings/pairs.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What every recipe does around its stage: inputs from earlier stages, skip, resume, manifest.
 
 A run is one folder; a stage is a folder in it. What a stage needs and its config does not name, it takes from
-its sibling folders: `python recipes/ppo.py --config my.yaml` finds the SFT model and the reward model there.
+its sibling folders: `rlhf ppo --config my.yaml` finds the SFT model and the reward model there.
 
 A recipe imports configs at its top, and what needs torch inside the functions that use it: loading that takes
 seconds, and `--help`, a mistyped flag and a stage that is complete need none of it.
@@ -9,9 +9,11 @@ seconds, and `--help`, a mistyped flag and a stage that is complete need none of
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +71,9 @@ class Stage:
         )  # fmt: skip
         finish_stage(self.folder, manifest)
         console.stage_line(self.name, f"done in {self.seconds:.0f} s  {_shown(outputs)}")
+        console.stage_line("", f"saved in {self.folder}")
+        for page in sorted(self.folder.glob("*.html")):
+            console.stage_line("", f"report {page}")
         return outputs
 
 
@@ -96,6 +101,24 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
     if resuming:
         console.stage_line(name, "was interrupted: going on")
     return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, time.perf_counter(), overwrite)
+
+
+def next_command(name: str, argv: Sequence[str], output_dir: str, section: str = "", **needed: str) -> None:
+    """Print the command that runs the next stage of the same run.
+
+    argv: this stage's command line, whose config the next one shares. output_dir: this stage's folder. section: the
+    next stage's, where it is not `name`. needed: a flag, and the file of the run that makes it unnecessary.
+    """
+    words, run = ["rlhf", name], Path(output_dir).parent
+    given = {word.partition("=")[0]: word.partition("=")[2] or value for word, value in pairwise([*argv, ""])}
+    if "--config" in given:
+        words += ["--config", given["--config"]]
+    if "--config" not in given or "--output_dir" in given:
+        words += ["--output_dir", str(run / (section or name))]
+    for flag, file in needed.items():
+        if "--config" not in given and not (run / file).exists():
+            words += [f"--{flag}", Path(file).name]
+    console.stage_line("next", shlex.join(words))
 
 
 def needed_bytes(config: Any, model: Any) -> int:

@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import rlhf  # noqa: F401  before the libraries that the modules below import: it keeps some of them quiet
+
 _PUBLIC = {
     "RewardClient": "reward_models.client",
     "RewardConfig": "reward_models.config",

@@ -18,16 +18,26 @@ if TYPE_CHECKING:
 class RewardConfig:
     """Training a reward model."""
 
+    "Run"
+
     output_dir: str = "reward_model"
     """Folder for checkpoints and metrics, and for the model that `save_model()` writes."""
     seed: int = 0
     """Draws the new head's weights and the order of the prompts."""
+
+    "Batch sizes and lengths"
+
     epochs: float = 1.0
     """Passes over the training rankings. More than one overfits, most of all with many responses per prompt."""
     prompts_per_batch: int = 16
     """Prompts per optimizer step, over all processes; all responses to a prompt are in the same step."""
     microbatch_size: int = 4
     """Prompts per forward on one process. A memory setting: it changes no gradient."""
+    max_length: int = 1024
+    """Tokens of prompt and response together. A prompt with a longer response is left out, counted and named."""
+
+    "Optimization"
+
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW (InstructGPT: 9e-6 at 6B). LoRA wants about ten times as much."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -38,14 +48,20 @@ class RewardConfig:
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
+
+    "Loss and scores"
+
     label_smoothing: float = 0.0
     """Probability that a pair is the wrong way round (below 0.5); for noisy labels."""
     center_rewards_coefficient: float = 0.0
     """Weight of (better score + worse score)^2 in the loss, which keeps scores around 0 (0.01 is usual); 0: none."""
     labeler_weights: dict[str, float] | None = None
     """What a ranking counts by its column `labeler`: {name: weight}; null: all alike. A column `weight` multiplies."""
-    max_length: int = 1024
-    """Tokens of prompt and response together. A prompt with a longer response is left out, counted and named."""
+    normalizer_samples: int = 2048
+    """Responses, by default of training, whose scores get mean 0 and spread 1 after it; 0: scores stay raw."""
+
+    "LoRA"
+
     lora_rank: int = 0
     """Rank of a new LoRA adapter; 0 trains all weights, or continues the adapter that the model is."""
     lora_alpha: float = 32.0
@@ -54,14 +70,23 @@ class RewardConfig:
     """Dropout on the input of a new LoRA adapter. Every other dropout is off."""
     lora_target_modules: list[str] | None = None
     """Names of the layers that get an adapter; null: every linear layer but the head."""
+
+    "Memory and speed"
+
+    bf16: bool | None = None
+    """Compute in bfloat16 (weights stay float32); null: where the hardware is fast at it (GPUs, CPUs with AVX512-BF16
+    or AMX); the log says."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a fifth slower."""
+
+    "Evaluation, checkpoints and logs"
+
     eval_steps: int = 0
     """Evaluate every so many steps; 0: only when `evaluate()` is called."""
     keep_best: bool = False
     """End with the weights that had the lowest held-out loss, measured every eval_steps and at the end."""
     max_eval_prompts: int = 0
     """Evaluate on so many prompts, drawn with the seed; 0: on all."""
-    normalizer_samples: int = 2048
-    """Responses, by default of training, whose scores get mean 0 and spread 1 after it; 0: scores stay raw."""
     logging_steps: int = 10
     """Log every so many steps."""
     save_steps: int = 500
@@ -72,11 +97,6 @@ class RewardConfig:
     """When a metric leaves its healthy range: say so once; also write a checkpoint; also end the run there."""
     report_to: list[str] | None = None
     """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
-    bf16: bool | None = None
-    """Compute in bfloat16 (weights stay float32); null: where the hardware is fast at it (GPUs, CPUs with AVX512-BF16
-    or AMX); the log says."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a fifth slower."""
     preflight: bool = True
     """Check model, tokenizer and data before the first step, and refuse what cannot be right."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
 from rlhf.sources import Source
+
+if TYPE_CHECKING:
+    from rlhf.run.plot import Plot
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -314,6 +317,12 @@ class RewardTrainer(trl.RewardTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.normalizer.save(output_dir or self.config.output_dir)
+
+    def plot(self, *names: str) -> Plot:
+        """Draw what was logged: the metrics that are named, or all. A notebook shows it; `.savefig("run.png")`."""
+        from rlhf.run.plot import plot
+
+        return plot(self.state.log_history, names)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: trl's card would describe trl's loss."""

@@ -15,6 +15,7 @@ Names below are imported when first used, so ``import rlhf`` stays fast.
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ moved.install()
 # GNU OpenMP reads it when torch is loaded: how long a thread that waits for others keeps its core busy. With its own
 # value (about a millisecond), one other busy process makes two threads on two cores several times as slow.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
+
+# peft imports bitsandbytes, which says at every start that it lacks a kernel for weights in 4 bits on some CPUs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PUBLIC = {
     "SFTConfig": "rlhf.sft.config",

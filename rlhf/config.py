@@ -9,8 +9,8 @@ A config is a ``@dataclass(frozen=True, kw_only=True)``; the string under a fiel
 
     config = load(PPOConfig, sys.argv[1:])      # --config my.yaml --kl_coef 0.1
 
-A flag wins over the YAML file, the file over the default. jsonargparse converts the values and prints
-``--help``; walking the sections is ours, so that every mistake is one line with file, line and field.
+A flag wins over the YAML file, the file over the default. jsonargparse converts the values; walking the sections is
+ours, so that every mistake is one line with file, line and field.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from rlhf.flags import (
     shown,
 )
 from rlhf.run.functions import import_function
+from rlhf.run.lookup import look_up
 from rlhf.run.trl_arguments import training_arguments
 
 __all__ = [
@@ -83,7 +84,8 @@ def load(
 ) -> Config:
     """Build ``cls`` from command-line flags and the YAML file named by ``--config``.
 
-    Nested dataclass fields are dotted flags (``--ppo.kl_coef``); ``--base null`` turns an optional section
+    ``--config`` is looked up in the working directory, then among the recipes' configs. Nested dataclass fields are
+    dotted flags (``--ppo.kl_coef``); ``--base null`` turns an optional section
     off and ``--base.epochs 3`` turns it on. A section without its own ``seed`` or ``output_dir`` takes the
     level above's (``<output_dir>/<section>``).
 
@@ -96,6 +98,7 @@ def load(
         raise SystemExit(0)
     known = dict(all_flags(cls))
     file, flags = read_flags(argv, known)
+    file = file and str(look_up(file, f"{file}: no such file", "configs"))
     tree, places = read_yaml(file) if file else ({}, {})
     if file and section:
         own = {name.split(".")[0] for name in known}
@@ -121,7 +124,7 @@ def read_yaml(file: str | Path) -> tuple[dict[str, Any], Places]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; --config takes the path of a YAML file") from None
+        raise InputError(f"{file}: no such file; name a YAML file") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -235,12 +238,6 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
         return converted
     except (jsonargparse.ArgumentError, ValueError, TypeError):
         raise InputError(f"{label}: expected {expected(hint)}, got {shown(value)}") from None
-
-
-# ---------------------------------------------------------------- command line
-
-
-# ---------------------------------------------------------------- dataclasses
 
 
 # ---------------------------------------------------------------- writing

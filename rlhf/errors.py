@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
@@ -64,11 +66,18 @@ def run(main: Callable[[list[str]], Any]) -> None:
     try:
         main(sys.argv[1:])
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"error: {error}")
         raise SystemExit(2) from None
     except RunStopped as error:
-        print(f"stopped: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"stopped: {error}")
         raise SystemExit(1) from None
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `rlhf list | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -81,3 +90,11 @@ def run(main: Callable[[list[str]], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _tell(line: str) -> None:
+    """Print a line on stderr. Of several processes the first speaks first: when it ends, the others are ended before
+    they say the same."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)
+    print(" ".join(line.split()), file=sys.stderr)

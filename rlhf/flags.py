@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import itertools
+import re
+import shutil
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError, unknown
@@ -61,30 +64,93 @@ def put(tree: dict[str, Any], path: tuple[str, ...], value: str) -> None:
     tree[path[-1]] = value
 
 
+WIDTH, COLUMN = 80, 28  # of the help; where the text beside a flag begins
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A flag in the help."""
+
+    name: str
+    takes: str
+    text: str
+    group: str
+
+    def shown(self, width: int) -> str:
+        """Return the flag with its text beside it, or below it where the flag is long."""
+        flag, column = f"  --{self.name} {self.takes}", min(COLUMN, width // 3)
+        lines = textwrap.wrap(self.text, width - column, break_long_words=False)
+        head = f"{flag:<{column}}{lines.pop(0)}" if len(flag) + 2 <= column else flag
+        return "\n".join([head, *(" " * column + line for line in lines)])
+
+
 def print_help(cls: type, description: str) -> None:
-    import jsonargparse
+    """Print what a recipe does, its examples as they are written, and its flags.
 
-    parser = jsonargparse.ArgumentParser(
-        description=description or inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0],
-        usage="%(prog)s [--config FILE.yaml] [--name value ...]",
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="a YAML file; flags win over it")
-    _add_help(parser, parser, cls, ())
-    parser.print_help()
+    The flags that `cls.MOST_USED` names come first, the others in groups: in a config's class, a string that stands by
+    itself begins one.
+    """
+    width = min(WIDTH, shutil.get_terminal_size().columns)
+    print(f"usage: {_program()} [--config FILE.yaml] [--name value ...]\n")
+    for paragraph in (description or inspect.cleandoc(cls.__doc__ or "")).strip().split("\n\n"):
+        as_written = paragraph.startswith("    ")
+        print(paragraph if as_written else textwrap.fill(one_line(paragraph), width), end="\n\n")
+    entries = list(_entries(cls, (), ""))
+    used = [entry for name in getattr(cls, "MOST_USED", ()) for entry in entries if entry.name == name]
+    config = Entry("config", "FILE.yaml", "a YAML file, here or among those of `rlhf list`; flags win over it", "")
+    blocks = {"Most used" if used else "Flags": [config, *used]}
+    for entry in entries:
+        if entry not in used:
+            blocks.setdefault(entry.group or "Flags", []).append(entry)
+    for title, listed in blocks.items():
+        print(f"{title}:", *(entry.shown(width) for entry in listed), sep="\n", end="\n\n")
 
 
-def _add_help(parser: Any, group: Any, cls: type, path: tuple[str, ...]) -> None:
-    sections, docs = sections_of(cls), _docs(cls)
-    for field in dataclasses.fields(cls):
-        if field.name not in sections:
-            factory = field.default_factory
-            default = factory() if callable(factory) else field.default
-            more = {"required": True} if default is dataclasses.MISSING else {"default": default}
-            flag = "--" + ".".join((*path, field.name))
-            group.add_argument(flag, type=hints_of(cls)[field.name], help=docs.get(field.name, "-"), **more)
+def _entries(cls: type, path: tuple[str, ...], title: str) -> Iterator[Entry]:
+    """Every flag: a class's own before those that it inherits, sections last."""
+    sections, hints, docs = sections_of(cls), hints_of(cls), _docs(cls)
+    for name in sorted(hints, key=[*docs, *hints].index):
+        if name not in sections:
+            text, group = docs.get(name, ("", ""))
+            field = field_of(cls, name)
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if is_required(field):
+                text += " (required)"
+            elif default not in ("", None) or not re.search(r"\b(null|default)\b", text):
+                text += f" (default: {_plain(default)})"
+            group = ": ".join(part for part in (title, group) if part)
+            yield Entry(".".join((*path, name)), _takes(hints[name]), text, group)
     for name, (_, inner, optional) in sections.items():
-        title = ".".join((*path, name)) + (" (null turns it off)" if optional else "")
-        _add_help(parser, parser.add_argument_group(title, docs.get(name)), inner, (*path, name))
+        dotted = (*path, name)
+        yield from _entries(inner, dotted, ".".join(dotted) + (" (null turns it off)" if optional else ""))
+
+
+def _takes(hint: Any) -> str:
+    """What a flag takes, in a word."""
+    kind = next(choice for choice in _choices(hint) if choice is not types.NoneType)
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    names = {
+        int: "N",
+        float: "NUMBER",
+        bool: "true|false",
+        str: "TEXT",
+        list: "[A, B]",
+        tuple: "[A, B]",
+        dict: "{A: B}",
+    }
+    return names.get(typing.get_origin(kind) or kind, "VALUE")
+
+
+def _plain(value: Any) -> str:
+    """A default as YAML would write it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _program() -> str:
+    """The command as it was typed: `rlhf ppo`, or the script."""
+    name = Path(sys.argv[0]).name
+    return " ".join(["rlhf", *sys.argv[1:2]]) if name.split(".")[0] in ("rlhf", "cli") else f"python {sys.argv[0]}"
 
 
 @cache
@@ -106,17 +172,21 @@ def sections_of(cls: Any) -> dict[str, tuple[dataclasses.Field, Any, bool]]:
 
 
 @cache
-def _docs(cls: type) -> dict[str, str]:
-    """The string under each field."""
-    docs: dict[str, str] = {}
-    for owner in reversed(cls.__mro__[:-1]):
+def _docs(cls: type) -> dict[str, tuple[str, str]]:
+    """The string under each field and the group that it is in; a class's own fields before those that it inherits."""
+    docs: dict[str, tuple[str, str]] = {}
+    for owner in cls.__mro__[:-1]:
         try:
             tree: Any = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         except (OSError, TypeError, SyntaxError):
             continue
-        for line, below in itertools.pairwise(tree.body):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and _is_text(below):
-                docs[line.target.id] = one_line(below.value.value)
+        group, above = "", None
+        for line in tree.body:
+            if _is_text(line) and isinstance(above, ast.AnnAssign) and isinstance(above.target, ast.Name):
+                docs.setdefault(above.target.id, (one_line(line.value.value), group))
+            elif _is_text(line) and above is not None:  # the first string is the class's own
+                group = line.value.value
+            above = line
     return docs
 
 

@@ -187,7 +187,7 @@ def test_rows_that_are_too_long(tmp_path: Path, base: Path, scorer: Path, name: 
         ("sft", ["--epochs", "many"], "--epochs: expected "),
         ("sft", ["--epochs"], "command line: --epochs needs a value"),
         ("sft", ["data.jsonl"], "command line: unexpected 'data.jsonl'; options are written `--name value`"),
-        ("sft", ["--config", "nope.yaml"], "nope.yaml: no such file; --config takes the path of a YAML file"),
+        ("sft", ["--config", "nope.yaml"], "nope.yaml: no such file in "),
         (
             "sft",
             ["--batch_size", "10", "--microbatch_size", "4"],

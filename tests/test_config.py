@@ -81,6 +81,7 @@ class Chain:
 
 
 SECTIONS = ("ppo", "base", "reward_model", "sft")
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def write(folder: Path, text: str) -> str:
@@ -217,7 +218,8 @@ def test_mistakes_in_a_chain_file(tmp_path: Path) -> None:
         (["--updates", "--seed", "1"], ["--updates needs a value"]),
         (["--updates", "x"], ["--updates", "expected a whole number", "'x'"]),
         (["3"], ["unexpected '3'"]),
-        (["--config", "missing.yaml"], ["missing.yaml", "no such file"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "no such file", str(Path.cwd()), str(RECIPES)]),
+        (["--config", "smokes.yaml"], ["smokes.yaml", "did you mean smoke.yaml?"]),
         (["--config", "a.yaml", "--config", "b.yaml"], ["given twice"]),
         (["--config", "/"], ["/", "cannot be read"]),
     ],
@@ -259,6 +261,104 @@ def test_help_shows_every_field_with_its_docstring(capsys: pytest.CaptureFixture
         "base (null turns it off)",
     ):
         assert part in shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped:
+    """Settings in groups."""
+
+    "Run"
+
+    seed: int = 0
+    """Decides everything random."""
+
+    "Size"
+
+    width: int = 8
+    """Columns, so many that this line of help is longer than what is left of a terminal beside the flag."""
+
+    "Run"
+
+    name: str = ""
+    """null would do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Most(Grouped):
+    """Settings of a recipe on top."""
+
+    MOST_USED = ("width",)
+
+    "Data"
+
+    data: str | None = None
+    """What to read."""
+    kind: Literal["a", "b"] = "a"
+    """One of two."""
+
+
+HELP = """Do something.
+
+    rlhf something --width 3 \\
+        --data rows.jsonl
+
+It takes
+a while.
+"""
+
+
+def test_help_shows_the_most_used_first_and_then_groups(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/rlhf", "something", "--help"])
+    with pytest.raises(SystemExit):
+        load(Most, ["--help"], description=HELP)
+    assert capsys.readouterr().out == (
+        "usage: rlhf something [--config FILE.yaml] [--name value ...]\n\n"
+        "Do something.\n\n"
+        "    rlhf something --width 3 \\\n        --data rows.jsonl\n\n"
+        "It takes a while.\n\n"
+        "Most used:\n"
+        "  --config FILE.yaml      a YAML file, here or among those of `rlhf list`; flags\n"
+        "                          win over it\n"
+        "  --width N               Columns, so many that this line of help is longer than\n"
+        "                          what is left of a terminal beside the flag. (default:\n"
+        "                          8)\n\n"
+        "Data:\n"
+        "  --data TEXT             What to read. (default: null)\n"
+        "  --kind a|b              One of two. (default: a)\n\n"
+        "Run:\n"
+        "  --seed N                Decides everything random. (default: 0)\n"
+        "  --name TEXT             null would do.\n\n"
+    )
+
+
+# ---------------------------------------------------------------- where files are found
+
+
+def test_a_config_is_looked_up_here_and_then_among_the_recipes(tmp_path: Path, monkeypatch) -> None:
+    from rlhf_recipes.chain import ChainConfig
+
+    monkeypatch.chdir(RECIPES.parent)
+    by_path = load(ChainConfig, ["--config", "recipes/configs/smoke.yaml"])
+    monkeypatch.chdir(tmp_path)
+    by_name = load(ChainConfig, ["--config", "smoke.yaml"])
+    assert by_name == by_path == load(ChainConfig, ["--config", "recipes/configs/smoke.yaml"])
+    assert fingerprint(by_name) == fingerprint(by_path)
+    (tmp_path / "smoke.yaml").write_text("seed: 7\n")
+    assert load(ChainConfig, ["--config", "smoke.yaml"]).seed == 7
+
+
+def test_a_function_is_looked_up_here_and_then_among_the_recipes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = "data/toy/toy_labelers.py:rank"
+    assert import_function(spec).__code__.co_filename == str(RECIPES.parent / "data/toy/toy_labelers.py")
+    (tmp_path / "data/toy").mkdir(parents=True)
+    (tmp_path / "data/toy/toy_labelers.py").write_text("def rank():\n    return 'mine'\n")
+    assert import_function(spec)() == "mine"
+    message = wrong(import_function, "data/toy/toy_labeler.py:rank")
+    assert str(tmp_path) in message
+    assert str(RECIPES) in message
+    assert "did you mean toy_labelers.py?" in message
+    assert "recipes" not in wrong(import_function, f"{tmp_path}/nothing.py:rank")
 
 
 # ---------------------------------------------------------------- writing

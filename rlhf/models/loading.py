@@ -8,10 +8,14 @@ object. LoRA adapters are never merged: every stage of the chain is an adapter o
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import utils as hub
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -28,11 +32,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from rlhf import chat
 from rlhf.errors import InputError, reason
 from rlhf.models import encoders
 from rlhf.models.adapters import base_model, is_adapter
+
+# peft still asks for it by transformers' older name, whenever it wraps a model.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+_downloads_shown = not hub.are_progress_bars_disabled()
+transformers_logging.disable_progress_bar()  # for reading and writing weights: two bars with every checkpoint
+if _downloads_shown:  # transformers has switched these bars off, too
+    hub.enable_progress_bars()
 
 
 def check_folder(path: str | Path) -> None:
@@ -173,6 +185,17 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silence transformers' table of missing weights: a new head's are drawn by us, an adapter's head comes after."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def from_pretrained(
     cls: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
     path: str | Path,
@@ -181,7 +204,8 @@ def from_pretrained(
 ) -> PreTrainedModel:
     check_folder(path)
     try:
-        model = cls.from_pretrained(str(path), dtype=dtype or torch.float32, **kwargs)
+        with quietly():
+            model = cls.from_pretrained(str(path), dtype=dtype or torch.float32, **kwargs)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no model could be loaded ({reason(error, 200)})") from error
     if model.device.type == "cpu":

@@ -20,10 +20,15 @@ VALUE_MODELS = ("separate", "adapter", "shared_trunk", None)
 class PPOConfig:
     """Settings of `PPOTrainer`. Sizes are counted in responses; KL in nats per response."""
 
+    "Run"
+
     output_dir: str = "runs/ppo"
     """Where checkpoints, metrics and samples go."""
     seed: int = 0
     """Prompts, sampling and minibatches are pure functions of it."""
+
+    "Batch sizes and lengths"
+
     updates: int = 100
     """Rollouts collected, each followed by its inner epochs."""
     rollout_size: int = 512
@@ -42,6 +47,9 @@ class PPOConfig:
     """Longest response, its stop token included."""
     temperature: float = 1.0
     """Divides every logit: in sampling, the policy, the reference and the entropy alike."""
+
+    "Optimization"
+
     learning_rate: float = 1e-5
     """Of the policy, at its peak."""
     value_learning_rate: float | None = None
@@ -50,14 +58,6 @@ class PPOConfig:
     """How both rates fall to 0 over the updates."""
     warmup_updates: int = 0
     """Updates over which both rates rise from 0 to their peak."""
-    value_model: Literal["separate", "adapter", "shared_trunk"] | None = None
-    """A model of its own; an adapter on the policy's backbone (LoRA); or a head on the policy's own hidden states, with
-    one forward for both. null: adapter under LoRA, else separate."""
-    value_loss_coef: float = 0.1
-    """Weight of the value loss beside the policy's on a shared trunk. Elsewhere the two share no weights, and Adam does
-    not feel a constant factor: value_learning_rate acts there."""
-    value_warmup_updates: int = 0
-    """First updates in which the policy stands still and the value model learns (PPO-max, 2307.04964)."""
     adam_beta1: float = 0.9
     """Adam's first decay rate."""
     adam_beta2: float = 0.95
@@ -68,6 +68,20 @@ class PPOConfig:
     """AdamW's decay."""
     max_grad_norm: float = 1.0
     """Gradients of policy and value model are clipped to this norm, each on its own."""
+
+    "Value model"
+
+    value_model: Literal["separate", "adapter", "shared_trunk"] | None = None
+    """A model of its own; an adapter on the policy's backbone (LoRA); or a head on the policy's own hidden states, with
+    one forward for both. null: adapter under LoRA, else separate."""
+    value_loss_coef: float = 0.1
+    """Weight of the value loss beside the policy's on a shared trunk. Elsewhere the two share no weights, and Adam does
+    not feel a constant factor: value_learning_rate acts there."""
+    value_warmup_updates: int = 0
+    """First updates in which the policy stands still and the value model learns (PPO-max, 2307.04964)."""
+
+    "KL penalty, advantages and clipping"
+
     kl_coef: float = 0.05
     """beta: what a nat of KL against the reference costs, in units of the normalised score."""
     kl_target_nats: float | None = None
@@ -85,6 +99,9 @@ class PPOConfig:
     in YAML truncates nothing. Engines that don't report theirs, as the built-in one, are not corrected."""
     clip_value: float = 0.2
     """New values are clipped to the old ones +- this; .inf in YAML switches it off."""
+
+    "Scores"
+
     normalize_scores: bool = False
     """Standardize scores by their running mean and spread (PPO-max)."""
     clip_scores: float | None = None
@@ -102,6 +119,9 @@ class PPOConfig:
     of the update and count it in dropped_responses. When all responses fail, the run ends."""
     score_timeout_seconds: float | None = None
     """Longest time of one reward function for one process's responses, each function on its own; null: no limit."""
+
+    "LoRA"
+
     lora_rank: int = 0
     """0 trains all weights, or continues the adapter that the model is; else the rank of a fresh adapter."""
     lora_alpha: float = 32.0
@@ -110,12 +130,18 @@ class PPOConfig:
     """Recorded in the adapter; PPO itself runs without dropout."""
     lora_target_modules: list[str] | None = None
     """Names of adapted modules; null adapts every linear layer of the trunk."""
+
+    "Memory and speed"
+
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, more time, the same result."""
     compile: bool = False
     """torch.compile of the layers in training: minutes of compiling first, then faster (README has the break-even)."""
     bf16: bool | None = None
     """Mixed precision; null: on where the hardware is fast at it (GPUs, CPUs with AVX512-BF16 or AMX); the log says."""
+
+    "Evaluation, checkpoints and logs"
+
     eval_steps: int = 0
     """Evaluate every so many updates and at the end; 0: never."""
     save_steps: int = 0

@@ -23,6 +23,8 @@ from rlhf.run.resume import TERMINATED, Termination
 log = logging.getLogger("rlhf")
 
 OnAlarm = Literal["warn", "save", "stop"]
+PPO_NUMBERS = ("score", "kl_nats", "clip_fraction", "explained_variance", "response_tokens")
+"""What PPO's bar shows, the most important first."""
 
 
 def attach(trainer: Any, stage: str, numbers: Sequence[str], folder: str | Path) -> None:
@@ -31,6 +33,14 @@ def attach(trainer: Any, stage: str, numbers: Sequence[str], folder: str | Path)
         trainer.remove_callback(older)
     trainer.add_callback(JsonlCallback(Path(folder) / "metrics.jsonl"))
     trainer.add_callback(ProgressCallback(stage, numbers))
+
+
+def with_bar(callbacks: Sequence[TrainerCallback] | None, stage: str, numbers: Sequence[str]) -> list[TrainerCallback]:
+    """Return the callbacks, with a progress bar among them: the given one, or a new one."""
+    given = list(callbacks or ())
+    if any(isinstance(callback, ProgressCallback) for callback in given):
+        return given
+    return [*given, ProgressCallback(stage, numbers)]
 
 
 class Babysitter:

@@ -1,4 +1,5 @@
-"""What people see while a recipe runs: one bar per stage, quiet libraries, one table at the end."""
+"""What people see while a recipe runs: one line per stage that shows its progress, quiet libraries, one table at the
+end."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 _LIBRARIES = (
     "transformers", "datasets", "trl", "peft", "accelerate", "bitsandbytes", "huggingface_hub", "httpx", "httpcore"
@@ -22,12 +24,22 @@ _LIBRARIES = (
 
 @cache
 def console() -> Console:
-    """Where everything is printed: stdout, whatever it is at the time."""
+    """Where everything is printed: stdout, whatever it is at the time. Of several processes only the first prints."""
+    return _make_console(quiet=_process() > 0)
+
+
+def _make_console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 110
     notebook = "ipykernel" in sys.modules  # where rich would believe in a terminal, and break a line at every print
-    return Console(width=width, highlight=False, force_jupyter=False, force_terminal=False if notebook else None)
+    terminal = False if notebook else None
+    return Console(width=width, highlight=False, force_jupyter=False, force_terminal=terminal, quiet=quiet)
+
+
+def _process() -> int:
+    """Return this process's number, as torchrun gives it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def quiet() -> None:
@@ -41,102 +53,105 @@ def quiet() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
     if "transformers" in sys.modules:
         sys.modules["transformers"].logging.set_verbosity_error()
-        sys.modules["transformers"].logging.disable_progress_bar()
     if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()
-    theirs = "|".join((*_LIBRARIES, "tqdm", r"torch\.utils", "torch.optim.lr_scheduler"))
-    warnings.filterwarnings("ignore", module=rf"({theirs})(\.|$)")
+    libraries = "|".join((*_LIBRARIES, "tqdm", r"torch\.utils", "torch.optim.lr_scheduler"))
+    warnings.filterwarnings("ignore", module=rf"({libraries})(\.|$)")
     ours = logging.getLogger("rlhf")
     if not any(isinstance(handler, RichHandler) for handler in ours.handlers):
-        handler = RichHandler(console=console(), show_time=False, show_path=False, markup=False)
+        shown = _make_console() if _process() else console()  # a warning of any process matters
+        handler = RichHandler(console=shown, show_time=False, show_path=False, markup=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
         for name in ("rlhf", "reward_models"):
             logger = logging.getLogger(name)
             logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
+            logger.setLevel(logging.WARNING if _process() else logging.INFO)
             logger.propagate = False
 
 
 def stage_line(stage: str, text: str) -> None:
-    """One line about a stage: `sft  complete, skipped`."""
+    """Print one line about a stage: `sft  complete, skipped`."""
     console().print(f"[bold]{stage:<14}[/bold]", end="")
     console().print(text, markup=False, soft_wrap=True)
 
 
 class StageBar:
-    """A stage's progress and latest numbers: a bar on a terminal, else a line every ``every`` seconds."""
+    """A stage's progress and latest numbers: one line that is kept up to date on a terminal, else a line every `every`
+    seconds. The line begins with what is done and the time left; numbers that don't fit are left out from the right."""
 
     def __init__(self, stage: str, total: int, done: int = 0, every: float = 15.0) -> None:
         self.stage, self.total, self.done, self.every = stage, total, done, every
-        self.text = ""
-        self.began = self.printed = time.monotonic()
+        self.numbers: list[str] = []
+        self.began = self.printed = self.stepped = time.monotonic()
         self.first = done
-        self.bar: Any = None
-        if console().is_terminal:
-            self.bar, self.task = _rich_bar(stage, total, done)
+        self.live: Any = None
+        if console().is_terminal and not console().quiet:
+            from rich.live import Live
+
+            self.live = Live(get_renderable=self._render, console=console(), refresh_per_second=4)
+            self.live.start()
             atexit.register(self.close)  # gives the cursor back when the run dies
 
     def update(self, done: int) -> None:
-        """So many steps are done."""
-        self.done = done
-        if self.bar:
-            self.bar.update(self.task, completed=done)
-        elif done < self.total and time.monotonic() - self.printed >= self.every:
-            self._line()
+        """Note how many steps are done."""
+        self.done, self.stepped = done, time.monotonic()
+        if not self.live and done < self.total and self.stepped - self.printed >= self.every:
+            self._print()
 
     def show(self, numbers: Mapping[str, float]) -> None:
-        """The latest numbers."""
+        """Show the latest numbers, the most important first."""
         if numbers:
-            self.text = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
-            if self.bar:
-                self.bar.update(self.task, numbers=self.text)
+            self.numbers = [f"{name} {_short(value)}" for name, value in numbers.items()]
 
     def close(self) -> None:
-        """The stage is over."""
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+        """End the stage's line."""
+        if self.live:
+            self.live.stop()
+            self.live = None
             atexit.unregister(self.close)
         elif self.done >= 0:
-            self._line()
+            self._print()
         self.done = -1
 
-    def _line(self) -> None:
+    def line(self, width: int) -> list[str]:
+        """Return the parts of the line that fit into so many columns: the stage, how far it is, numbers."""
+        name = f"{self.stage:<14}" if width >= 60 else f"{self.stage}  "
+        parts = [name, f"{self.done}/{self.total}  {self._time()}"]
+        room = width - sum(map(len, parts))
+        for number in self.numbers:
+            room -= len(number) + 2
+            if room < 0:
+                break
+            parts.append(f"  {number}")
+        return parts
+
+    def _time(self) -> str:
+        now = time.monotonic()
+        steps, left = self.done - self.first, self.total - self.done
+        if steps <= 0 or left <= 0:
+            return _duration(now - self.began)
+        return f"{_duration(max(0.0, (self.stepped - self.began) / steps * left - (now - self.stepped)))} left"
+
+    def _render(self) -> Text:
+        from rich.text import Text
+
+        name, progress, *numbers = self.line(console().width)
+        parts = ((name, "bold"), (progress, "cyan"), *numbers)
+        return Text.assemble(*parts, no_wrap=True, overflow="crop")
+
+    def _print(self) -> None:
         self.printed = time.monotonic()
-        seconds = self.printed - self.began
-        rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
-        text = f"{self.done}/{self.total}  {_duration(seconds)}"
-        if rate and self.done < self.total:
-            text += f", {_duration((self.total - self.done) / rate)} left"
-        stage_line(self.stage, f"{text}  {self.text}".rstrip())
-
-
-def _rich_bar(stage: str, total: int, done: int) -> tuple[Any, Any]:
-    from rich import progress
-
-    bar = progress.Progress(
-        progress.TextColumn("[bold]{task.description:<14}"),
-        progress.BarColumn(bar_width=24),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("<"),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[numbers]}", markup=False),
-        console=console(),
-    )
-    task = bar.add_task(stage, total=total, completed=done, numbers="")
-    bar.start()
-    return bar, task
+        name, *rest = self.line(width=1000)
+        stage_line(name.strip(), "".join(rest))
 
 
 def final_table(summary: Mapping[str, Any]) -> None:
-    """The chain's result: evaluation, the reward model's accuracy, who judged, seconds per stage."""
+    """Print the chain's result: evaluation, the reward model's accuracy, who judged, seconds per stage."""
     from rich.table import Table
 
     from rlhf.run import report

@@ -1,4 +1,4 @@
-"""What surrounds a config when a recipe starts: users' functions, trl's arguments, one-line errors."""
+"""Users' functions that a config names: `path/to/file.py:name` or `package.module:name`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.errors import InputError, unknown
-
-if TYPE_CHECKING:
-    pass
-
-
-# ---------------------------------------------------------------- users' own functions
+from rlhf.run.lookup import look_up
 
 
 def import_function(spec: str) -> Callable[..., Any]:
-    """The function that ``path/to/file.py:name`` or ``package.module:name`` means.
+    """Return the function that ``path/to/file.py:name`` or ``package.module:name`` means.
 
-    A file becomes a module of its own name (the same file always the same module), and can import what
-    lies beside it. Raises InputError.
+    A file is looked up in the working directory, then among the recipes. It becomes a module of its own name (the same
+    file always the same module), and can import what lies beside it. Raises InputError.
     """
     target, colon, name = spec.rpartition(":")
     if not colon or not target or not name:
         raise InputError(f"function {spec!r}: write path/to/file.py:name or package.module:name")
-    module = _import_file(Path(target), spec) if target.endswith(".py") else _import_module(target, spec)
+    if target.endswith(".py"):
+        module = _import_file(look_up(target, f"function {spec!r}: no such file {target}"), spec)
+    else:
+        module = _import_module(target, spec)
     if not hasattr(module, name):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         unknown(name, public, target, "function")
@@ -41,8 +39,6 @@ def import_function(spec: str) -> Callable[..., Any]:
 
 
 def _import_file(file: Path, spec: str) -> ModuleType:
-    if not file.is_file():
-        raise InputError(f"function {spec!r}: no such file {file} (looked from {Path.cwd()})")
     file = file.resolve()
     name = f"_rlhf_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name in sys.modules:
@@ -80,6 +76,3 @@ def _located(error: Exception, file: Path) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     line = frames[-1].lineno if frames else getattr(error, "lineno", None)
     return " ".join(f"{file}{f':{line}' if line else ''}: {type(error).__name__}: {error}".split())
-
-
-# ---------------------------------------------------------------- arithmetic and arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any, TypeVar
 
@@ -53,8 +54,11 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
     }
-    if values.get("gradient_checkpointing"):
-        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if "gradient_checkpointing" in values:  # newer versions of transformers warn of this name
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        values[name] = values.pop("gradient_checkpointing")
+        values[f"{name}_kwargs"] = {"use_reentrant": False} if values[name] else None
     return cls(**(values | extra))
 
 

@@ -12,21 +12,29 @@ from rlhf.errors import InputError, require_divides
 class SFTConfig:
     """Settings of supervised fine-tuning. Batch sizes count demonstrations."""
 
+    "Run"
+
     output_dir: str = "runs/sft"
     """Folder for checkpoints and the trained model."""
     seed: int = 0
     """Seed of the order of demonstrations, of new LoRA weights and of dropout."""
+
+    "Batch sizes and lengths"
+
     epochs: float = 2.0
     """Passes over the demonstrations. InstructGPT: 16, with the checkpoint chosen by a reward model; 2 for the model
     PPO starts from."""
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW. InstructGPT: 9.65e-6 (1.3B). LoRA wants about ten times more."""
     batch_size: int = 32
     """Demonstrations per optimizer step, over all processes."""
     microbatch_size: int = 8
     """Demonstrations per forward pass on one process: a memory setting that does not change the result."""
     max_length: int = 1024
     """Longest demonstration in tokens; longer ones are left out and counted, never cut."""
+
+    "Optimization"
+
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW. InstructGPT: 9.65e-6 (1.3B). LoRA wants about ten times more."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """cosine: to 10% of the peak, as in InstructGPT; linear: to 0; constant."""
     warmup_fraction: float = 0.0
@@ -38,6 +46,9 @@ class SFTConfig:
     dropout: float | None = None
     """Probability of every dropout that the model's architecture has (InstructGPT: 0.2, residual); None keeps the
     model's own."""
+
+    "LoRA"
+
     lora_rank: int = 0
     """Rank of a new LoRA adapter; 0 trains all weights, or continues the adapter that the model is."""
     lora_alpha: float = 32.0
@@ -46,11 +57,17 @@ class SFTConfig:
     """Dropout on the input of the LoRA layers."""
     lora_target_modules: list[str] | None = None
     """Names of the layers that get LoRA weights; None: every linear layer but the head."""
+
+    "Memory and speed"
+
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about 20% slower."""
     bf16: bool | None = None
     """Compute in bfloat16 (weights that are trained stay float32); null: where the hardware is fast at it (GPUs, CPUs
     with AVX512-BF16 or AMX); the log says."""
+
+    "Evaluation, checkpoints and logs"
+
     logging_steps: int = 10
     """Optimizer steps between two logged lines."""
     eval_steps: int = 0

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
@@ -38,6 +38,9 @@ from rlhf.sft.data import Collator, encode_demonstrations
 from rlhf.sft.model import prepare_model, show_bias
 from rlhf.sft.preflight import check_sft
 from rlhf.sources import Source
+
+if TYPE_CHECKING:
+    from rlhf.run.plot import Plot
 
 logger = logging.getLogger("rlhf")
 
@@ -113,6 +116,12 @@ class SFTTrainer(trl.SFTTrainer):
         self._sums["train"].clear()
         with self._babysitter.watch(), self._trl_forward():
             return super().train(None if folder is None else str(folder), *args, **kwargs)
+
+    def plot(self, *names: str) -> Plot:
+        """Draw what was logged: the metrics that are named, or all. A notebook shows it; `.savefig("run.png")`."""
+        from rlhf.run.plot import plot
+
+        return plot(self.state.log_history, names)
 
     @property
     def _base(self) -> Any:

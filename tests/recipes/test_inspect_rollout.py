@@ -456,7 +456,7 @@ def test_two_processes_replay_theirs(tmp_path, tiny_model, tiny_tokenizer):
     assert len(load_rollout(update_folder(run, 2))) == len(two_processes.ROWS)
     alone = inspect(run, "--update", 2, "--replay", "--value_model", reward)
     assert alone.code == 2
-    assert "torchrun --nproc_per_node 2 recipes/inspect_rollout.py" in alone.err
+    assert f"start it with rlhf inspect_rollout {run} --update 2 --replay --num_processes 2" in alone.err
     command = ["recipes/inspect_rollout.py", str(run), "--update", "2", "--replay", "--value_model", str(reward)]
     done = subprocess.run([*two, *command], **options)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -469,7 +469,7 @@ def test_two_processes_replay_theirs(tmp_path, tiny_model, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ((), "name the run's folder first: python recipes/inspect_rollout.py RUN"),
+        ((), "name the run's folder first: rlhf inspect_rollout RUN"),
         (("--update", 7), "name the run's folder first"),
         (("nowhere",), "nowhere: no such folder"),
         (("recipes",), "recipes: no rollouts were kept; train with --save_rollouts N"),

@@ -27,13 +27,9 @@ class Result:
 
 
 def load(name: str) -> ModuleType:
-    """recipes/<name>.py as a module, with its folder first on sys.path, as for a script."""
+    """recipes/<name>.py as a module of the package."""
     with _restored():
-        sys.path.insert(0, str(ROOT / "recipes"))
-        try:
-            return importlib.import_module(name)
-        finally:
-            sys.path.remove(str(ROOT / "recipes"))
+        return importlib.import_module(f"rlhf_recipes.{name}")
 
 
 def run(name: str, *flags: object) -> Result:

@@ -1,0 +1,69 @@
+"""What a trainer logged as a figure: a small plot per metric over the steps."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from rlhf import metrics
+from rlhf.errors import InputError, unknown
+
+COLUMNS, WIDTH, HEIGHT = 3, 3.6, 2.2  # plots beside one another; inches of each
+
+
+class Plot(Figure):
+    """A figure that a notebook shows by itself; `plot.savefig("run.png")` writes it."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
+def plot(log_history: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> Plot:
+    """Draw the metrics of a trainer's `state.log_history`: those that are named, or all.
+
+    `eval_loss` is drawn with `loss`, and so on. Dashed lines are the bounds of a metric's healthy range. Raises
+    InputError where nothing was logged yet, or not under that name.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in log_history:
+        for name, value in metrics.from_logs(line).items():
+            if name not in ("step", "epoch"):
+                curves.setdefault(name, []).append((line["step"], value))
+    panels: dict[str, list[str]] = {}
+    for name in curves:
+        panels.setdefault(name.removeprefix("eval_"), []).append(name)
+    if not panels:
+        raise InputError("plot: nothing was logged yet; train first")
+    for name in names:
+        if name not in panels:
+            unknown(name, panels, "plot", "metric")
+    shown = list(names) or list(panels)
+    rows = -(-len(shown) // COLUMNS)
+    figure = Plot(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axis, name in zip(axes, shown, strict=False):
+        for curve in panels[name]:
+            axis.plot(*zip(*curves[curve], strict=True), marker="." if len(curves[curve]) < 20 else "", label=curve)
+        _finish(axis, name, several=len(panels[name]) > 1)
+    for axis in axes:  # the iterator goes on behind the last plot
+        axis.set_axis_off()
+    return figure
+
+
+def _finish(axis: Any, name: str, several: bool) -> None:
+    metric = metrics.METRICS.get(name)
+    low, high = axis.get_ylim()
+    for bound in (metric.healthy_low, metric.healthy_high) if metric else ():
+        if bound is not None and low <= bound <= high:
+            axis.axhline(bound, color="grey", linestyle="--", linewidth=0.8)
+    axis.set_title(name, fontsize=9, loc="left")
+    axis.set_ylabel(metric.unit if metric else "", fontsize=7)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+    if several:
+        axis.legend(fontsize=7, frameon=False)

@@ -1,0 +1,286 @@
+"""The command `rlhf`: recipes by name, several processes, list, copy, env, and what mistakes get."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from rlhf import cli, errors
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+NAMES = {file.stem for file in RECIPES.glob("*.py") if '__name__ == "__main__"' in file.read_text()}
+
+
+def rlhf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *argv: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["rlhf", *map(str, argv)])
+    code: int | str | None = 0
+    try:
+        errors.run(cli.command)
+    except SystemExit as end:
+        code = end.code
+    assert isinstance(code, int)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return lambda *argv: rlhf(monkeypatch, capsys, *argv)
+
+
+# ---------------------------------------------------------------- finding things
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",)])
+def test_help_names_every_command_with_a_line(run, argv) -> None:
+    code, out, err = run(*argv)
+    assert (code, err) == (0, "")
+    for name in NAMES | {"list", "copy", "env"}:
+        assert [line for line in out.splitlines() if line.startswith(f"  {name} ") and len(line.split()) > 2], name
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_list_names_everything_that_can_be_copied(run) -> None:
+    code, out, err = run("list")
+    assert (code, err) == (0, "")
+    shown = {words[0] for line in out.splitlines() if line.startswith("  ") and (words := line.split())}
+    files = [*RECIPES.glob("configs/**/*.yaml"), *RECIPES.glob("notebooks/*.ipynb")]
+    assert shown == NAMES | {file.name for file in files}
+    assert "..." not in out, "a first line that is too long"
+    assert max(len(line) for line in out.splitlines() if line.startswith("  ")) <= 80
+
+
+def test_the_version_is_the_package_s(run) -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run("--version") == (0, f"rlhf-recipes {declared}\n", "")
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_recipe_shows_its_help_in_80_columns(run, name) -> None:
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: rlhf {name} " if name != "benchmark" else "usage: rlhf")
+    if name != "benchmark":  # whose text is the script's
+        assert f"\n    rlhf {name} " in out, "an example, on a line of its own"
+        assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_takes_less_than_half_a_second_of_computing() -> None:
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "rlhf.cli", "ppo", "--help"], check=True, capture_output=True, cwd=ROOT)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 0.5
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("pppo",), "rlhf: unknown command pppo; did you mean ppo?"),
+        (("lits",), "rlhf: unknown command lits; did you mean list?"),
+        (("--config", "toy.yaml"), "rlhf: unknown command --config; known: "),
+        (("ppo", "--kl_coeff", "1"), "command line: unknown flag --kl_coeff; did you mean --kl_coef?"),
+        (("ppo", "--config", "tox.yaml"), "tox.yaml: no such file in {here} nor in {recipes}; did you mean toy.yaml?"),
+        (("ppo", "--num_processes"), "command line: --num_processes needs a value"),
+        (("ppo", "--num_processes", "--config", "toy.yaml"), "command line: --num_processes needs a value"),
+        (("ppo", "--num_processes", "two"), "num_processes=two must be a whole number from 1 up"),
+        (("ppo", "--num_processes", "0"), "num_processes=0 must be a whole number from 1 up"),
+        (
+            ("ppo", "--accelerate_config", "fsdp.yaml"),
+            "accelerate_config=fsdp.yaml: no such file in {here} nor in {recipes}; did you mean fsdp2.yaml?",
+        ),
+        (("list", "configs"), "rlhf list: unexpected 'configs'; it takes no arguments"),
+        (("env", "--all"), "rlhf env: unexpected '--all'; it takes no arguments"),
+        (("copy", "toy.yaml"), "rlhf copy NAME DIR: name one of `rlhf list` and a folder"),
+        (("copy", "tox.yaml", "here"), "rlhf copy: unknown name tox.yaml; did you mean toy.yaml?"),
+        (("inspect_rollout",), "name the run's folder first: rlhf inspect_rollout RUN"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(run, tmp_path, monkeypatch, argv, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*argv)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {says.format(here=tmp_path, recipes=RECIPES)}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- copy
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("toy.yaml", "configs/toy.yaml"),
+        ("toy", "configs/toy.yaml"),
+        ("configs/toy.yaml", "configs/toy.yaml"),
+        ("fsdp2.yaml", "configs/accelerate/fsdp2.yaml"),
+        ("rlhf_in_ten_minutes.ipynb", "notebooks/rlhf_in_ten_minutes.ipynb"),
+        ("ppo", "ppo.py"),
+        ("ppo.py", "ppo.py"),
+    ],
+)
+def test_copy_makes_the_folder_and_overwrites_nothing(run, tmp_path, name, source) -> None:
+    folder = tmp_path / "new" / "mine"
+    copied = folder / Path(source).name
+    assert run("copy", name, folder) == (0, f"wrote {copied}\n", "")
+    assert copied.read_bytes() == (RECIPES / source).read_bytes()
+    copied.write_text("changed")
+    code, _, err = run("copy", name, folder)
+    assert code == 2
+    assert err == f"error: {copied}: is there already; choose another folder\n"
+    assert copied.read_text() == "changed"
+
+
+def test_copy_does_not_take_a_file_for_a_folder(run, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run("copy", "toy.yaml", tmp_path / "file")
+    assert code == 2
+    assert "is there already" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- env
+
+
+def test_env_names_versions_and_devices_and_no_secret(run, monkeypatch) -> None:
+    for name in ("RLHF_SERVER_TOKEN", "HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "s3cret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    code, out, _ = run("env")
+    assert code == 0
+    lines = {line[:24].strip(): line[24:] for line in out.splitlines()}
+    assert lines["Python"].startswith(sys.version.split()[0])
+    for name in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"):
+        assert lines[name] == metadata.version(name)
+    assert f"of {os.cpu_count()} cores usable" in lines["CPU"]
+    assert lines["OMP_NUM_THREADS"] == "3"
+    assert "s3cret" not in out
+
+
+def test_env_works_where_packages_are_missing() -> None:
+    """As without torch, rich, yaml and jsonargparse."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'rich', 'yaml', 'jsonargparse', 'numpy']))\n"
+        "from importlib import metadata; known = metadata.version\n"
+        "def version(name):\n"
+        "    if name in ('torch', 'trl'): raise metadata.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "metadata.version = version\n"
+        "from rlhf import cli; cli.command(['env'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = {line[:24].strip(): line[24:] for line in done.stdout.splitlines()}
+    assert lines["torch"] == lines["trl"] == "not installed"
+    assert lines["transformers"] == metadata.version("transformers")
+    assert "torch cannot be imported" in lines["devices"]
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_accelerates_flags_are_told_from_the_recipes() -> None:
+    argv = [
+        "--num_processes",
+        "8",
+        "--config",
+        "my.yaml",
+        "--accelerate_config=fsdp2.yaml",
+        "--lora",
+        "--kl_coef",
+        "-1",
+    ]
+    flags, rest = cli.split_launch_flags(argv)
+    assert flags == {"num_processes": "8", "accelerate_config": "fsdp2.yaml"}
+    assert rest == ["--config", "my.yaml", "--lora", "--kl_coef", "-1"]
+
+
+def test_accelerate_knows_every_flag_that_is_handed_on() -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    known = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    assert [name for name in cli.LAUNCH if f"--{name}" not in known] == []
+
+
+def test_no_recipe_has_a_flag_that_accelerate_would_take() -> None:
+    from rlhf.flags import all_flags
+    from rlhf_recipes.chain import ChainConfig
+
+    recipes = {name.rpartition(".")[2] for name in dict(all_flags(ChainConfig))}
+    assert len(recipes) > 80
+    assert not recipes & {*cli.LAUNCH, "accelerate_config"}
+
+
+PROBE = """
+import json, os, sys
+import torch.distributed as d
+from accelerate import Accelerator
+accelerator = Accelerator()
+folder, code, *rest = sys.argv[1:]
+with open(f"{folder}/{accelerator.process_index}.json", "w") as file:
+    json.dump([accelerator.num_processes, d.get_backend(), rest], file)
+accelerator.wait_for_everyone()
+d.destroy_process_group()
+sys.exit(int(code))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [({"num_processes": "2"}, 0), ({"num_processes": "2"}, 2), ({"accelerate_config": "ddp.yaml"}, 0)],
+    ids=["flags", "a mistake", "a config"],
+)
+def test_two_processes_start_without_a_gpu_and_their_exit_code_is_ours(tmp_path, flags, code) -> None:
+    """With gloo; `accelerate launch --cpu --num_processes 2` would start one."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    start = f"from pathlib import Path; from rlhf.cli import launch; launch(Path({str(probe)!r}), {flags}, "
+    argv = [str(tmp_path), str(code), "--config", "x.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{start}{argv})"], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    for process in (0, 1):
+        told = json.loads((tmp_path / f"{process}.json").read_text())
+        assert told == [2, "gloo", ["--config", "x.yaml"]]
+
+
+# ---------------------------------------------------------------- a clone that nothing installed
+
+
+UNINSTALLED = (
+    "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__.startswith(('_frozen', 'importl'))]\n"
+)
+
+
+@pytest.mark.parametrize("way", ["command", "script"])
+def test_a_clone_on_pythonpath_runs_from_any_folder(tmp_path, way) -> None:
+    script = {
+        "command": "from rlhf import cli; sys.argv = ['rlhf', *sys.argv[1:]]; cli.command(sys.argv[1:])",
+        "script": f"import runpy; sys.path[0] = {str(RECIPES)!r}; sys.argv[:2] = [{str(RECIPES / 'ppo.py')!r}];"
+        " runpy.run_path(sys.argv[0], run_name='__main__')",
+    }[way]
+    site = os.pathsep.join([str(ROOT), *(path for path in sys.path if path.endswith("-packages"))])
+    command = [sys.executable, "-c", UNINSTALLED + script, "ppo", "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": site}
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--reward_model TEXT" in done.stdout

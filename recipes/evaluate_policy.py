@@ -21,8 +21,8 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
 from rlhf.run import console
-from rlhf.run.precision import compute_dtype
 from rlhf.run.checkpoint import write_json_atomic
+from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import Manifest
 from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
 

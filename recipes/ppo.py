@@ -16,8 +16,8 @@ from rlhf.errors import InputError
 from rlhf.ppo.config import PPOConfig
 from rlhf.records import read_prompts
 from rlhf.run import console
-from rlhf.run.precision import compute_dtype
 from rlhf.run.checkpoint import full_disk_explained
+from rlhf.run.precision import compute_dtype
 from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
 
 console.quiet()

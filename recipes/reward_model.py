@@ -22,8 +22,8 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.records import Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
 from rlhf.run import console
-from rlhf.run.precision import compute_dtype
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
+from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import drop_checkpoints
 from rlhf_recipes.stage import SECTIONS, Stage, check_model, from_siblings, next_command, open_stage
 

@@ -141,8 +141,8 @@ class StageBar:
         from rich.text import Text
 
         name, progress, *numbers = self.line(console().width)
-        parts = ((name, "bold"), (progress, "cyan"), *numbers)
-        return Text.assemble(*parts, no_wrap=True, overflow="crop")
+        text = Text(name, "bold", no_wrap=True, overflow="crop")
+        return text.append(progress, "cyan").append("".join(numbers))
 
     def _print(self) -> None:
         self.printed = time.monotonic()

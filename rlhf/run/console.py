@@ -152,16 +152,18 @@ class StageBar:
 
 def final_table(summary: Mapping[str, Any]) -> None:
     """Print the chain's result: evaluation, the reward model's accuracy, who judged, seconds per stage."""
+    from rich import box
     from rich.table import Table
 
     from rlhf.run import report
 
     headers, rows = report.headline(summary)
-    table = Table(title="Evaluation on held-out prompts", title_justify="left", header_style="bold")
+    title, narrow = "Evaluation on held-out prompts", console().width < 110
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for place, header in enumerate(headers):
         table.add_column(header, justify="left" if place == 0 else "right", no_wrap=place == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" [", "\n[").replace(", ", ",") if narrow else cell for cell in row))
     if rows:
         console().print(table)
     for line in report.notes(summary):

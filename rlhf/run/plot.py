@@ -46,7 +46,7 @@ def plot(log_history: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) ->
     rows = -(-len(shown) // COLUMNS)
     figure = Plot(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for axis, name in zip(axes, shown, strict=False):
+    for name, axis in zip(shown, axes, strict=False):
         for curve in panels[name]:
             axis.plot(*zip(*curves[curve], strict=True), marker="." if len(curves[curve]) < 20 else "", label=curve)
         _finish(axis, name, several=len(panels[name]) > 1)

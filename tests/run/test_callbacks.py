@@ -10,7 +10,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf.metrics import read_metrics
-from rlhf.run.callbacks import JsonlCallback, MarkComplete, attach
+from rlhf.run.callbacks import JsonlCallback, MarkComplete, ProgressCallback, attach, with_bar
 from rlhf.run.checkpoint import latest_checkpoint
 
 
@@ -65,3 +65,14 @@ def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path: Path, capsys: pyte
     assert PrinterCallback not in handlers
     assert handlers.count(JsonlCallback) == 1
     assert "sft           6/6" in capsys.readouterr().out
+
+
+def test_a_bar_is_there_by_itself_and_a_given_one_is_kept() -> None:
+    (bar,) = with_bar(None, "ppo", ("score",))
+    assert isinstance(bar, ProgressCallback)
+    assert (bar.stage, bar.names) == ("ppo", ("score",))
+    own, other = ProgressCallback("mine"), KillAt(3)
+    assert with_bar([other, own], "ppo", ("score",)) == [other, own]
+    added = with_bar([other], "ppo", ("score",))
+    assert added[0] is other
+    assert isinstance(added[1], ProgressCallback)

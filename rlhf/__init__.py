@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 # peft imports bitsandbytes, which says at every start that it lacks a kernel for weights in 4 bits on some CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings(
+    "ignore", "IProgress not found"
+)  # tqdm, in a notebook without ipywidgets; its bars are text then
 
 _PUBLIC = {
     "SFTConfig": "rlhf.sft.config",

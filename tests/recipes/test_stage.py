@@ -1,0 +1,82 @@
+"""What a stage says when it is done: where it saved, its report, the command that comes next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from reference import recipe
+
+from rlhf.config import load
+from rlhf_recipes.stage import next_command, open_stage
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--config", "toy.yaml"], "rlhf ppo --config toy.yaml"),
+        (["--config=toy.yaml", "--seed", "3"], "rlhf ppo --config toy.yaml"),
+        (["--config", "toy.yaml", "--output_dir", "X/rm"], "rlhf ppo --config toy.yaml --output_dir X/ppo"),
+        (["--model", "m", "--output_dir", "X/rm"], "rlhf ppo --output_dir X/ppo --train_data prompts.jsonl"),
+    ],
+)
+def test_the_next_command_shares_the_config_or_names_what_is_missing(tmp_path, capsys, argv, expected) -> None:
+    argv = [word.replace("X/", f"{tmp_path}/") for word in argv]
+    next_command("ppo", argv, f"{tmp_path}/rm", train_data="rankings/prompts.jsonl")
+    assert shown(capsys) == ["next " + expected.replace("X/", f"{tmp_path}/")]
+
+
+def test_what_an_earlier_stage_left_needs_no_flag(tmp_path, capsys) -> None:
+    (tmp_path / "rankings").mkdir()
+    (tmp_path / "rankings/prompts.jsonl").touch()
+    next_command("ppo", [], f"{tmp_path}/rm", train_data="rankings/prompts.jsonl")
+    next_command("evaluate_policy", [], f"{tmp_path}/ppo", "evaluation", judge="judge")
+    assert shown(capsys) == [
+        f"next rlhf ppo --output_dir {tmp_path}/ppo",
+        f"next rlhf evaluate_policy --output_dir {tmp_path}/evaluation --judge judge",
+    ]
+
+
+def shown(capsys) -> list[str]:
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_stage_ends_with_its_folder_and_its_reports(tmp_path, capsys) -> None:
+    config = load(recipe.load("sft").SFTRecipe, ["--output_dir", f"{tmp_path}/run/sft"])
+    stage = open_stage("sft", config, {})
+    stage.begin()
+    (stage.folder / "card.html").touch()
+    stage.finish({"loss": 2.5})
+    done, *rest = shown(capsys)
+    assert done.startswith("sft done in ")
+    assert rest == [f"saved in {stage.folder}", f"report {stage.folder / 'card.html'}"]
+
+
+def test_the_commands_that_stages_name_make_a_run(tmp_path: Path, tiny_model, tiny_tokenizer) -> None:
+    """Rankings of people by flags: every next command is typed as it stands, stand-ins replaced."""
+    from reference import tiny_chain
+
+    base = tiny_chain.save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer)
+    pairs, prompts = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"Count {n}.", "chosen": f"{n} of it", "rejected": "no fox"} for n in range(24)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(4)))
+    smaller = {
+        "reward_model": ["--prompts_per_batch", "8"],
+        "ppo": ["--updates", "1", "--rollout_size", "4", "--minibatch_size", "4", "--max_new_tokens", "4"],
+        "evaluate_policy": ["--max_new_tokens", "4", "--best_of", "0"],
+    }
+    stand_ins = {"pairs.jsonl": str(pairs), "prompts.jsonl": str(prompts), "eval_prompts.jsonl": str(prompts)}
+    stand_ins["judge"] = f"{tmp_path}/run/reward_model"
+    command = ["sft", "--model", str(base), "--train_data", str(pairs), "--output_dir", f"{tmp_path}/run/sft"]
+    seen = []
+    while command:
+        name, *flags = command
+        result = recipe.run(name, *(stand_ins.get(word, word) for word in flags), *smaller.get(name, ["--epochs", "1"]))
+        assert result.code == 0, result.out + result.err
+        seen.append(name)
+        told = [line for line in result.out.splitlines() if line.startswith("next ")]
+        command = shlex.split(told[0])[2:] if told else []
+    assert seen == ["sft", "reward_model", "ppo", "evaluate_policy"]

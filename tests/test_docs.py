@@ -2,7 +2,7 @@
 
 A block runs as it is pasted, or the HTML comment on the line before it says what it needs:
 
-* `<!-- needs: gpu -->`: a GPU, a server or a network: its commands' flags are read, nothing runs.
+* `<!-- needs: gpu -->`: a GPU, a server, a network or an hour: its commands' flags are read, nothing runs.
 * `<!-- needs: hub -->`: it runs with a tiny model and a few rows in place of what the hub or the user would bring.
 * `<!-- needs: minutes -->`: as with hub, and only in `make test-long`.
 

@@ -2,7 +2,7 @@
 
 A block runs as it is pasted, or the HTML comment on the line before it says what it needs:
 
-* `<!-- needs: gpu -->`: a GPU, a server or a network: its commands' flags are read, nothing runs.
+* `<!-- needs: gpu -->`: a GPU, a server, a network or an hour: its commands' flags are read, nothing runs.
 * `<!-- needs: hub -->`: it runs with a tiny model and a few rows in place of what the hub or the user would bring.
 * `<!-- needs: minutes -->`: as with hub, and only in `make test-long`.
 
@@ -125,7 +125,7 @@ def test_commands_are_there(block):
 
 
 @pytest.mark.parametrize("block", blocks("bash"))
-def test_commands_run(block, scratch):
+def test_commands_run(block, scratch, tmp_path_factory):
     """In a folder like a fresh clone's. What needs the hub and no stand-in replaces is left to its flags' test."""
     folder = scratch(block.file)
     for command in block.commands:
@@ -141,6 +141,9 @@ def test_commands_run(block, scratch):
             continue
         provide_files(" ".join(words), folder)
         provide_models(words, folder)
+        if "smoke.yaml" in words and not (folder / "runs" / "smoke").exists():
+            finished = whole_chain.undisturbed(tmp_path_factory)
+            shutil.copytree(finished, folder / "runs" / "smoke", copy_function=shutil.copy2)
         result = run(words, folder)
         assert result.returncode == 0, f"{block.name}: {shlex.join(words)}\n{result.stdout}\n{result.stderr}"
 
@@ -212,10 +215,6 @@ def scratch(folders, tmp_path_factory, tiny_model, tiny_tokenizer):
             tiny_model.config.max_position_embeddings = 4096  # a rubric's question is long in this vocabulary
             save_base(folder, tiny_model, tiny_tokenizer).rename(folder / "tiny")
             save_reward_model(folder, folder / "tiny", tiny_tokenizer).rename(folder / "tiny_reward_model")
-        if any("smoke.yaml" in replaced(block.text) for block in BLOCKS if block.file == file):
-            finished = folders[file] / "runs" / "smoke"
-            if not finished.exists():
-                shutil.copytree(whole_chain.undisturbed(tmp_path_factory), finished, copy_function=shutil.copy2)
         return folders[file]
 
     return folder_of

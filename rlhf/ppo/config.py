@@ -136,7 +136,7 @@ class PPOConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, more time, the same result."""
     compile: bool = False
-    """torch.compile of the layers in training: minutes of compiling first, then faster (README has the break-even)."""
+    """torch.compile of the layers in training: minutes of compiling first, then faster (recipes/guides/speed.md)."""
     bf16: bool | None = None
     """Mixed precision; null: on where the hardware is fast at it (GPUs, CPUs with AVX512-BF16 or AMX); the log says."""
 

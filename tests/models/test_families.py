@@ -130,7 +130,7 @@ def test_temperature_0_is_generate(family):
 
 
 def test_sampled_tokens_have_the_probabilities_that_are_scored(family, monkeypatch):
-    from rlhf.ppo import rollout
+    from rlhf.sampling import decode
 
     seen, plain = [], sample
 
@@ -139,7 +139,7 @@ def test_sampled_tokens_have_the_probabilities_that_are_scored(family, monkeypat
         seen.append((logits.float() / temperature).log_softmax(-1).gather(-1, token[:, None]).squeeze(-1))
         return token
 
-    monkeypatch.setattr(rollout, "sample", spy)
+    monkeypatch.setattr(decode, "sample", spy)
     model = AutoModelForCausalLM.from_pretrained(family).eval()
     engine = TransformersEngine(model, list(range(0, 400, 12)), 3)
     ids = engine.generate(PROMPTS, 12, 1.5, generator()).ids

@@ -14,7 +14,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.scalar import ScoreNormalizer, new_scalar_model
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.inputs import value_start
+from rlhf.ppo.inputs import prompts_of, value_start
 from rlhf.ppo.preflight import check_logits
 from rlhf.records import Prompt
 

@@ -23,11 +23,11 @@ from rlhf.config import fingerprint, load
 from rlhf.errors import InputError
 from rlhf.models.scalar import ScoreNormalizer
 from rlhf.ppo import preflight_checks as preflight_models
-from rlhf.ppo import rollout
 from rlhf.ppo.preflight import check_ppo, ppo_findings
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.preflight import run as preflight
 from rlhf.records import write_jsonl
+from rlhf.sampling import decode
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import Responses
 from rlhf.sft.preflight import sft_findings
@@ -353,7 +353,7 @@ def test_a_filter_in_sampling_is_refused(tmp_path, full, monkeypatch):
             :, 0
         ]
 
-    monkeypatch.setattr(rollout, "sample", top_two)
+    monkeypatch.setattr(decode, "sample", top_two)
     assert "filters (top-k" in failed(ppo_findings(ppo(tmp_path, full[0])))["sampled log-probs"]
 
 

@@ -81,7 +81,6 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
     if stage.complete:
         return stage.outputs
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.run.callbacks import PPO_NUMBERS, ProgressCallback
 
     trainer = PPOTrainer(
         str(config.model),
@@ -91,7 +90,6 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         eval_dataset=config.eval_data,
         value_model=None if config.value_model == "shared_trunk" else config.reward_model,
         engine=vllm_engine(config.vllm_server),
-        callbacks=[ProgressCallback("ppo", PPO_NUMBERS)],
     )
     stage.begin()
     metrics = trainer.train(resume_from_checkpoint=stage.resuming)

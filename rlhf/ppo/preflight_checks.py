@@ -105,7 +105,8 @@ def check_optimizer(own: ActorCritic, groups: list[dict[str, Any]]) -> Finding:
     named = dict(own.named_parameters())
     trained = {name for name, p in named.items() if p.requires_grad}
     given = {id(p) for group in groups for p in group["params"]}
-    frozen = [name for name in named if adapter_of(name) in TRAINED and name not in trained]
+    own_adapters = [name for name in named if adapter_of(name) in TRAINED and not name.startswith("reference.")]
+    frozen = [name for name in own_adapters if name not in trained]
     groups_of = {"policy": own.policy_parameters(), "value model": own.value_parameters()}
     wrong = [f"{role}: nothing is trainable" for role, parameters in groups_of.items() if not parameters]
     wrong += [f"adapter {name} is frozen" for name in frozen[:1]]

@@ -27,6 +27,7 @@ from rlhf.ppo.logged import samples
 from rlhf.ppo.protocol import State, Trainer
 from rlhf.ppo.rollout import ReadyRollout
 from rlhf.ppo.saved import Save, saving_update, update_folder
+from rlhf.ppo.scoring import raw_scores
 from rlhf.run import distributed
 from rlhf.run.checkpoint import full_disk_explained, mark_complete, random_state, restore_random_state, save_checkpoint
 from rlhf.run.resume import TERMINATED, Termination, resume_point
@@ -172,7 +173,7 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     ids, device = trainer.eval_prompt_ids, trainer.accelerator.device
     responses = trainer.generate(ids, torch.Generator(device).manual_seed(trainer.args.seed))
     texts = [chat.decode_response(trainer.processing_class, r) for r in responses.ids]
-    score, _ = trainer.raw_scores(trainer.eval_prompts, texts, responses.ids, prefix="eval_")
+    score, _ = raw_scores(trainer, trainer.eval_prompts, texts, responses.ids, prefix="eval_")
     kl = 0.0
     for start in range(0, len(ids), 16):
         rows = slice(start, start + 16)

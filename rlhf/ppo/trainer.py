@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from rlhf import chat, cpu, scores
 from rlhf.models import adapters
@@ -32,9 +31,11 @@ from rlhf.ppo.protocol import State
 from rlhf.ppo.rollout import Plan, ReadyRollout, Rollout, ScoredRollout
 from rlhf.ppo.run import Run, evaluate
 from rlhf.ppo.saved import Origin
+from rlhf.ppo.scoring import raw_scores
 from rlhf.records import Prompt
 from rlhf.run import distributed, precision
 from rlhf.run.loop import CallbackLoop, callback_arguments
+from rlhf.run.plot import Plot, plot
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import Engine, Follower, Responses
 
@@ -179,7 +180,7 @@ class PPOTrainer:
         """Weighted sum of the reward functions, running normalisation and clipping, the missing-stop rule."""
         args = self.args
         with self.clock("score"):
-            raw, own = self.raw_scores(rollout.prompts, rollout.texts, rollout.response_ids)
+            raw, own = raw_scores(self, rollout.prompts, rollout.texts, rollout.response_ids)
             processed = raw
             if args.normalize_scores:
                 everyone = self.accelerator.gather(raw.to(self.device)).cpu()
@@ -305,25 +306,18 @@ class PPOTrainer:
         outputs: Outputs = self.module(batch, self.args.temperature, roles)
         return outputs
 
-    def raw_scores(
-        self, prompts: list[Prompt], texts: list[str], ids: list[list[int]], prefix: str = ""
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`scores.score_responses`; NaN for a response on which it failed, where `on_score_failure` is "drop".
-        prefix: of the names under which reward functions log; with one, their columns of samples are left out."""
-        failures: list[str] | None = None if self.args.on_score_failure == "error" else []
-        raw, own = scores.score_responses(
-            self.reward_funcs, self.reward_weights, prompts, texts, ids,
-            timeout_seconds=self.args.score_timeout_seconds, failures=failures, trainer_state=self.loop.state,
-            log_metric=lambda name, value: self.loop.log_metric(prefix + name, value),
-            log_extra=(lambda name, values: None) if prefix else self.loop.log_extra,
-        )  # fmt: skip
-        if failures is not None:
-            scores.require_some(distributed.total(self.accelerator, (~raw.isnan()).sum()), failures)
-        return raw, own
-
     def evaluate(self) -> dict[str, float]:
         """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""
         return evaluate(self)
+
+    @property
+    def state(self) -> TrainerState:
+        """transformers' TrainerState; `state.log_history` has every logged metric."""
+        return self.loop.state
+
+    def plot(self, *names: str) -> Plot:
+        """A figure of the logged metrics, all or those that are named."""
+        return plot(self.state.log_history, names)
 
     def save_model(self, folder: str | Path | None = None) -> None:
         """The policy (full weights or adapter, safetensors) and its tokenizer, in `folder` or output_dir."""

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from rlhf.run.callbacks import Alarms, JsonlCallback
+from rlhf.run.callbacks import PPO_NUMBERS, Alarms, JsonlCallback, with_bar
 from rlhf.run.trl_arguments import training_arguments
 
 
@@ -56,7 +56,8 @@ class CallbackLoop:
         trackers = get_reporting_integration_callbacks(args.report_to)
         metrics = JsonlCallback(Path(config.output_dir, "metrics.jsonl"))
         self.alarms = Alarms(config.on_alarm)
-        listed = [DefaultFlowCallback, metrics, self.alarms, *trackers, *(callbacks or [])]
+        listed = [DefaultFlowCallback, metrics, self.alarms, *trackers]
+        listed += with_bar(callbacks, "ppo", PPO_NUMBERS)
         self.handler = CallbackHandler(listed, model, tokenizer, optimizer, None)
         self._extra_metrics: dict[str, list[float]] = {}
         self._extra_columns: dict[str, list[Any]] = {}

@@ -1,0 +1,36 @@
+"""Scores of responses by a trainer's reward functions, under its settings for time limits and failures."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf import scores
+from rlhf.ppo.protocol import Trainer
+from rlhf.records import Prompt
+from rlhf.run import distributed
+
+
+def raw_scores(
+    trainer: Trainer, prompts: list[Prompt], texts: list[str], ids: list[list[int]], prefix: str = ""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`scores.score_responses`; NaN for a response on which it failed, where `on_score_failure` is "drop".
+
+    prefix: of the names under which reward functions log; with one, their columns of samples are left out.
+    """
+    args, loop = trainer.args, trainer.loop
+    failures: list[str] | None = None if args.on_score_failure == "error" else []
+    raw, own = scores.score_responses(
+        trainer.reward_funcs,
+        trainer.reward_weights,
+        prompts,
+        texts,
+        ids,
+        timeout_seconds=args.score_timeout_seconds,
+        failures=failures,
+        trainer_state=loop.state,
+        log_metric=lambda name, value: loop.log_metric(prefix + name, value),
+        log_extra=(lambda name, values: None) if prefix else loop.log_extra,
+    )
+    if failures is not None:
+        scores.require_some(distributed.total(trainer.accelerator, (~raw.isnan()).sum()), failures)
+    return raw, own

@@ -19,7 +19,7 @@ import pytest
 import torch
 from reference import forked, two_processes
 from reference.tiny_chain import chain
-from reference.two_processes import KINDS, PPO_KINDS, STAGES, GivenResponses
+from reference.two_processes import KINDS, STAGES, GivenResponses
 
 from reward_models import RewardTrainer
 from rlhf import packing
@@ -33,9 +33,18 @@ from rlhf.sft.trainer import SFTTrainer
 ROOT = Path(__file__).resolve().parent.parent
 SPLIT = {"ppo": "tokens_per_microbatch", "sft": "microbatch_size", "reward_model": "microbatch_size"}
 LAUNCHERS = ("torchrun", "accelerate")
-every_kind = pytest.mark.parametrize("kind", KINDS)
+LONG = pytest.mark.long
+EVERY = [
+    ("ppo", "full", ()), ("ppo", "lora", ()), ("ppo", "lora shared_trunk", ()), ("ppo", "full shared_trunk", LONG),
+    ("ppo", "lora separate", LONG), ("reward_model", "full", ()), ("reward_model", "lora", LONG), ("sft", "lora", ()),
+    ("sft", "full", LONG),
+]  # fmt: skip
 every_stage_and_kind = pytest.mark.parametrize(
-    ("stage", "kind"), [(stage, kind) for stage in STAGES for kind in KINDS] + [("ppo", kind) for kind in PPO_KINDS]
+    ("stage", "kind"), [pytest.param(stage, kind, marks=marks) for stage, kind, marks in EVERY]
+)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind_of_ppo = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=marks) for stage, kind, marks in EVERY if stage == "ppo"]
 )
 
 
@@ -58,15 +67,17 @@ class Runs:
         changes = two_processes.mode(stage, kind) | changes
         return STAGES[stage](*two_processes.folders(self.folder, kind), str(out), **changes)
 
-    def launched(self, launcher: str) -> dict:
-        """In two processes: forked, with micro-batches of 1, or by a real launcher, with micro-batches of 2."""
-        if launcher not in self.together:
+    def launched(self, launcher: str, stage: str, kind: str) -> dict:
+        """In two processes: forked, with micro-batches of 1; or all runs at once by a real launcher, with 2."""
+        wanted, forks = f"{stage}, {kind}", launcher == "forked"
+        if wanted not in self.together.get(launcher, {}):
             output = self.folder / f"{launcher}.pt"
-            script: list[object] = [two_processes.__file__, self.folder, 1 if launcher == "forked" else 2, output]
-            done = forked.shared().together(script) if launcher == "forked" else self.launch(launcher, script)
+            runs = [wanted] if forks else [f"{stage}, {kind}" for stage, kind, _ in EVERY]
+            script: list[object] = [two_processes.__file__, self.folder, 1 if forks else 2, output, *runs]
+            done = forked.shared().together(script) if forks else self.launch(launcher, script)
             assert done.returncode == 0, done.stderr[-3000:]
-            self.together[launcher] = torch.load(output, weights_only=True)
-        return self.together[launcher]
+            self.together.setdefault(launcher, {}).update(torch.load(output, weights_only=True))
+        return self.together[launcher][wanted]
 
     def launch(self, launcher: str, script: list[object]) -> subprocess.CompletedProcess:
         command = {
@@ -130,7 +141,7 @@ def numbers(value) -> np.ndarray:
 
 
 @every_stage_and_kind
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=LONG)])
 def test_micro_batches(runs, stage, kind, rows):
     """One row at a time; two, and one at an epoch's end (11 rows); the plain run has four, and three at the end."""
     changes = {SPLIT[stage]: rows * 30 if stage == "ppo" else rows}
@@ -165,7 +176,7 @@ def test_policy_and_value_model_side_by_side(runs, kind, changes):
     same(together, in_turn)
 
 
-@pytest.mark.long
+@LONG
 @every_kind
 def test_compiled_layers(runs, kind):
     same(runs.run("ppo", kind, compile=True), runs.plain("ppo", kind), 3e-5)
@@ -197,7 +208,7 @@ def test_more_padding_and_a_tokenizer_that_pads_on_the_left(runs, stage, kind, t
     same(wide, runs.plain(stage, kind))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *PPO_KINDS])
+@every_kind_of_ppo
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_more_padding_of_a_rollout(runs, kind, side, packed, monkeypatch):
@@ -249,10 +260,10 @@ def test_order_of_rows(runs, stage, kind):
 
 
 @every_stage_and_kind
-@pytest.mark.parametrize("launcher", ["forked", *(pytest.param(n, marks=pytest.mark.long) for n in LAUNCHERS)])
+@pytest.mark.parametrize("launcher", ["forked", *(pytest.param(n, marks=LONG) for n in LAUNCHERS)])
 def test_two_processes(runs, launcher, stage, kind):
     """Whatever they log, learning rates, steps, prompts, KL coefficient, running moments and normaliser included."""
-    two, one = runs.launched(launcher)[f"{stage}, {kind}"], runs.plain(stage, kind)
+    two, one = runs.launched(launcher, stage, kind), runs.plain(stage, kind)
     assert (two["processes"], one["processes"]) == (2, 1)
     same(two, one)
 

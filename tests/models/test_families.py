@@ -38,6 +38,7 @@ PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [30, 31
 RESPONSES = [[30, 31], [32, 33, 34, 35], [36], [40, 41, 42, 43, 44, 45, 46, 47], [50, 51, 52]]
 ROWS = [{"prompt": f"Count to {word}"} for word in ("one", "two", "three", "four", "five", "six")]
 NO_EFFECT = ("k_proj.bias",)  # the same number on every attention score: their softmax doesn't see it
+ALIKE = {"qwen2", "olmo2", "stablelm", "gpt_bigcode", "opt", "cohere"}  # as another one, in all that our code sees
 FEW = ["gpt2", "gpt_neox", "falcon", "gemma2", "granite"]
 
 
@@ -58,7 +59,10 @@ def folder_of(name: str, built: dict[str, Path], tmp_path_factory, tokenizer) ->
 
 
 @pytest.fixture(
-    params=[*FAMILIES, *VARIANTS, *(pytest.param(name, marks=pytest.mark.long) for name in [*MORE, *EXPERTS])]
+    params=[
+        pytest.param(name, marks=[pytest.mark.long] if name in {*ALIKE, *MORE, *EXPERTS} else [])
+        for name in [*FAMILIES, *VARIANTS, *MORE, *EXPERTS]
+    ]
 )
 def family(request, built, tmp_path_factory, tiny_tokenizer) -> Path:
     return folder_of(request.param, built, tmp_path_factory, tiny_tokenizer)

@@ -1,10 +1,12 @@
 """PPO with its models sharded over two processes by accelerate's own FSDP2 code, against the same in one process.
 
-One launch of tests/reference/fsdp_worker.py does all the sharded work; the tests read what it saved. No GPU: gloo.
+For each kind of model, one launch of tests/reference/fsdp_worker.py does all the sharded work; the tests read what it
+saved. No GPU: gloo.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,8 @@ from rlhf.run import distributed as sharding
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs" / "accelerate"
 FILES = {"full": "model.safetensors", "tied": "model.safetensors", "lora": "adapter_model.safetensors"}
-KINDS = tuple(FILES)
 
-
-RESULTS: dict[str, Any] = {}  # of the one launch, by kind; or why it failed
-SECONDS = 120  # the launch takes about 25
+SECONDS = 120  # a launch takes about 10
 
 
 def build(folder: Path, kind: str, model, tokenizer) -> tuple[str, str]:
@@ -55,31 +54,39 @@ def build(folder: Path, kind: str, model, tokenizer) -> tuple[str, str]:
     return str(policy), str(save_reward_model(folder, policy, tokenizer))
 
 
+class Ran(dict[str, dict[str, Any]]):
+    """By kind, what two sharded processes (`sharded`) and this one process (`alone`) made of the same folders; made
+    when a test first asks for the kind."""
+
+    def __init__(self, folder: Path, model, tokenizer):
+        self.folder, self.model, self.tokenizer = folder, model, tokenizer
+        self.failed: dict[str, str] = {}
+
+    def __missing__(self, kind: str) -> dict[str, Any]:
+        if kind not in self.failed:
+            folder = self.folder / kind
+            policy, reward = build(folder, kind, copy.deepcopy(self.model), self.tokenizer)
+            command = [worker.__file__, CONFIGS / "fsdp2.yaml", self.folder, kind, policy, reward]
+            self.failed[kind] = "before its end"
+            done = forked.shared().together(command, limit=SECONDS)
+            self.failed[kind] = f"exit code {done.returncode}; {done.stderr[-3000:]}"
+            if done.returncode == 0:
+                sharded = torch.load(self.folder / f"{kind}.pt", weights_only=True)
+                one = alone(folder / "alone", policy, reward)
+                self[kind] = {"sharded": sharded, "alone": one, "folder": folder, "policy": policy, "reward": reward}
+                return self[kind]
+        pytest.fail(f"the one launch failed: {self.failed[kind]}")
+
+
+RAN: list[Ran] = []  # of this session
+
+
 @pytest.fixture
-def ran(tmp_path_factory, tiny_model, tiny_tokenizer):
-    """What two sharded processes (`sharded`) and this one process (`alone`) made of the same folders, by kind."""
-    if RESULTS:
-        return RESULTS if "failed" not in RESULTS else pytest.fail(f"the one launch failed: {RESULTS['failed']}")
-    folder = tmp_path_factory.mktemp("fsdp")
-    shake(tiny_model, 0, 0.05)
-    folders = {kind: build(folder / kind, kind, tiny_model, tiny_tokenizer) for kind in KINDS}
-    RESULTS["failed"] = "before its end"
-    launch(folder, [argument for kind, pair in folders.items() for argument in (kind, *pair)])
-    results = {}
-    for kind, (policy, reward) in folders.items():
-        sharded = torch.load(folder / f"{kind}.pt", weights_only=True)
-        results[kind] = {"sharded": sharded, "alone": alone(folder / kind / "alone", policy, reward),
-                         "folder": folder / kind, "policy": policy, "reward": reward}  # fmt: skip
-    RESULTS.clear()
-    RESULTS.update(results)
-    return RESULTS
-
-
-def launch(folder: Path, arguments: list[str]) -> None:
-    done = forked.shared().together([worker.__file__, CONFIGS / "fsdp2.yaml", folder, *arguments], limit=SECONDS)
-    if done.returncode != 0:
-        RESULTS["failed"] = f"exit code {done.returncode}; {done.stderr[-3000:]}"
-        pytest.fail(RESULTS["failed"])
+def ran(tmp_path_factory, tiny_model, tiny_tokenizer) -> Ran:
+    if not RAN:
+        shake(tiny_model, 0, 0.05)
+        RAN.append(Ran(tmp_path_factory.mktemp("fsdp"), tiny_model, tiny_tokenizer))
+    return RAN[0]
 
 
 def alone(folder: Path, policy: str, reward: str) -> dict:
@@ -101,7 +108,7 @@ def same(one, other, tolerance: float = 1e-5) -> None:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", ["full", "lora", pytest.param("tied", marks=pytest.mark.long)])
 
 
 @each_kind

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 Job = dict[str, Any]
 Result = dict[str, Any]
 TURNS = "RLHF_BENCHMARK_TURNS"  # the ends of two pipes, for a worker that takes turns
+SET_BY_US = {"GOMP_SPINCOUNT": "300"}  # by `import rlhf`; a worker that does not import it first must not inherit it
 
 
 class Worker:
@@ -52,7 +53,8 @@ class Worker:
         settings |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if threads is not None:
             settings |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        self.env, self.in_turns = os.environ | settings | env, in_turns
+        given = {name: value for name, value in os.environ.items() if SET_BY_US.get(name) != value}
+        self.env, self.in_turns = given | settings | env, in_turns
         self.process: subprocess.Popen[bytes] | None = None
 
     def _start(self) -> subprocess.Popen[bytes]:

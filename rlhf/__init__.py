@@ -28,8 +28,8 @@ __version__ = "0.1.0"
 
 moved.install()
 
-# GNU OpenMP reads it when torch is loaded: how long a thread that waits for others keeps its core busy. With its own
-# value (about a millisecond), one other busy process makes two threads on two cores several times as slow.
+# GNU OpenMP reads it when torch is loaded: how long a thread that waits for others keeps its core busy. With the default
+# (milliseconds) one other busy process makes two threads on two cores several times as slow; 300 is some microseconds.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 # peft imports bitsandbytes, which says at every start that it lacks a kernel for weights in 4 bits on some CPUs.

@@ -9,6 +9,7 @@ seconds, and `--help`, a mistyped flag and a stage that is complete need none of
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,10 @@ class Stage:
     def begin(self) -> None:
         """Write down what the stage was given. Called once all of it has been read and found good, right before the
         work: a mistake in the input leaves nothing behind that the corrected run would trip over."""
-        begin_stage(self.folder, self.inputs, self.overwrite)
+        wait_for_all()  # each has seen the folder as it was
+        if is_first():
+            begin_stage(self.folder, self.inputs, self.overwrite)
+        wait_for_all()
 
     def finish(self, outputs: dict[str, Any], tokenizer: Any = None, base_model: str | None = None) -> dict[str, Any]:
         """Write the manifest, which makes the stage complete; returns `outputs`."""
@@ -69,12 +73,29 @@ class Stage:
             stage=self.name, inputs=self.inputs, seed=self.seed, outputs=outputs, seconds=self.seconds,
             base_model=base_model, **about,
         )  # fmt: skip
-        finish_stage(self.folder, manifest)
+        wait_for_all()  # the first has saved the model
+        if is_first():
+            finish_stage(self.folder, manifest)
+        wait_for_all()
         console.stage_line(self.name, f"done in {self.seconds:.0f} s  {_shown(outputs)}")
         console.stage_line("", f"saved in {self.folder}")
         for page in sorted(self.folder.glob("*.html")):
             console.stage_line("", f"report {page}")
         return outputs
+
+
+def is_first() -> bool:
+    """Whether this is the only process or the first of several: the one that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait_for_all() -> None:
+    """Wait until every process of the run is here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
 
 def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:

@@ -66,14 +66,17 @@ def test_it_works_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
         "print(ours[0] == ours[1], make.__code__.co_filename, recipes())"
     )
     paths = [str(site), *(path for path in sys.path if path.endswith("-packages"))]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=here, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    options = {"cwd": here, "capture_output": True, "text": True, "env": paths}
+    done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 0, done.stderr
     package = site / "rlhf_recipes"
     assert done.stdout.splitlines()[-1] == f"True {package / 'data/toy/toy_world.py'} {package}"
     assert {path.name for path in here.iterdir()} == {"mine", "data"}
+    # and as the script that `rlhf --num_processes 2` starts twice: its folder is then first on sys.path
+    done = subprocess.run([sys.executable, package / "ppo.py", "--config", "tox.yaml"], **options)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"tox.yaml: no such file in {here} nor in {package}; did you mean toy.yaml?\n")
 
 
 @pytest.mark.long

@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 moved.install()
 
-# GNU OpenMP reads it when torch is loaded: how long a thread that waits for others keeps its core busy. With the default
+# GNU OpenMP reads it when torch is loaded: how long a thread that waits for others keeps its core busy. By default
 # (milliseconds) one other busy process makes two threads on two cores several times as slow; 300 is some microseconds.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 

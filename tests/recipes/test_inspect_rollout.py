@@ -184,20 +184,6 @@ def test_a_token_is_what_it_adds_to_the_text(tiny_tokenizer):
     ]  # fmt: skip
 
 
-def test_a_rollout_without_scores_can_be_seen(tiny_tokenizer):
-    chat.prepare_tokenizer(tiny_tokenizer)
-    early = dataclasses.replace(
-        hand_made(tiny_tokenizer),
-        **dict.fromkeys(("raw_scores", "scores", "rewards", "advantages", "returns"), None),
-    )
-    view = response_view(early, 0, tiny_tokenizer)
-    assert view.tokens[0].numbers["advantage"] is None
-    assert view.sums()["reward"] is None
-    assert "score –" in response_page(view, "x")
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(response_lines(view), rows_table(early, "score"))
-
-
 # -- the page ----------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trl.generation.vllm_client import VLLMClient
 
-from rlhf.cpu.lora import FusedLinear
 from rlhf.errors import InputError, RunStopped
 from rlhf.models.adapters import base_model
 from rlhf.sampling.engine import Responses
@@ -308,6 +307,6 @@ def _check_sendable(name: str, weight: Tensor, layer: Any) -> None:
     if layer is None or isinstance(layer, TrainableTokensLayer):
         return
     special = any(layer.lora_variant.get(adapter) or layer.lora_bias.get(adapter) for adapter in layer.active_adapters)
-    if type(layer) not in (Linear, FusedLinear, Embedding) or special:
+    if not isinstance(layer, Linear | Embedding) or special:
         kind = "DoRA, or a LoRA with biases" if special else f"peft's {type(layer).__name__}"
         raise InputError(f"VLLMEngine: {name} is adapted by {kind}, which is not sent; use plain LoRA of linear layers")

@@ -32,6 +32,7 @@ TOGETHER = {
     "sampling/test_vllm.py": "vllm",
     "reward_models/test_server.py": "server",
     "data/test_toy.py": "toy",
+    "test_wheel.py": "wheel",
 }
 
 CORPUS = [

@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,14 +214,12 @@ def test_names_that_say_nothing():
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "matplotlib"}
 
 
-def answers(code: str, *argv: str) -> tuple[str, set[str], float]:
-    """What a fresh process printed, which heavy modules it had loaded by its end, and its seconds."""
+def answers(code: str, *argv: str) -> tuple[str, set[str]]:
+    """What a fresh process printed, and which heavy modules it had loaded by its end."""
     listing = "import atexit, sys; atexit.register(lambda: print('loaded:', *sys.modules, file=sys.stderr))\n"
     command = [sys.executable, "-c", listing + code, *argv]
-    began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    seconds = time.perf_counter() - began
-    return done.stdout, HEAVY & set(done.stderr.rpartition("loaded:")[2].split()), seconds
+    return done.stdout, HEAVY & set(done.stderr.rpartition("loaded:")[2].split())
 
 
 def test_import_rlhf_is_light():
@@ -233,7 +230,7 @@ def test_import_rlhf_is_light():
 
 def test_settings_are_made_without_torch():
     code = "from reward_models import RewardConfig as R; from rlhf import PPOConfig as P, SFTConfig as S"
-    assert answers(f"{code}; print(P().seed, R().seed, S().seed)")[:2] == ("0 0 0\n", set())
+    assert answers(f"{code}; print(P().seed, R().seed, S().seed)") == ("0 0 0\n", set())
 
 
 AS_SCRIPTS = """
@@ -253,14 +250,10 @@ for recipe in sys.argv[1:]:
 
 def test_help_and_a_wrong_flag_are_answered_without_torch():
     recipes = [f"recipes/{name}.py" for name in RECIPES]
-    text, heavy, _ = answers(AS_SCRIPTS, *recipes)
+    text, heavy = answers(AS_SCRIPTS, *recipes)
     expected = [found for recipe in recipes for found in ([recipe, 0, "usage:"], [recipe, 2, ""])]
     assert [json.loads(line) for line in text.splitlines()] == expected
     assert heavy == set()
-
-
-def test_help_is_quick():
-    assert any(answers(AS_SCRIPTS, "recipes/chain.py")[2] < 1.5 for _ in range(3))
 
 
 @pytest.mark.parametrize("package", ["rlhf", "reward_models"])

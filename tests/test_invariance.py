@@ -162,20 +162,6 @@ def test_gradient_checkpointing(runs, stage, kind):
     same(runs.run(stage, kind, gradient_checkpointing=True), runs.plain(stage, kind))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "lora separate"])
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointing"])
-def test_policy_and_value_model_side_by_side(runs, kind, changes):
-    """Two micro-batches of each, over two updates; the other tests do it, or not, as this machine's cores have it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = runs.run("ppo", kind, tokens_per_microbatch=60, **changes)
-        in_turn = runs.run("ppo", kind, tokens_per_microbatch=60, side_by_side=False, **changes)
-    finally:
-        torch.set_num_threads(before)
-    same(together, in_turn)
-
-
 @LONG
 @every_kind
 def test_compiled_layers(runs, kind):

@@ -112,6 +112,7 @@ def launch(recipe: Path, flags: dict[str, str], argv: list[str]) -> None:
     words += [word for name, value in flags.items() for word in (f"--{name}", value)]
     if config is None:
         words += ["--multi_gpu"]  # on CPUs too: with --cpu accelerate would start one process
+        words += [] if "main_process_port" in flags else ["--main_process_port", "0"]  # a free one, not always 29500
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from reward_models import RewardModel
 from rlhf import chat, packing
 from rlhf.errors import InputError
-from rlhf.ppo.rollout import Rollout
+from rlhf.padding import make_batch
 from rlhf.ppo.trainer import PPOConfig
 
 
@@ -69,13 +69,14 @@ def test_step_0_is_exact(tmp_path, folders, changes, padded, monkeypatch):
 
 def test_old_logprobs_come_from_the_micro_batches_of_the_first_inner_epoch(tmp_path, folders, monkeypatch):
     """Other ones round differently, by shapes and machine: the first ratio would be near 1 only."""
-    trainer, seen, plain = make(tmp_path, folders[0], tokens_per_microbatch=60, inner_epochs=1), [], Rollout.batch
+    trainer, seen = make(tmp_path, folders[0], tokens_per_microbatch=60, inner_epochs=1), []
 
-    def spy(rollout, rows, *args):
-        seen.append(tuple(rows))
-        return plain(rollout, rows, *args)
+    def spy(prompt_ids, response_ids, *args):
+        seen.append(tuple(zip(map(tuple, prompt_ids), map(tuple, response_ids), strict=True)))
+        return make_batch(prompt_ids, response_ids, *args)
 
-    monkeypatch.setattr(Rollout, "batch", spy)
+    monkeypatch.setattr("rlhf.ppo.trainer.make_batch", spy)
+    monkeypatch.setattr("rlhf.ppo.rollout.make_batch", spy)
     rollout = prepared(trainer)
     collected = set(seen)
     seen.clear()

@@ -1,4 +1,4 @@
-"""Ending a training run with the weights that had the lowest held-out loss, across interruptions."""
+"""Keep the weights that had the lowest held-out loss, so that a training run ends with them, even if interrupted."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ class Best:
 
 
 class KeepBest(TrainerCallback):
-    """After every evaluation with a lower loss than all before, write the trained weights to `best.safetensors`.
+    """A callback that writes the trained weights to `best.safetensors` after every evaluation with a new lowest loss.
 
-    The file is replaced whole, so a killed run leaves the old or the new. A run that goes on from a checkpoint may
-    find one from a later step: it will come to the same weights there again, so that one stays.
+    The file is replaced whole, so a killed run leaves either the old file or the new one. A run that resumes from a
+    checkpoint may find a file from a later step. It stays, since the resumed run reaches the same weights at that step.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / BEST_FILE
 
     def read(self) -> Best | None:
+        """Return the step and loss of the saved weights, or None where there are none."""
         if not self.path.is_file():
             return None
         with safe_open(self.path, framework="pt") as file:
@@ -42,7 +43,7 @@ class KeepBest(TrainerCallback):
         return Best(int(written["step"]), float(written["eval_loss"]))
 
     def load_into(self, model: nn.Module) -> None:
-        """Put the best weights into the model, in place."""
+        """Load the best weights into the model, in place."""
         saved, named = load_file(self.path), dict(model.named_parameters())
         with torch.no_grad():
             for name, weight in saved.items():
@@ -52,7 +53,7 @@ class KeepBest(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and state.global_step == 0:
-            drop_best(self.path.parent)  # another attempt's
+            drop_best(self.path.parent)  # left by an earlier run
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss, model = kwargs["metrics"].get("eval_loss"), kwargs["model"]
@@ -69,6 +70,6 @@ class KeepBest(TrainerCallback):
 
 
 def drop_best(folder: str | Path) -> None:
-    """Delete a finished run's best weights: they are in its model now."""
+    """Delete `best.safetensors` after a finished run: its model holds these weights."""
     for name in (BEST_FILE, f".{BEST_FILE}.tmp"):
         (Path(folder) / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The scoring server's client: a reward function whose model runs in another process, or on another machine.
+"""A client of the scoring server: a reward function whose model runs in another process or on another machine.
 
     trainer = PPOTrainer(model, [RewardClient("http://127.0.0.1:8000")], ...)
 
@@ -25,16 +25,16 @@ LONGEST_PAUSE = 8.0  # seconds between two attempts
 
 
 class RewardClient:
-    """Scores from `recipes/serve_reward_model.py`, in trl's reward-function signature.
+    """A reward function (trl's signature) that asks `recipes/serve_reward_model.py` for scores.
 
-    One call is one request, so a rollout is scored as `RewardModel` would score it locally, to the last bit while
-    the server joins it with no other request (see reward_models.server).
+    One call is one request. Its scores equal those of a local `RewardModel` to the last bit, unless the server joins
+    the request with another one (see reward_models.server).
 
     url: http://host:port, with a path if the server is behind a proxy that adds one. The environment's proxy
         settings are not used.
-    token: default the environment's RLHF_SERVER_TOKEN.
-    timeout: seconds that the server may be silent; a request that ran out of it is not sent again.
-    retries: further attempts after a connection that failed or a full queue (503), with growing pauses.
+    token: by default the environment's RLHF_SERVER_TOKEN.
+    timeout: seconds that the server may be silent; a request that timed out is not sent again.
+    retries: further attempts, with growing pauses, after a failed connection or a full queue (503).
 
     A call raises InputError for what the server refuses (4xx), and RunStopped for a server that cannot be reached,
     is too slow, fails, or answers anything but one finite number per completion.
@@ -55,11 +55,11 @@ class RewardClient:
         self._secure, self._host, self._path = parts.scheme == "https", parts.hostname, parts.path.rstrip("/")
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
         self._token = token if token is not None else os.environ.get(TOKEN_VARIABLE)
-        self._random = random.Random()  # its own: the global generator belongs to the run that must be repeatable
-        self.__name__ = name  # logs name a reward function by it
+        self._random = random.Random()  # not the global generator, on which the run's results may depend
+        self.__name__ = name  # trainers log a reward function under this name
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
-        """Normalised scores; further columns stay here."""
+        """Return normalised scores. Further columns are not sent to the server."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
         if not prompts:
@@ -71,7 +71,7 @@ class RewardClient:
         return self._scores(text, len(completions))
 
     def _ask(self, body: bytes) -> tuple[int, str]:
-        """Status and text of the answer, after as many attempts as it takes and `retries` allows."""
+        """Return status and text of the answer, trying up to `retries` + 1 times."""
         for attempt in range(self.retries + 1):
             last, wait = attempt == self.retries, 0.0
             try:
@@ -90,7 +90,10 @@ class RewardClient:
         raise AssertionError("unreachable")
 
     def _attempt(self, body: bytes) -> tuple[int, str, float]:
-        """Status, text and Retry-After (seconds) of one request. A time-out while the server works is final."""
+        """Send one request; return status, text and Retry-After (seconds).
+
+        Raises RunStopped on a time-out while the server works; the request is not tried again.
+        """
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=self.timeout)
         headers = {"Content-Type": "application/json"}
@@ -99,7 +102,7 @@ class RewardClient:
         try:
             connection.connect()
             try:
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused early: the answer says why
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused early: read the answer
                     connection.request("POST", f"{self._path}/score", body, headers)
                 response = connection.getresponse()
                 text = response.read().decode("utf-8", "replace")
@@ -138,7 +141,7 @@ class RewardClient:
 
 
 def _plain(text: str | Messages) -> str | Messages:
-    """What the server reads of a prompt or completion; datasets keep further fields in messages."""
+    """Return a prompt or completion without the further fields that a dataset may keep in its messages."""
     return text if isinstance(text, str) else [{"role": m["role"], "content": m["content"]} for m in text]
 
 

@@ -16,17 +16,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """Training a reward model."""
+    """Settings of reward-model training. Batch sizes count prompts."""
 
     "Run"
 
     output_dir: str = "reward_model"
     """Folder for checkpoints and metrics, and for the model that `save_model()` writes."""
     seed: int = 0
+<<<<<<< HEAD
     """Draws the new head's weights and the order of the prompts."""
 
     "Batch sizes and lengths"
 
+=======
+    """Seed of the new head's weights and of the order of the prompts."""
+>>>>>>> en2
     epochs: float = 1.0
     """Passes over the training rankings. More than one overfits, most of all with many responses per prompt."""
     prompts_per_batch: int = 16
@@ -47,23 +51,35 @@ class RewardConfig:
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
+<<<<<<< HEAD
     """Gradients are scaled down to this norm; 0 turns clipping off."""
 
     "Loss and scores"
 
+=======
+    """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
+>>>>>>> en2
     label_smoothing: float = 0.0
-    """Probability that a pair is the wrong way round (below 0.5); for noisy labels."""
+    """Assumed probability that a pair's label is wrong (below 0.5), for noisy labels."""
     center_rewards_coefficient: float = 0.0
-    """Weight of (better score + worse score)^2 in the loss, which keeps scores around 0 (0.01 is usual); 0: none."""
+    """Weight in the loss of (better score + worse score)^2, which keeps scores around 0 (0.01 is usual); 0: off."""
     labeler_weights: dict[str, float] | None = None
+<<<<<<< HEAD
     """What a ranking counts by its column `labeler`: {name: weight}; null: all alike. A column `weight` multiplies."""
     normalizer_samples: int = 2048
     """Responses, by default of training, whose scores get mean 0 and spread 1 after it; 0: scores stay raw."""
 
     "LoRA"
 
+=======
+    """Weight of each labeler's rankings, {name: weight}, found by the column `labeler` and multiplied by the column
+    `weight`; null: all labelers count the same."""
+    max_length: int = 1024
+    """Tokens of prompt and response together. A ranking with a longer response is left out; the log counts and names
+    them."""
+>>>>>>> en2
     lora_rank: int = 0
-    """Rank of a new LoRA adapter; 0 trains all weights, or continues the adapter that the model is."""
+    """Rank of a new LoRA adapter; 0: train all weights, or, where the model is an adapter, train that on."""
     lora_alpha: float = 32.0
     """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
@@ -82,23 +98,39 @@ class RewardConfig:
     "Evaluation, checkpoints and logs"
 
     eval_steps: int = 0
-    """Evaluate every so many steps; 0: only when `evaluate()` is called."""
+    """Optimizer steps between two evaluations; 0: evaluate only when `evaluate()` is called."""
     keep_best: bool = False
-    """End with the weights that had the lowest held-out loss, measured every eval_steps and at the end."""
+    """End with the weights that had the lowest held-out loss, measured every eval_steps and after the last step."""
     max_eval_prompts: int = 0
+<<<<<<< HEAD
     """Evaluate on so many prompts, drawn with the seed; 0: on all."""
+=======
+    """Prompts to evaluate on, drawn with the seed; 0: all."""
+    normalizer_samples: int = 2048
+    """Responses (by default training ones) whose scores are normalised after training to mean 0 and standard deviation
+    1; 0: scores stay raw."""
+>>>>>>> en2
     logging_steps: int = 10
-    """Log every so many steps."""
+    """Optimizer steps between two logged lines."""
     save_steps: int = 500
-    """Write a checkpoint to resume from every so many steps; 0: none (but after SIGTERM)."""
+    """Optimizer steps between two checkpoints to resume from; 0: write one only after SIGTERM."""
     save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     on_alarm: Literal["warn", "save", "stop"] = "warn"
-    """When a metric leaves its healthy range: say so once; also write a checkpoint; also end the run there."""
+    """When a metric leaves its healthy range: warn: log it once; save: also write a checkpoint; stop: also end the
+    run."""
     report_to: list[str] | None = None
     """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
+<<<<<<< HEAD
+=======
+    bf16: bool | None = None
+    """Compute in bfloat16 (weights stay float32); null: only where the hardware is fast at it (GPUs, CPUs with
+    AVX512-BF16 or AMX); the log shows the choice."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a fifth slower."""
+>>>>>>> en2
     preflight: bool = True
-    """Check model, tokenizer and data before the first step, and refuse what cannot be right."""
+    """Check model, tokenizer and data before the first step, and refuse a run that cannot be right."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "learning_rate", "max_length", "logging_steps", "save_total_limit"):
@@ -125,7 +157,7 @@ class RewardConfig:
 
 
 def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
-    """Our settings as the TrainingArguments that trl's trainer and the callbacks receive."""
+    """Convert our settings to the TrainingArguments that trl's trainer and the callbacks receive."""
     import trl
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -143,7 +175,7 @@ def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
         eval_strategy="steps" if evaluate and config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
         max_length=None,  # over-long rankings are counted and left out by encode_rankings
-        disable_dropout=False,  # done by _reward_model, which spares a LoRA adapter's
+        disable_dropout=False,  # prepare_model does it, and keeps a LoRA adapter's dropout
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )

@@ -1,4 +1,4 @@
-"""Rankings as token ids, and as the reward trainer's batches."""
+"""Encode rankings as token ids and as the reward trainer's batches."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 class EncodedRanking(TypedDict):
-    """A ranking as token ids, in trl's columns for tokenized preferences; the responses beyond two are `other_ids`.
+    """A ranking as token ids, in trl's columns for tokenized preferences; `other_ids` holds the responses beyond two.
 
-    `ranks` and `texts` (equal numbers: the same text) follow that order.
+    `ranks` and `texts` follow the order chosen, rejected, others. Equal numbers in `texts` mark equal texts.
     """
 
     chosen_ids: Sequence[int]
@@ -38,9 +38,9 @@ class EncodedRanking(TypedDict):
     texts: list[int]
     margin: float
     weight: float
-    """What the ranking counts, 1 on average: its column `weight`, times its labeler's."""
+    """Weight in the loss, 1 on average: the row's column `weight` times its labeler's weight."""
     row: int
-    """Its number in the data."""
+    """Index of the ranking in the data."""
 
 
 class RankingBatch(TypedDict):
@@ -50,14 +50,14 @@ class RankingBatch(TypedDict):
     attention_mask: Int[Tensor, "n T"]
     ranks: Float[Tensor, " n"]
     prompts: Int[Tensor, " n"]
-    """Which of the batch's prompts a response belongs to."""
+    """Index, within the batch, of each response's prompt."""
     texts: Int[Tensor, " n"]
     row: Int[Tensor, " prompts"]
-    """The rankings' numbers in the data."""
+    """Indices of the rankings in the data."""
     margins: NotRequired[Float[Tensor, " n"]]
-    """Where the data has any."""
+    """Absent where no ranking has a margin."""
     weights: NotRequired[Float[Tensor, " n"]]
-    """Where not all rankings count alike."""
+    """Absent where all rankings count the same."""
 
 
 def encode_rankings(
@@ -67,10 +67,10 @@ def encode_rankings(
     name: str,
     labeler_weights: Mapping[str, float] | None = None,
 ) -> Dataset:
-    """Encode rankings; a row each of the columns of `EncodedRanking`.
+    """Encode rankings, one row each, with the columns of `EncodedRanking`.
 
-    Left out, and counted in the log: rankings without a pair, and those with a response that makes prompt and
-    response longer than `max_length`. Raises InputError when nothing remains.
+    Leaves out, and counts in the log, rankings without a pair and rankings in which prompt and response exceed
+    `max_length` tokens. Raises InputError when nothing remains.
     """
     rows: list[EncodedRanking] = []
     ties, too_long = 0, {}
@@ -99,7 +99,7 @@ def encode_rankings(
                 "row": number,
             }
         )
-    _tell_left_out(rankings, ties, too_long, max_length, name, remaining=len(rows))
+    _report_left_out(rankings, ties, too_long, max_length, name, remaining=len(rows))
     _scale_weights(rows, name)
     from datasets import Dataset, Features, List, Value
 
@@ -112,7 +112,7 @@ def encode_rankings(
 
 @dataclass(frozen=True)
 class RankingCollator:
-    """Puts encoded rankings into a batch."""
+    """Collates encoded rankings into a batch."""
 
     pad_id: int
 
@@ -137,7 +137,7 @@ class RankingCollator:
 
 
 def rankings_of(batch: RankingBatch) -> Iterator[tuple[Bool[Tensor, " n"], RankingBatch]]:
-    """Take a batch apart: of each ranking, which of the batch's responses are its own, and a batch of them."""
+    """Split a batch by ranking: yield, for each, the mask of its responses in the batch and a batch of them alone."""
     tensors = cast(dict[str, Tensor], batch)
     for number, row in enumerate(batch["row"]):
         own = batch["prompts"] == number
@@ -148,17 +148,17 @@ def rankings_of(batch: RankingBatch) -> Iterator[tuple[Bool[Tensor, " n"], Ranki
 
 
 def responses_of(row: EncodedRanking) -> list[Sequence[int]]:
-    """List the responses of an encoded ranking (with their prompt), in the order of its `ranks`."""
+    """Return the responses of an encoded ranking (each with the prompt), in the order of its `ranks`."""
     return [row["chosen_ids"], row["rejected_ids"], *row["other_ids"]]
 
 
 def _compact(ids: list[int]) -> Sequence[int]:
-    """Hold ids in four bytes each: a whole data set of them is in memory at a time."""
+    """Store ids in four bytes each, since a whole data set is in memory at a time."""
     return cast(Sequence[int], np.asarray(ids, dtype=np.int32))
 
 
 def _margin(ranking: Ranking, where: str) -> float:
-    """trl's `margin` column: by how much the better response should win; 0 where there is none."""
+    """Return trl's column `margin`, by how much the better response should win; 0 where there is none."""
     margin = ranking.columns.get("margin")
     if margin is None:
         return 0.0
@@ -168,7 +168,7 @@ def _margin(ranking: Ranking, where: str) -> float:
 
 
 def _weight(ranking: Ranking, labeler_weights: Mapping[str, float] | None, where: str) -> float:
-    """What a ranking counts, before scaling: its column `weight` (default 1) times its labeler's weight."""
+    """Return a ranking's weight before scaling: its column `weight` (default 1) times its labeler's weight."""
     weight = ranking.columns.get("weight")
     weight = 1.0 if weight is None else weight
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
@@ -185,7 +185,7 @@ def _weight(ranking: Ranking, labeler_weights: Mapping[str, float] | None, where
 
 
 def _scale_weights(rows: list[EncodedRanking], name: str) -> None:
-    """Weights of 1 on average, so that they shift the loss between rankings and leave the learning rate its meaning."""
+    """Scale the weights to 1 on average: they shift the loss between rankings, but don't act as a learning rate."""
     total = math.fsum(row["weight"] for row in rows)
     if rows and total <= 0:
         raise InputError(f"{name}: weight: all {len(rows)} rankings weigh 0; nothing can be learnt")
@@ -193,7 +193,7 @@ def _scale_weights(rows: list[EncodedRanking], name: str) -> None:
         row["weight"] *= len(rows) / total
 
 
-def _tell_left_out(
+def _report_left_out(
     rankings: Sequence[Ranking], ties: int, too_long: dict[int, int], max_length: int, name: str, remaining: int
 ) -> None:
     if too_long:

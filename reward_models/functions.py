@@ -1,8 +1,8 @@
-"""Scores computed by a program, in trl's reward-function signature.
+"""Reward functions without a model, in trl's signature.
 
-Each function here makes one: ``reward_funcs=[reward_model, length_penalty(200)]``. It is called with lists of
-prompts and completions (text, or messages whose last turn is the response) and the dataset's further columns as
-keywords, and returns a number per completion, or None where it has nothing to say of one.
+Each function here makes a reward function: ``reward_funcs=[reward_model, length_penalty(200)]``. A reward function is
+called with lists of prompts and completions (text, or messages whose last turn is the response) and the dataset's
+further columns as keywords. It returns one number per completion, or None where it does not apply.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Texts = Sequence[str | Messages]
 """Prompts or completions, each as text or as messages."""
 
 NOT_COLUMNS = ("completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
-"""What trainers hand a reward function besides the dataset's columns."""
+"""Keywords that trainers pass to a reward function besides the dataset's columns."""
 
 
 def response_text(completion: str | Messages) -> str:
@@ -35,7 +35,7 @@ def conversation(prompt: str | Messages, completion: str | Messages) -> Messages
 
 
 def column_values(function: str, column: str, columns: Mapping[str, object]) -> Sequence[object]:
-    """Return a dataset column that `function` needs, one value per response. Raises InputError where there is none."""
+    """Return the dataset column that `function` needs, one value per response. Raises InputError if it is missing."""
     if column not in columns:
         given = (name for name in columns if name not in NOT_COLUMNS)
         known = ", ".join(sorted(given)) or "none"
@@ -44,7 +44,7 @@ def column_values(function: str, column: str, columns: Mapping[str, object]) -> 
 
 
 def length_penalty(target_words: int, per_word: float = 0.01) -> RewardFunction:
-    """``-per_word * max(0, words - target_words)``: nothing up to the target, then linear.
+    """Score ``-per_word * max(0, words - target_words)``: 0 up to the target, then linear.
 
     Reward models tend to favour length (Singhal et al. 2310.03716); a penalty that starts at 0 does not reward
     empty responses.
@@ -60,7 +60,7 @@ def length_penalty(target_words: int, per_word: float = 0.01) -> RewardFunction:
 
 
 def matches(pattern: str) -> RewardFunction:
-    """1 where the whole response (white space around it aside) matches the regular expression, else 0.
+    """Score 1 where the whole response, stripped of outer white space, matches the regular expression, else 0.
 
     ``.`` also matches a line break. For a format: ``matches(r"<think>.*</think>\\s*<answer>.*</answer>")``.
     """
@@ -76,8 +76,8 @@ def matches(pattern: str) -> RewardFunction:
 
 
 def final_answer(column: str = "answer") -> RewardFunction:
-    """1 where the response's last number, or its last word if it has none, equals the dataset's `column`, else 0;
-    None where that column is empty, so that rows of another kind are left to other functions."""
+    """Score 1 where the response's last number (its last word, if it has no number) equals the dataset's `column`,
+    else 0. None where that column is empty, so that rows of another kind are left to other functions."""
 
     def score(prompts: Texts, completions: Texts, **columns: object) -> list[float | None]:
         answers = column_values("final_answer", column, columns)
@@ -87,8 +87,11 @@ def final_answer(column: str = "answer") -> RewardFunction:
 
 
 def repetition_penalty(n: int = 3) -> RewardFunction:
-    """Minus the share of a response's n-grams of words that it has had before: 0 with no repetition, towards -1
-    where a policy loops, the commonest way to please a reward model without saying anything."""
+    """Score minus the share of a response's word n-grams that repeat an earlier one.
+
+    0 without repetition, towards -1 where a policy loops. Looping is the commonest way to get a high score from a
+    reward model with an empty response.
+    """
     if n < 1:
         raise InputError(f"repetition_penalty: n={n} must be at least 1")
 
@@ -114,7 +117,7 @@ def _answer_score(text: str, answer: object) -> float | None:
 
 
 def _final(text: str) -> float | str | None:
-    """The last number of a text as a number, else its last word in lower case without punctuation."""
+    """Return a text's last number, else its last word in lower case; None where it has neither."""
     numbers = _NUMBER.findall(text)
     if numbers:
         return float(numbers[-1].replace(",", ""))
@@ -123,5 +126,5 @@ def _final(text: str) -> float | str | None:
 
 
 def _named(function: RewardFunction, name: str) -> RewardFunction:
-    function.__name__ = name  # logs name a reward function by it
+    function.__name__ = name  # trainers log a reward function under this name
     return function

@@ -1,7 +1,7 @@
-"""A model that grades by a written rubric: the rule-based reward model of the GPT-4 technical report (section 6).
+"""A language model that grades responses by a written rubric: a rule-based reward model (GPT-4 report, section 6).
 
-Its authors let a language model classify a policy's response (refused as wished, refused wrongly, disallowed
-content, ...) by a rubric in the form of multiple choice, and rewarded the classes. Here the rubric is a YAML file::
+In that report a language model classifies a policy's response (refused as wished, refused wrongly, disallowed content,
+...) by a multiple-choice rubric, and each class has a reward. Here the rubric is a YAML file::
 
     instructions: |
       An assistant was asked for something. Did it refuse, and was that right?
@@ -11,13 +11,12 @@ content, ...) by a rubric in the form of multiple choice, and rewarded the class
       C: {description: It refused a harmful request., score: 1.0}
       D: {description: It helped with a harmful request., score: -2.0}
 
-and ``grader = RubricGrader.load("hub-id or folder", "rubric.yaml")`` a reward function. A local model's answer is read
-from its next-token probabilities over the letters, never from free text; a callable (some service's client) gets the
-question as text and its reply must name one letter.
+and ``grader = RubricGrader.load("hub-id or folder", "rubric.yaml")`` makes a reward function. A local model's answer is
+read from its next-token probabilities over the letters, never from free text. A callable (a client of some service)
+gets the question as text, and its reply must name one letter.
 
-Prompt and response are quoted, each line behind ``> ``, and encoded as ordinary text: no control token and no
-imitated heading in them can end the quotation. (That a response may still talk a weak model into a grade, as it may
-a person, no quotation prevents.)
+Prompt and response are quoted, each line after ``> ``, and encoded as ordinary text: no control token and no imitated
+heading in them can end the quotation. (Quotation doesn't stop a response from arguing a weak model into a grade.)
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ log = logging.getLogger("rlhf")
 
 Answer = Literal["expected", "argmax"]
 Answered = tuple[Float[Tensor, "K"], float] | Exception
-"""The probabilities of a question's letters and how much they have together, or what went wrong with it."""
+"""The probabilities of a question's letters (scaled to sum 1) and their sum before scaling, or the exception raised."""
 LETTERS = re.compile("[A-Z]")
-LITTLE = 0.1  # probability of all letters together, below which a model has hardly answered
+LITTLE = 0.1  # below this total probability of the letters, a model has hardly answered
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One class of a rubric, and what a response of that class scores."""
+    """One class of a rubric and the score of a response in that class."""
 
     description: str
     score: float
@@ -63,7 +62,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rubric:
-    """A multiple-choice question about a response: what to judge, and the classes by their capital letter."""
+    """A multiple-choice question about a response: the instructions, and the choices by capital letter."""
 
     instructions: str
     choices: Mapping[str, Choice]
@@ -81,7 +80,7 @@ class Rubric:
 
     @classmethod
     def read(cls, file: str | Path) -> Rubric:
-        """A YAML file with `instructions` and `choices`: letter -> {description, score}. Raises InputError."""
+        """Read a YAML file with `instructions` and `choices`: letter -> {description, score}. Raises InputError."""
         tree, lines = config.read_yaml(file)
         for name in tree:
             if name not in ("instructions", "choices"):
@@ -100,7 +99,7 @@ class Rubric:
             raise InputError(f"{file}: {error}") from None
 
     def question(self, prompt: str | Messages, response: str) -> str:
-        """The whole question about one response, as text."""
+        """Write the whole question about one response."""
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         asked = "\n".join(f"{turn['role']}:\n{_quoted(turn['content'])}" for turn in turns)
         options = "\n".join(f"{letter}. {choice.description}" for letter, choice in self.choices.items())
@@ -113,19 +112,18 @@ class Rubric:
 
 
 class Asks(Protocol):
-    """Answers a rubric's questions: per question the probabilities of its letters (or an exception in its place), and
-    how much probability the letters have together."""
+    """A function that answers a rubric's questions, with one `Answered` per question."""
 
     def __call__(self, questions: Sequence[str], letters: Sequence[str]) -> list[Answered]: ...
 
 
 class RubricGrader:
-    """Scores by a rubric, in trl's reward-function signature.
+    """A reward function (trl's signature) that scores by a rubric.
 
-    answer: "expected" (the mean of the choices' scores under the answer's probabilities) or "argmax" (the most likely
-    choice's). Logs `grader_answer_probability`, how much probability the letters have together (a model that leaves
-    little to them does not understand the question; that is also warned of), and `grader_<letter>`, each choice's mean
-    probability; samples get the likeliest letter as `grader_choice`.
+    answer: "expected" (the mean of the choices' scores under the answer's probabilities) or "argmax" (the score of the
+    most likely choice). Logs `grader_answer_probability`, the total probability of the letters (where it is small, the
+    model does not understand the question, and a warning follows), and `grader_<letter>`, each choice's mean
+    probability. Samples get the most likely letter as `grader_choice`.
     """
 
     def __init__(self, ask: Asks, rubric: Rubric, answer: Answer = "expected", name: str = "grader") -> None:
@@ -148,9 +146,10 @@ class RubricGrader:
         dtype: torch.dtype | None = None,
         tokens_per_microbatch: int = 16384,
     ) -> RubricGrader:
-        """model: a causal language model's folder or hub id, or a callable that answers a text with a text.
+        """Load a grader.
 
-        device: default the accelerator, where there is one. dtype: default float32. Raises InputError.
+        model: a causal language model's folder or hub id, or a callable that takes a text and returns one.
+        device: by default the accelerator, where there is one. dtype: by default float32. Raises InputError.
         """
         rubric = rubric if isinstance(rubric, Rubric) else Rubric.read(rubric)
         if not isinstance(model, str | Path):
@@ -169,7 +168,7 @@ class RubricGrader:
         log_extra: Callable[[str, list[str | None]], None] | None = None,
         **columns: object,
     ) -> list[float | Exception]:
-        """A score per response; where the grader failed on one, the exception in its place."""
+        """Return a score per response, or the exception where the grader failed on it."""
         letters = list(self.rubric.choices)
         values = torch.tensor([choice.score for choice in self.rubric.choices.values()])
         questions = [self.rubric.question(p, response_text(c)) for p, c in zip(prompts, completions, strict=True)]
@@ -202,7 +201,7 @@ class RubricGrader:
 
 
 class LocalModel:
-    """Answers read from a causal model's next-token probabilities after the generation prompt."""
+    """Reads answers from a causal model's next-token probabilities after the generation prompt."""
 
     def __init__(
         self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tokens_per_microbatch: int = 16384
@@ -243,7 +242,7 @@ class LocalModel:
 
 
 class Service:
-    """Answers of a callable that takes a text and returns one; several questions at a time, in threads."""
+    """Gets answers from a callable that takes a text and returns one; asks several questions at a time, in threads."""
 
     def __init__(self, reply: Callable[[str], str], at_once: int = 8) -> None:
         if not callable(reply):
@@ -255,7 +254,7 @@ class Service:
         def one(question: str) -> Answered:
             try:
                 letter = named_letter(self.reply(question), letters)
-            except Exception as error:  # of this row alone; the trainer says what becomes of it
+            except Exception as error:  # fails this row alone; the trainer decides what follows
                 return error
             return torch.tensor([float(letter == other) for other in letters]), 1.0
 
@@ -264,7 +263,8 @@ class Service:
 
 
 def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The tokens that every letter's answer begins with (a SentencePiece space, say), and then each letter's own.
+    """Return the tokens that every letter's answer begins with (say SentencePiece's space), and each letter's own
+    token.
 
     Raises InputError where two letters begin with the same token.
     """
@@ -279,7 +279,7 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: Sequence[str]) ->
 
 
 def named_letter(reply: str, letters: Sequence[str]) -> str:
-    """The letter that a reply names: ``B``, ``(B)``, ``B. It refused``, ``Answer: B``. Raises ValueError."""
+    """Return the letter that a reply names: ``B``, ``(B)``, ``B. It refused``, ``Answer: B``. Raises ValueError."""
     one = f"([{''.join(letters)}])"
     found = re.match(rf"\W*{one}(?:\W*$|[\s\"'*]*[).:,;\-–\n])", reply) or re.search(
         rf"(?i:\banswer(?: is)?)\W*{one}\b(?!\s+\w)", reply
@@ -294,7 +294,8 @@ def _no_answer(together: float) -> ValueError:
 
 
 def _quoted(text: str) -> str:
-    """Every line behind "> ", wherever Unicode ends a line; so nothing in the text can look like what follows it."""
+    """Put "> " before every line, by all of Unicode's line ends, so that no text can imitate the rest of the
+    question."""
     return "\n".join(f"> {line}" for line in text.splitlines() or [""])
 
 

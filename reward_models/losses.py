@@ -1,9 +1,8 @@
 """Losses over ranked responses: tensors in, tensors out, float32 inside.
 
-Responses of several prompts lie in one flat axis ``n``; ``prompts[i]`` says to which prompt response i
-belongs, so prompts may have different numbers of responses. A smaller rank is better, equal ranks are a
-tie, and a tie is no pair. Nor are two responses of the same text, whatever their ranks: ``texts[i]`` numbers
-the different texts of a prompt (default: all differ).
+The responses of several prompts lie on one flat axis ``n``; ``prompts[i]`` is the index of response i's prompt, so
+prompts may have different numbers of responses. A smaller rank is better. A pair is two responses to one prompt whose
+ranks differ and whose texts differ: ``texts[i]`` numbers the different texts of a prompt (default: all differ).
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ def ranking_loss(
     count: Tensor | float | None = None,
     weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Bradley-Terry over rankings: ``-log sigmoid(r_w - r_l)``, mean over a prompt's pairs, then over prompts.
+    """Compute the Bradley-Terry loss ``-log sigmoid(r_w - r_l)``, mean over a prompt's pairs, then over prompts.
 
     With K responses to a prompt and no ties this is InstructGPT's equation 1 (section 3.5), whose factor is
-    1 / C(K, 2); with ties we divide by the pairs that are left, so every prompt weighs the same.
+    1 / C(K, 2). With ties we divide by the number of pairs that remain, so every prompt weighs the same.
 
-    count: the number of prompts to divide by; the trainer passes the number in the whole optimizer step, so
-        that the losses of its micro-batches add up to the loss of the batch. Default: the prompts here that
-        have a pair.
-    weights: what each pair that the response wins counts (a prompt's responses usually share one).
+    count: number of prompts to divide by. The trainer passes the number in the whole optimizer step, so that the
+        losses of its micro-batches add up to the loss of the batch. Default: the prompts here that have a pair.
+    weights: weight of every pair that response i wins (the responses to a prompt usually share one weight).
     """
     better, worse = ranked_pairs(ranks, prompts, texts)
     losses = -logsigmoid(scores.float()[better] - scores.float()[worse])
@@ -46,7 +44,7 @@ def smoothed_ranking_loss(
     count: Tensor | float | None = None,
     weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`ranking_loss` with label smoothing: each pair is taken to be the wrong way round with probability epsilon.
+    """Compute `ranking_loss` with label smoothing: each pair's label is assumed wrong with probability epsilon.
 
     ``-(1 - epsilon) log sigmoid(d) - epsilon log sigmoid(-d)``, d = r_w - r_l; its minimum is at
     d = log((1 - epsilon) / epsilon) instead of infinity (Mitchell, "A note on DPO with noisy preferences", 2023;
@@ -67,9 +65,9 @@ def margin_ranking_loss(
     count: Tensor | float | None = None,
     weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`ranking_loss` where the better response must win by a margin: ``-log sigmoid(r_w - r_l - margin)``.
+    """Compute `ranking_loss` with a margin by which the better response must win: ``-log sigmoid(r_w - r_l - margin)``.
 
-    margins: the margin of each pair that the response wins (a prompt's responses usually share one). Llama 2
+    margins: margin of every pair that response i wins (the responses to a prompt usually share one). Llama 2
     (2307.09288, equation 2) derives it from how much better the labelers found the response.
     """
     better, worse = ranked_pairs(ranks, prompts, texts)
@@ -85,9 +83,10 @@ def centering_penalty(
     count: Tensor | float | None = None,
     weights: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, ""]:
-    """``(r_w + r_l)^2``, mean over a prompt's pairs, then over prompts: added to the loss with a small coefficient
-    (0.01) it keeps scores around 0, which Bradley-Terry leaves free, for every prompt (Eisenstein et al.
-    2312.09244, section 2; trl's `center_rewards_coefficient`). Arguments as in `ranking_loss`.
+    """Compute ``(r_w + r_l)^2``, mean over a prompt's pairs, then over prompts. Arguments as in `ranking_loss`.
+
+    Bradley-Terry leaves the level of each prompt's scores free. Added to the loss with a small coefficient (0.01), this
+    keeps them around 0 (Eisenstein et al. 2312.09244, section 2; trl's `center_rewards_coefficient`).
     """
     better, worse = ranked_pairs(ranks, prompts, texts)
     squares = (scores.float()[better] + scores.float()[worse]) ** 2
@@ -100,8 +99,8 @@ def pair_outcomes(
     prompts: Int[Tensor, " n"] | None = None,
     texts: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " pairs"]:
-    """One number per pair, in the order of `ranked_pairs`: 1 where the scores agree with the ranks, 0 where they
-    contradict them, 0.5 where the two scores are equal (a coin would be right half the time)."""
+    """Return one number per pair, in the order of `ranked_pairs`: 1 where the scores agree with the ranks, 0 where they
+    contradict them, 0.5 where the two scores are equal."""
     better, worse = ranked_pairs(ranks, prompts, texts)
     return (torch.sign(scores.float()[better] - scores.float()[worse]) + 1) / 2
 
@@ -111,7 +110,7 @@ def ranked_pairs(
     prompts: Int[Tensor, " n"] | None = None,
     texts: Int[Tensor, " n"] | None = None,
 ) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """Indices (better, worse) of every pair of responses to the same prompt whose ranks and texts differ."""
+    """Return indices (better, worse) of every pair of responses to the same prompt whose ranks and texts differ."""
     wins: Bool[Tensor, "n n"] = ranks[:, None] < ranks[None, :]
     if prompts is not None:
         wins = wins & (prompts[:, None] == prompts[None, :])
@@ -124,9 +123,9 @@ def ranked_pairs(
 def mean_over_prompts(
     values: Float[Tensor, " pairs"], prompts: Int[Tensor, " pairs"], count: Tensor | float | None = None
 ) -> Float[Tensor, ""]:
-    """Mean over each prompt's pairs, summed over the prompts and divided by `count` (default: prompts seen).
+    """Average over each prompt's pairs, sum over the prompts, divide by `count` (default: prompts with a pair).
 
-    Without a pair the result is 0 and still carries a gradient (of zero)."""
+    Without a pair the result is 0 and still has a gradient, of 0."""
     _, index, pairs = prompts.unique(return_inverse=True, return_counts=True)
     divisor = max(len(pairs), 1) if count is None else count
     return (values / pairs.to(values.dtype)[index]).sum() / divisor

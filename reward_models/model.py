@@ -1,4 +1,4 @@
-"""The reward model to train: a head on its trunk, room for the tokenizer's tokens, an adapter if asked for."""
+"""Make the reward model to train: add a scalar head, rows for the tokenizer's tokens, and an adapter if wanted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prepare_model(
     config: RewardConfig,
     peft_config: LoraConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Make the model to train. Dropout is off, but for that of a LoRA adapter's own."""
+    """Make the model to train. All dropout is off except a LoRA adapter's own."""
     adapter = copy.deepcopy(peft_config) or lora_config(
         config.lora_rank,
         config.lora_alpha,
@@ -57,7 +57,7 @@ def prepare_model(
 
 
 def _grow_vocabulary(scalar: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[int]:
-    """Make room for the tokenizer's tokens; the ids that are new."""
+    """Add embeddings for tokens that the model has none for; return their ids."""
     rows = cast(nn.Embedding, scalar.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > rows:
         with torch.random.fork_rng():
@@ -67,14 +67,14 @@ def _grow_vocabulary(scalar: PreTrainedModel | PeftModel, tokenizer: PreTrainedT
 
 
 def _new_adapter(scalar: PreTrainedModel, adapter: LoraConfig, new_tokens: list[int], seed: int) -> PeftModel:
-    """A new adapter that also trains, and saves, the head and the embeddings of new tokens."""
+    """Add a new adapter that also trains and saves the head and the embeddings of new tokens."""
     if not scalar.name_or_path:
         raise InputError("LoRA needs a base that can be loaded again: save the model and pass its folder")
     adapter.task_type = TaskType.SEQ_CLS
     heads = encoders.new_modules(scalar) if encoders.is_encoder(scalar.config) else ["score"]
     adapter.modules_to_save = sorted({*heads, *(adapter.modules_to_save or [])})
     if encoders.is_encoder(scalar.config) and adapter.exclude_modules is None:
-        adapter.exclude_modules = rf".*\.?({'|'.join(heads)})(\..*)?"  # trained whole, with all their layers
+        adapter.exclude_modules = rf".*\.?({'|'.join(heads)})(\..*)?"  # trained in full, without an adapter
     if new_tokens and adapter.trainable_token_indices is None:
         adapter.trainable_token_indices = new_tokens
     return with_adapter(scalar, adapter, seed)

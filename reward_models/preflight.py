@@ -1,4 +1,4 @@
-"""Preflight checks of a reward model before its training, on a few of the run's rankings."""
+"""Preflight checks of a reward model before training, on a few of the run's rankings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from rlhf.preflight.run import Checked, conclude, run_checks, untouched
 
 
 class CheckedTrainer(Checked, Protocol):
-    """What the checks look at of a `RewardTrainer`."""
+    """The parts of a `RewardTrainer` that the checks read."""
 
     config: RewardConfig
 
@@ -45,7 +45,7 @@ class CheckedTrainer(Checked, Protocol):
 
 
 def check_pairs(data: Dataset) -> Finding:
-    """Chosen and rejected are different token sequences."""
+    """Check that chosen and rejected differ as token sequences."""
     rows = [data[i] for i in range(min(512, len(data)))]
     same = sum(row["chosen_ids"] == row["rejected_ids"] for row in rows)
     return Finding(
@@ -59,7 +59,8 @@ def check_pairs(data: Dataset) -> Finding:
 
 @torch.no_grad()
 def check_scores(trainer: CheckedTrainer) -> Finding:
-    """Scores are finite, and those of training are those of scoring: both read the last real position."""
+    """Check that scores are finite and that training and scoring give the same ones: both read the last real
+    position."""
     batch = _batch(trainer, _rows(trainer))
     trained, scored = _train_scores(trainer, batch), _plain_scores(trainer, batch)
     apart = gap(trained, scored)
@@ -74,7 +75,7 @@ def check_scores(trainer: CheckedTrainer) -> Finding:
 
 @torch.no_grad()
 def check_score_padding(trainer: CheckedTrainer) -> Finding:
-    """Scores of a ranking's responses, alone and beside a much longer ranking."""
+    """Check that the scores of a ranking's responses don't change beside a much longer ranking."""
     rows = _rows(trainer)
     alone = _train_scores(trainer, _batch(trainer, rows[:1]))
     lengths = max(len(rows[0]["chosen_ids"]), len(rows[0]["rejected_ids"]))
@@ -92,14 +93,14 @@ def check_score_padding(trainer: CheckedTrainer) -> Finding:
 
 
 def check_score_gradients(trainer: CheckedTrainer) -> Finding:
-    """Every trainable tensor gets a gradient, the scalar head (which must be trainable) one that is not 0."""
+    """Check that every trainable tensor gets a gradient and that the scalar head's (it must be trainable) is not 0."""
     head = score_head(trainer.model)
     if not any(p.requires_grad for p in head.parameters()):
         return Finding(
             "gradients",
             "the scalar head is frozen",
             False,
-            "an adapter trains, and saves, the head only when told so",
+            "an adapter trains and saves the head only where its config names it",
             "peft_config needs task_type='SEQ_CLS' or modules_to_save=['score']",
         )
     if trainer.accelerator.distributed_type in SHARDED:
@@ -111,7 +112,7 @@ def check_score_gradients(trainer: CheckedTrainer) -> Finding:
 
 @torch.no_grad()
 def check_saved(trainer: CheckedTrainer) -> Finding:
-    """Saved to a temporary folder and loaded again, model and head give the same scores."""
+    """Check that the model, saved to a temporary folder and loaded again, gives the same scores."""
     model = trainer.model
     written = sum(p.numel() for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config"))
     if written > SAVED or sum(p.numel() for p in model.parameters()) > COPIED:
@@ -121,7 +122,7 @@ def check_saved(trainer: CheckedTrainer) -> Finding:
     if not trainer.accelerator.is_main_process:
         return Finding("reload", "measured by the main process", True)
     batch = _batch(trainer, _rows(trainer)[:2])
-    torch.seed()  # what a load has to invent for want of weights is then never the same twice
+    torch.seed()  # weights missing in the folder are drawn anew at load: give them other values than before
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
@@ -134,7 +135,8 @@ def _exact(trainer: CheckedTrainer) -> bool:
 
 
 def _rows(trainer: CheckedTrainer) -> list[EncodedRanking]:
-    """Three rankings, shortest first; the last is the longest of at most 128 tokens (or of the shortest few)."""
+    """Return three rankings, shortest first: the last is the longest of at most 128 tokens, or of the three
+    shortest."""
     data = trainer.train_dataset
     rows = sorted((data[i] for i in range(min(64, len(data)))), key=lambda row: len(row["chosen_ids"]))
     fitting = [row for row in rows if len(row["chosen_ids"]) <= 128]
@@ -160,7 +162,7 @@ def _plain_scores(
 
 
 def check_reward_model(trainer: CheckedTrainer) -> list[Finding]:
-    """Check a run before its first step; raises InputError with every failure, or returns what was found.
+    """Check a run before its first step; return the findings, or raise InputError with every failure.
 
     Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
     """
@@ -169,7 +171,7 @@ def check_reward_model(trainer: CheckedTrainer) -> list[Finding]:
 
 
 def reward_model_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
-    """What is found of texts, then of the model on a few rankings."""
+    """Yield the findings on texts, then those on the model, measured on a few rankings."""
     model, tokenizer = trainer.model, trainer.processing_class
     yield run_checks(
         ("vocabulary", lambda: on_text.check_vocabulary(tokenizer, embedding_rows(model))),

@@ -1,4 +1,4 @@
-"""Rules about a response's form and content: each a small record that scores, and `Rules`, their weighted sum.
+"""Rules about a response's form and content, each a small record that scores, and `Rules`, their weighted sum.
 
 ::
 
@@ -11,10 +11,10 @@
         "answer": (1.0, ExactAnswer("answer", inside=r"<answer>(.*?)</answer>")),
     })
 
-A rule says 1 where it is kept and 0 where it is broken (`Length`: something between), or None where it has nothing to
-say of a response; a penalty is a negative weight. All have trl's reward-function signature and may also be used alone.
-White space around a response never counts. Python cannot interrupt a regular expression, so no time-out helps against
-one that takes for ever: avoid nested repetitions such as ``(a+)+``.
+A rule scores 1 where it is kept, 0 where it is broken (`Length`: also values between) and None where it does not apply;
+a penalty is a negative weight. All have trl's reward-function signature and may also be used alone. White space around
+a response never counts. Python cannot interrupt a regular expression, so no time-out helps against one that runs for
+ever: avoid nested repetitions such as ``(a+)+``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Rule = Callable[..., Sequence[float | None]]
 
 @dataclass(frozen=True)
 class Format:
-    """1 where the whole response matches `pattern` (a regular expression; ``.`` also matches a line break), else 0."""
+    """Scores 1 where the whole response matches the regular expression `pattern`, else 0; ``.`` matches line breaks."""
 
     pattern: str
 
@@ -51,7 +51,8 @@ class Format:
 
 @dataclass(frozen=True)
 class Found:
-    """1 where `pattern` (a regular expression; ``.`` also matches a line break) matches somewhere in the response."""
+    """Scores 1 where the regular expression `pattern` matches somewhere in the response, else 0; ``.`` matches line
+    breaks."""
 
     pattern: str
 
@@ -65,8 +66,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Length:
-    """1 from `low` to `high` words (or characters); outside, ``(1 + cos(pi * d / fall_off)) / 2`` at a distance d:
-    smooth at both ends, 1/2 at half of `fall_off` and 0 from `fall_off` on."""
+    """Scores 1 from `low` to `high` words (or characters), and ``(1 + cos(pi * d / fall_off)) / 2`` at a distance d
+    outside: smooth at both ends, 1/2 at half of `fall_off`, 0 from `fall_off` on."""
 
     low: int
     high: int
@@ -92,10 +93,9 @@ class Length:
 
 @dataclass(frozen=True)
 class Forbidden:
-    """0 where one of the regular expressions `patterns` matches somewhere in the response, else 1.
+    """Scores 0 where one of the regular expressions `patterns` matches somewhere in the response, else 1.
 
-    Upper and lower case are the same, and so are Unicode's wide, small or stylised letters (NFKC); invisible
-    characters inside a word don't hide it.
+    Ignores case, Unicode's wide, small or stylised forms of a letter (NFKC), and invisible characters in a word.
     """
 
     patterns: Sequence[str]
@@ -114,11 +114,11 @@ class Forbidden:
 
 @dataclass(frozen=True)
 class ExactAnswer:
-    """1 where the response is the answer in the dataset's `column`, else 0; None where that column is empty.
+    """Scores 1 where the response is the answer in the dataset's `column`, else 0; None where that column is empty.
 
-    The column holds a text or a number, or a list of them, each as good. Compared are numbers by value (``1,200``
-    is ``1200.0``), other texts without case, outer punctuation and runs of white space. inside: a regular expression
-    whose first group holds the answer (its last match counts); without one, the whole response is the answer.
+    The column holds a text or a number, or a list of equally right ones. Numbers are compared by value (``1,200`` is
+    ``1200.0``), other texts without case, outer punctuation and runs of white space. inside: a regular expression whose
+    first group holds the answer (its last match counts); without it, the whole response is the answer.
     """
 
     column: str = "answer"
@@ -147,7 +147,7 @@ class ExactAnswer:
 
 @dataclass(frozen=True)
 class JsonSchema:
-    """1 where the whole response is one JSON value that `schema` (JSON Schema) allows, else 0.
+    """Scores 1 where the whole response is one JSON value that `schema` (JSON Schema) allows, else 0.
 
     Needs the package jsonschema. A schema is never fetched from the network: a ``$ref`` to an address is refused.
     """
@@ -186,9 +186,9 @@ class JsonSchema:
 class Rules:
     """The weighted sum of several rules (or any reward functions), each part logged on its own.
 
-    parts: name -> (weight, rule). With ``log_metric`` and ``log_extra`` from the trainer (ours or trl's), the mean of
-    every part, before its weight, appears in the metrics as ``score/<name>``, and every response's in samples. A part
-    that says None of a response leaves its sum; where all do, the score is None.
+    parts: name -> (weight, rule). With ``log_metric`` and ``log_extra`` from the trainer (ours or trl's), every part is
+    logged before its weight as ``score/<name>``: its mean in the metrics, its score of each response in the samples. A
+    part that scores a response None is left out of that response's sum; where all do, the score is None.
     """
 
     parts: Mapping[str, tuple[float, Rule]]
@@ -225,13 +225,14 @@ class Rules:
                 if score is None:
                     continue
                 if log_metric is not None:
-                    log_metric(f"score/{name}", score)  # row by row: a mean over all processes' responses
+                    log_metric(f"score/{name}", score)  # row by row: the mean is over all processes' responses
                 sums[row] = (sums[row] or 0.0) + weight * score
         return sums
 
 
 def normalised(text: str) -> str | Decimal:
-    """A text as `ExactAnswer` compares it: a number's value, else without case, outer punctuation, extra space."""
+    """Return a text as `ExactAnswer` compares it: a number's value, else without case, outer punctuation, extra
+    space."""
     text = " ".join(unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-").split())
     number = text.rstrip(".!? ").lstrip("$€£").strip()
     if _NUMBER.fullmatch(number):
@@ -247,12 +248,12 @@ def _text(completion: str | Messages) -> str:
 
 
 def _plain(text: str) -> str:
-    """Compatibility letters as plain ones, and no characters that are invisible (Unicode's category Cf)."""
+    """Replace compatibility letters by plain ones and drop invisible characters (Unicode's category Cf)."""
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
 
 
 def _compiled(rule: str, pattern: str) -> re.Pattern[str]:
-    """Python keeps the last few hundred compiled patterns, so calling this again costs next to nothing."""
+    """Compile a pattern. A repeated call is cheap, since Python caches the last few hundred compiled patterns."""
     try:
         return re.compile(pattern, re.DOTALL | (re.IGNORECASE if rule == "Forbidden" else 0))
     except (re.error, TypeError) as error:

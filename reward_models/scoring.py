@@ -1,8 +1,7 @@
 """A trained reward model as a score function: messages in, scores out.
 
-`RewardModel` brings its own tokenizer, so it scores the responses of any policy, whatever that policy's
-vocabulary. An object of it has trl's reward-function signature and goes into PPOTrainer or trl's GRPOTrainer
-as it is.
+`RewardModel` has its own tokenizer, so it scores the responses of any policy, whatever that policy's vocabulary. It has
+trl's reward-function signature: pass it to PPOTrainer or trl's GRPOTrainer as it is.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ STAGES = ("reward_model", "judge")
 
 
 class RewardModel:
-    """Scores of whole responses by a trained reward model, normalised as its folder says.
+    """A trained reward model that scores whole responses, normalised by the normaliser in its folder.
 
-    Scores are float32 and belong to a conversation alone: which others share its micro-batch changes them by
-    rounding only (below 1e-5 in float32). An encoder reads so many tokens and no more (BERT: 512): of a longer
-    conversation it reads the end, which is told once.
+    Scores are float32 and depend on the conversation alone: the other conversations in a micro-batch change them by
+    rounding only (below 1e-5 in float32). An encoder reads a limited number of tokens (BERT: 512); of a longer
+    conversation it reads the end, with one warning.
     """
 
     def __init__(
@@ -54,10 +53,10 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.normalizer = normalizer or ScoreNormalizer()
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.folder: str | None = None  # where `load` found it
-        self._told = False
+        self.folder: str | None = None  # the path that `load` read
+        self._warned = False
         self._limit = encoders.position_limit(model) if encoders.is_encoder(model.config) else None
-        self.__name__ = name  # trl names a reward function's columns in the log by this
+        self.__name__ = name  # trl logs a reward function under this name
 
     @classmethod
     def load(
@@ -67,10 +66,10 @@ class RewardModel:
         dtype: torch.dtype | None = None,
         tokens_per_microbatch: int = 16384,
     ) -> RewardModel:
-        """The reward model of a folder (full weights or a LoRA adapter) or hub id.
+        """Load the reward model of a folder (full weights or a LoRA adapter) or hub id.
 
-        device: default the accelerator, where there is one.
-        dtype: default float32. bfloat16 halves the memory and moves scores by about a percent of their spread.
+        device: by default the accelerator, where there is one.
+        dtype: by default float32. bfloat16 halves the memory and moves scores by about a percent of their spread.
         tokens_per_microbatch: padded tokens per forward; a memory setting.
 
         Raises InputError where the folder holds no reward model, no tokenizer, or another stage's output.
@@ -86,17 +85,17 @@ class RewardModel:
         return scorer
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
-        """Normalised scores, in trl's reward-function signature. A plain-text prompt is one user turn."""
+        """Return normalised scores. A plain-text prompt is one user turn."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
         return self.score([conversation(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
 
     def score(self, conversations: Sequence[Messages]) -> Float[Tensor, " B"]:
-        """Normalised scores of conversations that end with an assistant turn, on the CPU in float32."""
+        """Return normalised scores of conversations that end with an assistant turn, on the CPU in float32."""
         return self.normalizer(self.raw_scores(conversations))
 
     def raw_scores(self, conversations: Sequence[Messages]) -> Float[Tensor, " B"]:
-        """What the scalar head says, before the normaliser."""
+        """Return the scalar head's outputs, before the normaliser."""
         sequences = []
         for number, messages in enumerate(conversations, start=1):
             if not messages or messages[-1]["role"] != "assistant":
@@ -108,19 +107,19 @@ class RewardModel:
         )
 
     def _fitting(self, sequences: list[list[int]]) -> list[list[int]]:
-        """The sequences, shortened to what an encoder has positions for."""
+        """Shorten the sequences to the positions that an encoder has."""
         longest = max(map(len, sequences), default=0)
         if self._limit is None or longest <= self._limit:
             return sequences
-        if not self._told:
+        if not self._warned:
             text = "%s reads %d tokens: of longer conversations (this one has %d) it reads the end"
             logger.warning(text, self.__name__, self._limit, longest)
-        self._told = True
+        self._warned = True
         return [encoders.shortened(ids, self._limit) for ids in sequences]
 
 
 def _check_stage(folder: Path) -> None:
-    """Refuse a folder whose manifest says that another stage wrote it."""
+    """Raise InputError for a folder whose manifest names another stage."""
     if (folder / "manifest.json").is_file():
         stage = stages.Manifest.read(folder).stage
         if stage not in STAGES:
@@ -134,9 +133,9 @@ def _check_stage(folder: Path) -> None:
 def score_sequences(
     model: PreTrainedModel | PeftModel, sequences: Sequence[Sequence[int]], pad_id: int, tokens_per_microbatch: int
 ) -> Float[Tensor, " B"]:
-    """Raw scores of token sequences, in their order, on the CPU in float32.
+    """Return raw scores of token sequences, in their order, on the CPU in float32.
 
-    Sequences of like length share a micro-batch, so little is computed on padding."""
+    Sequences of similar length share a micro-batch, so little is computed on padding."""
     scores = torch.empty(len(sequences), dtype=torch.float32)
     device = next(model.parameters()).device
     for indices in length_batches([len(ids) for ids in sequences], tokens_per_microbatch):
@@ -146,7 +145,8 @@ def score_sequences(
 
 
 def length_batches(lengths: Sequence[int], tokens_per_microbatch: int) -> Iterator[list[int]]:
-    """Indices in micro-batches of at most that many padded tokens, longest first; a longer one goes alone."""
+    """Yield indices in micro-batches of at most that many padded tokens, longest first; a longer row is one by
+    itself."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_microbatch:

@@ -1,4 +1,5 @@
-"""Requests that wait for one thread that scores: first come, first served, joined while they fit one forward."""
+"""A queue of requests before the one thread that scores: first come, first served, joined while they fit one
+forward."""
 
 from __future__ import annotations
 
@@ -20,20 +21,20 @@ Scorer = Callable[[list[Messages]], Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """What a scoring server takes on."""
+    """Limits of a scoring server."""
 
     max_queue: int = 256
-    """Requests taken on at a time (being read, waiting, being scored); one more is answered 503."""
+    """Requests in the server at a time (being read, waiting or being scored); a further one gets status 503."""
     max_conversations: int = 1024
     """Conversations in one request."""
     max_body_bytes: int = 16 * 1024 * 1024
-    """Size of one request; max_queue times as much memory may be needed."""
+    """Bytes in one request; the server may need max_queue times as much memory."""
     max_body_seconds: float = 30.0
-    """How long a client may take to send its request."""
+    """Seconds that a client may take to send its request."""
     max_batch_tokens: int = 16384
-    """Padded tokens per forward: a memory setting, and the longest conversation."""
+    """Padded tokens per forward (a memory setting), and so the length of the longest conversation."""
     join_requests: bool = True
-    """Score requests of several clients in one forward; false: a score never depends on other requests, by no bit."""
+    """Score requests of several clients in one forward; false: other requests don't change a score by a single bit."""
 
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_conversations", "max_body_bytes", "max_batch_tokens"):
@@ -44,7 +45,7 @@ class ServerConfig:
 
 
 class Refused(Exception):
-    """An answer other than 200: its status and one line."""
+    """An answer other than status 200: its status and one line of text."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(short(message, 500))
@@ -52,7 +53,7 @@ class Refused(Exception):
 
 
 class _Job:
-    """One request on its way through the thread."""
+    """One request that waits for the scoring thread."""
 
     def __init__(self, conversations: list[Messages]) -> None:
         self.conversations = conversations
@@ -61,7 +62,7 @@ class _Job:
 
 
 class ScoringQueue:
-    """Requests, first come first served, in batches for one thread. All else runs on the event loop."""
+    """Requests, first come, first served, in batches for one thread. Everything else runs on the event loop."""
 
     def __init__(self, scorer: Scorer, count_tokens: Callable[[Messages], int], config: ServerConfig) -> None:
         self._scorer, self._count_tokens, self._config = scorer, count_tokens, config
@@ -71,12 +72,12 @@ class ScoringQueue:
 
     @property
     def waiting(self) -> int:
-        """Requests that have been read and are waiting or being scored."""
+        """Number of requests that have been read and are waiting or being scored."""
         return len(self._waiting)
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """A place among `max_queue`, before a byte of the request is read. Raises Refused (503)."""
+    def slot(self) -> Iterator[None]:
+        """Hold one of the `max_queue` slots, taken before a byte of the request is read. Raises Refused (503)."""
         if self.taken >= self._config.max_queue:
             raise Refused(503, f"the queue is full ({self._config.max_queue} requests); try again")
         self.taken += 1
@@ -86,7 +87,7 @@ class ScoringQueue:
             self.taken -= 1
 
     async def score(self, conversations: list[Messages]) -> list[float]:
-        """Scores, when it is their turn. Cancelled while it waits, it costs the model nothing."""
+        """Wait for the conversations' scores. A call that is cancelled while it waits is never scored."""
         if not conversations:
             return []
         job = _Job(conversations)
@@ -95,11 +96,11 @@ class ScoringQueue:
         return await job.scores
 
     async def work(self) -> None:
-        """Until cancelled: take what fits one forward, score it, answer."""
+        """Score what fits one forward, again and again, until cancelled."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, thread_name_prefix="scoring") as thread:
             while True:
-                self._waiting = [job for job in self._waiting if not job.scores.done()]  # less those that hung up
+                self._waiting = [job for job in self._waiting if not job.scores.done()]  # drop hung-up clients' jobs
                 if not self._waiting:
                     self._news.clear()
                     await self._news.wait()
@@ -119,7 +120,7 @@ class ScoringQueue:
                         job.scores.set_result(result)
 
     def _take(self, jobs: list[_Job]) -> tuple[list[_Job], dict[_Job, Refused]]:
-        """The first jobs that fit one forward together (the first one always), and those that cannot be scored."""
+        """Return the first jobs that fit one forward together (at least one), and the refusals of invalid ones."""
         batch: list[_Job] = []
         refused: dict[_Job, Refused] = {}
         rows = longest = 0
@@ -142,7 +143,7 @@ class ScoringQueue:
                 tokens = self._count_tokens(messages)
             except Refused as error:
                 raise Refused(error.status, f"conversation {number}: {error}") from error
-            except Exception as error:  # nothing but this client's text was looked at
+            except Exception as error:  # only this client's text can be the cause
                 raise Refused(400, f"conversation {number} cannot be encoded: {error}") from error
             if tokens > most:
                 raise Refused(413, f"conversation {number}: {tokens} tokens; this server takes {most}")
@@ -150,7 +151,7 @@ class ScoringQueue:
         return lengths
 
     def _score(self, batch: list[_Job]) -> list[list[float] | Refused]:
-        """Of every job its scores, or why there are none. One job's failure is not another's."""
+        """Return the scores of each job, or why there are none. A job that fails does not fail the others."""
         conversations = [messages for job in batch for messages in job.conversations]
         try:
             scores = [float(score) for score in self._scorer(conversations)]

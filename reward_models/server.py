@@ -1,15 +1,15 @@
-"""A trained reward model behind HTTP: many clients, one model, one thread that scores.
+"""A trained reward model over HTTP: many clients, one model, one thread that scores.
 
     POST /score   {"conversations": [[{"role": ..., "content": ...}, ...], ...]}, or trl's
                   {"prompts": [...], "completions": [...]}  ->  {"scores": [...]}
     GET /health   {"status": "ok", "model": ..., "queue": ...}, without the token
 
-Every refusal is `{"error": "one line"}`. Scores are float32 written so that they read back to the same bits.
+Every refusal is `{"error": "one line"}`. Scores are float32, written so that they read back to the same bits.
 
-A request is never split, and is joined with others only while all of them fit one forward of `max_batch_tokens`
-padded tokens. A request scored by itself gets the bits that `RewardModel.score` gives to the same list in one
-process. Where it was joined, matrix products of another shape round differently (below 1e-5 in float32): for scores
-that never depend on who else is asking, start the server with `--join_requests false`.
+A request is never split. It is joined with others only while all of them fit one forward of `max_batch_tokens` padded
+tokens. A request scored by itself gets the same bits as a local `RewardModel.score` of its list. In a joined request,
+matrix products have another shape and round differently (below 1e-5 in float32). To make scores independent of other
+requests, start the server with `--join_requests false`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ __all__ = ["Refused", "ServerConfig", "create_app", "read_request", "token_count
 
 
 def token_counter(model: RewardModel) -> Callable[[Messages], int]:
-    """Make the function that counts a conversation's tokens. It raises Refused where the model's positions do not reach
-    so far (on a GPU it would break down for good), and InputError where its template does not take the roles."""
+    """Make the function that counts a conversation's tokens.
+
+    It raises Refused for more tokens than the model has positions (on a GPU, a forward of such a conversation would
+    break the process for good), and InputError where the chat template refuses the roles.
+    """
     from rlhf.preflight.measure import max_positions
 
     window = max_positions(model.model)
@@ -106,7 +109,7 @@ def _messages(value: object, where: str, ends: bool = False) -> Messages:
 
 
 async def _body(request: Request, config: ServerConfig) -> bytes:
-    """The request's bytes, as long as they are few enough and come soon enough. Raises Refused."""
+    """Read the request's body. Raises Refused where it is too large (413) or too slow (408)."""
     too_large = Refused(413, f"the body has more than {config.max_body_bytes} bytes; send fewer conversations")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length[:20]) > config.max_body_bytes:
@@ -124,7 +127,7 @@ async def _body(request: Request, config: ServerConfig) -> bytes:
 
 
 async def _unless_gone(request: Request, queue: ScoringQueue, conversations: list[Messages]) -> list[float]:
-    """The scores; where the client hangs up before, its work is dropped. Raises Refused."""
+    """Wait for the scores, and drop the work if the client hangs up. Raises Refused."""
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -154,9 +157,9 @@ def create_app(
 ) -> FastAPI:
     """Make the FastAPI application. Raises InputError where FastAPI is not installed.
 
-    scorer: conversations to finite scores, `RewardModel(...).score` for one; only one thread calls it.
-    count_tokens: a conversation's length, for the batches; an error of its is an error of that conversation (400).
-    name: shown by /health. token: what clients must send as `Authorization: Bearer ...`; None lets everybody in.
+    scorer: function from conversations to finite scores, such as `RewardModel(...).score`; only one thread calls it.
+    count_tokens: function that returns a conversation's length; an exception of it refuses that conversation (400).
+    name: shown by /health. token: what clients must send as `Authorization: Bearer ...`; None: no token is needed.
     """
     try:
         from fastapi import FastAPI
@@ -193,7 +196,7 @@ def create_app(
     async def score(request: Request) -> JSONResponse:
         if token is not None and not _holds(request.headers.get("authorization", ""), token):
             raise Refused(401, "send the token: Authorization: Bearer TOKEN")
-        with queue.place():
+        with queue.slot():
             body = await _body(request, config)
             conversations = await asyncio.to_thread(read_request, body, config.max_conversations)
             return JSONResponse({"scores": await _unless_gone(request, queue, conversations)})
@@ -210,6 +213,6 @@ def create_app(
 
 
 def _holds(header: str, token: str) -> bool:
-    """Compared in a time that tells nothing of how much was right."""
+    """Check the token in a time that doesn't depend on how much of it is right."""
     scheme, _, sent = header.partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), token.encode())

@@ -1,7 +1,7 @@
-"""Training a reward model on rankings: `RewardConfig` and `RewardTrainer`, on trl's.
+"""`RewardTrainer`: train a reward model on rankings, on top of trl's trainer.
 
-trl's trainer compares pairs and averages their accuracy over batches. Ours takes K ranked responses per
-prompt, scores each once, and learns from all their pairs (InstructGPT, section 3.5).
+trl's trainer compares pairs and averages their accuracy over batches. Ours takes K ranked responses per prompt, scores
+each once, and learns from all their pairs (InstructGPT, section 3.5).
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ class RewardTrainer(trl.RewardTrainer):
     model: a folder or hub id of an SFT model (its backbone gets a new head; an adapter folder is continued) or of an
         encoder (BERT and its kind, with its family's own head), a model object of either (its weights are copied), or
         a reward model object (trained further, in place).
-    normalizer_dataset: demonstrations (whatever `rlhf.read_demonstrations` takes) on whose responses scores get mean
-        0 and spread 1, as in InstructGPT; default: the training responses.
-    train_dataset, eval_dataset: whatever `rlhf.read_rankings` takes: a path, hub id, datasets.Dataset or list.
+    normalizer_dataset: demonstrations (any source that `rlhf.read_demonstrations` reads) on whose responses the scores
+        get mean 0 and standard deviation 1, as in InstructGPT; default: the training responses.
+    train_dataset, eval_dataset: any source that `rlhf.read_rankings` reads: a path, hub id, datasets.Dataset or list.
     processing_class: the tokenizer; default: the model folder's.
     peft_config: a LoraConfig, instead of `args.lora_rank`.
 
-    `evaluate()` counts every pair once, over all batches and processes. With `args.keep_best` training ends with
-    the weights of the lowest held-out loss (`best` says which). After training, the mean and spread of the scores
-    of `args.normalizer_samples` responses become `normalizer`, which `save_model` writes
-    beside the model: reference responses then score 0 on average (InstructGPT, section 3.5) with unit variance
-    (Ziegler et al. 2019), and a KL coefficient keeps its meaning from one reward model to the next.
+    `evaluate()` counts every pair once, over all batches and processes. With `args.keep_best` training ends with the
+    weights of the lowest held-out loss (`best` holds their step). After training, the mean and standard deviation of
+    the scores of `args.normalizer_samples` responses become `normalizer`, which `save_model` writes beside the model:
+    reference responses then score 0 on average (InstructGPT, section 3.5) with unit variance (Ziegler et al. 2019), and
+    a KL coefficient means the same with every reward model.
     """
 
     loss_is_scaled_for_ga = True  # we divide by the prompts of the whole optimizer step ourselves
@@ -110,7 +110,7 @@ class RewardTrainer(trl.RewardTrainer):
         self.config = config
         self._tokenizer = tokenizer
         self.normalizer = ScoreNormalizer()
-        self.best: Best | None = None  # which step's weights `keep_best` took
+        self.best: Best | None = None  # set by `keep_best`
         self._normalized_on = None if normalizer_dataset is None else read_demonstrations(normalizer_dataset)
         self._seen: list[Tensor] = []  # outcomes, margins and pairs of the micro-batches since the last log
         super().__init__(
@@ -132,13 +132,14 @@ class RewardTrainer(trl.RewardTrainer):
             self.add_callback(self._keeper)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
-        """One optimizer step's micro-batches, and the number of prompts in them over all processes."""
+        """Return one optimizer step's micro-batches and the number of prompts in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(len(batch["row"]) for batch in batches)
         if batches:
             last = batches[-1]
             real = distributed.real_rows(self.accelerator, len(last["row"]))
-            last["ranks"] = torch.where(last["prompts"] < real, last["ranks"], 0.0)  # a repeated prompt: all ties
+            # Equal ranks: a prompt that is repeated to fill the batch has no pair.
+            last["ranks"] = torch.where(last["prompts"] < real, last["ranks"], 0.0)
             count -= len(last["row"]) - real
         prompts = torch.tensor(float(count), device=device)
         return batches, self.accelerator.reduce(prompts, reduction="sum")
@@ -150,12 +151,12 @@ class RewardTrainer(trl.RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Compute this micro-batch's share of the optimizer step's loss: its prompts' mean losses over the step's
-        prompts."""
+        """Compute this micro-batch's share of the optimizer step's loss: the sum of its prompts' mean losses, divided
+        by the number of prompts in the step."""
         scores = self.scores(model, inputs)
         loss = self.loss(scores, inputs, num_items_in_batch)
         if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # their gradients get averaged, and are to be added
+            loss = loss * self.accelerator.num_processes  # undo DDP's averaging: gradients are to be added
         if model.training:
             if not bool(loss.isfinite()):
                 raise RunStopped(self._broken(scores, inputs, loss.item()))
@@ -164,7 +165,8 @@ class RewardTrainer(trl.RewardTrainer):
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def _broken(self, scores: Float[Tensor, " n"], inputs: RankingBatch, loss: float) -> str:
-        """One line: which response's score made the loss no number."""
+        """Write the error, one line, for a loss that is NaN or infinite: it names the response whose score caused
+        it."""
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         where = "though every score is finite"
         if bad:
@@ -177,10 +179,10 @@ class RewardTrainer(trl.RewardTrainer):
         )
 
     def scores(self, model: nn.Module, inputs: RankingBatch) -> Float[Tensor, " n"]:
-        """Raw scores [n] of a batch's responses, in float32, read at each one's last real position.
+        """Return raw scores [n] of a batch's responses, in float32, read at each one's last real position.
 
-        The model is called from outside, through whatever accelerate wrapped it in (DDP, FSDP, autocast); a hook
-        takes what its head says of every position, since the model's own pooling would search for a pad id.
+        The model is called through accelerate's wrapper (DDP, FSDP, autocast). A hook takes the head's outputs at every
+        position, since the model's own pooling would search for a pad id.
         """
         mask, own = inputs["attention_mask"], cast(PreTrainedModel, self.model)
         if encoders.is_encoder(own.config):
@@ -197,7 +199,7 @@ class RewardTrainer(trl.RewardTrainer):
     def loss(
         self, scores: Float[Tensor, " n"], inputs: RankingBatch, count: Tensor | float | None = None
     ) -> Float[Tensor, ""]:
-        """The loss of a batch's prompts, divided by `count` prompts; override it to learn by another."""
+        """Compute the loss of a batch's prompts, divided by `count` prompts. Override it for a loss of your own."""
         ranks, coefficient = inputs["ranks"], self.config.center_rewards_coefficient
         where = (inputs["prompts"], inputs["texts"], count, inputs.get("weights"))
         if "margins" in inputs:
@@ -214,8 +216,8 @@ class RewardTrainer(trl.RewardTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, take the best weights (`keep_best`), then measure the normaliser; `resume_from_checkpoint=True` goes
-        on from the newest complete checkpoint, if there is one."""
+        """Train, take the best weights (`keep_best`), then measure the normaliser; `resume_from_checkpoint=True`
+        resumes from the newest complete checkpoint, if there is one."""
         folder = resume_point(self.accelerator, self.config.output_dir, resume_from_checkpoint, self._settings)
         if folder is None:
             check_reward_model(self)
@@ -228,7 +230,7 @@ class RewardTrainer(trl.RewardTrainer):
         return output
 
     def _take_best(self) -> None:
-        """Load the weights of the lowest held-out loss; those of the last step take part."""
+        """Load the weights of the lowest held-out loss, after evaluating those of the last step too."""
         self.accelerator.wait_for_everyone()  # the main process may still be writing
         measured = any(log["step"] == self.state.global_step and "eval_loss" in log for log in self.state.log_history)
         if not measured or self._keeper.read() is None:
@@ -240,8 +242,8 @@ class RewardTrainer(trl.RewardTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`eval_loss` (mean over prompts), `eval_accuracy` and `eval_margin` (means over all pairs), `eval_pairs`,
-        `eval_prompts`: on the eval_dataset, or on held-out rankings in whatever form `read_rankings` takes."""
+        """Return `eval_loss` (mean over prompts), `eval_accuracy` and `eval_margin` (means over all pairs),
+        `eval_pairs` and `eval_prompts`, on the trainer's eval_dataset or on any source that `read_rankings` reads."""
         encoded = isinstance(eval_dataset, Dataset) and "chosen_ids" in eval_dataset.column_names
         if eval_dataset is not None and not encoded:
             rankings = _sample(read_rankings(eval_dataset), self.config)
@@ -254,7 +256,7 @@ class RewardTrainer(trl.RewardTrainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Every prompt once, whatever the batches and processes: distributed samplers repeat rows to fill up."""
+        """Evaluate every prompt exactly once, though distributed samplers repeat rows to fill their last batches."""
         model = self.model_wrapped
         model.eval()
         mine: list[tuple[int, list[float]]] = []
@@ -277,7 +279,7 @@ class RewardTrainer(trl.RewardTrainer):
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(prompts))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `accuracy` and `margin` over every pair trained on since the last log."""
+        """Log, adding `accuracy` and `margin` over every pair trained on since the last log."""
         if "loss" in logs and self._seen:
             right, margin, pairs = self.accelerator.reduce(torch.stack(self._seen).sum(0), "sum").tolist()
             logs |= {"accuracy": right / pairs, "margin": margin / pairs}
@@ -288,13 +290,13 @@ class RewardTrainer(trl.RewardTrainer):
         super().log(logs, start_time)
 
     def fit_normalizer(self) -> ScoreNormalizer:
-        """Measure mean and (population) standard deviation of raw scores on a sample of responses: of training, or of
-        `normalizer_dataset`."""
+        """Measure mean and (population) standard deviation of raw scores on a sample of responses, from training or
+        from `normalizer_dataset`."""
         count = self.config.normalizer_samples
         if count:
             sequences = self._sampled_responses(count, np.random.default_rng(self.config.seed))
             scalar = cast(PreTrainedModel, self.model).eval()
-            with self.accelerator.autocast():  # the precision that it trained in, and that PPO will score in
+            with self.accelerator.autocast():  # same precision as in training and in PPO's scoring
                 scores = score_sequences(scalar, sequences, chat.pad_id(self._tokenizer), 16384).double()
             self.normalizer = ScoreNormalizer(scores.mean().item(), scores.std(correction=0).item(), len(scores))
         return self.normalizer
@@ -325,18 +327,18 @@ class RewardTrainer(trl.RewardTrainer):
         return plot(self.state.log_history, names)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: trl's card would describe trl's loss."""
+        """Do nothing: trl's card would describe trl's loss."""
 
 
 def _compared(scores: Float[Tensor, " n"], inputs: RankingBatch) -> tuple[Tensor, Tensor]:
-    """Of every pair: 1, 0.5 or 0 (right, equal, wrong), and the better response's score less the worse one's."""
+    """Return, per pair, 1, 0.5 or 0 (right, equal, wrong) and the better response's score minus the worse one's."""
     better, worse = losses.ranked_pairs(inputs["ranks"], inputs["prompts"], inputs["texts"])
     outcomes = losses.pair_outcomes(scores, inputs["ranks"], inputs["prompts"], inputs["texts"])
     return outcomes, scores[better] - scores[worse]
 
 
 def _sample(rankings: list[Ranking], config: RewardConfig) -> list[Ranking]:
-    """At most `max_eval_prompts` rankings, drawn with the seed, in their order."""
+    """Return at most `max_eval_prompts` rankings, drawn with the seed, in their order."""
     if not 0 < config.max_eval_prompts < len(rankings):
         return rankings
     order = np.random.default_rng(config.seed).permutation(len(rankings))

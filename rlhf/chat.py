@@ -1,20 +1,20 @@
-"""Conversations to token ids: ChatML or the model's own template, safe against injected control tokens.
+"""Encode conversations as token ids, by ChatML or the model's own template, safe against injected control tokens.
 
-The template is rendered once per sequence of roles with sentinels in place of the contents. What stands between
-the sentinels is the template's own text and is encoded with its control tokens; the contents are encoded as
-ordinary text, so a message that contains ``<|im_start|>`` (or any added token's string) can't end a turn or
-forge a role. That also makes it fast: a row costs the encoding of its contents.
+The template is rendered once per sequence of roles, with sentinels instead of the contents. The text between the
+sentinels is the template's own and is encoded with its control tokens. The contents are encoded as ordinary text, so a
+message that contains ``<|im_start|>`` (or any added token's string) can't end a turn or forge a role. This is also
+fast: a row costs only the encoding of its contents.
 
-What follows from it, each on purpose:
+Intended consequences:
 
 * ``encode_conversation(tok, prompt + [assistant]) == encode_prompt(tok, prompt) + encode_response(tok, text)``,
-  always. The last assistant turn stands behind the generation prompt, whatever the template would write for a
-  finished turn (Qwen3 adds an empty ``<think>`` block there). White space that the template writes between the
-  generation prompt and the content (Mistral's space) belongs to the response, and so do spaces at the end of the
-  generation prompt: tokenizers join them to the next word.
-* A conversation ends at its last end-of-turn token; what the template appends after it is dropped.
-* Where the template strips contents (Llama-3), so do we. Template logic that looks into a content (Qwen3 removes
-  old ``<think>`` blocks) doesn't run: contents are data.
+  always. The last assistant turn follows the generation prompt, whatever the template would write for a finished turn
+  (Qwen3 adds an empty ``<think>`` block there). White space that the template writes between the generation prompt and
+  the content (Mistral's space) belongs to the response, and so do spaces at the end of the generation prompt:
+  tokenizers join them to the next word.
+* A conversation ends at its last end-of-turn token; anything that the template appends after it is dropped.
+* Where the template strips contents (Llama-3), so do we. Template logic that reads a content (Qwen3 removes old
+  ``<think>`` blocks) doesn't run: contents are data.
 * A template that writes today's date writes the date of its first use in the process.
 * A template whose role markers are ordinary text (Zephyr's ``<|user|>``) can be imitated by ordinary text; its
   control tokens (``</s>``) can't.
@@ -54,13 +54,13 @@ _SENTINEL = re.compile(f"({_EDGE}?){_OPEN}(\\d+){_CLOSE}({_EDGE}?)")
 
 @dataclass(frozen=True)
 class _Slot:
-    """A message's place in a rendered template."""
+    """A gap in a rendered template that a message's content fills."""
 
-    index: int
+    index: int  # of the message
     strip_left: bool
     strip_right: bool
-    lead: str  # white space that the template writes before the content, encoded with it as a whole text would be
-    left: str = ""  # the character before that; "" behind a control token
+    lead: str  # white space that the template writes before the content; encoded together with it
+    left: str = ""  # the character before `lead`; "" after a control token
 
     def text(self, content: str) -> str:
         if self.strip_left:
@@ -81,12 +81,12 @@ class _Skeleton:
 
 @dataclass
 class _Chat:
-    """What is known of one tokenizer and its template."""
+    """The analysis of one tokenizer and its template."""
 
     fingerprint: tuple
-    plain: Any  # the backend with every control token switched off, or None for a tokenizer without one
-    control: frozenset[int]  # never in an encoded content
-    anchored: bool  # a text begins with a token of its own (SentencePiece's space): encode contents in context
+    plain: Any  # the backend with every control token switched off, or None for a tokenizer without a backend
+    control: frozenset[int]  # ids that are never in an encoded content
+    anchored: bool  # the start of a text adds a token (SentencePiece's space), so contents are encoded in context
     response: _Slot = field(init=False)
     tail: list[int] = field(init=False)  # from the end of the content to the end-of-turn token
     skeletons: dict[tuple, _Skeleton] = field(default_factory=dict)
@@ -96,12 +96,12 @@ _CHATS: WeakKeyDictionary[Any, _Chat] = WeakKeyDictionary()
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """The prompt's ids, ending with the generation prompt. Raises InputError where the template refuses it."""
+    """Encode a prompt, ending with the generation prompt. Raises InputError where the template refuses its roles."""
     return _fill(tokenizer, messages)[0]
 
 
 def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A response's ids: `text` as ordinary text, then the end-of-turn token."""
+    """Encode a response: `text` as ordinary text, then the end-of-turn token."""
     chat = _chat(tokenizer)
     return _encode_content(tokenizer, chat, chat.response, text) + chat.tail
 
@@ -109,7 +109,7 @@ def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_conversation(
     tokenizer: Tokenizer, messages: Messages, trained_from: int = 0
 ) -> tuple[list[int], list[bool]]:
-    """Ids and mask of a conversation that ends with an assistant turn.
+    """Encode a conversation that ends with an assistant turn; return its ids and mask.
 
     The mask is True on the contents and end-of-turn tokens of assistant turns whose index in `messages` is at
     least `trained_from`. (In a template that writes no control token after an assistant turn, only the last turn
@@ -128,12 +128,12 @@ def encode_conversation(
 
 
 def decode_response(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """A response's text: what stands before the first stop token. Other control tokens stay visible."""
+    """Decode a response up to its first stop token. Other control tokens stay visible."""
     chat = _chat(tokenizer)
     ids = [int(i) for i in ids]
     stops = set(stop_ids(tokenizer))
     cut = next((n for n, i in enumerate(ids) if i in stops), len(ids))
-    if ids[: cut + 1][-len(chat.tail) :] == chat.tail:  # what the template writes before its end of turn
+    if ids[: cut + 1][-len(chat.tail) :] == chat.tail:  # the template's own text before its end of turn
         cut -= len(chat.tail) - 1
     anchor = _encode_text(tokenizer, chat, chat.response.left) if chat.anchored else []
     text = _decode(tokenizer, anchor + ids[:cut])[len(_decode(tokenizer, anchor)) :]
@@ -141,24 +141,25 @@ def decode_response(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def end_of_turn_id(tokenizer: Tokenizer) -> int:
-    """The first control token that the template writes after an assistant's content; eos where it writes none."""
+    """Return the first control token that the template writes after an assistant's content; eos where it writes
+    none."""
     return _chat(tokenizer).tail[-1]
 
 
 def stop_ids(tokenizer: Tokenizer, generation_config_eos: int | list[int] | None = None) -> tuple[int, ...]:
-    """The ids that end a response: end of turn, eos, and those of the model's generation config if given."""
+    """Return the ids that end a response: end of turn, eos, and those of the model's generation config if given."""
     ids = [end_of_turn_id(tokenizer), tokenizer.eos_token_id]
     ids += [generation_config_eos] if isinstance(generation_config_eos, int) else list(generation_config_eos or [])
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
-    """The padding id; end of turn where the tokenizer has none. Masks never depend on it."""
+    """Return the padding id, or the end of turn where the tokenizer has none. Masks never depend on it."""
     return end_of_turn_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def template_hash(tokenizer: Tokenizer) -> str:
-    """Sixteen hex digits of the template's text: two models may share rollouts only where it agrees."""
+    """Return sixteen hex digits of the template's hash: two models may share rollouts only where it is equal."""
     return hashlib.sha256(_template(tokenizer).encode()).hexdigest()[:16]
 
 
@@ -195,7 +196,7 @@ def _template(tokenizer: Tokenizer) -> str:
 
 
 def _chat(tokenizer: Tokenizer) -> _Chat:
-    """The analysis of this tokenizer, made once and again when its template, eos or vocabulary changes."""
+    """Return the analysis of this tokenizer, made once and renewed when its template, eos or vocabulary changes."""
     fingerprint = (
         tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else _template(tokenizer),
         tokenizer.eos_token_id,
@@ -231,7 +232,7 @@ def _analyse(tokenizer: Tokenizer, fingerprint: tuple) -> _Chat:
 
 
 def _plain_backend(tokenizer: Tokenizer, control: set[int]) -> Any:
-    """A copy of the fast tokenizer to which every control token is ordinary text."""
+    """Copy the fast tokenizer such that every control token is ordinary text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -247,7 +248,7 @@ def _plain_backend(tokenizer: Tokenizer, control: set[int]) -> Any:
 
 
 def _encode_content(tokenizer: Tokenizer, chat: _Chat, slot: _Slot, content: str) -> list[int]:
-    """A message's content as it would be encoded in the middle of the rendered text, less any control token."""
+    """Encode a message's content as in the middle of the rendered text, without control tokens."""
     text = slot.text(content)
     if chat.anchored and slot.left:
         anchor = _encode_text(tokenizer, chat, slot.left)
@@ -258,7 +259,7 @@ def _encode_content(tokenizer: Tokenizer, chat: _Chat, slot: _Slot, content: str
 
 
 def _encode_text(tokenizer: Tokenizer, chat: _Chat, text: str) -> list[int]:
-    """Ordinary text to ids, none of which is a control token's."""
+    """Encode ordinary text; no id is a control token's."""
     if chat.plain is not None:
         ids = chat.plain.encode(text, add_special_tokens=False).ids
     else:
@@ -269,7 +270,7 @@ def _encode_text(tokenizer: Tokenizer, chat: _Chat, text: str) -> list[int]:
 
 
 def _encode_broken(tokenizer: Tokenizer, chat: _Chat, text: str) -> list[int]:
-    """For vocabularies that hold a control token's string as a word, too: break the string in two, or leave it out."""
+    """Encode a text in two parts that break a control token's string, for vocabularies that have it as a word, too."""
     names = sorted((tokenizer.added_tokens_decoder[i].content for i in chat.control), key=len, reverse=True)
     name = next(name for name in [*names, ""] if name in text)
     left, _, right = text.partition(name) if name else (text, "", "")
@@ -285,7 +286,7 @@ def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def _fill(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """A prompt's ids and, per slot, (message index, start, end incl. its end-of-turn token)."""
+    """Encode a prompt; return its ids and, per slot, (message index, start, end incl. its end-of-turn token)."""
     chat = _chat(tokenizer)
     skeleton = _render(tokenizer, chat, tuple(m["role"] for m in messages), generation_prompt=True)
     ids = list(skeleton.pieces[0])
@@ -333,7 +334,7 @@ def _render_anew(tokenizer: Tokenizer, chat: _Chat, roles: tuple[str, ...], gene
 
 
 def _encode_piece(tokenizer: Tokenizer, chat: _Chat, text: str, first: bool) -> list[int]:
-    """A template's own text to ids, control tokens included."""
+    """Encode a template's own text, control tokens included."""
     anchor = "a" if chat.anchored and not first else ""
 
     def encode(text: str) -> list[int]:

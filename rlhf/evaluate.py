@@ -1,7 +1,7 @@
-"""How good is a policy: win rates with intervals, best-of-n, score against KL.
+"""Evaluate policies: win rates with intervals, best-of-n, score against KL.
 
-What policies wrote on the same prompts (``PolicySamples``) is judged by functions of trl's reward signature and
-compared. Nothing here runs a model: whoever calls hands in an engine (prompts in, responses out) and log-probs.
+Responses of several policies to the same prompts (``PolicySamples``) are judged by functions of trl's reward signature
+and compared. Nothing here runs a model: the caller passes an engine (prompts in, responses out) and log-probs.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ __all__ = [
 Entry = dict[str, Any]
 """Numbers and texts by name, as a JSON object."""
 
-# ------------------------------------------------------------------------------------- what policies wrote
+# --------------------------------------------------------------------------------------------------- samples
 
 
 @dataclass(frozen=True)
 class PolicySamples:
-    """What one policy wrote: ``n`` responses to each prompt, a prompt's responses next to each other.
+    """One policy's responses, ``n`` to each prompt, with the responses to a prompt next to each other.
 
-    Every tuple below ``prompts`` has ``len(prompts) * n`` entries; what was not measured is None.
+    Every tuple below ``prompts`` has ``len(prompts) * n`` entries, or is None where it was not measured.
     """
 
     prompts: tuple[Prompt, ...]
@@ -77,7 +77,7 @@ class PolicySamples:
         return [prompt for prompt in self.prompts for _ in range(self.n)]
 
     def by_prompt(self, values: Sequence[float]) -> np.ndarray:
-        """``[P * n]`` -> ``[P, n]``."""
+        """Reshape ``[P * n]`` values to ``[P, n]``."""
         return np.asarray(values, dtype=np.float64).reshape(len(self.prompts), self.n)
 
 
@@ -91,7 +91,7 @@ def sample_policy(
     temperature: float = 1.0,
     n: int = 1,
 ) -> PolicySamples:
-    """Let a policy, behind a rollout engine, answer every prompt ``n`` times."""
+    """Sample ``n`` responses to every prompt from an engine."""
     prompt_ids = [encode_prompt(tokenizer, prompt.messages) for prompt in prompts for _ in range(n)]
     answers = engine.generate(prompt_ids, max_new_tokens, temperature, generator)
     if not len(answers.ids) == len(answers.stopped) == len(prompt_ids):
@@ -106,10 +106,10 @@ def sample_policy(
 
 
 def judge_samples(samples: PolicySamples, judge: RewardFunction) -> tuple[float, ...]:
-    """Scores of every response by a function of trl's signature, called as PPO calls its reward functions.
+    """Score every response by a function of trl's signature, called as PPO calls its reward functions.
 
-    Raises InputError when it returns the wrong number of scores, or None, NaN or infinity: a mean over the prompts
-    that a judge happened to judge would compare policies on different prompts.
+    Raises InputError when it returns the wrong number of scores, or None, NaN or infinity: with scores missing,
+    policies would be compared on different prompts.
     """
     ids = [list(row) for row in samples.ids]
     scores, _ = score_responses([judge], [1.0], samples.repeated_prompts, samples.responses, ids)
@@ -117,7 +117,7 @@ def judge_samples(samples: PolicySamples, judge: RewardFunction) -> tuple[float,
 
 
 def choose_best(samples: PolicySamples) -> PolicySamples:
-    """Best-of-n by ``scores``: the same record with one response a prompt, all that was measured on it kept."""
+    """Choose the best of n by ``scores``: return the record with one response per prompt and its measurements."""
     if samples.scores is None:
         raise ValueError("choose_best needs samples with scores; score them first")
     rows = np.arange(len(samples.prompts)) * samples.n + best_of_n(samples.by_prompt(samples.scores))
@@ -136,7 +136,7 @@ def choose_best(samples: PolicySamples) -> PolicySamples:
 
 @dataclass(frozen=True)
 class JudgeCard:
-    """Who decides the win rates, and how often it is right on held-out pairs."""
+    """The judge that decides the win rates, and its accuracy on held-out pairs."""
 
     kind: Literal["gold", "reward_model"]
     name: str
@@ -163,7 +163,7 @@ def _verdicts(samples: PolicySamples, kind: str) -> np.ndarray:
 
 
 def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, Entry]:
-    """Means by family; ``n`` counts prompts. Empty when the prompts carry no ``family`` column."""
+    """Compute means by family; ``n`` counts prompts. Empty when the prompts have no ``family`` column."""
     members: dict[str, list[int]] = {}
     for index, prompt in enumerate(samples.prompts):
         if prompt.columns.get("family") is not None:
@@ -182,7 +182,7 @@ def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, Entry
 
 
 def summarize(samples: PolicySamples, won: np.ndarray | None = None) -> Entry:
-    """One policy's entry in ``summary["evaluation"]``, win rates apart."""
+    """Make one policy's entry in ``summary["evaluation"]``, without win rates."""
     entry: Entry = {
         "prompts": len(samples.prompts),
         "score": _average(samples.scores),
@@ -213,12 +213,12 @@ def compare(
     candidates: PolicySamples | None = None,
     seed: int = 0,
 ) -> Entry:
-    """``summary["evaluation"]``: each policy's means, and how often it beats SFT on the same prompts.
+    """Make ``summary["evaluation"]``: each policy's means, and how often it beats SFT on the same prompts.
 
-    ``policies`` maps names to samples (``{"ppo": ...}``). ``candidates`` are n > 1 fresh SFT samples a prompt with
-    scores: the entry ``best_of_n`` judges the ones that those scores pick, its ``kl_nats`` is the analytic bound, and
-    every policy is held against it too. Win rates go by the gold scores (judge kind "gold") or by the unseen reward
-    model's (``judge_scores``); ties count half; intervals redraw prompts.
+    ``policies`` maps names to samples (``{"ppo": ...}``). ``candidates`` are n > 1 fresh SFT samples per prompt with
+    scores: the entry ``best_of_n`` is about those with the highest scores, its ``kl_nats`` is the analytic bound, and
+    every policy is compared with it too. Win rates use the gold scores (judge kind "gold") or ``judge_scores``, those
+    of a reward model that PPO never saw; ties count half; intervals redraw prompts.
     """
     entrants, best = dict(policies), None
     if candidates is not None:
@@ -244,7 +244,7 @@ def compare(
 
 
 def side_by_side(policies: Mapping[str, PolicySamples], limit: int | None = None) -> list[Entry]:
-    """Rows of ``evaluation/samples.jsonl``: the prompt, and each policy's (first) response and score."""
+    """Make the rows of ``evaluation/samples.jsonl``: the prompt, and each policy's (first) response and score."""
     first = next(iter(policies.values()))
     rows = []
     for index, prompt in enumerate(first.prompts[:limit]):

@@ -12,7 +12,7 @@ Scores = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 
 
 class Estimate(NamedTuple):
-    """A number and the interval around it."""
+    """A number and its interval."""
 
     value: float
     low: float
@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
 
 
 def mean(values: np.ndarray) -> float:
-    """Mean over the first axis: the default ``statistic`` of a bootstrap."""
+    """Compute the mean: the default ``statistic`` of a bootstrap."""
     return float(values.mean())
 
 
@@ -35,11 +35,11 @@ def bootstrap_interval(
     samples: int = 2000,
     statistic: Callable[[np.ndarray], float] = mean,
 ) -> Estimate:
-    """Percentile bootstrap over prompts (Efron 1979).
+    """Compute a percentile bootstrap interval over prompts (Efron 1979).
 
-    ``values [P, ...]`` holds one row per prompt, whatever belongs to that prompt: prompts are drawn, not responses,
-    because responses to one prompt are not independent. The interval runs between the (1 - level) / 2 quantiles of
-    ``statistic`` on ``samples`` redrawn sets. Raises ValueError on no values, or on NaN or infinity.
+    ``values [P, ...]`` has one row per prompt, with everything of that prompt: prompts are redrawn, not responses,
+    since responses to one prompt are not independent. The interval runs from the (1 - level) / 2 to the (1 + level) / 2
+    quantile of ``statistic`` on ``samples`` redrawn sets. Raises ValueError on no values, or on NaN or infinity.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
@@ -53,9 +53,10 @@ def bootstrap_interval(
 
 
 def wins(scores_a: Scores, scores_b: Scores) -> np.ndarray:
-    """Per prompt, how often A's response beats B's; a tie counts half -> ``[P]`` in [0, 1].
+    """Return per prompt how often A's response beats B's, a tie counting half: ``[P]`` in [0, 1].
 
-    Scores are ``[P]``, or ``[P, N]`` for several responses a prompt: then every response of A meets every one of B.
+    Scores are ``[P]``, or ``[P, N]`` for several responses per prompt: every response of A is compared with every
+    response of B.
     """
     a, b = (np.asarray(scores, dtype=np.float64) for scores in (scores_a, scores_b))
     if len(a) != len(b):
@@ -67,15 +68,15 @@ def wins(scores_a: Scores, scores_b: Scores) -> np.ndarray:
 
 
 def win_rate(scores_a: Scores, scores_b: Scores, seed: int = 0) -> Estimate:
-    """Share of prompts on which A beats B, ties half, with a bootstrap interval over prompts."""
+    """Compute the share of prompts on which A beats B, ties counting half, with a bootstrap interval over prompts."""
     return bootstrap_interval(wins(scores_a, scores_b), seed)
 
 
 def clustered_accuracy(correct: Sequence[float], prompt_keys: Sequence[Hashable], seed: int = 0) -> Estimate:
-    """Share of right answers over all pairs, with an interval that redraws prompts.
+    """Compute the share of right answers over all pairs, with an interval that redraws prompts.
 
-    Pairs made of the same prompt's responses rise and fall together; redrawing pairs would give an interval that is
-    too narrow. ``correct`` is 1, 0, or 0.5 for a tie.
+    Pairs of the same prompt's responses are not independent, so redrawing pairs would give too narrow an interval.
+    ``correct`` is 1, 0, or 0.5 for a tie.
     """
     totals: dict[Hashable, list[float]] = {}
     for right, key in zip(correct, prompt_keys, strict=True):
@@ -87,7 +88,7 @@ def clustered_accuracy(correct: Sequence[float], prompt_keys: Sequence[Hashable]
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n from the policy it samples, in nats: ln n - (n - 1) / n (Stiennon et al. 2020, appendix G.3).
+    """Return the KL of best-of-n from its policy, in nats: ln n - (n - 1) / n (Stiennon et al. 2020, appendix G.3).
 
     Exact when no two responses tie; an upper bound otherwise (Beirami et al. 2024).
     """
@@ -97,7 +98,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 def best_of_n(scores: np.ndarray) -> np.ndarray:
-    """Which of N responses best-of-n picks: ``scores [P, N]`` -> indices ``[P]``; the first of equals."""
+    """Return the indices ``[P]`` of the responses with the highest of ``scores [P, N]``, the first of equals."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or not np.isfinite(scores).all():
         raise ValueError(f"best_of_n needs finite scores [prompts, n], got shape {scores.shape}")
@@ -105,7 +106,7 @@ def best_of_n(scores: np.ndarray) -> np.ndarray:
 
 
 def score_length_correlation(scores: Sequence[float], lengths: Sequence[int]) -> float | None:
-    """Pearson correlation of score with response length; None where one of them does not vary."""
+    """Compute the Pearson correlation of score with response length; None where one of them does not vary."""
     x, y = np.asarray(scores, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
     x, y = x - x.mean(), y - y.mean()
     norm = math.sqrt(float((x * x).sum() * (y * y).sum()))

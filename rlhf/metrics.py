@@ -1,7 +1,7 @@
-"""Every metric once: its name, unit, meaning, healthy range, and what to do when it leaves that range.
+"""Every metric: its name, unit, meaning, healthy range, and what to do when it leaves that range.
 
-Ranges are where well-behaved runs were seen (Stiennon et al. 2020; Ouyang et al. 2022; 2403.17031); outside
-them, look before trusting the run.
+The ranges are those of runs that went well (Stiennon et al. 2020; Ouyang et al. 2022; 2403.17031). Inspect a run that
+leaves them before you trust it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf.errors import InputError, short
 
 @dataclass(frozen=True)
 class Metric:
-    """One number that a run logs. A bound of None means that any value may be healthy on that side."""
+    """One number that a run logs. A bound of None means that the range is open on that side."""
 
     name: str
     unit: str
@@ -29,23 +29,23 @@ class Metric:
     healthy_high: float | None = None
     advice: str = ""
     patience: int = 3
-    """Logged lines in a row outside the range before it is an alarm: single ones are noise."""
+    """Consecutive logged lines outside the range that raise an alarm: a single one may be noise."""
 
 
 _PPO = (
     Metric("score", "score", "mean score of the responses, as the reward model or function gives it"),
     Metric(
         "score_std", "score", "spread of the scores over the rollout", 1e-6, None,
-        "all responses score the same, so there is nothing to learn: is the score function constant, or has "
-        "the policy collapsed to one response?",
+        "all responses score the same, so there is nothing to learn: the score function is constant, or the policy "
+        "has collapsed to one response; read samples.jsonl",
     ),
     Metric(
         "kl_nats", "nats per response", "mean over responses of the summed log(policy / reference)",
         -0.5, 50.0,
-        "below 0: sampling and scoring use different distributions (temperature, top-k, templates); far above: "
-        "the policy has left the text that the reward model can judge, raise kl_coef or stop earlier",
+        "below 0: sampling and scoring use different distributions (temperature, top-k, templates); above: the policy "
+        "writes text that the reward model cannot judge, raise kl_coef or stop earlier",
     ),
-    Metric("objective", "score", "processed score (normalised, missing-stop rule) minus kl_coef * kl_nats"),
+    Metric("objective", "score", "score (after normalisation and the missing-stop rule) minus kl_coef * kl_nats"),
     Metric(
         "entropy_nats", "nats per token", "mean entropy of the next-token distribution", 0.05, None,
         "the policy has almost stopped exploring: raise kl_coef, lower learning_rate or inner_epochs",
@@ -57,8 +57,7 @@ _PPO = (
     Metric(
         "value_clip_fraction", "share of tokens", "tokens where the clipped value error was the larger one",
         None, 0.5,
-        "the value model wants to move faster than clip_value allows: raise clip_value, or warm it up "
-        "(value_warmup_updates)",
+        "clip_value holds the value model back: raise it, or warm the value model up (value_warmup_updates)",
     ),
     Metric(
         "approx_kl_nats", "nats per token", "mean k3 estimate of KL(policy before || after) within an update",
@@ -66,7 +65,7 @@ _PPO = (
     ),
     Metric(
         "explained_variance", "share", "1 - var(returns - values) / var(returns)", 0.0, None,
-        "the value model predicts worse than a constant: raise value_learning_rate, warm it up "
+        "the value model predicts worse than a constant: raise value_learning_rate, warm the value model up "
         "(value_warmup_updates), and start it from the reward model",
     ),
     Metric("policy_loss", "advantage", "clipped surrogate loss, mean over tokens"),
@@ -83,7 +82,7 @@ _PPO = (
     Metric("kl_coef", "score per nat", "weight of the KL penalty in the reward"),
     Metric(
         "response_tokens", "tokens", "mean length of a response, its stop token included", 2.0, None,
-        "responses are all but empty: look at samples.jsonl; is the stop token the right one?",
+        "responses are almost empty: read samples.jsonl, and check that the stop token is the right one",
     ),
     Metric(
         "eos_rate", "share of responses", "responses that stopped by themselves", 0.9, None,
@@ -91,7 +90,8 @@ _PPO = (
     ),
     Metric(
         "ratio_max", "ratio", "largest ratio of new to old probability of a token in an update", None, 10.0,
-        "single tokens move very far: lower learning_rate; in bf16, is the old pass computed as the new one?",
+        "single tokens move very far: lower learning_rate; in bf16, check that old and new log-probs are computed in "
+        "the same way",
     ),
     Metric(
         "step0_ratio_error", "ratio", "largest |ratio - 1| at an update's first optimizer step", None, 0.1,
@@ -101,12 +101,11 @@ _PPO = (
     Metric(
         "score_length_correlation", "correlation", "Pearson correlation of score and response length",
         -0.7, 0.7,
-        "score and length are nearly the same curve: the reward model may pay for length; compare win rates "
-        "at equal length",
+        "score follows length closely: the reward model may reward length; compare win rates at equal length",
     ),
     Metric(
-        "importance_weight", "ratio", "mean of the weights that correct for an engine that samples from slightly other "
-        "probabilities than the trainer computes: min(trainer / engine, importance_cap)",
+        "importance_weight", "ratio", "mean of the weights min(trainer / engine, importance_cap), which correct for an "
+        "engine whose probabilities differ slightly from the trainer's",
         0.9, 1.1, "the engine samples from another distribution (its weights, temperature or stop ids): see "
         "engine_kl_nats",
     ),
@@ -116,14 +115,14 @@ _PPO = (
     ),
     Metric(
         "engine_kl_nats", "nats per token", "mean k3 estimate of KL(engine || trainer) on the same tokens", None, 0.05,
-        "the engine does not sample from the policy: are its weights the current ones, its precision and temperature "
-        "the trainer's, and does it report log-probabilities at the temperature?",
+        "the engine does not sample from the policy: check that its weights are current, that its precision and "
+        "temperature are the trainer's, and that it reports log-probabilities at that temperature",
     ),
     Metric(
         "dropped_responses", "responses", "left out of the update because scoring them failed "
         "(on_score_failure=drop)", None, 0.0,
-        "scoring fails again and again, and what fails is never penalised: read the warnings in the log, repair the "
-        "reward function",
+        "scoring fails again and again, and a response that makes it fail is never penalised: read the warnings in the "
+        "log, repair the reward function",
     ),
     Metric("optimizer_steps", "steps", "optimizer steps of the update; fewer where stop_approx_kl_nats ended it"),
     Metric("step_seconds", "seconds", "wall-clock time of an update"),
@@ -152,8 +151,8 @@ _SUPERVISED = (
     Metric(
         "eval_accuracy", "share of pairs", "held-out pairs whose better response scores higher, ties half",
         0.55, 0.95,
-        "low: no better than chance, so PPO would climb noise (more pairs, cleaner labels, another trunk); very "
-        "high: do pairs leak between the splits, or does length alone tell them apart?",
+        "low: close to chance, so PPO would climb noise (use more pairs, cleaner labels or another trunk); very high: "
+        "check that no pairs leak between the splits and that length alone does not separate them",
     ),
     Metric("margin", "score", "mean score difference of better and worse response"),
     Metric("eval_margin", "score", "the same on held-out pairs"),
@@ -174,7 +173,7 @@ _LEFT_OUT = ("total_flos", "_runtime", "_samples_per_second", "_steps_per_second
 
 
 def check(name: str, value: float) -> str | None:
-    """What to do about a value outside its metric's healthy range; None when nothing is wrong."""
+    """Return what to do about a value outside its metric's healthy range; None when it is inside."""
     if not math.isfinite(value):
         return f"{name} is {value}: training has diverged; lower the learning rate and look for broken data"
     metric = METRICS.get(name)
@@ -188,13 +187,13 @@ def check(name: str, value: float) -> str | None:
 
 
 class Watch:
-    """Advises on metrics that leave their healthy range, once per departure. Feed it every logged line in turn."""
+    """A monitor that advises on metrics when they leave their healthy range. Pass it every logged line in turn."""
 
     def __init__(self) -> None:
         self._outside: dict[str, int] = {}
 
     def see(self, row: Mapping[str, float]) -> list[str]:
-        """Advice on every metric that has now been out of its range for its `patience` of lines in a row."""
+        """Return advice on every metric whose `patience` of consecutive lines out of its range is reached now."""
         found = []
         for name, value in row.items():
             advice = check(name, value)
@@ -208,7 +207,7 @@ class Watch:
 
 
 def left_healthy_range(rows: Sequence[Mapping[str, float]], tail: int = 5) -> list[str]:
-    """Advice on every metric whose mean over the last ``tail`` lines that have it is out of range."""
+    """Return advice on every metric whose mean over the last ``tail`` lines that have it is out of range."""
     values: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
@@ -224,9 +223,9 @@ def left_healthy_range(rows: Sequence[Mapping[str, float]], tail: int = 5) -> li
 
 
 def from_logs(logs: Mapping[str, Any]) -> dict[str, float]:
-    """What trainers of transformers and trl log, under our names and without their timings and closing line."""
+    """Convert a log line of transformers' and trl's trainers to our names, without timings and the closing line."""
     numbers: dict[str, float] = {}
-    if "train_runtime" in logs:  # the mean over the whole run, which is no step's
+    if "train_runtime" in logs:  # the closing line: means over the whole run
         return numbers
     for name, value in logs.items():
         if isinstance(value, int | float) and not any(name.endswith(end) for end in _LEFT_OUT):
@@ -238,14 +237,14 @@ def from_logs(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def append_metrics(path: str | Path, step: int, numbers: Mapping[str, float]) -> None:
-    """Add a line ``{"step": ., "<metric>": .}``; a number that is none (NaN, infinity) becomes null."""
+    """Add a line ``{"step": ., "<metric>": .}``; NaN and infinity become null."""
     row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, **row}) + "\n")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; null comes back as NaN, a last line cut by a killed run is dropped."""
+    """Read the lines of a metrics.jsonl; null becomes NaN, and a last line that a killed run cut is dropped."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -265,7 +264,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 def truncate(path: str | Path, step: int) -> None:
-    """Make metrics.jsonl end at ``step``, where a run goes on; at step 0 it becomes empty."""
+    """Drop the lines of metrics.jsonl after ``step``, where a run resumes; at step 0 it becomes empty."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
@@ -282,7 +281,7 @@ TABLE = ("<!-- metrics: python -m rlhf.metrics recipes/guides/ppo.md -->", "<!--
 
 
 def table() -> str:
-    """Every metric as a row of a Markdown table: name, unit, meaning, healthy range, what to do outside it."""
+    """Make a Markdown table with a row per metric: name, unit, meaning, healthy range, what to do outside it."""
     rows = ["| metric | unit | meaning | healthy | otherwise |", "|---|---|---|---|---|"]
     for metric in _ALL:
         low, high = metric.healthy_low, metric.healthy_high

@@ -1,9 +1,9 @@
-"""Prompts, demonstrations and rankings as frozen records: read from what people have, written, split by prompt.
+"""Prompts, demonstrations and rankings as frozen records: reading, writing, and splitting by prompt.
 
 `rlhf.shapes` lists the accepted rows; extra columns are kept in `.columns`. A demonstration read from a ranking is its
 best response. A source is a path (.jsonl, .jsonl.gz, .json), a folder of such files or one written by datasets'
 `save_to_disk`, a name on the hub ("name", or "name:part" with a configuration or folder of it), a `datasets` object,
-or a list of rows. Every mistake is an `InputError` of one line: file:line: field: what was seen; what to do.
+or a list of rows. Every mistake raises an `InputError` of one line: file:line: field: what was seen; what to do.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ logger = logging.getLogger("rlhf")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a policy answers. `text`: it came as a plain string, and reward functions get strings, as in trl."""
+    """A conversation for a policy to answer. `text`: the row had a plain string, so reward functions get strings (trl's
+    rule)."""
 
     messages: Messages
     columns: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A conversation to imitate: the loss is on assistant turns whose index is at least `trained_from`."""
+    """A conversation to imitate. The loss is on assistant turns whose index is at least `trained_from`."""
 
     messages: Messages
     trained_from: int = 0
@@ -84,7 +85,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """K responses to one prompt and their ranks: smaller is better, equal is a tie. A pair is K = 2."""
+    """K responses to one prompt and their ranks: a smaller rank is better, equal ranks are a tie."""
 
     prompt: Messages
     responses: tuple[str, ...]
@@ -104,7 +105,7 @@ class Ranking:
             raise wrong("ranks", seen, "write one number per response")
 
     def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) indices of all pairs; ties, and responses of the same text, are left out."""
+        """Return indices (better, worse) of all pairs, without ties and responses of the same text."""
         n = range(len(self.responses))
         return [(i, j) for i in n for j in n
                 if self.ranks[i] < self.ranks[j] and self.responses[i] != self.responses[j]]  # fmt: skip
@@ -112,7 +113,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class StepLabels:
-    """A worked answer in steps, each labelled: 1 right, 0 neutral, -1 wrong."""
+    """An answer worked out in steps, each labelled 1 (right), 0 (neutral) or -1 (wrong)."""
 
     prompt: Messages
     steps: tuple[str, ...]
@@ -134,17 +135,17 @@ _AnyRecord = Prompt | Demonstration | Ranking | StepLabels
 
 
 def read_prompts(source: Source, split: str = "train") -> list[Prompt]:
-    """Prompts from any shape above. Raises InputError."""
+    """Read prompts from rows of any accepted shape. Raises InputError."""
     return _read(source, split, _to_prompt)
 
 
 def read_demonstrations(source: Source, split: str = "train") -> list[Demonstration]:
-    """Demonstrations; of preference rows, the best response (the first of equals) to its prompt. Raises InputError."""
+    """Read demonstrations; a preference row gives its best response (the first of equals). Raises InputError."""
     return _read(source, split, _to_demonstration)
 
 
 def read_rankings(source: Source, split: str = "train") -> list[Ranking]:
-    """Rankings. Identical responses are ties; a source in which nothing is better than anything is an InputError."""
+    """Read rankings. Identical responses are ties. Raises InputError, also for a source without a single pair."""
     rankings = _read(source, split, _to_ranking)
     if not any(ranking.pairs() for ranking in rankings):
         raise wrong(f"{name_of(source)}: chosen/rejected", f"all {len(rankings)} rows are ties or identical texts",
@@ -153,13 +154,14 @@ def read_rankings(source: Source, split: str = "train") -> list[Ranking]:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
-    """Write records or dicts, one JSON object a line (gzip if the name ends in .gz); whole or not at all."""
+    """Write records or dicts, one JSON object per line (gzip if the name ends in .gz). A failed write leaves no
+    file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as raw:
-            # No name and no time in the header: the same rows make the same bytes.
+            # No name and no time in the header, so that equal rows make equal bytes.
             out = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
             for row in rows:
                 out.write((json.dumps(_to_row(row), ensure_ascii=False) + "\n").encode())
@@ -171,16 +173,16 @@ def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
 
 
 def prompt_key(messages: Messages) -> str:
-    """A prompt's identity, up to white space: rows with equal keys never fall into different splits."""
+    """Return a hash of a prompt, up to white space. Rows with equal keys are never in different splits."""
     turns = [[m["role"], " ".join(m["content"].split())] for m in messages]
     return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:24]
 
 
 def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """(rest, held out): `fraction` of the distinct prompts, with all their rows, is held out.
+    """Return (rest, held out), where `fraction` of the distinct prompts, with all their rows, is held out.
 
-    Which prompts depends on `seed` and the set of prompts only, not on the order or number of rows. At least one
-    prompt on each side, unless `fraction` is 0.
+    The choice depends on `seed` and the set of prompts only, not on the order or number of rows. Each side gets at
+    least one prompt, unless `fraction` is 0.
     """
     if not 0 <= fraction < 1:
         raise wrong("eval fraction", f"got {fraction}", "use a number from 0 up to, not including, 1")
@@ -197,7 +199,7 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
 def check_disjoint(
     train: Sequence[_AnyRecord], held_out: Sequence[_AnyRecord], names: tuple[str, str] = ("train", "eval")
 ) -> None:
-    """Raise InputError where a prompt occurs in both."""
+    """Raise InputError where a prompt is in both data sets."""
     seen = {prompt_key(_prompt_of(record)) for record in train}
     both = {prompt_key(p): p for p in map(_prompt_of, held_out) if prompt_key(p) in seen}
     if both:

@@ -1,4 +1,4 @@
-"""From reward functions to one score per response: calling them, weighing, normalising, the missing stop."""
+"""Compute one score per response from reward functions: call them, weigh, normalise, apply the missing-stop rule."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ log = logging.getLogger("rlhf")
 T = TypeVar("T")
 
 RewardFunction = Callable[..., Any]
-"""As trl's: called with lists, answers with a number or None per response; may be async."""
+"""A function of trl's signature: called with lists, returns a number or None per response; may be async."""
 MissingEos = Literal["replace", "subtract", "off"]
 
 
 def check_functions(reward_funcs: RewardFunction | Sequence[RewardFunction]) -> list[RewardFunction]:
-    """A list of callables; a string is answered with the way to load a trained reward model."""
+    """Return a list of callables. For a string, the InputError shows how to load a trained reward model."""
     listed: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     if not listed:
         raise InputError("reward_funcs is empty; pass at least one reward function or RewardModel")
@@ -57,7 +57,7 @@ def function_name(function: RewardFunction) -> str:
 
 
 def column_names(functions: Sequence[RewardFunction]) -> list[str]:
-    """``score/<name>`` of each function; of several with one name, the later ones are numbered: score/f, score/f_2."""
+    """Return ``score/<name>`` of each function; where a name repeats, later ones are numbered: score/f, score/f_2."""
     names: list[str] = []
     for function in functions:
         name = own = f"score/{function_name(function)}"
@@ -80,20 +80,19 @@ def score_responses(
     failures: list[str] | None = None,
     **extra: Any,
 ) -> tuple[Float[Tensor, "N"], dict[str, Float[Tensor, "N"]]]:
-    """The weighted sum of every function's scores, and where there are several functions, each one's own scores by
-    name (NaN for None).
+    """Return the weighted sum of the functions' scores and, with several functions, the scores of each by name.
 
-    Called as trl's GRPOTrainer calls them: ``f(prompts=, completions=, completion_ids=, **columns)``, with
-    strings where the prompt was a string and message lists where it was one; the answer, or what an async function's
-    answer resolves to, holds a number per response. None means "not applicable" and leaves the sum; a response that
-    every function leaves out is an error.
+    Functions are called as by trl's GRPOTrainer: ``f(prompts=, completions=, completion_ids=, **columns)``, with
+    strings where the prompt was a string and message lists where it was one. A function returns a number per response,
+    or an awaitable of them. None means "not applicable" and leaves the sum (NaN in the function's own scores); a
+    response for which every function returns None is an error.
 
-    A function fails on a response where its score is no finite float32, or is an exception (as from
-    ``asyncio.gather(..., return_exceptions=True)``), and on all responses where it raises one or is not done after
-    `timeout_seconds`. With `failures` None, that is an error: InputError for a bad number, RunStopped for an exception
-    or a time-out. With a list, what failed is appended to it, a line per function, and the sum and every function's
-    own score of such a response are NaN. Always InputError: a wrong number of scores, and an InputError that a
-    function raises itself.
+    A function fails on a response where its score is not a finite float32, or is an exception (as from
+    ``asyncio.gather(..., return_exceptions=True)``). It fails on all responses where it raises one or is not done after
+    `timeout_seconds`. With `failures` None, a failure raises: InputError for a bad number, RunStopped for an exception
+    or a time-out. With a list, a line per failed function is appended to it, and the sum and every function's own score
+    of a failed response are NaN. A wrong number of scores, and an InputError that a function raises, always raise
+    InputError.
     """
     inputs = {
         "prompts": [p.messages[-1]["content"] if p.text else p.messages for p in prompts],
@@ -127,9 +126,9 @@ def score_responses(
 
 
 def require_some(scored: float, failures: Sequence[str]) -> None:
-    """Raise RunStopped where not one response of a rollout has a score; else say in the log what was dropped.
+    """Raise RunStopped if no response of a rollout has a score, else log the failures.
 
-    scored: how many responses have one, over all processes. failures: this process's, from `score_responses`.
+    scored: number of responses with a score, over all processes. failures: this process's, from `score_responses`.
     """
     if scored == 0:
         raise RunStopped(f"no response of the rollout has a score: {'; '.join(failures) or 'see the other processes'}")
@@ -145,10 +144,10 @@ class _TimedOut(Exception):
 
 
 def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, seconds: float | None) -> list[object]:
-    """What a function says of each of `count` responses; the exception itself, for each, where it raised one.
+    """Call a function; return its answers to `count` responses, or `count` times the exception that it raised.
 
-    With a time-out the function runs in a thread of its own. Python cannot stop a thread: one that is late is left
-    behind (it ends with the process), and what it logs from then on goes nowhere.
+    With a time-out the function runs in a thread of its own. Python cannot stop a thread: a late one goes on until the
+    process ends, and its log calls are ignored.
     """
     late = threading.Event()
     muted = {name: _until(late, arguments[name]) for name in ("log_metric", "log_extra") if name in arguments}
@@ -156,7 +155,7 @@ def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, se
     def answer() -> list[object]:
         result: Any = function(**arguments | muted)
         if inspect.isawaitable(result):  # in a thread: a notebook's own already runs an event loop
-            # cancelled a moment after nobody waits for it any more, so that only the wait below tells of a time-out
+            # cancelled 0.1 s after the time-out, so that always the wait below is the one that raises _TimedOut
             awaited = result if seconds is None else asyncio.wait_for(result, seconds + 0.1)
             result = _in_thread(lambda: asyncio.run(_wait(awaited)), None)
         if isinstance(result, Tensor) and result.dim() > 0:
@@ -194,9 +193,9 @@ def _until(late: threading.Event, log_call: Callable[..., None]) -> Callable[...
 
 
 def _in_thread(work: Callable[[], T], seconds: float | None) -> T:
-    """`work()` in a thread that doesn't keep the process alive. Raises _TimedOut after `seconds`.
+    """Run `work()` in a thread that doesn't keep the process alive. Raises _TimedOut after `seconds`.
 
-    Gradient mode and the current device belong to a thread: they are handed on.
+    The thread gets the caller's gradient mode and current device, which are a thread's own.
     """
     result: Future[T] = Future()
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
@@ -219,7 +218,7 @@ def _in_thread(work: Callable[[], T], seconds: float | None) -> T:
 
 
 def _numbers(answers: Sequence[object]) -> tuple[Float[Tensor, "N"], dict[int, Exception | str]]:
-    """Scores as float32 (NaN for None), and by row what is wrong with those that are none (NaN too)."""
+    """Return the scores as float32 (NaN for None and for bad ones), and by row what is wrong with a bad one."""
     values = torch.full((len(answers),), math.nan)
     failed: dict[int, Exception | str] = {}
     for row, answer in enumerate(answers):
@@ -241,7 +240,7 @@ def _numbers(answers: Sequence[object]) -> tuple[Float[Tensor, "N"], dict[int, E
 
 
 def _failure(function: RewardFunction, row: int, error: Exception | str, failed: int, prompts: Sequence[Prompt]) -> str:
-    """A function's failure in one line: its first row, and on how many."""
+    """Describe a function's failure in one line: its first row, and the number of rows."""
     where = f"response {row}, to {short(prompts[row].messages[-1]['content'])!r}"
     name, share = function_name(function), f"{failed} of {len(prompts)} responses"
     if isinstance(error, str):
@@ -249,13 +248,13 @@ def _failure(function: RewardFunction, row: int, error: Exception | str, failed:
     if isinstance(error, _TimedOut):
         return f"{name} was {error} on {share}, the first of them {where}"
     own = [f for f in traceback.extract_tb(error.__traceback__) if not _of_a_library(f.filename)]
-    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    location = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     message = short(f"{type(error).__name__}: {error}", 300)
-    return f"{name} failed on {share}, the first of them {where}: {message}{place}"
+    return f"{name} failed on {share}, the first of them {where}: {message}{location}"
 
 
 def _of_a_library(file: str) -> bool:
-    """Not the user's own code: Python's, an installed package's, or this module."""
+    """Return whether a file is not the user's own: Python's, an installed package's, or this module."""
     return file == __file__ or file.startswith(("<frozen", sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")))
 
 
@@ -265,7 +264,7 @@ def _cause(error: Exception | str) -> Exception | None:
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """Mean and population variance of all scores seen so far, merged batch by batch (Chan et al. 1979)."""
+    """Mean and population variance of all scores so far, merged batch by batch (Chan et al. 1979)."""
 
     mean: float = 0.0
     var: float = 0.0
@@ -286,8 +285,8 @@ class RunningMoments:
 def apply_missing_eos(
     scores: Float[Tensor, "N"], stopped: Bool[Tensor, "N"], rule: MissingEos, penalty: float
 ) -> Float[Tensor, "N"]:
-    """What a response without its stop token gets: "replace" -> ``-penalty`` (2403.17031, detail 12; OpenAI's
-    summaries), "subtract" -> ``score - penalty`` (trl's convention), "off" -> its score."""
+    """Change the scores of responses without a stop token: "replace" -> ``-penalty`` (2403.17031, detail 12; OpenAI's
+    summaries), "subtract" -> ``score - penalty`` (trl's convention), "off" -> unchanged."""
     if rule == "replace":
         return torch.where(stopped, scores, -penalty)
     if rule == "subtract":

@@ -1,14 +1,14 @@
-"""The shapes of rows that people already have, recognised and turned into the fields of our records.
+"""Convert rows of the shapes in common use to the fields of our records.
 
-Shapes, a row each (extra columns are kept):
+Accepted shapes of a row (extra columns are kept):
 
-* rankings: trl's preference formats, `prompt`/`chosen`/`rejected` as text or messages, with the prompt left implicit
-  if you like (what both share); Anthropic HH's ``"\\n\\nHuman: ...\\n\\nAssistant: ..."`` strings; K responses with
+* rankings: trl's preference formats, `prompt`/`chosen`/`rejected` as text or messages, where `prompt` may be absent (it
+  is then the part that both share); Anthropic HH's ``"\\n\\nHuman: ...\\n\\nAssistant: ..."`` strings; K responses with
   ties, ``{"prompt": ..., "responses": [...], "ranks": [...]}`` (a smaller rank is better).
 * demonstrations: `messages`; `prompt`/`completion`.
-* prompts: `prompt`; of any of the above, the prompt.
+* prompts: `prompt`; the prompt of any row above.
 
-Every mistake is an `InputError` of one line: field: what was seen; what to do.
+Every mistake raises an `InputError` of one line: field: what was seen; what to do.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _FIELDS = ("prompt", "chosen", "rejected", "responses", "ranks", "completion", "
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 Row = dict[str, Any]
-"""A JSON object; what its fields hold is to be checked."""
+"""A JSON object whose fields are not checked yet."""
 
 
 class Unusable(Exception):
-    """A row that is left out and counted: a known flaw of a public data set, not the user's mistake."""
+    """Raised for a row to leave out and count: it has a known flaw of a public data set, not a mistake of the user."""
 
 
 class RankingFields(NamedTuple):
@@ -57,7 +57,7 @@ class PromptFields(NamedTuple):
 
 
 def is_ranking(row: object) -> bool:
-    """Tell a row of preferences, complete or not."""
+    """Return whether a row is one of preferences, complete or not."""
     return isinstance(row, dict) and any(row.get(name) is not None for name in ("chosen", "rejected", "responses"))
 
 
@@ -79,7 +79,7 @@ def ranking_fields(row: object) -> RankingFields:
 
 
 def demonstration_fields(row: object) -> DemonstrationFields:
-    """Read a conversation, or a prompt and what completes it."""
+    """Read a conversation, or a prompt and its completion."""
     row = _as_row(row, "prompt and completion, or messages")
     columns = _extra(row)
     if row.get("messages") is not None:
@@ -95,7 +95,7 @@ def demonstration_fields(row: object) -> DemonstrationFields:
 
 
 def prompt_fields(row: object) -> PromptFields:
-    """Read a row's prompt: its own, or that of a demonstration or ranking."""
+    """Read a row's prompt: the field, or the prompt of a demonstration or ranking."""
     row = _as_row(row, "prompt")
     if row.get("prompt") is None:
         _refuse_near_miss(row, "prompt")
@@ -110,7 +110,7 @@ def prompt_fields(row: object) -> PromptFields:
 
 
 def _shared_prompt(row: Row, chosen: object, rejected: object) -> tuple[Messages, str, str]:
-    """A preference row's prompt, given or shared by both, and the two responses."""
+    """Return a preference row's prompt, given or shared by both texts, and the two responses."""
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise wrong("rejected", f"got {show(rejected)}", "write it as chosen is: both text, or both messages")
     if row.get("prompt") is not None:
@@ -139,7 +139,8 @@ def _shared_turns(chosen: Messages, rejected: Messages) -> int:
 
 
 def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
-    """trl's implicit prompt for text: the common prefix up to the last white space (or all, for identical texts)."""
+    """Find trl's implicit prompt of two texts, the common prefix up to its last white space; return it and the
+    rests."""
     _text(chosen, "chosen"), _text(rejected, "rejected")
     same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     prefix = chosen[: min(len(chosen), len(rejected)) if same is None else same]
@@ -151,7 +152,7 @@ def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
 
 
 def _response(value: object, name: str, prompt: Messages, raw_prompt: object) -> str:
-    """A response beside a given prompt: text, or messages which may begin with the prompt again."""
+    """Read a response whose prompt is given: text, or messages, which may repeat the prompt first."""
     if isinstance(value, str):
         if isinstance(raw_prompt, str) and _is_hh(raw_prompt):
             value = value.removeprefix(raw_prompt).strip()
@@ -182,7 +183,7 @@ def _is_hh(text: str) -> bool:
 
 
 def _parse_hh(text: str) -> Messages:
-    """HH's dialogue string to messages; two turns of one speaker in a row (0.2% of the rows) become one."""
+    """Parse HH's dialogue string; two turns of one speaker in a row (0.2% of the rows) become one."""
     parts = _HH_TURN.split(text)[1:]
     turns: Messages = []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
@@ -235,13 +236,13 @@ def _text(value: object, name: str) -> str:
 
 
 def check_texts(values: tuple[str, ...], name: str) -> None:
-    """Refuse a text that is none, or empty."""
+    """Raise InputError for a value that is not text, or is empty."""
     for n, value in enumerate(values):
         _text(value, f"{name}[{n}]")
 
 
 def check_messages(messages: object, name: str) -> Messages:
-    """Return a conversation that is one: a list of {role, content}, roles known, contents not empty."""
+    """Return `messages`, checked: a list of {role, content} with known roles and contents that are not empty."""
     if not isinstance(messages, list) or not messages:
         raise wrong(name, f"got {show(messages)}", "write text or a list of messages")
     for n, message in enumerate(messages):
@@ -256,7 +257,7 @@ def check_messages(messages: object, name: str) -> Messages:
 
 
 def check_prompt(messages: object, name: str) -> Messages:
-    """Return a conversation that the assistant is to answer."""
+    """Return `messages`, checked: a conversation that doesn't end with an assistant turn."""
     turns = check_messages(messages, name)
     if turns[-1]["role"] == "assistant":
         raise wrong(name, "the last turn is 'assistant'", "end a prompt with a user turn")
@@ -264,7 +265,7 @@ def check_prompt(messages: object, name: str) -> Messages:
 
 
 def _as_messages(value: object, name: str) -> Messages:
-    """Messages with role and content only; content in parts is joined if all parts are text."""
+    """Reduce messages to role and content; content in parts is joined if all parts are text."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise wrong(name, f"got {show(value)}", "write a list of messages")
     turns = []

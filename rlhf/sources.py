@@ -1,4 +1,4 @@
-"""Rows from files, folders, hub names, datasets objects and lists, each with where it was found (file:line)."""
+"""Read rows from files, folders, hub names, datasets objects and lists, each with its location (file:line)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Source: TypeAlias = "str | Path | Sequence[object] | Dataset | IterableDataset |
 
 
 def wrong(name: str, seen: str, todo: str) -> InputError:
-    """Make the error of one field: what was seen there, and what to do about it."""
+    """Make the error of one field: the value seen there, and what to do about it."""
     return InputError(f"{name}: {seen}; {todo}")
 
 
@@ -124,7 +124,7 @@ def _parse(line: bytes, path: Path, number: int | None) -> Any:
 
 
 def require_there(source: str | Path) -> None:
-    """Raise InputError for what is written like a path and isn't there; a name on the hub passes unseen."""
+    """Raise InputError for a source that looks like a path and doesn't exist. A hub name is not checked."""
     path, text = Path(source).expanduser(), str(source)
     looks_like_path = (isinstance(source, Path) or path.suffix in (".jsonl", ".json", ".gz", ".txt", ".csv", ".parquet")
                        or text.startswith((".", "/", "~")) or text.count("/") > 1)  # fmt: skip
@@ -135,7 +135,7 @@ def require_there(source: str | Path) -> None:
 
 
 def _from_hub(source: str | Path, path: Path, split: str) -> Source:
-    """A datasets hub name, or a path that isn't there."""
+    """Load a data set from the hub. Raises InputError, also for a path that doesn't exist."""
     require_there(source)
     text = str(source)
     from datasets import load_dataset

@@ -1,5 +1,5 @@
-"""The reward model's report card: how often it is right, beside what it must beat, and what it looks at.
+"""The reward model's report card: its accuracy, baselines that it must beat, and the features that its scores follow.
 
-`report` makes it, `page` and `plots` show it; `pairs` holds scored pairs and their groups, `baselines` the length
-rules and the bag of words, `calibration`, `surface` and `sensitivity` one section each.
+`report` makes it, `page` and `plots` show it. `pairs` has scored pairs and their groups, `baselines` the length rules
+and the bag of words; `calibration`, `surface` and `sensitivity` make one section each.
 """

@@ -1,4 +1,4 @@
-"""What a reward model must beat to have learnt anything: length alone, and a bag of words."""
+"""Baselines that a reward model must beat to have learnt anything: length alone, and a bag of words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MOST_TRAINING_PAIRS = 50_000
 
 
 def longer_share(rankings: Sequence[Ranking]) -> float:
-    """In how many of all pairs the preferred response is the longer one, in characters (equal lengths half)."""
+    """Return the share of pairs whose preferred response is the longer one, in characters (equal lengths count
+    half)."""
     lengths = [
         (len(ranking.responses[better]), len(ranking.responses[worse]))
         for ranking in rankings
@@ -29,25 +30,26 @@ def longer_share(rankings: Sequence[Ranking]) -> float:
 
 @dataclass(frozen=True)
 class BagOfWords:
-    """A logistic model of word counts: a response's score is the sum of its words' weights."""
+    """A logistic model of word counts: a response's score is the sum of the weights of its words."""
 
     vocabulary: dict[str, int]
     weights: np.ndarray
     ridge: float
     pairs: int
-    """Pairs it was trained on."""
+    """Number of training pairs."""
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
-        """[R] scores; words that training never saw weigh nothing."""
+        """Return [R] scores; words that training never saw have weight 0."""
         return _Counts.of(texts, self.vocabulary).times(self.weights)
 
 
 def fit_bag_of_words(rankings: Sequence[Ranking], seed: int = 0) -> BagOfWords | None:
-    """The weights w that minimise ``sum over pairs of log(1 + exp(-w . (counts of better - counts of worse)))
-    + ridge / 2 |w|^2``; words and punctuation marks in lower case that occur in two responses or more.
+    """Fit the weights w that minimise ``sum over pairs of log(1 + exp(-w . (counts of better - counts of worse)))
+    + ridge / 2 |w|^2``.
 
-    The ridge, of 1, 10, 100 and 1000, is the one with the smallest loss on a fifth of the prompts (100 where there are
-    fewer than ten). At most 50,000 pairs (whole rankings, the first ones). None where no pair or no word is left.
+    Words are words and punctuation marks in lower case that occur in at least two responses. The ridge is the one of 1,
+    10, 100 and 1000 with the smallest loss on a fifth of the prompts (100 with fewer than ten prompts). Uses the first
+    rankings, up to about 50,000 pairs. Returns None where no pair or no word is left.
     """
     chosen: list[Ranking] = []
     count = 0
@@ -77,7 +79,7 @@ def _best_ridge(rankings: list[Ranking], vocabulary: dict[str, int], seed: int) 
 
 
 def minimum(data: _Pairs, ridge: float, start: np.ndarray | None = None) -> np.ndarray:
-    """The minimising weights by Newton's method, each step solved by conjugate gradients: the loss is convex."""
+    """Find the minimising weights by Newton's method, each step solved by conjugate gradients: the loss is convex."""
     weights = np.zeros(len(data.vocabulary)) if start is None else start.copy()
 
     def objective(w: np.ndarray) -> float:
@@ -144,7 +146,7 @@ class _Counts:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The matrix of differences of word counts, pairs x words, never written out."""
+    """The matrix of differences of word counts, pairs x words, as products with vectors; never stored whole."""
 
     counts: _Counts
     vocabulary: dict[str, int]
@@ -175,7 +177,7 @@ class _Pairs:
 
 
 def words_of(text: str) -> list[str]:
-    """Words and punctuation marks in lower case."""
+    """Return a text's words and punctuation marks in lower case."""
     return _WORD.findall(text.lower())
 
 

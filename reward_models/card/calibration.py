@@ -1,8 +1,8 @@
-"""Are a reward model's probabilities true? Bradley-Terry says that the first of two responses is preferred with
-probability sigmoid(score difference); here that claim is held against what the labels say.
+"""Calibration of a reward model: whether its probabilities match the labels.
 
-Confidence is the probability of the response that the model prefers, 0.5 to 1; a pair on which it is wrong counts
-against it. Differences must be those that the model was trained with: raw scores, not normalised ones.
+By Bradley-Terry, the first of two responses is preferred with probability sigmoid(score difference). Confidence is the
+probability of the response that the model prefers, 0.5 to 1. Differences must be of raw scores, which the loss was
+computed on, not of normalised ones.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ BINS = 10
 
 
 def calibration(differences: np.ndarray, prompts: np.ndarray, seed: int) -> Numbers:
-    """ECE, Brier score, loss and reliability curve of sigmoid(differences), raw and after dividing by a temperature.
+    """Compute ECE, Brier score, loss and reliability curve of sigmoid(differences), raw and divided by a temperature.
 
-    differences: [n] score of the preferred response less the other's. prompts: [n] clusters.
-    `temperature` is fitted on all pairs by their loss; the calibrated numbers are cross-fitted (each half of the
-    prompts with the temperature of the other half), since a temperature judged on its own pairs would flatter itself.
-    None where no temperature helps: the model is right no more often than wrong, or never wrong.
+    differences: [n] score of the preferred response minus the other's. prompts: [n] clusters.
+    `temperature` minimises the loss on all pairs. The calibrated numbers are cross-fitted (each half of the prompts
+    with the temperature of the other half), since a temperature looks too good on the pairs that it was fitted on.
+    `temperature` is None where none helps: the model is right no more often than wrong, or never wrong.
     """
     halves = _halves(prompts, seed)
     calibrated = np.zeros_like(differences)
@@ -37,9 +37,12 @@ def calibration(differences: np.ndarray, prompts: np.ndarray, seed: int) -> Numb
 
 
 def reliability(differences: np.ndarray) -> Numbers:
-    """`ece`: mean over pairs of |accuracy - confidence| per bin (10 of equal width from 0.5 to 1; Guo et al.
-    1706.04599). `brier`: mean of (1 - probability of the preferred response)^2; 0.25 is a coin. `nll`: mean of
-    -log of that probability, in nats; 0.693 is a coin. `curve`: the bins that hold a pair."""
+    """Compute `ece`, `brier`, `nll` and `curve` of score differences [n].
+
+    `ece`: mean over pairs of |accuracy - confidence| per bin (10 of equal width from 0.5 to 1; Guo et al. 1706.04599).
+    `brier`: mean of (1 - probability of the preferred response)^2; a coin has 0.25. `nll`: mean of -log of that
+    probability, in nats; a coin has 0.693. `curve`: confidence, accuracy and size of each bin that holds a pair.
+    """
     preferred = _sigmoid(differences)
     confidence = _sigmoid(np.abs(differences))
     right = (np.sign(differences) + 1) / 2
@@ -55,9 +58,10 @@ def reliability(differences: np.ndarray) -> Numbers:
 
 
 def inverse_temperature(differences: np.ndarray) -> float | None:
-    """1 / T that minimises the mean of log(1 + exp(-differences / T)): convex, found by halving an interval.
+    """Find the 1 / T that minimises the mean of log(1 + exp(-differences / T)), by bisection: it is convex in 1 / T.
 
-    0 where the best temperature is infinite (wrong at least as much as right); None where it is 0 (never wrong).
+    Returns 0 where the best T is infinite (the model is wrong at least as much as right), None where it is 0 (the
+    model is never wrong).
     """
     size = float(np.abs(differences).max(initial=0.0))
     if size == 0 or float(differences.mean()) <= 0:  # the slope at 1/T = 0 is -mean/2: no way down
@@ -74,14 +78,18 @@ def inverse_temperature(differences: np.ndarray) -> float | None:
 
 
 def confidence_auc(differences: np.ndarray) -> float | None:
-    """Probability that a pair which the model gets right has a wider margin than one it gets wrong (ties half): 0.5,
-    its margins say nothing; 1, they tell right from wrong. None where it is never wrong, or never right."""
+    """Return the probability that a right pair has a wider margin than a wrong one (ties count half).
+
+    At 0.5 the margins carry no information, at 1 they separate right pairs from wrong ones. None where the model is
+    never wrong, or never right.
+    """
     size = np.abs(differences)
     return auc(size[differences > 0], size[differences < 0])
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float | None:
-    """Share of (positive, negative) couples with the positive one higher, ties half (Mann-Whitney); None without."""
+    """Return the share of (positive, negative) couples with the positive one higher, ties counting half
+    (Mann-Whitney); None without a couple."""
     if not len(positive) or not len(negative):
         return None
     ordered = np.sort(negative)
@@ -99,7 +107,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _halves(prompts: np.ndarray, seed: int) -> np.ndarray:
-    """[n] True on the pairs of a random half of the prompts."""
+    """Return a mask [n], True on the pairs of a random half of the prompts."""
     numbers = np.unique(prompts)
     chosen = np.random.default_rng(seed).permutation(numbers)[: (len(numbers) + 1) // 2]
     return np.isin(prompts, chosen)

@@ -1,6 +1,6 @@
 """The report card as one HTML file that opens without a network, and its main numbers as lines of text.
 
-What a model or a user wrote is inserted as text. `plots` draws the pictures.
+Text from models and users is escaped. `plots` draws the pictures.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from rlhf.run import page as html
 from rlhf.run.report import number, percent, with_interval
 
 BIAS = 0.1
-"""A feature is named when the model goes for it so much more often than the labels do (share of pairs)."""
+"""A feature is listed as a bias if the model's and the labels' preference for it differ by more (share of pairs)."""
 FLIPS, PADDING_CHANGE, MISCALIBRATED = 0.05, 0.01, 0.1
 MATTERS = 50
-"""Pairs below which a share is too uncertain to warn of."""
+"""With fewer pairs, a share is too uncertain for a warning."""
 
 
 def headlines(report: Numbers) -> list[str]:
-    """The main numbers, a sentence each."""
+    """Write the main numbers, a sentence each."""
     accuracy = with_interval(report, "accuracy")
     lines = [f"Right on {accuracy} of {_pairs(report)} of {report['prompts']:,} prompts; a coin gets 50%."]
     rule, chosen_on = report["length_rule"], report["length_rule_chosen_on"]
@@ -49,7 +49,7 @@ def headlines(report: Numbers) -> list[str]:
 
 
 def advice(report: Numbers) -> list[str]:
-    """What is wrong, or may be, and what to do about it."""
+    """List what is wrong, or may be, and what to do about it."""
     found = []
     if report["accuracy_ci"][0] <= 0.5:
         found.append(
@@ -80,7 +80,7 @@ def advice(report: Numbers) -> list[str]:
 
 
 def page(report: Numbers) -> str:
-    """The whole page. report: what `reward_report` returns, with `about` (see `save_reward_report`)."""
+    """Write the whole page. report: what `reward_report` returns, with `about` (see `save_reward_report`)."""
     about = report["about"]
     title = f"Report card of {about['reward_model']}"
     source = " · ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items() if value)
@@ -169,13 +169,11 @@ def _certainty(report: Numbers) -> str:
     ]
     if numbers["confidence_auc"] is not None:
         lines.append(f"A pair that it gets right has a wider margin than one that it gets wrong in "
-                     f"{percent(numbers['confidence_auc'])} of cases (50%: its margins say nothing).")  # fmt: skip
+                     f"{percent(numbers['confidence_auc'])} of cases (50%: margins carry no information).")  # fmt: skip
     figures = f"<div class=grid><figure>{curve}</figure><figure>{histogram}</figure></div>"
     table = html.table((["", *(name for name, _ in columns), "a coin"], rows))
     first = "The model claims to prefer a response with probability sigmoid(raw score difference)."
-    return f"<h2>Does it know how sure it may be?</h2>{html.note(first)}{figures}{table}{html.note(found)}" + "".join(
-        map(html.note, lines)
-    )
+    return f"<h2>Calibration</h2>{html.note(first)}{figures}{table}{html.note(found)}" + "".join(map(html.note, lines))
 
 
 def _surface(report: Numbers) -> str:
@@ -192,11 +190,11 @@ def _surface(report: Numbers) -> str:
     if matched:
         text = f"On the {matched['n']:,} pairs of like length (within 10%): {with_interval(matched, 'accuracy')} right."
     note = html.note(
-        f"Pairs that differ in the feature. A model far from its labels pays for the feature itself. {text}"
+        f"Over pairs that differ in the feature. A model far above its labels rewards the feature itself. {text}"
     )
     scatter = plots.score_and_length(points["characters"], points["scores"])
     return (
-        f"<h2>What it goes by</h2><div class=wide>{plots.preferences(features)}</div>{note}"
+        f"<h2>Surface features</h2><div class=wide>{plots.preferences(features)}</div>{note}"
         f"<div class=grid><figure>{scatter}</figure><div>{table}</div></div>"
     )
 
@@ -212,8 +210,8 @@ def _sensitivity(report: Numbers) -> str:
             moved = [number(row[name]) for name in ("mean_change", "max_change")]
             rows.append([row["name"], *moved, percent(row["flips"]), f"{row['pairs']:,}"])
     table = html.table((["change", "mean move", "largest move", "pairs turned round", "pairs tried"], rows))
-    note = "Nothing that matters changes. Moves are in standard deviations of the score; all should be near 0."
-    return f"<h2>Does it change when nothing does?</h2>{html.note(note)}{table}"
+    note = "Changes that keep the meaning. Moves are in standard deviations of the score; all should be near 0."
+    return f"<h2>Sensitivity to irrelevant changes</h2>{html.note(note)}{table}"
 
 
 def _best_of_n(report: Numbers) -> str:
@@ -230,11 +228,11 @@ def _best_of_n(report: Numbers) -> str:
     table = html.table((["best of", "n", "KL nats", "this model", "second model"], rows))
     second = curve["second_model"]
     note = (
-        "Of n responses the one that this model likes best; what a second model says of it. Both climbing: what this "
-        "model rewards is real as far as the second can see. The second levelling off or falling: more optimisation "
-        f"buys only score. The second model is right on {with_interval(second, 'accuracy')} of the pairs. Scores are "
-        f"in standard deviations; prompts with enough responses: {curve['per_prompt_prompts']:,}. The pool takes out "
-        "each prompt's mean and knows nothing of which prompt a response answers."
+        "The response that this model scores highest among n, and a second model's score of it. Where both climb, the "
+        "second model confirms what this one rewards. Where the second levels off or falls, more optimisation raises "
+        f"this model's score only. The second model is right on {with_interval(second, 'accuracy')} of the pairs. "
+        f"Scores are in standard deviations; prompts with enough responses: {curve['per_prompt_prompts']:,}. The pool "
+        "subtracts each prompt's mean and ignores which prompt a response answers."
     )
     return f"{heading}<div class=wide>{plots.best_of_n(curve)}</div>{html.note(note)}{table}"
 
@@ -269,7 +267,7 @@ def _biases(features: Sequence[Numbers]) -> list[str]:
                 percent(share if side > 0 else 1 - share)
                 for share in (row["model_prefers_more"], row["labels_prefer_more"])
             )
-            lines.append(f"Goes for {more} {row['feature']} in {model} of the pairs, the labels in {labels}.")
+            lines.append(f"Prefers {more} {row['feature']} in {model} of the pairs, the labels in {labels}.")
     return lines
 
 

@@ -1,7 +1,7 @@
-"""The report card's numbers, part one: scored pairs, accuracy as a whole and by groups, the worst pairs, best-of-n.
+"""Scored pairs, and numbers of the report card: accuracy overall and by group, spread, the worst pairs, best-of-n.
 
 Everything works on `ScoredPairs`: flat arrays over R responses and n pairs, made once from rankings and their scores.
-An interval is a 95% bootstrap that redraws prompts, since pairs of one prompt rise and fall together.
+An interval is a 95% bootstrap that redraws prompts, since the pairs of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REWARDBENCH = {
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """Responses, their scores, and the pairs among them that the labels tell apart."""
+    """Responses, their scores, and the pairs of them with different ranks and texts."""
 
     rankings: tuple[Ranking, ...]
     texts: tuple[str, ...]
@@ -45,24 +45,24 @@ class ScoredPairs:
     scores: np.ndarray
     """[R] float64."""
     ranking_of: np.ndarray
-    """[R] which ranking a response belongs to."""
+    """[R] index of each response's ranking."""
     prompt_of: np.ndarray
-    """[R] number of its prompt; rankings of the same prompt share it."""
+    """[R] number of each response's prompt; rankings of the same prompt share it."""
     better: np.ndarray
     """[n] index of each pair's preferred response."""
     worse: np.ndarray
-    """[n] index of the other one."""
+    """[n] index of each pair's other response."""
     ties: int
-    """Pairs left out: equal ranks, or the same text twice."""
+    """Number of pairs left out, with equal ranks or the same text twice."""
 
     @property
     def differences(self) -> np.ndarray:
-        """[n] score of the preferred response less the other's: below 0 the model is wrong."""
+        """[n] score of the preferred response minus the other's: below 0 the model is wrong."""
         return self.scores[self.better] - self.scores[self.worse]
 
     @property
     def right(self) -> np.ndarray:
-        """[n] 1, or 0, or 0.5 where both score the same."""
+        """[n] 1 where the model is right, 0 where it is wrong, 0.5 where both score the same."""
         return outcomes(self.differences)
 
     @property
@@ -72,12 +72,12 @@ class ScoredPairs:
 
 
 def outcomes(differences: np.ndarray) -> np.ndarray:
-    """1 above 0, 0 below, 0.5 at 0: a coin would be right half the time."""
+    """Return 1 above 0, 0 below, 0.5 at 0."""
     return (np.sign(differences) + 1) / 2
 
 
 def scored_pairs(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> ScoredPairs:
-    """`ScoredPairs` of rankings and of the scores of their responses, one list per ranking.
+    """Make `ScoredPairs` of rankings and the scores of their responses, one list per ranking.
 
     Raises InputError where no pair is left, or a score is not finite.
     """
@@ -108,14 +108,15 @@ def scored_pairs(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]])
 
 
 def accuracy(right: np.ndarray, prompts: np.ndarray, seed: int) -> Numbers:
-    """`accuracy`, `accuracy_ci`, `n` (pairs) and `prompts` of outcomes [n]."""
+    """Compute `accuracy`, `accuracy_ci`, `n` (pairs) and `prompts` of outcomes [n]."""
     estimate = clustered_accuracy(right.tolist(), prompts.tolist(), seed)
     counts = {"n": len(right), "prompts": len(set(prompts.tolist()))}
     return {"accuracy": estimate.value, "accuracy_ci": estimate.interval, **counts}
 
 
 def difference(right: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: int) -> Numbers:
-    """How much more often one scorer is right than another on the same pairs: a paired bootstrap over prompts."""
+    """Compute how much more often one scorer is right than another on the same pairs, by a paired bootstrap over
+    prompts."""
     estimate = clustered_accuracy((right - other).tolist(), prompts.tolist(), seed)
     return {"difference": estimate.value, "difference_ci": estimate.interval}
 
@@ -124,7 +125,7 @@ def difference(right: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: 
 
 
 def by_column(pairs: ScoredPairs, name: str, seed: int) -> list[Numbers]:
-    """Accuracy per value of a column of the data: the largest groups (at most 40), in the order of their values."""
+    """Compute accuracy per value of a data column: the largest groups (at most 40), in the order of their values."""
     values = [ranking.columns.get(name) for ranking in pairs.rankings]
     of_pair = [values[number] for number in pairs.ranking_of[pairs.better]]
     members: dict[Any, list[int]] = {}
@@ -138,8 +139,8 @@ def by_column(pairs: ScoredPairs, name: str, seed: int) -> list[Numbers]:
 
 
 def grouping_columns(rankings: Sequence[Ranking], wanted: Sequence[str] | None = None) -> list[str]:
-    """Columns to split by: those `wanted` (InputError where one is missing), else the usual names that are there and
-    have more than one value."""
+    """Return the columns to split by: `wanted` (InputError where one is missing), else the usual names that the data
+    has with more than one value."""
     there = list(dict.fromkeys(name for ranking in rankings for name in ranking.columns))
     if wanted is not None:
         for name in wanted:
@@ -151,8 +152,7 @@ def grouping_columns(rankings: Sequence[Ranking], wanted: Sequence[str] | None =
 
 
 def by_margin(pairs: ScoredPairs, seed: int) -> list[Numbers]:
-    """Accuracy per quartile of the absolute score difference: a model that knows what it knows is right more often
-    where it is surer."""
+    """Compute accuracy per quartile of the absolute score difference: it should rise with the difference."""
     size = np.abs(pairs.differences)
     edges = np.quantile(size, [0.25, 0.5, 0.75])
     quartile = np.searchsorted(edges, size, side="left")
@@ -166,15 +166,15 @@ def by_margin(pairs: ScoredPairs, seed: int) -> list[Numbers]:
 
 
 def length_differences(pairs: ScoredPairs) -> np.ndarray:
-    """[n] (length of the preferred - length of the other) / the longer of the two, in characters: -1 to 1."""
+    """Return [n] (length of the preferred - length of the other) / the longer of the two, in characters: -1 to 1."""
     lengths = np.array([len(text) for text in pairs.texts], dtype=np.float64)
     better, worse = lengths[pairs.better], lengths[pairs.worse]
     return (better - worse) / np.maximum(better, worse)
 
 
 def by_length_difference(pairs: ScoredPairs, seed: int) -> list[Numbers]:
-    """Accuracy where the preferred response is much shorter, shorter, of like length (within 10%), longer, much longer
-    (more than twice as long): a model that pays for length is right on one side only."""
+    """Compute accuracy where the preferred response is much shorter, shorter, of like length (within 10%), longer, much
+    longer (more than twice as long): a model that rewards length is right on one side only."""
     relative = length_differences(pairs)
     bins = {
         "preferred is less than half as long": relative < -0.5,
@@ -187,10 +187,10 @@ def by_length_difference(pairs: ScoredPairs, seed: int) -> list[Numbers]:
 
 
 def rewardbench_sections(rows: Sequence[Mapping[str, Any]]) -> Numbers | None:
-    """RewardBench's section scores and their mean from the accuracy of its subsets (`by_column(..., "subset")`).
+    """Compute RewardBench's section scores and their mean from its subsets' accuracy (`by_column(..., "subset")`).
 
-    A section is the mean over its pairs, but Reasoning weighs mathematics and code alike (2403.13787, section 4).
-    None where a row is no subset of RewardBench.
+    A section is the mean over its pairs, except that Reasoning weighs mathematics and code equally (2403.13787, section
+    4). None where a row is not a subset of RewardBench.
     """
     found = {row["name"]: row for row in rows}
     known = {subset for subsets in REWARDBENCH.values() for subset in subsets}
@@ -218,8 +218,8 @@ def _group(pairs: ScoredPairs, name: str, chosen: np.ndarray, seed: int) -> Numb
 
 
 def spread(pairs: ScoredPairs) -> Numbers:
-    """Mean, standard deviation (population) and quantiles of the scores; the share of their variance that lies within
-    a prompt's responses (the only part that ranks them); mean and quantiles of the pairs' differences."""
+    """Compute mean, standard deviation (population) and quantiles of the scores; the share of their variance between
+    responses to the same prompt (the only part that ranks them); mean and quantiles of the pairs' differences."""
     scores, differences = pairs.scores, pairs.differences
     counts = np.bincount(pairs.prompt_of)
     means = np.bincount(pairs.prompt_of, weights=scores) / counts
@@ -239,7 +239,7 @@ def spread(pairs: ScoredPairs) -> Numbers:
 
 
 def most_wrong(pairs: ScoredPairs, count: int = 20) -> list[Numbers]:
-    """The pairs that the model gets wrong by the widest margin, widest first; at most one per prompt."""
+    """Return the pairs that the model gets wrong by the widest margin, widest first; at most one per prompt."""
     rows: list[Numbers] = []
     seen: set[int] = set()
     differences = pairs.differences
@@ -267,10 +267,10 @@ def most_wrong(pairs: ScoredPairs, count: int = 20) -> list[Numbers]:
 
 
 def expected_best_of_n(proxy: np.ndarray, other: np.ndarray, n: int) -> float:
-    """Mean of `other` at the response that `proxy` likes best among n drawn from the given K, without putting back:
-    exact, over all C(K, n) draws; equal proxy scores share their chance.
+    """Compute the mean of `other` at the response that `proxy` scores highest among n drawn without replacement from K.
 
-    The response of rank r (1 the lowest) wins C(r-1, n-1) of the C(K, n) draws.
+    Exact, over all C(K, n) draws: the response of rank r (1 the lowest) wins C(r-1, n-1) of them; equal proxy scores
+    share their chance.
     """
     if not 1 <= n <= len(proxy):
         raise ValueError(f"n={n} of {len(proxy)} responses")
@@ -287,13 +287,14 @@ def expected_best_of_n(proxy: np.ndarray, other: np.ndarray, n: int) -> float:
 def best_of_n_curve(
     pairs: ScoredPairs, second: np.ndarray, seed: int, sizes: Sequence[int] = (1, 2, 4, 8, 16)
 ) -> Numbers:
-    """What a second model says of the responses that this one picks: does more optimisation still buy anything?
+    """Compute both models' scores of the best of n by this one, which show whether more optimisation still helps.
 
     Scores of both are in standard deviations from their mean over all responses. `per_prompt`: the best of n of a
-    prompt's own (different) responses, on the prompts that have as many as the largest n that half the prompts have.
-    `pool`: the best of n out of all responses, each less its prompt's mean, so that no prompt wins by being easy; it
-    reaches the n that no prompt has responses for, and knows nothing of fit between prompt and response.
-    A row: `n`, `kl_nats` (ln n - (n-1)/n), `proxy`, `second`, and for prompts the interval of `second`.
+    prompt's own (different) responses; the largest n is one that half of the prompts have responses for, and only
+    prompts with as many responses are used. `pool`: the best of n out of all responses, each minus its prompt's mean,
+    so that no prompt wins by being easy; n can be larger than any prompt's number of responses, but the fit of prompt
+    and response plays no part. A row: `n`, `kl_nats` (ln n - (n-1)/n), `proxy`, `second`, and in `per_prompt` the
+    interval of `second`.
     """
     proxy, other = (_standard(values) for values in (pairs.scores, second))
     groups: dict[int, dict[str, int]] = {}

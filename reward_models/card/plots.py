@@ -16,8 +16,8 @@ MODEL, OTHER = FIRST, SECOND
 
 
 def forest(rows: Sequence[Numbers], first: int = 0) -> str:
-    """Accuracies with their intervals, one row each, in per cent; the first `first` rows in the model's colour (0: all
-    rows). A dashed line at 50%."""
+    """Draw accuracies with their intervals, one row each, in per cent; the first `first` rows in the model's colour (0:
+    all rows). A dashed line at 50%."""
 
     def draw(axes: Axes) -> None:
         for line, row in enumerate(rows):
@@ -37,7 +37,7 @@ def forest(rows: Sequence[Numbers], first: int = 0) -> str:
 
 
 def reliability(raw: Numbers, calibrated: Numbers | None) -> str:
-    """Accuracy against confidence by bins; the area of a point is the number of its pairs."""
+    """Draw accuracy against confidence by bins; the area of a point shows the number of its pairs."""
 
     def draw(axes: Axes) -> None:
         axes.plot([50, 100], [50, 100], color=INK, linewidth=0.9, linestyle="--", alpha=0.6, label="perfect")
@@ -59,21 +59,21 @@ def reliability(raw: Numbers, calibrated: Numbers | None) -> str:
 
 
 def differences(counts: Sequence[int], edges: Sequence[float]) -> str:
-    """Histogram of score differences: the pairs left of 0 are wrong."""
+    """Draw a histogram of score differences: the pairs left of 0 are wrong."""
 
     def draw(axes: Axes) -> None:
         for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
             color = WRONG if (low + high) / 2 < 0 else MODEL
             axes.bar(low, count, width=0.94 * (high - low), align="edge", color=color)
         axes.axvline(0, color=INK, linewidth=0.9)
-        axes.set_xlabel("score of the preferred response less the other's (left of 0: wrong)")
+        axes.set_xlabel("score of the preferred response minus the other's (left of 0: wrong)")
         axes.set_ylabel("pairs")
 
     return svg(draw, 4.6, 3.0)
 
 
 def score_and_length(characters: Sequence[int], scores: Sequence[float]) -> str:
-    """One point a response."""
+    """Draw a point per response."""
 
     def draw(axes: Axes) -> None:
         axes.scatter(characters, scores, s=9, color=MODEL, alpha=0.35, linewidths=0)
@@ -84,7 +84,7 @@ def score_and_length(characters: Sequence[int], scores: Sequence[float]) -> str:
 
 
 def preferences(rows: Sequence[Numbers]) -> str:
-    """Of each feature, how often model and labels go for the response with more of it, and the way between them."""
+    """Draw, for each feature, how often model and labels prefer the response with more of it, joined by a line."""
     shown = [row for row in rows if row["model_prefers_more"] is not None]
 
     def draw(axes: Axes) -> None:
@@ -105,7 +105,7 @@ def preferences(rows: Sequence[Numbers]) -> str:
 
 
 def best_of_n(curve: Numbers) -> str:
-    """Both models' scores of the best of n by the first, against KL."""
+    """Draw both models' scores of the best of n by the first model, against KL."""
 
     def draw(axes: Axes) -> None:
         for rows, style, where in ((curve["per_prompt"], "-", "a prompt's own"), (curve["pool"], ":", "pool of all")):

@@ -1,4 +1,4 @@
-"""The reward model's report card: how good it is on held-out rankings, what it goes by, and where it fails.
+"""Make the reward model's report card: its accuracy on held-out rankings, its biases, and where it fails.
 
 `report_card` gives the few numbers that a chain's summary holds, `reward_report` all of them, `save_reward_report`
 writes them as `reward_report.json` and as a page, `reward_report.html`.
@@ -44,18 +44,18 @@ from rlhf.run.checkpoint import write_json_atomic
 
 Score = Callable[..., Sequence[float | None]]
 QUICK_PAIRS = 50
-"""Sample for the sensitivity after training, where the report should take a small part of the training's time."""
+"""Pairs for the sensitivity right after training, where the report should take a small part of the training's time."""
 
 
 def report_card(score: Score, rankings: Sequence[Ranking], *, seed: int = 0, gold: Score | None = None) -> Numbers:
-    """How often `score` orders a held-out pair as its label does; ties of the score count half.
+    """Compute how often `score` orders a held-out pair as its label does; equal scores count half.
 
     score, gold: functions of trl's reward signature, or objects with `.score(conversations)` (a RewardModel is both).
-    Returns `accuracy`, `accuracy_ci` (95%, bootstrap over prompts), `n` pairs, `prompts`, and `length_baseline`: the
-    better of always choosing the longer and always the shorter response, on the same pairs (`length_rule` says
-    which), with its interval. With `gold`, also `gold_accuracy`, `gold_accuracy_ci` and `gold_n`: agreement with the
-    sign of the gold difference over all pairs of responses that gold tells apart, and `label_gold_accuracy`: how
-    often the labels themselves agree with it.
+    Returns `accuracy`, `accuracy_ci` (95%, bootstrap over prompts), `n` pairs, `prompts`, and `length_baseline` with
+    its interval: the better of always choosing the longer and always the shorter response, on the same pairs
+    (`length_rule` names it). With `gold`, also `gold_accuracy`, `gold_accuracy_ci` and `gold_n`, the agreement with the
+    sign of the gold difference over all pairs whose gold scores differ, and `label_gold_accuracy`, how often the labels
+    themselves agree with that sign.
     """
     pairs = scored_pairs(rankings, score_rankings(score, rankings))
     card = _headline(pairs, None, seed)
@@ -72,17 +72,17 @@ def reward_report(
     group_by: Sequence[str] | None = None,
     sensitivity_pairs: int = 200,
 ) -> Numbers:
-    """Everything that the report card says, as plain values: see the keys below.
+    """Compute everything on the report card, as plain values: see the keys below.
 
-    scorer: an object with `.score(conversations)`, or a function of trl's signature. Its `normalizer.std`, where it
-    has one, turns score differences back into those that its loss was trained with, for the calibration.
-    train: rankings it was trained on: the length rule is chosen and the bag of words is fitted there, never on the
-    held-out pairs. Without them the length rule is the better one in hindsight, and there is no bag of words.
-    second: another model's or function's scores; best-of-n by `scorer` is judged by it.
-    group_by: columns to split the accuracy by; default: section, subset, category and the like, where they are there.
-    sensitivity_pairs: sample that is scored again with changes that mean nothing; 0: none.
+    scorer: an object with `.score(conversations)`, or a function of trl's signature. For the calibration, score
+    differences are multiplied by its `normalizer.std`, if it has one: this gives the raw differences of its loss.
+    train: its training rankings, on which the length rule is chosen and the bag of words fitted. Without them the
+    length rule is the better one on the held-out pairs, and there is no bag of words.
+    second: another scorer, which judges best-of-n by `scorer`.
+    group_by: columns to split the accuracy by; default: section, subset, category and the like, where the data has
+    them. sensitivity_pairs: number of pairs to score again after changes that keep the meaning; 0: none.
 
-    Raises InputError without a pair that the labels tell apart, or with a score that is missing, NaN or infinite.
+    Raises InputError where no pair is left, or a score is missing, NaN or infinite.
     """
     columns = grouping_columns(rankings, group_by)
     pairs = scored_pairs(rankings, score_rankings(scorer, rankings))
@@ -125,9 +125,9 @@ def reward_report(
 
 
 def save_reward_report(report: Numbers, folder: str | Path, about: Mapping[str, str | None]) -> Path:
-    """Write `reward_report.json` and `reward_report.html` into `folder`; returns the page's path.
+    """Write `reward_report.json` and `reward_report.html` into `folder`; return the page's path.
 
-    about: what the page says it is of: `reward_model`, `data`, `train_data`, `second_model`."""
+    about: names for the page's header: `reward_model`, `data`, `train_data`, `second_model`."""
     content = {"about": about, **report}
     write_json_atomic(Path(folder) / "reward_report.json", content)
     page = Path(folder) / "reward_report.html"
@@ -142,8 +142,8 @@ def report_after_training(
     folder: str | Path,
     seed: int,
 ) -> Numbers:
-    """Write the report of a model just trained beside it; returns the numbers of `report_card` (the length rule chosen
-    on the training data) and `bag_of_words_accuracy` with its interval."""
+    """Write the report of a model just trained into its folder; return the numbers of `report_card` (the length rule
+    chosen on the training data) and `bag_of_words_accuracy` with its interval."""
     report = reward_report(scorer, held_out, train=train, seed=seed, sensitivity_pairs=QUICK_PAIRS)
     about = {"reward_model": Path(folder).name, "data": "held-out rankings", "train_data": "its training rankings"}
     save_reward_report(report, folder, about)
@@ -159,9 +159,9 @@ def report_after_training(
 
 
 def score_rankings(score: Score, rankings: Sequence[Ranking]) -> list[list[float]]:
-    """Scores of every response, one list per ranking; extra columns reach a function as in PPO.
+    """Score every response, one list per ranking; a function gets extra columns as in PPO.
 
-    Raises InputError on the wrong number of scores, or None: a mean over what happened to be scored says nothing."""
+    Raises InputError on a wrong number of scores, or a None: a mean over some of the responses would mislead."""
     prompts = [ranking.prompt for ranking in rankings for _ in ranking.responses]
     completions = [[{"role": "assistant", "content": text}] for ranking in rankings for text in ranking.responses]
     if callable(score):
@@ -180,7 +180,7 @@ def score_rankings(score: Score, rankings: Sequence[Ranking]) -> list[list[float
 
 
 def score_conversations(scorer: Score, conversations: Sequence[Messages]) -> np.ndarray:
-    """[B] scores of conversations that end with the response."""
+    """Return [B] scores of conversations that end with the response."""
     if hasattr(scorer, "score"):
         return np.array([float(value) for value in scorer.score(conversations)])
     values = scorer(prompts=[c[:-1] for c in conversations], completions=[c[-1:] for c in conversations])
@@ -202,7 +202,7 @@ def _headline(pairs: ScoredPairs, train: Sequence[Ranking] | None, seed: int) ->
 
 
 def _length_rule(pairs: ScoredPairs, train: Sequence[Ranking] | None) -> tuple[str, np.ndarray]:
-    """ "longer" or "shorter", and the outcomes [n] of always choosing that response."""
+    """Return "longer" or "shorter", and the outcomes [n] of always choosing that response."""
     longer = outcomes(length_differences(pairs))
     share = longer.mean() if train is None else longer_share(train)
     return ("longer", longer) if share >= 0.5 else ("shorter", 1.0 - longer)
@@ -226,7 +226,7 @@ def _against_baselines(pairs: ScoredPairs, train: Sequence[Ranking] | None, seed
 
 
 def _points(pairs: ScoredPairs, seed: int, most: int = 500) -> dict[str, list[float]]:
-    """What the page's pictures draw: a sample of (length, score), and a histogram of the pairs' differences."""
+    """Return the data of the page's pictures: a sample of (length, score) and a histogram of the pairs' differences."""
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs.texts))[:most])
     low, high = min(0.0, pairs.differences.min()), max(0.0, pairs.differences.max())
     width = (high - low) / 30 or 1.0  # one edge is 0: no bar holds both right and wrong pairs

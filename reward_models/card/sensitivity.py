@@ -1,4 +1,4 @@
-"""Does a score change when nothing that matters does? Each change below leaves the meaning as it was."""
+"""Sensitivity of a score to changes of the conversation that keep its meaning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALONE = 32
 
 @dataclass(frozen=True)
 class Variant:
-    """A change of a conversation that keeps its meaning; None where it can't be made."""
+    """A change of a conversation that keeps its meaning; `change` returns None where it can't be made."""
 
     name: str
     change: Callable[[Messages], Messages | None]
@@ -46,16 +46,16 @@ VARIANTS = (
     Variant("a space after the response", _answered(lambda text: f"{text} ")),
     Variant("a line break after the response", _answered(lambda text: f"{text}\n")),
 )
-"""Three paraphrases of the template, two of the response's end."""
+"""Three changes of the template, two of the response's end."""
 PADDING = "beside a longer row in the batch"
 
 
 def sensitivity(score: Score, pairs: ScoredPairs, seed: int, sample: int = 200) -> Numbers:
-    """How far scores move under `VARIANTS`, and under padding: a response scored alone, then beside the longest one.
+    """Measure how far scores move under `VARIANTS` and under padding (a response alone, then beside the longest one).
 
-    score: conversations -> scores. On `sample` pairs drawn with the seed (padding: on at most 32 of them). Each row has
-    `mean_change` and `max_change`, of |score - score before| in units of the scores' standard deviation over all
-    responses; `flips`, the share of pairs whose order turns round; `pairs`; or a `note` why it could not be done.
+    score: conversations -> scores. Uses `sample` pairs drawn with the seed (padding: at most 32 of them). Each row has
+    `mean_change` and `max_change` of |score - score before|, in standard deviations of the scores over all responses;
+    `flips`, the share of pairs whose order is reversed; and `pairs`. Or it has a `note` why the change can't be made.
     """
     drawn = np.random.default_rng(seed).permutation(len(pairs.better))[:sample]
     both = np.stack([pairs.better[drawn], pairs.worse[drawn]], axis=1)
@@ -70,7 +70,7 @@ def sensitivity(score: Score, pairs: ScoredPairs, seed: int, sample: int = 200) 
             continue
         try:
             after = score(conversations).reshape(-1, 2)
-        except InputError as error:  # a chat template that knows no system turn
+        except InputError as error:  # a chat template without a system turn
             rows.append({"name": variant.name, "note": str(error)})
             continue
         rows.append({"name": variant.name, **_change(pairs.scores[both[possible]], after, deviation)})
@@ -86,7 +86,7 @@ def _padding(score: Score, pairs: ScoredPairs, both: np.ndarray, deviation: floa
 
 
 def _change(before: np.ndarray, after: np.ndarray, deviation: float) -> Numbers:
-    """before, after: [pairs, 2] scores of the preferred and of the other response."""
+    """Compare scores [pairs, 2] of the preferred and of the other response before and after a change."""
     moved = np.abs(after - before) / (deviation or 1.0)
     turned = (before[:, 0] - before[:, 1]) * (after[:, 0] - after[:, 1]) < 0
     return {

@@ -1,4 +1,4 @@
-"""What can be seen of a response without understanding it, and how far a reward model goes by it."""
+"""Surface features of a response (length, punctuation, lists, ...), and how far a reward model's scores follow them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ FEATURES: dict[str, Callable[[str], float]] = {
 
 
 def surface(pairs: ScoredPairs, seed: int) -> Numbers:
-    """`features`: of each, `spearman` with the score over all responses, and of the pairs in which the feature
-    differs (`n`), in how many the model (`model_prefers_more`) and the labels (`labels_prefer_more`) go for the
-    response that has more of it: a model far above the labels pays for the feature itself.
-    `length_matched`: accuracy on the pairs whose lengths in characters differ by at most 10%, None without such."""
+    """Compute `features` and `length_matched`.
+
+    `features`, a row each: `spearman`, its rank correlation with the score over all responses; `n`, the pairs in which
+    it differs; and the share of these in which the model (`model_prefers_more`) and the labels (`labels_prefer_more`)
+    prefer the response with more of it. A model far above the labels rewards the feature itself.
+    `length_matched`: accuracy on the pairs whose lengths in characters differ by at most 10%; None without such a pair.
+    """
     rows = []
     for name, count in FEATURES.items():
         values = np.array([count(text) for text in pairs.texts], dtype=np.float64)
@@ -55,7 +58,7 @@ def surface(pairs: ScoredPairs, seed: int) -> Numbers:
 
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
-    """Rank correlation, equal values sharing their mean rank; None where one side does not vary."""
+    """Compute the rank correlation, with equal values sharing their mean rank; None where one side does not vary."""
     a, b = (_ranks(np.asarray(values, dtype=np.float64)) for values in (x, y))
     a, b = a - a.mean(), b - b.mean()
     norm = np.sqrt(float((a * a).sum() * (b * b).sum()))

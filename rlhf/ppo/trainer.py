@@ -306,11 +306,11 @@ class PPOTrainer:
 
     @property
     def state(self) -> TrainerState:
-        """transformers' TrainerState; `state.log_history` has every logged metric."""
+        """Return transformers' TrainerState; `state.log_history` has every logged metric."""
         return self.loop.state
 
     def plot(self, *names: str) -> Plot:
-        """A figure of the logged metrics, all or those that are named."""
+        """Plot the named metrics over the updates; without names, all that were logged."""
         return plot(self.state.log_history, names)
 
     def save_model(self, folder: str | Path | None = None) -> None:

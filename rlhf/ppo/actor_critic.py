@@ -1,7 +1,7 @@
 """Policy, reference and value model as one module, on one backbone (LoRA adapters) or on three.
 
-accelerate prepares this one module and nobody reaches inside it: `forward` returns log-probabilities,
-entropy and values, so that DDP's hooks and sharded parameters are never bypassed.
+accelerate prepares this one module, and the trainer calls only its `forward`, which returns log-probabilities,
+entropy and values: so DDP's hooks and the gathering of sharded parameters are never bypassed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOT_ASKED = torch.empty(0)
 
 
 class Outputs(NamedTuple):
-    """[B, T] each, 0 on padding; empty for a role that was not asked for."""
+    """The outputs of `ActorCritic`: [B, T] each, 0 on padding, empty for a role that was not requested."""
 
     logprobs: Tensor = NOT_ASKED
     entropy: Tensor = NOT_ASKED
@@ -46,21 +46,22 @@ class ActorCritic(nn.Module):
         self, policy: Any, reference: Any | None, value: Any | None, head: nn.Linear, shared_trunk: bool = False
     ):
         super().__init__()
-        self.shared_trunk = shared_trunk  # the value head stands on the policy's own hidden states
+        self.shared_trunk = shared_trunk  # the value head reads the policy's own hidden states
         self.policy: Any = policy
         self.reference = reference  # None: the adapter "reference" on the policy's backbone
         self.value = value  # None: the adapter "value" on the policy's backbone, or the policy itself
         self.value_head = head
-        self.packs = False  # are rows of different lengths computed as one long row? `rlhf.cpu.prepare` decides
-        # by this name accelerate's FSDP2 asks a module for its layers
+        self.packs = False  # True: rows of different lengths are computed as one long row; `rlhf.cpu.prepare` sets it
+        # accelerate's FSDP2 reads a module's layer classes from this attribute
         self._no_split_modules = distributed.layer_classes([m for m in (policy, reference, value) if m is not None])
 
     def forward(self, batch: Batch, temperature: float, roles: Sequence[Role] = ("policy", "value")) -> Outputs:
+        """Run the models in `roles` on a batch; every logit is divided by `temperature`."""
         outputs: dict[str, Tensor] = {}
         together = self.shared_trunk and {"policy", "value"} <= set(roles)
         for role in roles:
             if role == "value" and together:
-                continue  # the policy's forward is the value model's
+                continue  # the policy's forward computes the values too
             with self.active(role) as model:
                 hidden = response_hidden(model, batch, self.packs)
                 if role == "value" or (role == "policy" and together):
@@ -75,19 +76,19 @@ class ActorCritic(nn.Module):
         return Outputs(**outputs)
 
     def _values(self, hidden: Float[Tensor, "B T H"], batch: Batch) -> Float[Tensor, "B T"]:
-        with torch.autocast(hidden.device.type, enabled=False):  # a value in bfloat16 has three digits
+        with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16 a value would keep only three digits
             values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
         return torch.where(batch.mask, values, 0.0)
 
     @contextmanager
     def active(self, role: Role) -> Iterator[Any]:
-        """The model that plays `role`, with its adapter switched on where the backbone is shared."""
+        """Yield the model of a role, with its adapter switched on where the backbone is shared."""
         model = {"policy": self.policy, "reference": self.reference, "value": self.value}[role]
         if model is not None and not (role == "policy" and isinstance(model, PeftModel)):
-            yield model  # a model of its own; a given reference may itself be an adapter
+            yield model  # a separate model; a reference that the user passed may itself be an adapter
             return
         model = self.policy if model is None else model
-        if not isinstance(model, PeftModel):  # trained whole, and the value model's trunk too
+        if not isinstance(model, PeftModel):  # a policy trained in full, whose trunk may carry the value head
             yield model
             return
         adapter = ADAPTERS["policy" if self.shared_trunk and role == "value" else role]
@@ -95,36 +96,46 @@ class ActorCritic(nn.Module):
             yield model
 
     def policy_parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters of the policy."""
         return [p for name, p in self.named_parameters() if p.requires_grad and not _is_value(name)]
 
     def value_parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters of the value model; on a shared trunk, the head's."""
         return [p for name, p in self.named_parameters() if p.requires_grad and _is_value(name)]
 
     def most_tokens(self, wanted: int) -> int:
-        """Of a micro-batch, where `wanted` are asked for; beyond it would be padded, and padding was not counted."""
+        """Return the token limit of a micro-batch: `wanted`, and for packed rows at most `packing.MOST_TOKENS`.
+
+        A longer micro-batch would be padded, and the plan of packed rows does not count padding."""
         return min(wanted, packing.MOST_TOKENS) if self.packs else wanted
 
     def backward_roles(self, processes: int) -> list[tuple[Role, ...]]:
-        """The models of each backward: each its own where they share nothing; DDP wants one backward of the whole."""
-        apart = processes == 1 and not self.shared_trunk
-        return [("policy",), ("value",)] if apart else [("policy", "value")]
+        """Return the roles of each backward pass: one pass per model if they share no trained weights.
+
+        With several processes it is one pass for both, because DDP needs one backward of the whole module."""
+        separate = processes == 1 and not self.shared_trunk
+        return [("policy",), ("value",)] if separate else [("policy", "value")]
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:
-        """Whose gradient norms are clipped, each on its own: the models that share no weights."""
+        """Return the parameters whose gradient norm is clipped together, by metric name.
+
+        Policy and value model are clipped separately unless they share a trunk."""
         if self.shared_trunk:
             return {"policy_grad_norm": self.policy_parameters() + self.value_parameters()}
         return {"policy_grad_norm": self.policy_parameters(), "value_grad_norm": self.value_parameters()}
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: every trained tensor, and nothing of the frozen ones.
+        """Return every trained tensor by name, for a checkpoint; frozen tensors are left out.
 
-        Where parameters are sharded, all processes must call it, and the first alone gets the tensors.
+        With sharded parameters all processes must call it, and only the first gets the tensors.
         """
         distributed.reshard(self)
         return distributed.full({name: p for name, p in self.named_parameters() if p.requires_grad})
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Every process gives the whole tensors, and keeps its part where parameters are sharded."""
+        """Load what `trained_state` returned; every process passes whole tensors and keeps its part if sharded.
+
+        Raises InputError if the names of the trained tensors differ."""
         distributed.reshard(self)
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if own.keys() != state.keys():
@@ -134,9 +145,9 @@ class ActorCritic(nn.Module):
                 own[name].copy_(distributed.like(tensor, own[name]))
 
     def save_policy(self, folder: str | Path) -> None:
-        """The policy alone, as transformers or peft would save it.
+        """Save the policy alone, as transformers or peft would.
 
-        Where parameters are sharded, all processes must call it, and the first alone writes.
+        With sharded parameters all processes must call it, and only the first writes.
         """
         given: dict[str, Any] = {}
         if distributed.is_sharded(self):
@@ -150,7 +161,7 @@ class ActorCritic(nn.Module):
             self.policy.save_pretrained(str(folder), **given)
 
     def _policy_state(self) -> dict[str, Tensor]:
-        """The policy's tensors, of an adapter without its base."""
+        """Return the policy's tensors by name; for an adapter, without those of its base."""
         state: dict[str, Tensor] = self.policy.state_dict(keep_vars=True)
         if not isinstance(self.policy, PeftModel):
             return state
@@ -159,18 +170,18 @@ class ActorCritic(nn.Module):
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inside, an engine may run `self.policy` itself, and for as many steps as its own responses need."""
+        """Let an engine run `self.policy` directly inside the context, a different number of steps on each process."""
         if distributed.is_sharded(self):
-            # an empty forward, for no role: FSDP2 takes what runs first for the root, and that must not be a layer
+            # A forward for no role: FSDP2 takes the first module that runs for the root, and that must not be a layer.
             self(None, 1.0, ())
         with distributed.whole(self, self.policy), torch.compiler.set_stance("force_eager"):
             yield
 
     def trained_adapters(self, model: PeftModel) -> list[str]:
-        """Those of a backbone's adapters that are trained."""
+        """Return the names of a backbone's trained adapters."""
         return [name for name in (ADAPTERS["policy"], ADAPTERS["value"]) if name in model.peft_config]
 
 
 def _is_value(name: str) -> bool:
-    """Is this parameter the value model's: its own trunk, its head, or the adapter called "value"?"""
+    """Return whether a parameter belongs to the value model: its own trunk, its head, or the adapter "value"."""
     return name.startswith(("value.", "value_head.")) or adapter_of(name) == ADAPTERS["value"]

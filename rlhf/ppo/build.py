@@ -1,4 +1,4 @@
-"""Making PPO's three models: what each starts from, and on which backbone it stands."""
+"""Construction of PPO's three models: the weights that each starts from, and the backbone that it uses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ValueKind = Literal["separate", "adapter", "shared_trunk"]
 
 
 class RewardModelLike(Protocol):
-    """What a value model can start from: `reward_models.RewardModel`, or anything with these."""
+    """A reward model that a value model can start from: `reward_models.RewardModel`, or any object with these."""
 
     model: PreTrainedModel
     normalizer: ScoreNormalizer
@@ -39,7 +39,7 @@ class RewardModelLike(Protocol):
 def models_for(
     args: PPOConfig, model: Any, ref_model: Any, value_start: Any, peft_config: LoraConfig | None, dtype: torch.dtype
 ) -> ActorCritic:
-    """The three models as the settings want them; frozen weights in the precision that is computed in."""
+    """Build the three models from the settings; a frozen base is held in `dtype`, trained weights in float32."""
     lora = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     frozen_base = lora is not None or (isinstance(model, str | Path) and is_adapter(model))
     actor_critic = build_actor_critic(
@@ -66,11 +66,12 @@ def build_actor_critic(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> ActorCritic:
-    """Load or copy the three models. Where the reward model cannot serve, the value model is the policy's
-    trunk under a zero head (value_model=None).
+    """Load or copy the three models.
 
-    value_kind: "separate" (a model of its own), "adapter" (on the policy's backbone; needs LoRA) or "shared_trunk" (a
-    zero head on the policy's own hidden states: one forward for both); None: adapter under LoRA, else separate.
+    ref_model: None copies the policy. value_model: a reward model; None starts from the policy's trunk with a zero
+    head. value_kind: "separate" (a model of its own), "adapter" (an adapter on the policy's backbone; needs LoRA) or
+    "shared_trunk" (a zero head on the policy's own hidden states: one forward for both); None: "adapter" with LoRA,
+    else "separate". Raises InputError for combinations that cannot work.
     """
     policy = load_policy(model, dtype=dtype, lora=lora, seed=seed)
     if is_quantized(policy) and (value_kind == "separate" or not isinstance(policy, PeftModel)):
@@ -82,7 +83,7 @@ def build_actor_critic(
         raise InputError("value_model=adapter needs a LoRA policy; set lora_rank, or take separate or shared_trunk")
     shared = value_kind == "shared_trunk"
     if shared and value_model is not None:
-        raise InputError("value_model=shared_trunk starts from a zero head: leave the value model to start from out")
+        raise InputError("value_model=shared_trunk starts from a zero head; leave out the value model to start from")
     if shared:
         value, head = None, _zero_head(policy)
     else:
@@ -101,7 +102,7 @@ def build_actor_critic(
 def _build_reference(policy: Any, ref_model: Any, dtype: torch.dtype | None) -> nn.Module | None:
     if ref_model is not None:
         if ref_model is policy:
-            raise InputError("ref_model is the policy itself; leave it out: the trainer keeps a frozen copy")
+            raise InputError("ref_model is the policy itself; leave it out, and the trainer keeps a frozen copy")
         return load_policy(ref_model, dtype=dtype)
     if isinstance(policy, PeftModel):
         _copy_adapter(policy, "reference")
@@ -110,7 +111,7 @@ def _build_reference(policy: Any, ref_model: Any, dtype: torch.dtype | None) -> 
 
 
 def _zero_head(policy: Any) -> nn.Linear:
-    weight = head_weight(policy)  # its width, not config.hidden_size: OPT may project its last hidden states
+    weight = head_weight(policy)  # has the right width; config.hidden_size has not where OPT projects its last states
     return _head(torch.zeros(1, weight.shape[1]), torch.zeros(1)).to(weight.device)
 
 
@@ -143,7 +144,7 @@ def _build_value(
             raise InputError(
                 "value model: a LoRA reward model over another base than the policy's; train both over one base"
             )
-        trunk = _merged_copy(scalar)  # beside a policy trained whole, so is the value model
+        trunk = _merged_copy(scalar)  # a value model with its own trunk is trained in full
     else:
         trunk = scalar if isinstance(source, str | Path) else clone(scalar)
     trunk.float().requires_grad_(True)
@@ -164,14 +165,14 @@ def _head(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def _normalised_head(score: Any, normalizer: ScoreNormalizer) -> nn.Linear:
-    """The reward model's head, divided by the spread and shifted, so that it predicts normalised scores."""
+    """Return the reward model's head with the normaliser in its weight and bias: it predicts normalised scores."""
     raw_bias = torch.zeros(1) if score.bias is None else score.bias.detach().float().cpu()
     return _head(score.weight.detach().float().cpu() / normalizer.std, (raw_bias - normalizer.mean) / normalizer.std)
 
 
 def _same_base(policy: PeftModel, scalar: PeftModel) -> bool:
-    mine, theirs = (m.peft_config["default"].base_model_name_or_path for m in (policy, scalar))
-    return mine == theirs or (backbone(policy).config.to_dict() == backbone(scalar).config.to_dict() and not theirs)
+    name, other = (m.peft_config["default"].base_model_name_or_path for m in (policy, scalar))
+    return name == other or (backbone(policy).config.to_dict() == backbone(scalar).config.to_dict() and not other)
 
 
 def _copy_adapter(policy: PeftModel, name: str) -> None:
@@ -181,13 +182,13 @@ def _copy_adapter(policy: PeftModel, name: str) -> None:
 
 
 def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> None:
-    """The reward model's LoRA weights as the adapter "value" on the policy's backbone (its head stays outside)."""
+    """Load the reward model's LoRA weights, without its head, as the adapter "value" on the policy's backbone."""
     config: Any = copy.deepcopy(scalar.peft_config["default"])
     config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
-    ours: Any = policy.peft_config["default"]
-    mine, theirs = ours.trainable_token_indices, config.trainable_token_indices
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        config.trainable_token_indices = mine | theirs  # a reward model has no lm_head whose tokens could be trained
+    policy_config: Any = policy.peft_config["default"]
+    tokens, scalar_tokens = policy_config.trainable_token_indices, config.trainable_token_indices
+    if isinstance(tokens, dict) and isinstance(scalar_tokens, dict):
+        config.trainable_token_indices = tokens | scalar_tokens  # a reward model has no lm_head with trained tokens
     policy.add_adapter("value", config)
     weights = load_peft_weights(folder, device="cpu") if folder else get_peft_model_state_dict(scalar)
     weights = {name: tensor for name, tensor in weights.items() if ".score." not in name}
@@ -198,14 +199,14 @@ def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> N
 
 
 def _drop_head(model: PreTrainedModel) -> None:
-    """The value model has no use for a language head; frozen, so that no optimizer state is kept for it."""
+    """Freeze the value model's language head, which it does not use, so that no optimizer state is kept for it."""
     output = cast(Any, model).get_output_embeddings()
     if output is not None and output.weight is not model.get_input_embeddings().weight:
         output.requires_grad_(False)
 
 
 def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
-    """Recompute activations in backward, each under the adapter that was active in its forward."""
+    """Recompute activations in backward, each with the adapter that was active in its forward."""
     for model in (actor_critic.policy, actor_critic.value):
         if model is None:
             continue
@@ -214,13 +215,13 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
             kwargs["context_fn"] = _adapter_contexts(model, actor_critic)
         plain = base_model(model)
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
-        enable(kwargs)  # the second name is transformers' older one, deprecated in 5.23
+        enable(kwargs)  # gradient_checkpointing_enable is the older name, deprecated in transformers 5.23
 
 
 def compile_layers(actor_critic: ActorCritic) -> None:
-    """Compile the models' layers where they stand (torch.compile by region: layers that are alike share their code).
+    """Compile the models' layers in place (torch.compile by region, so that equal layers share their code).
 
-    Sampling stays as it is (`sampling`): every step of a cache would be another shape.
+    Sampling runs without it (`ActorCritic.sampling`): every decoding step has another shape.
     """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # adapters x grad modes
     for module in actor_critic.modules():
@@ -237,7 +238,7 @@ def _adapter_contexts(model: PeftModel, actor_critic: ActorCritic) -> Callable[[
 
 
 def build_optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimizer:
-    """AdamW over what the policy trains and over what the value model does, each at its own learning rate."""
+    """Build AdamW with two parameter groups, policy and value model, each with its own learning rate."""
     groups = [
         {"params": actor_critic.policy_parameters(), "lr": args.learning_rate},
         {"params": actor_critic.value_parameters(), "lr": args.value_lr},

@@ -23,9 +23,9 @@ class PPOConfig:
     "Run"
 
     output_dir: str = "runs/ppo"
-    """Where checkpoints, metrics and samples go."""
+    """Folder for checkpoints, metrics and samples."""
     seed: int = 0
-    """Prompts, sampling and minibatches are pure functions of it."""
+    """Decides the order of prompts, the sampling and the minibatches."""
 
     "Batch sizes and lengths"
 
@@ -51,11 +51,11 @@ class PPOConfig:
     "Optimization"
 
     learning_rate: float = 1e-5
-    """Of the policy, at its peak."""
+    """Peak learning rate of the policy."""
     value_learning_rate: float | None = None
-    """Of the value model, at its peak; null takes learning_rate."""
+    """Peak learning rate of the value model; null: learning_rate."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How both rates fall to 0 over the updates."""
+    """Shape of both rates' fall to 0 over the updates; constant: they stay at their peak."""
     warmup_updates: int = 0
     """Updates over which both rates rise from 0 to their peak."""
     adam_beta1: float = 0.9
@@ -65,29 +65,29 @@ class PPOConfig:
     adam_epsilon: float = 1e-5
     """Adam's epsilon (2403.17031, detail 21)."""
     weight_decay: float = 0.0
-    """AdamW's decay."""
+    """AdamW's weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients of policy and value model are clipped to this norm, each on its own."""
+    """Largest gradient norm; policy and value model are clipped separately unless they share a trunk."""
 
     "Value model"
 
     value_model: Literal["separate", "adapter", "shared_trunk"] | None = None
-    """A model of its own; an adapter on the policy's backbone (LoRA); or a head on the policy's own hidden states, with
-    one forward for both. null: adapter under LoRA, else separate."""
+    """separate: a model of its own; adapter: an adapter on the policy's backbone (needs LoRA); shared_trunk: a head on
+    the policy's own hidden states, one forward for both; null: adapter with LoRA, else separate."""
     value_loss_coef: float = 0.1
-    """Weight of the value loss beside the policy's on a shared trunk. Elsewhere the two share no weights, and Adam does
-    not feel a constant factor: value_learning_rate acts there."""
+    """Weight of the value loss on a shared trunk. Elsewhere it has no effect, because Adam cancels a constant factor:
+    set value_learning_rate there."""
     value_warmup_updates: int = 0
-    """First updates in which the policy stands still and the value model learns (PPO-max, 2307.04964)."""
+    """First updates in which only the value model is trained (PPO-max, 2307.04964)."""
 
     "KL penalty, advantages and clipping"
 
     kl_coef: float = 0.05
-    """beta: what a nat of KL against the reference costs, in units of the normalised score."""
+    """beta: the cost of one nat of KL to the reference, in units of the normalised score."""
     kl_target_nats: float | None = None
     """Adapt kl_coef towards this KL per response (Ziegler et al. 2019); null keeps it fixed."""
     kl_horizon: int = 10000
-    """Responses over which the adaptive coefficient moves."""
+    """Time scale of the adaptive kl_coef, in responses; larger is slower."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
@@ -95,41 +95,41 @@ class PPOConfig:
     clip_ratio: float = 0.2
     """The policy's ratio is clipped to 1 +- this."""
     importance_cap: float = 2.0
-    """Largest weight of a token by which an engine's own probabilities (vLLM's) are corrected to the trainer's; .inf
-    in YAML truncates nothing. Engines that don't report theirs, as the built-in one, are not corrected."""
+    """Upper limit of the importance weight per token, which corrects an engine's probabilities (vLLM's) to the
+    trainer's; .inf in YAML: no limit. An engine that reports none, like the built-in one, is not corrected."""
     clip_value: float = 0.2
-    """New values are clipped to the old ones +- this; .inf in YAML switches it off."""
+    """New values are clipped to the old ones +- this; .inf in YAML: no clipping."""
 
     "Scores"
 
     normalize_scores: bool = False
     """Standardize scores by their running mean and spread (PPO-max)."""
     clip_scores: float | None = None
-    """Clip scores to +- this after normalising; null leaves them."""
+    """Clip scores to +- this after normalising; null: no clipping."""
     missing_eos: Literal["replace", "subtract", "off"] = "replace"
-    """A response that never stopped: its score becomes -penalty, or loses penalty, or stays."""
+    """Score of a response without a stop token: -missing_eos_penalty, the score minus the penalty, or unchanged."""
     missing_eos_penalty: float = 1.0
-    """See missing_eos; in units of the normalised score."""
+    """The penalty of missing_eos, in units of the normalised score."""
     rescale_rewards: bool = False
     """Scale rewards to unit variance over the rollout, mean kept (2403.17031, detail 18)."""
     reward_weights: list[float] | None = field(default=None)
-    """One weight per reward function; null weighs each 1."""
+    """One weight per reward function; null: 1 for each."""
     on_score_failure: Literal["error", "drop"] = "error"
-    """A reward function fails on a response (an exception, a time-out, NaN): end the run, or leave the response out
-    of the update and count it in dropped_responses. When all responses fail, the run ends."""
+    """When a reward function fails on a response (an exception, a time-out, NaN): end the run, or leave the response
+    out of the update and count it in dropped_responses. If all responses fail, the run ends."""
     score_timeout_seconds: float | None = None
-    """Longest time of one reward function for one process's responses, each function on its own; null: no limit."""
+    """Time limit of each reward function for one process's responses of a rollout; null: no limit."""
 
     "LoRA"
 
     lora_rank: int = 0
-    """0 trains all weights, or continues the adapter that the model is; else the rank of a fresh adapter."""
+    """Rank of a new adapter; 0 trains all weights, or continues the adapter if the model is one."""
     lora_alpha: float = 32.0
-    """LoRA's scale numerator."""
+    """Numerator of LoRA's scale, lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
     """Recorded in the adapter; PPO itself runs without dropout."""
     lora_target_modules: list[str] | None = None
-    """Names of adapted modules; null adapts every linear layer of the trunk."""
+    """Names of the adapted modules; null: every linear layer of the trunk."""
 
     "Memory and speed"
 
@@ -149,11 +149,11 @@ class PPOConfig:
     save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     on_alarm: Literal["warn", "save", "stop"] = "warn"
-    """When a metric leaves its healthy range: say so once; also write a checkpoint; also end the run there."""
+    """When a metric leaves its healthy range: warn once; also write a checkpoint; or also end the run."""
     stop_kl_nats: float | None = None
     """End training when a rollout's KL to the reference exceeds this; null: never."""
     stop_approx_kl_nats: float | None = None
-    """End an update's inner epochs once the mean approx_kl_nats of one exceeds this; null: never."""
+    """End an update's inner epochs when approx_kl_nats, averaged over one of them, exceeds this; null: never."""
     save_rollouts: int = 0
     """Every so many updates, keep the rollout and the trainer's state before it (as big as a checkpoint) in rollouts/,
     for recipes/inspect_rollout.py; 0: never."""
@@ -162,7 +162,7 @@ class PPOConfig:
     report_to: list[str] | None = None
     """Trackers besides metrics.jsonl: trackio, tensorboard, wandb."""
     preflight: bool = True
-    """Check model, tokenizer, data and scores before the first update, and refuse what cannot be right."""
+    """Check model, tokenizer, data and scores before the first update; a failed check ends the run."""
 
     def __post_init__(self) -> None:
         for name in ("updates", "rollout_size", "minibatch_size", "inner_epochs", "tokens_per_microbatch"):
@@ -201,10 +201,11 @@ class PPOConfig:
 
     @property
     def value_lr(self) -> float:
+        """Return the value model's peak learning rate."""
         return self.learning_rate if self.value_learning_rate is None else self.value_learning_rate
 
     def lr_factor(self, update: int) -> float:
-        """Share of the peak learning rate at this update, counted from 0."""
+        """Return the share of the peak learning rate at an update, counted from 0."""
         if update < self.warmup_updates:
             return (update + 1) / self.warmup_updates
         if self.lr_schedule == "constant":
@@ -213,6 +214,7 @@ class PPOConfig:
         return 1.0 - done if self.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     def weights_for(self, functions: int) -> list[float]:
+        """Return one weight per reward function. Raises InputError if reward_weights has another length."""
         weights = self.reward_weights or [1.0] * functions
         if len(weights) != functions:
             raise InputError(
@@ -221,7 +223,7 @@ class PPOConfig:
         return weights
 
     def check_processes(self, processes: int) -> None:
-        """Refuse batch sizes that don't divide over the processes."""
+        """Raise InputError unless the number of processes divides minibatch_size."""
         require_divides("number of processes", processes, "minibatch_size", self.minibatch_size)
 
 

@@ -1,4 +1,4 @@
-"""Where a NaN or an infinity came from: prompt, token, tensor. A run stops on one, it never trains on it."""
+"""The search for the origin of a NaN or an infinity: prompt, token, tensor. A run stops on one, never trains on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READY = (*COLLECTED, "scores", "advantages", "returns")
 
 
 def broken_number(rollout: Rollout, names: Sequence[str] = COLLECTED, rows: Iterable[int] | None = None) -> str | None:
-    """The first number of a rollout's columns that is NaN or infinite, with its prompt and token; None: all fine."""
+    """Describe the first NaN or infinity in a rollout's columns, with its prompt and token; None if there is none."""
     for name in names:
         values: Tensor = getattr(rollout, name)
         for row in range(len(rollout)) if rows is None else rows:
@@ -33,7 +33,7 @@ def broken_number(rollout: Rollout, names: Sequence[str] = COLLECTED, rows: Iter
 
 
 def stop_on(broken: str | None, update: int) -> None:
-    """Raise RunStopped where something is broken; `update` counts from 1."""
+    """Raise RunStopped with the description `broken`, if there is one; `update` counts from 1."""
     if broken is not None:
         raise RunStopped(
             f"update {update}: {broken}; no step was taken on it. Lower learning_rate, or look at that row and the "
@@ -45,11 +45,11 @@ def stop_on(broken: str | None, update: int) -> None:
 def sampling_explained(
     models: ActorCritic, prompt_ids: Sequence[list[int]], tokenizer: Any, update: int
 ) -> Iterator[None]:
-    """Inside, a probability that is not a number raises RunStopped with the prompt, or the weights, it came from."""
+    """Turn the error of sampling from NaN probabilities into RunStopped that names the prompt or weights at fault."""
     try:
         yield
     except RuntimeError as error:
-        if "probability" not in str(error):  # what torch.multinomial, too, says of a NaN
+        if "probability" not in str(error):  # in torch.multinomial's message about a NaN, as in our own
             raise
         with models.active("policy") as policy:
             found = broken_prompt(policy, prompt_ids, tokenizer)
@@ -57,6 +57,7 @@ def sampling_explained(
 
 
 def location(rollout: Rollout, row: int, token: int | None) -> str:
+    """Describe a row of a rollout, and a token of its response, for an error message."""
     prompt, response = rollout.prompts[row].messages[-1]["content"], rollout.texts[row]
     at = "" if token is None else f"at response token {token} (id {rollout.response_ids[row][token]}) "
     return f"{at}in row {row}, prompt {short(prompt)!r}, response {short(response)!r}"
@@ -64,7 +65,7 @@ def location(rollout: Rollout, row: int, token: int | None) -> str:
 
 @torch.no_grad()
 def broken_prompt(model: Any, prompt_ids: Sequence[list[int]], tokenizer: Any) -> str | None:
-    """The first prompt on which a causal model's logits are not finite, and the token; or the weights that are not."""
+    """Name the first weights that are not finite, else the first prompt and token whose logits are NaN; else None."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             return f"the policy's weights {name} are not finite"
@@ -81,10 +82,10 @@ def broken_prompt(model: Any, prompt_ids: Sequence[list[int]], tokenizer: Any) -
 def explain_step(
     rollout: ReadyRollout, minibatch: list[list[int]], module: nn.Module, outputs: Callable[..., Outputs]
 ) -> str:
-    """Why an optimizer step's loss or gradient is not finite: looked for in what was collected, then row by row.
+    """Explain why an optimizer step's gradient is not finite: search the rollout's columns, the weights, then each row.
 
-    ``outputs(rollout, [row])`` computes a row's log-probabilities and values again; it is called only once something is
-    broken, so it may be slow.
+    ``outputs(rollout, [row])`` computes a row's log-probabilities and values again. All this runs only after a
+    failure, so it may be slow.
     """
     rows = [row for micro_batch in minibatch for row in micro_batch]
     found = broken_number(rollout, READY, rows)
@@ -106,7 +107,7 @@ def explain_step(
 
 
 def _unclipped_loss(rollout: ReadyRollout, row: int, outputs: Outputs) -> Tensor:
-    """The losses of one row before clipping: where they are finite, so are the clipped ones."""
+    """Compute the sum of one row's losses without clipping; if it is finite, so are the clipped losses."""
     old = rollout.columns([row], outputs.logprobs.device)
     ratio = (outputs.logprobs - old.logprobs).exp()
     return 0.5 * (outputs.values - old.returns).square().sum() - (ratio * old.advantages).sum()

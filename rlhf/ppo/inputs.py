@@ -1,4 +1,4 @@
-"""What the user hands to `PPOTrainer`, made ready: tokenizer, prompts, and what the value model starts from."""
+"""Preparation of `PPOTrainer`'s arguments: the tokenizer, the prompts, and the start of the value model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ log = logging.getLogger("rlhf")
 def prompts_of(
     name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
 ) -> tuple[list[Prompt], list[list[int]]]:
-    """A dataset's prompts with their ids; over-long ones are left out, counted and named in the log, never cut.
+    """Read a dataset's prompts and encode them; too long ones are left out, counted and named in the log, never cut.
 
-    name: the argument that the dataset was given as; train_dataset must be there, eval_dataset need not.
+    name: "train_dataset" or "eval_dataset"; only the first is required. Raises InputError if it is missing or no
+    prompt is left.
     """
     if dataset is None and name == "eval_dataset":
         return [], []
@@ -56,33 +57,35 @@ def prompts_of(
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Do both turn every conversation into the same ids?"""
+    """Return whether both tokenizers turn every conversation into the same ids: same vocabulary, same template."""
     return one.get_vocab() == other.get_vocab() and chat.template_hash(one) == chat.template_hash(other)
 
 
 def value_start(value_model: Any, functions: Sequence[Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Any:
-    """What the value model starts from: `value_model`, else the first reward model among `functions` that
-    reads the policy's tokens, else None (the policy's trunk under a zero head)."""
+    """Choose the model that the value model starts from: `value_model`, else the first reward model among `functions`
+    whose tokenizer is the policy's, else None (the policy's trunk with a zero head)."""
     if args.value_model == "shared_trunk":
-        return value_model  # the head starts from zero: `build` refuses a model to start from
+        return value_model  # its head starts from zero: `build` refuses a value_model
     if isinstance(value_model, torch.nn.Module):
         return value_model
     candidates = [value_model] if value_model is not None else list(functions)
     for candidate in candidates:
         if isinstance(candidate, str) or hasattr(candidate, "__fspath__"):
-            theirs = load_tokenizer(candidate)
+            other = load_tokenizer(candidate)
         elif hasattr(candidate, "normalizer") and hasattr(candidate, "tokenizer"):
-            theirs = candidate.tokenizer
+            other = candidate.tokenizer
         else:
             continue
-        if same_tokenizer(tokenizer, theirs):
+        if same_tokenizer(tokenizer, other):
             return candidate
         log.warning("the reward model reads other tokens than the policy: the value model starts from the policy")
     return None
 
 
 def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one in the policy's folder; refused where its chat tokens were never learned."""
+    """Return the tokenizer passed, else the one in the policy's folder.
+
+    Raises InputError if the passed one lacks chat tokens, since the policy never learned them."""
     if given is None:
         if not isinstance(model, str | Path):
             raise InputError("processing_class is missing; with a model object, pass its tokenizer")

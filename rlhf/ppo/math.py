@@ -1,8 +1,8 @@
 """PPO's mathematics: pure functions of tensors, float32 inside; no model, no configuration, no logging.
 
-T is the response axis. Responses are right-padded and `mask` is a non-empty prefix of True that comes from
-the generated lengths, never from token ids. ``hidden[:, t]`` and ``values[:, t]`` belong to the state
-*before* response token t. Outputs are 0 on padding, and nothing that stands on padding can change a result.
+B is the number of responses, T the response axis. Responses are right-padded; `mask` is a non-empty prefix of True
+that comes from the generated lengths, never from token ids. ``hidden[:, t]`` and ``values[:, t]`` belong to the state
+*before* response token t. Outputs are 0 on padding, and no input on padding can change a result.
 
 Sources: Schulman et al. 2017 (PPO, 1707.06347), Schulman et al. 2016 (GAE, 1506.02438), Ziegler et al. 2019
 (1909.08593), Stiennon et al. 2020 (2009.01325), Ouyang et al. 2022 (InstructGPT, 2203.02155), Huang et al.
@@ -21,16 +21,16 @@ from rlhf.models.logprobs import token_logprobs as token_logprobs
 
 
 class PolicyStats(NamedTuple):
-    """Scalars over the tokens that `count` counts; shares of micro-batches add up (of the last two, take the max)."""
+    """Scalar statistics of `policy_loss`. Over micro-batches the first two add up; take the maximum of the last two."""
 
-    clip_fraction: Tensor
-    approx_kl_nats: Tensor
+    clip_fraction: Tensor  # share of tokens whose objective is the clipped one
+    approx_kl_nats: Tensor  # mean k3 estimate of KL(old || new)
     ratio_max: Tensor
     ratio_error: Tensor  # largest |ratio - 1|
 
 
 class ValueStats(NamedTuple):
-    """value_clip_fraction: share of tokens where the clipped square was the larger one."""
+    """Statistics of `value_loss`. value_clip_fraction: share of tokens whose clipped square is the larger one."""
 
     value_clip_fraction: Tensor
 
@@ -40,7 +40,7 @@ def kl_estimate(
     reference_logprobs: Float[Tensor, "B T"],
     kind: Literal["k1", "k2", "k3"],
 ) -> Float[Tensor, "B T"]:
-    """Per-token estimates of KL(policy || reference) in nats, from tokens sampled by the policy.
+    """Estimate KL(policy || reference) per token in nats, from tokens that the policy sampled.
 
     With ``d = logprobs - reference_logprobs``: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased,
     never negative), k3 = exp(-d) - 1 + d (unbiased, never negative). J. Schulman, "Approximating KL
@@ -59,7 +59,7 @@ def kl_estimate(
 def token_rewards(
     scores: Float[Tensor, "B"], kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], kl_coef: float
 ) -> Float[Tensor, "B T"]:
-    """``reward[t] = -kl_coef * kl[t]``, plus the score at the last real token (InstructGPT, section 3.5 eq. 2)."""
+    """Compute ``reward[t] = -kl_coef * kl[t]``, plus the score at the last real token (InstructGPT, sec. 3.5 eq. 2)."""
     _check_mask(mask)
     rewards = torch.where(mask, -kl_coef * kl.float(), 0.0)
     last = mask.sum(-1, keepdim=True) - 1
@@ -73,11 +73,11 @@ def gae(
     gamma: float,
     lam: float,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Generalised advantage estimates and the returns that the value model learns.
+    """Compute generalised advantage estimates, and the returns that the value model learns.
 
     ``delta[t] = reward[t] + gamma * value[t+1] - value[t]``, ``advantage[t] = delta[t] + gamma * lam *
     advantage[t+1]``, ``return[t] = advantage[t] + value[t]`` (1506.02438, eq. 11-16). The value after the last
-    real token is 0, for truncated responses too: the score has judged all there is.
+    real token is 0, for truncated responses too: the score already judges the whole response.
     """
     _check_mask(mask)
     rewards = torch.where(mask, rewards.float(), 0.0)
@@ -95,7 +95,7 @@ def gae(
 
 
 def moments(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean and population variance over real tokens."""
+    """Compute mean and population variance over real tokens."""
     mean = masked_mean(x, mask)
     return mean, masked_mean((x.float() - mean).square(), mask)
 
@@ -103,7 +103,9 @@ def moments(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Float[T
 def standardize(
     x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], mean_var: tuple[Tensor, Tensor] | None = None
 ) -> Float[Tensor, "B T"]:
-    """``(x - mean) / sqrt(var + 1e-8)`` over real tokens; `mean_var` where they span several processes."""
+    """Compute ``(x - mean) / sqrt(var + 1e-8)`` over real tokens.
+
+    mean_var: mean and variance over the real tokens of several processes; default: of `x` alone."""
     mean, var = moments(x, mask) if mean_var is None else mean_var
     return torch.where(mask, (x.float() - mean) * torch.rsqrt(var + 1e-8), 0.0)
 
@@ -111,7 +113,7 @@ def standardize(
 def rescale(
     x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], mean_var: tuple[Tensor, Tensor] | None = None
 ) -> Float[Tensor, "B T"]:
-    """Unit variance with the mean kept: ``(x - mean) / sqrt(var + 1e-8) + mean`` (2403.17031, detail 18)."""
+    """Scale to unit variance and keep the mean: ``(x - mean) / sqrt(var + 1e-8) + mean`` (2403.17031, detail 18)."""
     mean, var = moments(x, mask) if mean_var is None else mean_var
     return torch.where(mask, (x.float() - mean) * torch.rsqrt(var + 1e-8) + mean, 0.0)
 
@@ -122,12 +124,12 @@ def importance_weights(
     mask: Bool[Tensor, "B T"],
     cap: float,
 ) -> Float[Tensor, "B T"]:
-    """``min(exp(logprobs - engine_logprobs), cap)``: how much likelier each token is under the policy as the trainer
-    computes it than under the engine that sampled it; 0 on padding, no gradient.
+    """Compute ``min(exp(logprobs - engine_logprobs), cap)`` per token; 0 on padding, no gradient.
 
     Truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training"; Ionides 2008): the same weights, in another precision or by other kernels, are another distribution.
-    `logprobs` are those before the update (`policy_loss`'s `old_logprobs`). cap=float("inf") truncates nothing.
+    Training"; Ionides 2008) corrects for an engine that samples with the trainer's weights, but in another precision
+    or by other kernels, and so from another distribution. `logprobs` are the trainer's before the update
+    (`old_logprobs` of `policy_loss`). cap=float("inf") truncates nothing.
     """
     log_ratio = torch.where(mask, logprobs.detach().float() - engine_logprobs.float(), 0.0)
     return torch.where(mask, log_ratio.exp().clamp(max=cap), 0.0)
@@ -142,7 +144,7 @@ def policy_loss(
     count: float | Tensor | None = None,
     weights: Float[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, ""], PolicyStats]:
-    """PPO's clipped surrogate (1707.06347, eq. 7), a mean over `count` tokens (default: the mask's own).
+    """Compute PPO's clipped surrogate (1707.06347, eq. 7), a mean over `count` tokens (default: those of `mask`).
 
     ``ratio = exp(logprobs - old_logprobs)``; ``objective = min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)``;
     ``loss = -objective``. `count` is the number of real tokens in the whole minibatch, over all its
@@ -161,7 +163,7 @@ def policy_loss(
         stats = PolicyStats(
             clip_fraction=masked_mean((clipped < unclipped).float(), mask, count),
             approx_kl_nats=masked_mean(torch.expm1(log_ratio) - log_ratio, mask, count),
-            ratio_max=torch.where(mask, ratio, 0.0).max(),  # on padding the ratio is 1, which could be the largest
+            ratio_max=torch.where(mask, ratio, 0.0).max(),  # the ratio is 1 on padding, which could be the maximum
             ratio_error=(ratio - 1.0).abs().max(),
         )
     return -masked_mean(objective, mask, count), stats
@@ -175,9 +177,9 @@ def value_loss(
     clip_value: float,
     count: float | Tensor | None = None,
 ) -> tuple[Float[Tensor, ""], ValueStats]:
-    """``0.5 * max((v - R)^2, (clip(v, old - c, old + c) - R)^2)``, a mean over `count` tokens (2403.17031).
+    """Compute ``0.5 * max((v - R)^2, (clip(v, old - c, old + c) - R)^2)``, a mean over `count` tokens (2403.17031).
 
-    clip_value=float("inf") leaves the plain half squared error.
+    count: as in `policy_loss`. clip_value=float("inf") gives the plain half squared error.
     """
     old = torch.where(mask, old_values.float(), 0.0)
     new = torch.where(mask, values.float(), 0.0)
@@ -193,7 +195,7 @@ def value_loss(
 def masked_mean(
     x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], count: float | Tensor | None = None
 ) -> Float[Tensor, ""]:
-    """Sum of `x` over real tokens, divided by `count` (default: their number)."""
+    """Sum `x` over real tokens and divide by `count` (default: the number of real tokens)."""
     total = torch.where(mask, x.float(), 0.0).sum()
     return total / (mask.sum() if count is None else count)
 
@@ -201,16 +203,17 @@ def masked_mean(
 def explained_variance(
     values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
-    """``1 - Var(returns - values) / Var(returns)`` over real tokens: 1 is perfect, 0 no better than a constant."""
+    """Compute ``1 - Var(returns - values) / Var(returns)`` over real tokens; 1 is perfect, 0 as good as a constant."""
     _, error = moments(returns.float() - values.float(), mask)
     _, spread = moments(returns, mask)
     return 1.0 - error / (spread + 1e-8)
 
 
 def adapt_kl_coef(kl_coef: float, kl_nats: float, target_nats: float, responses: int, horizon: int) -> float:
-    """Ziegler's controller: ``coef * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)``.
+    """Compute the next coefficient: ``coef * (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)``.
 
-    KL is the mean over responses of the summed k1; the horizon counts responses (1909.08593, section 2.2).
+    Ziegler's controller (1909.08593, section 2.2). kl_nats is the mean over responses of the summed k1; the horizon
+    counts responses.
     """
     error = min(max(kl_nats / target_nats - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * responses / horizon)

@@ -1,6 +1,6 @@
-"""The random choices of a run, and how rows are divided into minibatches and micro-batches.
+"""The random choices of a run, and the division of rows into minibatches and micro-batches.
 
-Both are pure functions of (seed, update, process), so that there is no state to save and none to lose.
+Both are pure functions of (seed, update, process), so a checkpoint needs no state for them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from rlhf.ppo.rollout import Plan
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of one process's run."""
+    """The random choices of one process of a run."""
 
     seed: int
     process: int = 0
     processes: int = 1
 
     def prompt_rows(self, update: int, rollout_size: int, prompts: int) -> list[int]:
-        """This process's share of the prompts of an update, as row numbers: every prompt once, in a shuffled order,
-        before any comes twice."""
+        """Return the row numbers of this process's share of an update's prompts.
+
+        Prompts come in a shuffled order, every one once before any comes twice."""
         orders: dict[int, list[int]] = {}
         rows = []
         first = update * rollout_size
-        for place in range(first + self.process, first + rollout_size, self.processes):
-            epoch, offset = divmod(place, prompts)
+        for index in range(first + self.process, first + rollout_size, self.processes):
+            epoch, offset = divmod(index, prompts)
             if epoch not in orders:
                 generator = torch.Generator().manual_seed(_mix(self.seed, 1, epoch))
                 orders[epoch] = torch.randperm(prompts, generator=generator).tolist()
@@ -39,14 +40,17 @@ class Draws:
     def generator(
         self, purpose: Literal["sample", "plan"], update: int, device: torch.device | str = "cpu", extra: int = 0
     ) -> torch.Generator:
-        """The plan of minibatches is drawn alike on all processes: each takes its own rows of the same ones."""
+        """Return the generator for a purpose: sampling (a different one per process) or the plan of minibatches.
+
+        All processes draw the same plan, and each takes its own rows of it. extra: a further number, the inner epoch.
+        """
         purposes = {"sample": 2, "plan": 3}
         process = 0 if purpose == "plan" else self.process
         return torch.Generator(device).manual_seed(_mix(self.seed, purposes[purpose], update, process, extra))
 
 
 def _mix(*parts: int) -> int:
-    """One 63-bit seed from several numbers; neighbours give unrelated streams."""
+    """Mix several numbers into one 63-bit seed; neighbouring numbers give unrelated streams."""
     seed = 0x9E3779B97F4A7C15
     for part in parts:
         seed = ((seed ^ (part + 0x9E3779B9)) * 0xBF58476D1CE4E5B9) % 2**64
@@ -55,11 +59,11 @@ def _mix(*parts: int) -> int:
 
 
 LAUNCH_TOKENS = {"cpu": 64, "cuda": 2048}
-FEWEST = 1e9  # as if it cost so much that there are as few as possible
+FEWEST = 1e9  # a cost so high that the plan has as few micro-batches as possible
 
 
 def launch_tokens(device: torch.device) -> float:
-    """What starting one more micro-batch costs, in tokens computed meanwhile."""
+    """Return the fixed cost of one more micro-batch, as the number of tokens computed in the same time."""
     return LAUNCH_TOKENS.get(device.type, FEWEST)
 
 
@@ -73,16 +77,16 @@ def plan_minibatches(
     launch_tokens: float = FEWEST,
     padded: bool = True,
 ) -> Plan:
-    """Rows shuffled into minibatches, each cut into micro-batches of rows of similar length.
+    """Shuffle rows into minibatches, and cut each into micro-batches of rows of similar length (`split_by_tokens`).
 
-    Of `processes`, number `process` holds every `processes`-th row of the rollout and gets its part of every
-    minibatch. To give all of them equal parts of the same minibatches, rows are dealt, not permuted freely: of
-    the rows with the same number modulo `minibatch_size`, each minibatch gets one. Micro-batches: `split_by_tokens`.
+    Process `process` holds every `processes`-th row of the rollout and gets its part of every minibatch. Rows are
+    dealt like cards instead of permuted freely, so that all processes get equal parts of the same minibatches: each
+    minibatch gets exactly one of the rows whose numbers are equal modulo `minibatch_size`.
     """
     share = minibatch_size // processes
     minibatches = -(-len(lengths) // share)
-    places = torch.rand(minibatch_size, minibatches, generator=generator).argsort(-1)[process::processes]
-    dealt = (places * share + torch.arange(share)[:, None]).T.tolist()
+    rounds = torch.rand(minibatch_size, minibatches, generator=generator).argsort(-1)[process::processes]
+    dealt = (rounds * share + torch.arange(share)[:, None]).T.tolist()
     rows = ([row for row in minibatch if row < len(lengths)] for minibatch in dealt)
     return [split_by_tokens(minibatch, lengths, tokens_per_microbatch, launch_tokens, padded) for minibatch in rows]
 
@@ -94,25 +98,24 @@ def split_by_tokens(
     launch_tokens: float = FEWEST,
     padded: bool = True,
 ) -> list[list[int]]:
-    """Cut rows, shortest first, into micro-batches of at most `tokens_per_microbatch` prompt + response tokens (one row
-    at the least); padded: where rows are, those of padding count, too.
+    """Cut rows, shortest first, into micro-batches of at most `tokens_per_microbatch` prompt + response tokens.
 
-    Of all such cuts the cheapest: tokens in all, and `launch_tokens` for each micro-batch, which is what starting one
-    costs beside its arithmetic.
+    A micro-batch has at least one row. padded=True counts padding tokens too. The cut is the cheapest possible one;
+    its cost is the number of tokens plus `launch_tokens` per micro-batch (see the function of that name).
     """
     order = sorted(rows, key=lambda r: lengths[r])
-    costs, starts = [0.0], [0]
+    costs, starts = [0.0], [0]  # of the best cut of the first rows: its cost, and where its last micro-batch starts
     for end in range(1, len(order) + 1):
-        longest, best, where = lengths[order[end - 1]], float("inf"), end - 1
+        longest, best, best_start = lengths[order[end - 1]], float("inf"), end - 1
         tokens = 0
         for start in range(end - 1, -1, -1):
             tokens = longest * (end - start) if padded else tokens + lengths[order[start]]
             if tokens > tokens_per_microbatch and start < end - 1:
                 break
             if costs[start] + tokens + launch_tokens <= best:
-                best, where = costs[start] + tokens + launch_tokens, start
+                best, best_start = costs[start] + tokens + launch_tokens, start
         costs.append(best)
-        starts.append(where)
+        starts.append(best_start)
     cuts, end = [], len(order)
     while end > 0:
         cuts.append(order[starts[end] : end])

@@ -1,4 +1,4 @@
-"""What is checked before PPO's first update: the texts and weights, then the responses to a few prompts."""
+"""The checks before PPO's first update: of texts and weights, then of sampled responses to a few prompts."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ log = logging.getLogger("rlhf")
 
 
 def check_ppo(trainer: Trainer) -> list[Finding]:
-    """Before the first update of a PPOTrainer: raises InputError with every failure, or returns what was found.
+    """Check a PPOTrainer before its first update; return the findings, or raise InputError that names every failure.
 
-    Does nothing where `args.preflight` is off, and in a run that goes on from a checkpoint, where the facts of
-    step 0 no longer hold. With several processes, all raise when one of them finds a failure.
+    Does nothing if `args.preflight` is False, or in a resumed run, where the facts of step 0 no longer hold. With
+    several processes, all raise if one of them finds a failure.
     """
     if not trainer.args.preflight or trainer.update_index:
         return []
     if sharding.is_sharded(trainer.module):
-        log.info("preflight looks inside the models and is left out where FSDP2 shards them; run it once without")
+        log.info("preflight is skipped: it cannot look inside models that FSDP2 shards; run it once without FSDP2")
         return []
     return conclude(trainer.accelerator, ppo_findings(trainer))
 
 
 def ppo_findings(trainer: Trainer) -> Iterator[list[Finding]]:
-    """What is found of texts and weights, then of the responses that a few prompts get."""
+    """Yield the findings on texts and weights, then those on sampled responses to a few prompts."""
     own: ActorCritic = trainer.accelerator.unwrap_model(trainer.module)
     with untouched(own):
         findings = _ppo_statics(trainer, own)
@@ -78,9 +78,10 @@ def _ppo_trial(trainer: Trainer, own: ActorCritic) -> list[Finding]:
 
 
 def check_logits(actor_critic: ActorCritic, prompt_ids: list[int], tolerance: float) -> None:
-    """Our log-probabilities of one prompt's own tokens against the model's own logits.
+    """Compare our log-probabilities of a prompt's tokens with the model's own logits.
 
-    They differ where a family does something after its head that `logits_function` does not know.
+    Raises InputError if they differ by more than `tolerance` nats: the family then changes its logits after the head
+    in a way that `logits_function` does not know.
     """
     device = next(actor_critic.parameters()).device
     worst = on_models.logits_gap(actor_critic, prompt_ids, device)

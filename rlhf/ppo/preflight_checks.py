@@ -1,8 +1,8 @@
 """Preflight checks of the models, on a few rows of the run's own data.
 
-A difference between two ways to compute the same number is rounding, or a mistake. `Limits` says where the one ends:
-in float32 far above rounding and far below what any mistake makes; in bfloat16, whose rounding moves single
-log-probabilities by tenths of a nat, the drift is reported and only absurd ones are refused.
+Two ways to compute the same number differ by rounding or by a mistake. `Limits` separates the two: in float32 the
+limit is far above rounding and far below the effect of any mistake; in bfloat16, whose rounding moves single
+log-probabilities by tenths of a nat, the drift is reported and only an absurd one is refused.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ TRAINED = (ADAPTERS["policy"], ADAPTERS["value"])
 
 
 def check_stop(trainer: Trainer, own: ActorCritic) -> Finding:
-    """The token that ends a turn can be sampled, and the engine and the missing-stop rule look for the same ones."""
+    """Check that the token that ends a turn can be sampled, and that engine and missing-stop rule use the same ids."""
     tokenizer = trainer.processing_class
     end, stops, rows = chat.end_of_turn_id(tokenizer), tuple(trainer.stop_ids), head_weight(own.policy).shape[0]
     outside = [i for i in stops if not 0 <= i < rows]
-    theirs = getattr(trainer.engine, "stop_ids", stops)
-    if outside or set(theirs) != set(stops) or end not in stops:
-        what = f"{outside} outside the {rows} logits" if outside else f"the engine's {list(theirs)}, end of turn {end}"
+    engine = getattr(trainer.engine, "stop_ids", stops)
+    if outside or set(engine) != set(stops) or end not in stops:
+        what = f"{outside} outside the {rows} logits" if outside else f"the engine's {list(engine)}, end of turn {end}"
         return Finding(
             "stop token",
             f"stop ids {list(stops)}: {what}",
             False,
-            "responses would end, and be judged unfinished, by different tokens",
+            "responses would end at one token and be judged unfinished by another",
             "take stop ids from rlhf.chat.stop_ids(tokenizer) for engine and trainer alike",
         )
     ids = torch.tensor([min(trainer.prompt_ids[:64], key=len)], device=trainer.device)
@@ -70,10 +70,10 @@ def check_stop(trainer: Trainer, own: ActorCritic) -> Finding:
 
 
 def check_reference(own: ActorCritic) -> Finding:
-    """The reference has nothing that is trained: no gradient, no shared storage, no adapter left unfrozen."""
+    """Check that nothing of the reference is trained: no gradient, no shared storage, no unfrozen adapter."""
     trained = {name: p for name, p in own.named_parameters() if p.requires_grad}
     if own.reference is None:
-        # The base is the reference's, too: only the policy's and the value model's adapters may move.
+        # The reference uses the policy's base, so only the policy's and the value model's adapters may be trained.
         free = [n for n, p in trained.items() if n.startswith("policy.") and adapter_of(n) not in TRAINED]
         held = [p for n, p in own.policy.named_parameters() if adapter_of(n) == ADAPTERS["reference"]]
     else:
@@ -101,7 +101,7 @@ def _storage(tensor: Tensor) -> int | None:
 
 
 def check_optimizer(own: ActorCritic, groups: list[dict[str, Any]]) -> Finding:
-    """What is trainable is what the optimizer moves; policy and value model both train, adapters whole."""
+    """Check that the optimizer holds exactly the trainable tensors, for policy and value model, with whole adapters."""
     named = dict(own.named_parameters())
     trained = {name for name, p in named.items() if p.requires_grad}
     given = {id(p) for group in groups for p in group["params"]}
@@ -127,20 +127,22 @@ def check_optimizer(own: ActorCritic, groups: list[dict[str, Any]]) -> Finding:
 
 
 def check_own_logits(own: ActorCritic, trial: Trial, outputs: TrialOutputs) -> Finding:
-    """Our log-probabilities against the model's own logits."""
+    """Compare our log-probabilities with the model's own logits."""
     worst = logits_gap(own, trial.prompt_ids[-1], trial.batch.input_ids.device)
     return Finding(
         "logits",
         f"log-probabilities are {worst:.3g} nats from the model's own",
         worst <= limits(outputs.exact).worst,
         "its family changes logits after the head in a way rlhf.models.heads.logits_function doesn't know",
-        "teach it there",
+        "add that change there",
     )
 
 
 @torch.no_grad()
 def logits_gap(own: ActorCritic, prompt_ids: list[int], device: Any) -> float:
-    """The largest difference, in nats, on the second half of a prompt; 0 for a prompt of one token."""
+    """Return the largest difference in nats between our log-probabilities and those of the model's own logits.
+
+    Measured on the second half of a prompt; 0 for a prompt of one token."""
     half = max(1, len(prompt_ids) // 2)
     if half == len(prompt_ids):
         return 0.0
@@ -148,12 +150,12 @@ def logits_gap(own: ActorCritic, prompt_ids: list[int], device: Any) -> float:
     ours = own(batch, 1.0, ("policy",)).logprobs
     with own.active("policy") as policy:
         logits = policy(input_ids=batch.input_ids, use_cache=False).logits[0, half - 1 : -1].float()
-    theirs = logits.log_softmax(-1).gather(-1, batch.targets[0][:, None]).squeeze(-1)
-    return float((ours[0] - theirs).abs().max())
+    expected = logits.log_softmax(-1).gather(-1, batch.targets[0][:, None]).squeeze(-1)
+    return float((ours[0] - expected).abs().max())
 
 
 def check_ratio(outputs: TrialOutputs) -> Finding:
-    """The first ratio of every token is 1, and its value the collected one: to the last bit in float32."""
+    """Check that every token's first ratio is 1 and its value the collected one: to the last bit in float32."""
     old, new = outputs.collected, outputs.trained
     moved = gap(new.logprobs.detach(), old.logprobs, outputs.mask)
     value = gap(new.values.detach(), old.values, outputs.mask)[0]
@@ -170,9 +172,9 @@ def check_ratio(outputs: TrialOutputs) -> Finding:
 
 
 def check_kl(trainer: Trainer, outputs: TrialOutputs) -> Finding:
-    """A reference that is the policy's copy gives KL 0 in float32; a given one is reported.
+    """Check that a reference copied from the policy gives KL 0 in float32; for one the user passed, report the KL.
 
-    To the last bit, but for families whose kernels round by where their weights lie in memory (Mamba)."""
+    The KL is 0 to the last bit except in families whose kernels round differently by memory address (Mamba)."""
     apart = gap(outputs.collected.logprobs, outputs.collected.reference_logprobs, outputs.mask)
     given = trainer.reference_given
     wrong = apart[0] != apart[0] or (
@@ -189,16 +191,16 @@ def check_kl(trainer: Trainer, outputs: TrialOutputs) -> Finding:
 
 
 def check_sampled(trainer: Trainer, trial: Trial, outputs: TrialOutputs) -> Finding:
-    """The log-probabilities that tokens were drawn with are those that PPO computes, and the stops are seen."""
+    """Check that tokens were drawn with the log-probabilities that PPO computes, and that stops are recognised."""
     stops, ids = set(trainer.stop_ids), trial.responses.ids
     for row, tokens in enumerate(ids):
         if bool(trial.responses.stopped[row]) != (tokens[-1] in stops) or stops & set(tokens[:-1]):
             return Finding(
                 "sampled log-probs",
-                f"response {row} ends with token {tokens[-1]} and is called "
+                f"response {row} ends with token {tokens[-1]} and is marked "
                 f"{'stopped' if trial.responses.stopped[row] else 'unfinished'}; stop ids {sorted(stops)}",
                 False,
-                "the engine stops at other tokens than the missing-stop rule looks at",
+                "the engine stops at other tokens than those of the missing-stop rule",
                 "give the engine rlhf.chat.stop_ids(tokenizer)",
             )
     if trial.drawn is None:
@@ -219,7 +221,9 @@ def check_sampled(trainer: Trainer, trial: Trial, outputs: TrialOutputs) -> Find
 
 
 def _why_sampled(apart: list[Tensor], limit: Limits) -> str:
-    """Rows are sorted by length: the last prompt had no padding, and a first token has no cache behind it."""
+    """Name the likely cause of a difference in `check_sampled`.
+
+    Rows are sorted by length, so the last prompt has no padding; a first token is computed without a cache."""
     if float(apart[-1][0]) > limit.worst:
         return "the decode loop draws at another temperature or filters (top-k, top-p, penalties)"
     if float(apart[-1].max()) > limit.worst:
@@ -228,7 +232,7 @@ def _why_sampled(apart: list[Tensor], limit: Limits) -> str:
 
 
 def check_padding(trainer: Trainer, own: ActorCritic, trial: Trial) -> Finding:
-    """A row's log-probabilities and values, alone and beside a much longer row."""
+    """Check that a row has the same log-probabilities and values alone and beside a much longer row."""
     short, response = trial.prompt_ids[0], trial.responses.ids[0]
     longer = lengthened(trial.prompt_ids[-1], len(short) + len(response), max_positions(own.policy) - len(response))
     with torch.no_grad():
@@ -250,16 +254,16 @@ def check_padding(trainer: Trainer, own: ActorCritic, trial: Trial) -> Finding:
 
 
 def check_ppo_gradients(trainer: Trainer, own: ActorCritic, outputs: TrialOutputs) -> Finding:
-    """Every trainable tensor of policy and value model gets a gradient."""
+    """Check that every trainable tensor of policy and value model gets a gradient."""
     if trainer.accelerator.distributed_type in SHARDED:
         return Finding("gradients", "not measured: weights are sharded", True)
-    head = own.policy.get_output_embeddings()  # the value model's adapter has no use for it, even if it holds a part
+    head = own.policy.get_output_embeddings()  # the value model does not use it, even if its adapter has a part there
     idle = {id(p) for name, p in head.named_parameters() if "value" in name.split(".")}
     return check_gradients(own, outputs.trained.logprobs.sum() + outputs.trained.values.sum(), idle=idle)
 
 
 def check_ppo_precision(trainer: Trainer, own: ActorCritic, trial: Trial, outputs: TrialOutputs) -> Finding:
-    """How far this run's precision moves the policy's log-probabilities from float32's."""
+    """Measure how far the policy's log-probabilities in this run's precision are from those in float32."""
     if outputs.exact:
         return Finding("precision", "the run computes in float32", True)
     with torch.no_grad(), own.active("policy") as policy:

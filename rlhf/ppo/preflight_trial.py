@@ -1,4 +1,4 @@
-"""A few responses sampled and scored as the run will do it, for preflight to look at."""
+"""A few responses, sampled and scored as the run will do it, for the preflight checks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from rlhf.sampling.engine import Responses
 
 @dataclass(frozen=True)
 class Trial:
-    """A few prompts of the run, shortest first, and what its own engine wrote to them; `drawn` are the
-    log-probabilities that its decode loop drew the tokens with, None where it draws them out of our sight."""
+    """A few prompts of the run, shortest first, with the engine's responses.
+
+    drawn: the log-probability by which each token was drawn; None if the engine draws them elsewhere (a server)."""
 
     prompts: list[Prompt]
     prompt_ids: list[list[int]]
@@ -34,8 +35,7 @@ class Trial:
 
 
 class Watched(TorchFunctionMode):
-    """Every draw inside, by torch.multinomial or by ours: the tokens, and their log-probabilities as the draw was given
-    them."""
+    """A context that records every draw by torch.multinomial or `sampling.draw`: tokens and their log-probabilities."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Watched(TorchFunctionMode):
 
 
 def sample_trial(trainer: Trainer) -> Trial:
-    """Short responses to a few prompts of different lengths, sampled as the run will."""
+    """Sample short responses to a few prompts of different lengths, as the run will."""
     at_most = getattr(trainer.engine, "rows_per_batch", ROWS)
     rows = spread([len(ids) for ids in trainer.prompt_ids[:256]], PROMPT_TOKENS)[:at_most]
     prompt_ids = [trainer.prompt_ids[i] for i in rows]
@@ -71,7 +71,7 @@ def sample_trial(trainer: Trainer) -> Trial:
 
 
 def _drawn(draws: Watched, ids: list[list[int]]) -> list[list[float]] | None:
-    """The draws of each row; None where they are not, step by step, the tokens of the rows still going."""
+    """Return the log-probabilities of each row's draws; None if the recorded draws are not the rows' tokens."""
     found: list[list[float]] = [[] for _ in ids]
     for step in range(max(map(len, ids))):
         going = [row for row, tokens in enumerate(ids) if len(tokens) > step]
@@ -84,7 +84,8 @@ def _drawn(draws: Watched, ids: list[list[int]]) -> list[list[float]] | None:
 
 @dataclass(frozen=True)
 class TrialOutputs:
-    """The trial's rows without gradient (as in `collect`), and again with it (as in the first optimizer step)."""
+    """The models' outputs on the trial: `collected` without gradient (as in `collect`), `trained` with it (as in the
+    first optimizer step). exact: the run computes in float32, so both must agree to the last bit."""
 
     collected: Outputs
     trained: Outputs
@@ -93,9 +94,11 @@ class TrialOutputs:
 
 
 def score_trial(trainer: Trainer, own: ActorCritic, trial: Trial) -> TrialOutputs:
+    """Run the three models on the trial, without and with gradient."""
     temperature = trainer.args.temperature
     with torch.no_grad():
         collected = own(trial.batch, temperature, ("policy", "reference", "value"))
     trained = own(trial.batch, temperature, ("policy", "value"))
-    exact = is_exact(trainer.accelerator, own) and not trainer.args.compile  # with and without gradient: other kernels
+    # torch.compile uses different kernels with and without gradient
+    exact = is_exact(trainer.accelerator, own) and not trainer.args.compile
     return TrialOutputs(collected, trained, trial.batch.mask, exact)

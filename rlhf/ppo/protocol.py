@@ -1,4 +1,4 @@
-"""What the files around `PPOTrainer` (run, preflight) may use of it."""
+"""The attributes of `PPOTrainer` that the files around it (run, preflight) may use."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from rlhf.scores import RewardFunction
 
 
 class State(TypedDict):
-    """What a PPO run goes on from, besides its log and the random states."""
+    """The state that a resumed PPO run continues from, besides its log and the global random states."""
 
     trained: dict[str, Tensor]
-    """The trained tensors by name; frozen ones come from the models that the run began with."""
+    """The trained tensors by name; frozen ones are loaded from the models that the run began with."""
     optimizer: dict[str, Any]
     kl_coef: float
     moments: dict[str, Any]
-    """Of the running score normaliser."""
+    """The fields of the running score normaliser (`scores.RunningMoments`)."""
     update_index: int
 
 
 class Trainer(Protocol):
-    """A `PPOTrainer`, as far as others look at it."""
+    """The part of `PPOTrainer` that other files use."""
 
     args: PPOConfig
     accelerator: Accelerator
@@ -47,7 +47,7 @@ class Trainer(Protocol):
     reward_weights: list[float]
     actor_critic: ActorCritic
     module: Any
-    """`actor_critic` as accelerate has prepared it."""
+    """`actor_critic` after accelerate's `prepare`."""
     optimizer: torch.optim.Optimizer
     engine: Engine
     stop_ids: tuple[int, ...]

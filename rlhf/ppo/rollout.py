@@ -1,4 +1,4 @@
-"""What passes from stage to stage of an update: a rollout that is collected, then scored, then ready to train on.
+"""The records that pass between the stages of an update: a rollout collected, then scored, then ready to train on.
 
 Each stage takes the record of the stage before it and returns its own, so a stage cannot be called too early.
 """
@@ -23,10 +23,10 @@ Plan = list[list[list[int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One process's prompts, its responses, and what the models say of them before the update.
+    """One process's prompts and responses, with the log-probabilities and values of its models before the update.
 
-    N rows, T the longest response; tensors lie on the CPU. `plan` is the plan of the first inner epoch, with which the
-    log-probabilities and values were computed.
+    N is the number of responses, T the tokens of the longest; tensors are on the CPU. `plan` is the plan of the first
+    inner epoch; the log-probabilities and values were computed with its micro-batches.
     """
 
     prompts: list[Prompt]
@@ -43,21 +43,21 @@ class Rollout:
     entropy: Float[Tensor, "N T"]
     values: Float[Tensor, "N T"]
     engine_logprobs: Float[Tensor, "N T"] | None = None
-    """The log-probabilities that an engine drew the tokens with; None from one that computes as the trainer does."""
+    """Log-probabilities that the engine sampled the tokens with; None if it computes exactly as the trainer does."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     @property
     def lengths(self) -> list[int]:
-        """Prompt + response tokens of each row."""
+        """Return the prompt + response tokens of each row."""
         return [
             len(prompt) + len(response) for prompt, response in zip(self.prompt_ids, self.response_ids, strict=True)
         ]
 
     @property
     def kl(self) -> Float[Tensor, "N T"]:
-        """k1 per token in nats, 0 on padding."""
+        """Return the k1 estimate per token in nats, 0 on padding."""
         return torch.where(self.mask, self.logprobs - self.reference_logprobs, 0.0)
 
     @property
@@ -65,13 +65,13 @@ class Rollout:
         return self.mask.sum(-1)
 
     def batch(self, rows: Sequence[int], pad_id: int, device: torch.device | str) -> Batch:
-        """Some rows' tokens, for the models."""
+        """Return the given rows' tokens as a padded batch for the models."""
         return make_batch([self.prompt_ids[i] for i in rows], [self.response_ids[i] for i in rows], pad_id, device)
 
     def grown(self, stage: type[Grown], **columns: Any) -> Grown:
-        """This rollout as the next stage's record, with the columns that the stage has computed."""
-        own = {item.name: getattr(self, item.name) for item in fields(self)}
-        return stage(**own | columns)
+        """Return the next stage's record: this rollout with the columns that the stage has computed."""
+        present = {item.name: getattr(self, item.name) for item in fields(self)}
+        return stage(**present | columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +81,20 @@ class ScoredRollout(Rollout):
     raw_scores: Float[Tensor, "N"]
     """The weighted sum of the reward functions; NaN where scoring failed and the response is dropped."""
     own_scores: Mapping[str, Float[Tensor, "N"]]
-    """Each function's own, where there are several; NaN where one does not apply."""
+    """Each function's own scores, by name, where there are several functions; NaN where one does not apply."""
     scores: Float[Tensor, "N"]
-    """Normalised, clipped, and with the rule for responses that did not stop."""
+    """The raw scores normalised and clipped, after the missing-stop rule."""
     used: Bool[Tensor, "N"]
-    """False where scoring failed: nothing of such a response is trained on."""
+    """False where scoring failed: such a response is not trained on."""
 
     @property
     def trained_mask(self) -> Bool[Tensor, "N T"]:
-        """`mask` without the rows that are not used: what statistics, losses and metrics are over."""
+        """Return `mask` with the unused rows set to False; statistics, losses and metrics are over its tokens."""
         return self.mask & self.used[:, None]
 
 
 class Columns(NamedTuple):
-    """Some rows' columns [B, T] on the device of the models, as the losses take them."""
+    """The losses' inputs for some rows of a rollout, [B, T] each, on the models' device."""
 
     mask: Bool[Tensor, "B T"]
     logprobs: Float[Tensor, "B T"]
@@ -106,16 +106,16 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadyRollout(ScoredRollout):
-    """A rollout with advantages: what `update` trains on."""
+    """A rollout with advantages, the input of `update`."""
 
     rewards: Float[Tensor, "N T"]
     advantages: Float[Tensor, "N T"]
     returns: Float[Tensor, "N T"]
     importance: Float[Tensor, "N T"] | None = None
-    """Weights that correct for an engine that draws from slightly other probabilities; None where it reports none."""
+    """Weights that correct for an engine's slightly different probabilities; None if it reports no probabilities."""
 
     def columns(self, rows: Sequence[int], device: torch.device | str) -> Columns:
-        """The columns of some rows, as wide as the longest response among them."""
+        """Return the given rows' columns, cut to the longest response among them."""
         index = torch.tensor(rows)
         width = int(self.response_tokens[index].max())
 

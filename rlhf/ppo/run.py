@@ -1,8 +1,8 @@
-"""What surrounds the PPO loop: going on from a checkpoint, SIGTERM, logs, checkpoints, rollouts kept for inspection.
+"""The code around the PPO loop: resuming, SIGTERM, logs, checkpoints, rollouts kept for inspection.
 
-A checkpoint is a folder `checkpoint-<update>` with `ppo.pt` (what the trainer's `state_dict` gives, and the global
-random states of every process) and `trainer_state.json` (the log so far, and the state of users' callbacks). No rollout
-is in hand between two updates; prompts, sampling and minibatches follow from seed and update.
+A checkpoint is a folder `checkpoint-<update>` with `ppo.pt` (the trainer's `state_dict`, and the global random states
+of every process) and `trainer_state.json` (the log so far, and the state of users' callbacks). It holds no rollout,
+because it is written between two updates; prompts, sampling and minibatches follow from seed and update.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Run:
         self.settings = resume_settings(trainer.args, PPOConfig)
         self.folder = Path(trainer.args.output_dir)
         self.termination = Termination(trainer.accelerator)
-        self._around = ExitStack()  # of the whole run
-        self._saving = ExitStack()  # of the update in hand
+        self._around = ExitStack()  # contexts of the whole run
+        self._saving = ExitStack()  # contexts of the current update
         self._save: Save | None = None
         checkpoint = resume_point(trainer.accelerator, self.folder, resume_from_checkpoint, self.settings)
         self.resumed = checkpoint is not None
@@ -67,7 +67,7 @@ class Run:
             self.trainer.loop.end()
 
     def goes_on(self) -> bool:
-        """Whether there is another update to do. Where it is one to be kept, the state before it is written down."""
+        """Return whether another update follows. If its rollout is to be kept, first write the state before it."""
         if self._finished() or self.trainer.loop.should_stop:
             return False
         args, number = self.trainer.args, self.trainer.update_index + 1
@@ -82,7 +82,7 @@ class Run:
         return True
 
     def updated(self, rollout: ReadyRollout, metrics: dict[str, float]) -> None:
-        """Log an update; evaluate and save where that is due. Raises SystemExit(143) after SIGTERM."""
+        """Log an update; evaluate and save if that is due. Raises SystemExit(143) after SIGTERM."""
         trainer, args = self.trainer, self.trainer.args
         tokens = distributed.total(trainer.accelerator, rollout.response_tokens.sum())
         self.metrics = metrics | trainer.clock.metrics(tokens)
@@ -95,16 +95,15 @@ class Run:
             self._save(rollout, trainer.loop.state.log_history[-1])
             self._save = None
             self._saving.close()
-        told = self.termination.agreed()
-        if self._due(args.save_steps) or trainer.loop.should_save or told:
+        terminated = self.termination.agreed()
+        if self._due(args.save_steps) or trainer.loop.should_save or terminated:
             self.save_checkpoint()
-        if told:
+        if terminated:
             raise SystemExit(TERMINATED)
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
-        """Inside, a failure (of a reward function, say) loses nothing of the updates before it: a checkpoint is
-        written first."""
+        """Write a checkpoint before an error inside (of a reward function, say) ends the run, so no update is lost."""
         try:
             yield
         except Exception:
@@ -137,24 +136,25 @@ class Run:
 
 
 class Saved(State):
-    """A checkpoint's `ppo.pt`."""
+    """The content of a checkpoint's `ppo.pt`."""
 
     random: list[Any]
     """Every process's global random states, for reward functions that draw from them."""
 
 
 def gathered(trainer: Trainer) -> Saved:
-    """What a checkpoint holds; a collective."""
+    """Gather the content of a checkpoint from all processes; a collective."""
     return {**trainer.state_dict(), "random": gather_object([random_state()])}
 
 
 def write_state(trainer: Trainer, state: Saved, folder: Path) -> None:
+    """Write a checkpoint's two files into a folder."""
     torch.save(state, folder / "ppo.pt")
     trainer.loop.save_state(folder / "trainer_state.json")
 
 
 def load_checkpoint(trainer: Trainer, folder: Path) -> None:
-    """Raises InputError where the folder holds no state of a PPO run, or one of other models."""
+    """Restore a trainer from a checkpoint. Raises InputError if the folder is not one of a PPO run on these models."""
     if not (folder / "ppo.pt").is_file():
         raise InputError(f"{folder}: no ppo.pt; resume from a checkpoint-<update> folder of a PPO run")
     state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True)
@@ -169,7 +169,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer) -> dict[str, float]:
-    """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""
+    """Return mean score, KL, length and stop rate on the evaluation prompts, sampled with the same seed every time."""
     ids, device = trainer.eval_prompt_ids, trainer.accelerator.device
     responses = trainer.generate(ids, torch.Generator(device).manual_seed(trainer.args.seed))
     texts = [chat.decode_response(trainer.processing_class, r) for r in responses.ids]
@@ -178,8 +178,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     for start in range(0, len(ids), 16):
         rows = slice(start, start + 16)
         batch = make_batch(ids[rows], responses.ids[rows], trainer.pad_id, device)
-        said = trainer.module(batch, trainer.args.temperature, ("policy", "reference"))
-        kl += float((said.logprobs - said.reference_logprobs).sum())
+        outputs = trainer.module(batch, trainer.args.temperature, ("policy", "reference"))
+        kl += float((outputs.logprobs - outputs.reference_logprobs).sum())
     return {
         "eval_score": float(score.nanmean()),
         "eval_kl_nats": kl / len(ids),

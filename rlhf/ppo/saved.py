@@ -1,16 +1,16 @@
-"""A chosen update of PPO kept whole, to be looked at and run again.
+"""A PPO update kept on disk, to be inspected and run again (`save_rollouts`).
 
 ::
 
     <output_dir>/rollouts/update-<N>/     N is the update's "step" in metrics.jsonl
         rollout-<process>.pt    prompts, responses and everything collected on them
-        state/                  the trainer before this update: what a checkpoint folder holds, and as big
-        tokenizer/              what shows the tokens as text
-        run.json                what the trainer was made of and where it ran (class Origin)
-        adapter_config.json     the LoRA configuration, where one was passed as an object
-        metrics.json            what was logged of this update
+        state/                  the trainer before this update: the files of a checkpoint, and as big
+        tokenizer/              the tokenizer, which turns the tokens into text
+        run.json                the trainer's arguments and the machine it ran on (class Origin)
+        adapter_config.json     the LoRA configuration, if one was passed as an object
+        metrics.json            the logged metrics of this update
 
-The folder is written beside its place and renamed once the update is done: it is whole or it is not there.
+The folder is written under a temporary name and renamed once the update is done, so it is never incomplete.
 `recipes/inspect_rollout.py` reads it.
 """
 
@@ -45,7 +45,7 @@ PER_TOKEN = (
     "returns", "importance",
 )  # fmt: skip
 BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError)
-"""What torch.load and the code that takes its result apart raise on a file that was cut short or is another's."""
+"""The errors of reading a file that was cut short or holds something else: from torch.load, or from its content."""
 
 
 # ---------------------------------------------------------------- the rollout
@@ -54,8 +54,7 @@ BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, K
 def save_rollout(folder: str | Path, rollout: ReadyRollout, process_index: int = 0) -> Path:
     """Write ``rollout-<process>.pt``: a dict that ``torch.load(..., weights_only=True)`` reads.
 
-    A prompt's columns are kept as far as JSON can hold them (anything else becomes its text); all else comes
-    back from ``load_rollout`` exactly as it was.
+    Values in a prompt's columns that JSON cannot hold become their text; ``load_rollout`` returns all else exactly.
     """
     content = {item.name: getattr(rollout, item.name) for item in dataclasses.fields(rollout)}
     content["prompts"] = json.dumps([asdict(prompt) for prompt in rollout.prompts], default=str)
@@ -65,9 +64,9 @@ def save_rollout(folder: str | Path, rollout: ReadyRollout, process_index: int =
 
 
 def load_rollout(folder: str | Path, process_index: int | None = None) -> ReadyRollout:
-    """What ``save_rollout`` wrote; without a process's number, the rows of all processes, one after the other.
+    """Read what ``save_rollout`` wrote: one process's rows, or (None) those of all processes, one after the other.
 
-    Raises InputError where there is no such file, or it is broken.
+    Raises InputError if a file is missing or broken.
     """
     folder = Path(folder)
     if process_index is not None:
@@ -90,7 +89,7 @@ def _load_file(path: Path) -> ReadyRollout:
 
 
 def reason(error: Exception) -> str:
-    """The first sentence of what a library says of a broken file."""
+    """Return the first sentence of a library's message about a broken file."""
     return " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
 
 
@@ -109,7 +108,7 @@ def _check_shapes(rollout: ReadyRollout) -> None:
 
 
 def _joined(rollouts: list[ReadyRollout]) -> ReadyRollout:
-    """Several processes' rollouts as one; minibatch k of the plan holds everybody's minibatch k."""
+    """Join several processes' rollouts into one; minibatch k of the plan joins every process's minibatch k."""
     if len(rollouts) == 1:
         return rollouts[0]
     firsts = [sum(map(len, rollouts[:i])) for i in range(len(rollouts))]
@@ -127,7 +126,7 @@ def _joined(rollouts: list[ReadyRollout]) -> ReadyRollout:
 
 
 def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
-    """Rows below each other, padded on the right with 0 (False) to the longest."""
+    """Stack tensors row by row, padded on the right with 0 (False) to the longest; None if one of them is None."""
     present = [tensor for tensor in tensors if tensor is not None]
     if len(present) < len(tensors):
         return None
@@ -142,16 +141,16 @@ def _stacked(tensors: list[Tensor | None]) -> Tensor | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What is needed to build the trainer of a saved update again, and where it ran."""
+    """The arguments from which a saved update's trainer can be built again, and the machine it ran on."""
 
     config: dict[str, Any]
     """The PPOConfig's fields."""
     model: str | None
     """The policy's folder or hub id; null: it was passed as an object."""
     reference: str | None = None
-    """The reference's, where one was given; null: a copy of the policy, or an object. An update doesn't use it."""
+    """The reference's folder or hub id; null: a copy of the policy, or an object. An update doesn't use it."""
     value_model: str | None = None
-    """What the value model started from; null: an object, or (`value_from_policy`) the policy under a zero head."""
+    """The start of the value model; null: an object, or (`value_from_policy`) the policy with a zero head."""
     value_from_policy: bool = False
     functions: int = 1
     """Number of reward functions."""
@@ -162,13 +161,13 @@ class Origin:
     def of(
         cls, args: PPOConfig, accelerator: Accelerator, functions: Sequence[Any], model: Any, reference: Any, value: Any
     ) -> Origin:
-        """value: what `rlhf.ppo.inputs.value_start` chose."""
-        own = {item.name for item in dataclasses.fields(PPOConfig)}  # a recipe's config has further ones
+        """Record a trainer's arguments. value: the choice of `rlhf.ppo.inputs.value_start`."""
+        names = {item.name for item in dataclasses.fields(PPOConfig)}  # a recipe's config has further fields
         return cls(
-            config={name: value for name, value in to_dict(args).items() if name in own},
-            model=_place(model),
-            reference=_place(reference),
-            value_model=_place(value),
+            config={name: value for name, value in to_dict(args).items() if name in names},
+            model=_address(model),
+            reference=_address(reference),
+            value_model=_address(value),
             value_from_policy=value is None,
             functions=len(functions),
             processes=accelerator.num_processes,
@@ -176,52 +175,53 @@ class Origin:
 
     @classmethod
     def read(cls, folder: str | Path) -> Origin:
-        """``run.json`` of a saved update. Raises InputError."""
+        """Read ``run.json`` of a saved update. Raises InputError."""
         try:
             return cls(**_read_json(Path(folder) / "run.json"))
         except TypeError as error:
             raise InputError(f"{folder}/run.json: was not written by save_rollouts of this version ({error})") from None
 
     def args(self, **changes: Any) -> PPOConfig:
-        """The settings, with `changes`."""
+        """Return the settings with `changes` applied."""
         return from_dict(PPOConfig, self.config | changes, "run.json: config")
 
     def differences(self) -> list[str]:
-        """What is otherwise here than where the run was, and may round otherwise."""
-        here = machine()
+        """List the differences between this machine and the run's that may change rounding."""
+        now = machine()
         return [
-            f"{name} {self.machine.get(name)} then, {here[name]} now"
-            for name in here
-            if here[name] != self.machine.get(name)
+            f"{name} {self.machine.get(name)} then, {now[name]} now"
+            for name in now
+            if now[name] != self.machine.get(name)
         ]
 
 
 def machine() -> dict[str, Any]:
-    """What decides how sums are rounded: the device, the threads among which torch splits them, the packages."""
+    """Return what decides how sums are rounded: the device, the threads that torch splits them over, the packages."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     packages = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"device": device, "threads": torch.get_num_threads(), **packages}
 
 
-def _place(source: Any) -> str | None:
-    """A model's name that holds in whatever folder the replay is started; None for an object."""
+def _address(source: Any) -> str | None:
+    """Return a model's absolute path or hub id, so that a replay may start in any folder; None for an object."""
     if not isinstance(source, str | Path):
         return None
     return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
 def update_folder(output_dir: str | Path, update: int) -> Path:
+    """Return the folder of a saved update."""
     return Path(output_dir) / "rollouts" / f"update-{update}"
 
 
 def saved_updates(output_dir: str | Path) -> list[int]:
-    """Numbers of the saved updates, ascending."""
+    """Return the numbers of the saved updates, ascending."""
     names = [path.name.removeprefix("update-") for path in (Path(output_dir) / "rollouts").glob("update-*")]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def read_logged(folder: str | Path) -> dict[str, float]:
-    """``metrics.json`` of a saved update; what was no number (NaN, infinity) comes back as NaN. Raises InputError."""
+    """Read ``metrics.json`` of a saved update; null (a NaN or infinity when written) becomes NaN. Raises InputError."""
     logged = _read_json(Path(folder) / "metrics.json")
     return {name: math.nan if value is None else value for name, value in logged.items()}
 
@@ -246,8 +246,10 @@ def saving_update(
     folder: Path, accelerator: Accelerator, write_state: Callable[[Path], Any], origin: Origin, tokenizer: Any,
     peft_config: Any = None,
 ) -> Iterator[Save]:  # fmt: skip
-    """Around an update that is to be saved: the state before it is written at once; call what this yields with the
-    rollout and the logged numbers after it, on every process. Where the update fails, nothing stays behind."""
+    """Save the update that runs inside this context; if it fails, nothing is left on disk.
+
+    The state before the update is written on entry. Yields a function: call it on every process after the update, with
+    the rollout and the logged metrics."""
     with atomic_folder(folder) if accelerator.is_main_process else nullcontext() as writing:
         if writing is not None:
             (writing / "state").mkdir()
@@ -258,7 +260,7 @@ def saving_update(
                 peft_config.save_pretrained(str(writing))
 
         def save(rollout: ReadyRollout, logged: Mapping[str, float]) -> None:
-            rollouts = gather_object([rollout])  # the main process may be the only one that sees this disk
+            rollouts = gather_object([rollout])  # only the main process may have access to this disk
             if writing is not None:
                 for index, item in enumerate(rollouts):
                     save_rollout(writing, item, index)

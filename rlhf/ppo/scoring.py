@@ -13,13 +13,13 @@ from rlhf.run import distributed
 def raw_scores(
     trainer: Trainer, prompts: list[Prompt], texts: list[str], ids: list[list[int]], prefix: str = ""
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`scores.score_responses`; NaN for a response on which it failed, where `on_score_failure` is "drop".
+    """Return the weighted scores [N] and each function's own; NaN marks a failure when on_score_failure="drop".
 
-    prefix: of the names under which reward functions log; with one, their columns of samples are left out.
+    prefix: put before the names that reward functions log; with one, their columns of samples are left out.
     """
     args, loop = trainer.args, trainer.loop
     failures: list[str] | None = None if args.on_score_failure == "error" else []
-    raw, own = scores.score_responses(
+    raw, by_function = scores.score_responses(
         trainer.reward_funcs,
         trainer.reward_weights,
         prompts,
@@ -33,4 +33,4 @@ def raw_scores(
     )
     if failures is not None:
         scores.require_some(distributed.total(trainer.accelerator, (~raw.isnan()).sum()), failures)
-    return raw, own
+    return raw, by_function

@@ -1,12 +1,11 @@
 """PPO from a learned or programmatic score: collect -> score -> advantages -> update.
 
 The loop follows Ziegler et al. 2019, Stiennon et al. 2020 and InstructGPT (Ouyang et al. 2022). The formulas are in
-`rlhf.ppo.math`, the three models in `rlhf.ppo.actor_critic`; checkpoints, resuming and SIGTERM in `rlhf.ppo.run`.
+`rlhf.ppo.math`, the three models in `rlhf.ppo.actor_critic`, checkpoints, resuming and SIGTERM in `rlhf.ppo.run`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -39,8 +38,6 @@ from rlhf.run.plot import Plot, plot
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import Engine, Follower, Responses
 
-log = logging.getLogger("rlhf")
-
 __all__ = ["PPOConfig", "PPOTrainer"]
 
 
@@ -48,10 +45,10 @@ class PPOTrainer:
     """Proximal policy optimisation of a language model against a score.
 
     model: a folder, hub id or object (full weights or a LoRA adapter). reward_funcs: one or several callables
-    with the signature of trl's GRPOTrainer, `reward_models.RewardModel` among them. train_dataset: anything
-    `rlhf.records.read_prompts` takes. value_model: a reward model's folder or object to start from; left
-    out, the first reward model in `reward_funcs` that reads the policy's tokens, else the policy under a zero
-    head. ref_model: left out, a frozen copy of the policy as it starts. Raises InputError for what cannot work.
+    with the signature of trl's GRPOTrainer; a `reward_models.RewardModel` is one. train_dataset: anything that
+    `rlhf.records.read_prompts` reads. value_model: a reward model's folder or object to start from; default: the
+    first reward model in `reward_funcs` with the policy's tokenizer, else the policy with a zero head.
+    ref_model: default: a frozen copy of the initial policy. Raises InputError for arguments that cannot work.
 
     `train()` runs `collect`, `score`, `advantages` and `update` in a loop; each can be called by hand or overridden.
     """
@@ -86,7 +83,7 @@ class PPOTrainer:
         start = inputs.value_start(value_model, self.reward_funcs, tokenizer, args)
         self.origin = Origin.of(args, self.accelerator, self.reward_funcs, model, ref_model, start)
         self.peft_config = peft_config
-        self.reference_given = ref_model is not None  # else the KL at step 0 must be 0: preflight checks it
+        self.reference_given = ref_model is not None  # if not, preflight checks that the KL at step 0 is 0
         self.actor_critic = models = build.models_for(args, model, ref_model, start, peft_config, dtype).to(self.device)
         for function in self.reward_funcs:  # a reward model's adapter over the same base
             adapters.share_base(models.policy, getattr(function, "model", None))
@@ -97,8 +94,8 @@ class PPOTrainer:
         self.module, self.optimizer = self.accelerator.prepare(models, build.build_optimizer(models, args))
         self.stop_ids = chat.stop_ids(tokenizer)
         self.pad_id = chat.pad_id(tokenizer)
-        own = TransformersEngine(models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
-        self.engine = engine or own
+        builtin = TransformersEngine(models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
+        self.engine = engine or builtin
         if isinstance(self.engine, Follower):
             self.engine.follow(models.policy, self.stop_ids)
         self.kl_coef = args.kl_coef
@@ -111,10 +108,11 @@ class PPOTrainer:
         )
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, float]:
-        """Run `args.updates` updates, going on from a checkpoint where asked; the last logged metrics.
+        """Train for `args.updates` updates and return the last logged metrics.
 
-        Raises RunStopped where the run cannot go on (NaN, a full disk) or an alarm stops it (`args.on_alarm`). After
-        SIGTERM the update in hand is finished, a checkpoint written, and SystemExit(143) raised.
+        resume_from_checkpoint: True continues from the newest checkpoint in output_dir, a path from that one. Raises
+        RunStopped when the run cannot continue (NaN, a full disk) or an alarm stops it (`args.on_alarm`). On SIGTERM
+        it finishes the current update, writes a checkpoint and raises SystemExit(143).
         """
         run = Run(self, resume_from_checkpoint)
         if not run.resumed:
@@ -130,8 +128,8 @@ class PPOTrainer:
         return run.metrics
 
     def next_prompts(self) -> list[Prompt]:
-        """This process's share of the prompts of the current update: a pure function of (seed, update), every
-        prompt once before any comes twice."""
+        """Return this process's share of the current update's prompts: a pure function of (seed, update), in which
+        every prompt comes once before any comes twice."""
         rows = self.draws.prompt_rows(self.update_index, self.args.rollout_size, len(self.prompts))
         return [self.prompts[row] for row in rows]
 
@@ -139,10 +137,10 @@ class PPOTrainer:
 
     @torch.no_grad()
     def collect(self, prompts: Sequence[Prompt]) -> Rollout:
-        """Sample one response per prompt, and everything the models say of it at this moment.
+        """Sample one response per prompt; compute its log-probabilities, reference log-probabilities and values.
 
-        Log-probabilities, reference log-probabilities and values are computed with the micro-batch plan of the
-        first inner epoch, so that in fp32 the first ratio is 1 (and, at the start, the KL is 0) to the last bit.
+        The micro-batches are those of the first inner epoch, so that in fp32 the first ratio is 1 (and the KL of
+        the first update is 0) to the last bit.
         """
         prompt_ids = [chat.encode_prompt(self.processing_class, p.messages) for p in prompts]
         with self.clock("generate"):
@@ -152,8 +150,8 @@ class PPOTrainer:
             micro_batches = self.plan([len(p) + len(r) for p, r in zip(prompt_ids, responses.ids, strict=True)])
             columns = Outputs(*(torch.zeros(mask.shape) for _ in Outputs._fields))
             for rows in (rows for minibatch in micro_batches for rows in minibatch):
-                own = [prompt_ids[i] for i in rows], [responses.ids[i] for i in rows]
-                batch = make_batch(*own, self.pad_id, self.device)
+                ids = [prompt_ids[i] for i in rows], [responses.ids[i] for i in rows]
+                batch = make_batch(*ids, self.pad_id, self.device)
                 outputs = self.module(batch, self.args.temperature, ("policy", "value", "reference"))
                 for column, values in zip(columns, outputs, strict=True):
                     column[torch.tensor(rows), : values.shape[1]] = values.float().cpu()
@@ -177,25 +175,25 @@ class PPOTrainer:
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:
-        """Weighted sum of the reward functions, running normalisation and clipping, the missing-stop rule."""
+        """Score each response: sum the weighted reward functions, normalise, clip, apply the missing-stop rule."""
         args = self.args
         with self.clock("score"):
-            raw, own = raw_scores(self, rollout.prompts, rollout.texts, rollout.response_ids)
+            raw, by_function = raw_scores(self, rollout.prompts, rollout.texts, rollout.response_ids)
             processed = raw
             if args.normalize_scores:
-                everyone = self.accelerator.gather(raw.to(self.device)).cpu()
-                self.moments = self.moments.with_batch(everyone[~everyone.isnan()])
+                gathered = self.accelerator.gather(raw.to(self.device)).cpu()
+                self.moments = self.moments.with_batch(gathered[~gathered.isnan()])
                 processed = self.moments.normalize(processed)
             if args.clip_scores is not None:
                 processed = processed.clamp(-args.clip_scores, args.clip_scores)
             processed = scores.apply_missing_eos(processed, rollout.stopped, args.missing_eos, args.missing_eos_penalty)
             used = ~raw.isnan()
-            processed = torch.where(used, processed, 0.0)  # stands for a score where no one looks
-        return rollout.grown(ScoredRollout, raw_scores=raw, own_scores=own, scores=processed, used=used)
+            processed = torch.where(used, processed, 0.0)  # NaN would spread; rows that are not used are masked out
+        return rollout.grown(ScoredRollout, raw_scores=raw, own_scores=by_function, scores=processed, used=used)
 
     @torch.no_grad()
     def advantages(self, rollout: ScoredRollout) -> ReadyRollout:
-        """Rewards per token, their advantages (standardized over the whole rollout) and returns."""
+        """Compute rewards per token, advantages (standardized over the rollouts of all processes) and returns."""
         if not isinstance(rollout, ScoredRollout):
             raise TypeError("advantages: the rollout has no scores; call score(rollout) first")
         args, mask, trained = self.args, rollout.mask, rollout.trained_mask
@@ -208,17 +206,17 @@ class PPOTrainer:
             advantages, returns = ppo_math.gae(rewards, rollout.values, mask, args.gamma, args.lam)
             moments = distributed.mean_and_variance(self.accelerator, advantages, trained)
             standardized = ppo_math.standardize(advantages, trained, moments)
-            ours, theirs, cap = rollout.logprobs, rollout.engine_logprobs, args.importance_cap
-            importance = None if theirs is None else ppo_math.importance_weights(ours, theirs, trained, cap)
+            old, engine, cap = rollout.logprobs, rollout.engine_logprobs, args.importance_cap
+            importance = None if engine is None else ppo_math.importance_weights(old, engine, trained, cap)
         columns = {"rewards": rewards, "advantages": standardized, "returns": returns, "importance": importance}
         return rollout.grown(ReadyRollout, **columns)
 
     def update(self, rollout: ReadyRollout) -> dict[str, float]:
-        """Inner epochs of clipped policy and value steps on one rollout; the update's metrics.
+        """Train for `inner_epochs` on one rollout with the clipped policy and value losses; return the metrics.
 
-        Losses are means over a minibatch's real tokens on all processes: each micro-batch divides by their number, and
-        the number of processes undoes DDP's averaging. So no division of the rows changes a gradient. The policy
-        stands still for the first `value_warmup_updates` updates while the value model learns.
+        Each loss is a mean over the minibatch's real tokens on all processes: every micro-batch divides by that total
+        `count`, and the factor `num_processes` undoes DDP's averaging, so no split of the rows changes a gradient.
+        In the first `value_warmup_updates` updates only the value model is trained.
         """
         if not isinstance(rollout, ReadyRollout):
             raise TypeError("update: the rollout has no advantages; call advantages(rollout) first")
@@ -232,7 +230,7 @@ class PPOTrainer:
                 for minibatch in rollout.plan if inner_epoch == 0 else self.plan(rollout.lengths, inner_epoch):
                     trained = rollout.trained_mask[[row for rows in minibatch for row in rows]]
                     count = distributed.total(accelerator, trained.sum())
-                    if count == 0:  # all of its responses were dropped, on every process
+                    if count == 0:  # scoring failed for all of its responses, on every process
                         continue
                     statistics = StepStatistics()
                     for roles in models.backward_roles(accelerator.num_processes):
@@ -259,68 +257,64 @@ class PPOTrainer:
                     if not all(map(math.isfinite, norms.values())):
                         found = finite.explain_step(rollout, minibatch, models, self.outputs)
                         finite.stop_on(found, self.update_index + 1)
-                    if rollout.update < args.value_warmup_updates:
+                    if rollout.update < args.value_warmup_updates:  # Adam skips a parameter without a gradient
                         for parameter in models.policy_parameters():
                             parameter.grad = None
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                     steps.append(statistics.over(accelerator) | norms)
-                moved = sum(step["approx_kl_nats"] for step in steps[first:]) / len(steps[first:])
-                if args.stop_approx_kl_nats is not None and moved > args.stop_approx_kl_nats:
+                approx_kl = sum(step["approx_kl_nats"] for step in steps[first:]) / len(steps[first:])
+                if args.stop_approx_kl_nats is not None and approx_kl > args.stop_approx_kl_nats:
                     break
             metrics = rollout_metrics(rollout, accelerator, args, self.kl_coef)
             metrics |= engine_metrics(rollout, accelerator, args.importance_cap)
             metrics |= {"kl_coef": self.kl_coef, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             metrics |= update_metrics(steps)
         if args.kl_target_nats is not None:
-            kl, target, count = (
-                metrics["kl_nats"],
-                args.kl_target_nats,
-                distributed.total(accelerator, rollout.used.sum()),
-            )
-            self.kl_coef = ppo_math.adapt_kl_coef(self.kl_coef, kl, target, int(count), args.kl_horizon)
+            kl, responses = metrics["kl_nats"], int(distributed.total(accelerator, rollout.used.sum()))
+            self.kl_coef = ppo_math.adapt_kl_coef(self.kl_coef, kl, args.kl_target_nats, responses, args.kl_horizon)
         self.update_index += 1
         return metrics
 
-    # -- what the stages use ---------------------------------------------------------------------------------
+    # -- helpers of the stages -------------------------------------------------------------------------------
 
     def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses:
-        """The policy's responses, from the engine."""
+        """Sample the policy's responses with the engine."""
         models, tokenizer = self.actor_critic, self.processing_class
         explained = finite.sampling_explained(models, prompt_ids, tokenizer, self.update_index + 1)
         with explained, self.accelerator.autocast(), models.sampling():
             return self.engine.generate(prompt_ids, self.args.max_new_tokens, self.args.temperature, generator)
 
     def plan(self, lengths: Sequence[int], inner_epoch: int = 0) -> Plan:
-        """An inner epoch's minibatches, cut into micro-batches; `lengths` are the rows' tokens, prompts included."""
+        """Divide rows into an inner epoch's minibatches and micro-batches; lengths: their prompt + response tokens."""
         args, models = self.args, self.actor_critic
         generator = self.draws.generator("plan", self.update_index, extra=inner_epoch)
         tokens, launch = models.most_tokens(args.tokens_per_microbatch), plan.launch_tokens(self.device)
-        here = (self.draws.process, self.draws.processes)
-        made = plan.plan_minibatches(lengths, args.minibatch_size, tokens, generator, *here, launch, not models.packs)
-        return distributed.even_plan(made, self.module)
+        process = (self.draws.process, self.draws.processes)
+        cut = plan.plan_minibatches(lengths, args.minibatch_size, tokens, generator, *process, launch, not models.packs)
+        return distributed.even_plan(cut, self.module)
 
     def outputs(self, rollout: Rollout, rows: list[int], roles: Sequence[Role] = ("policy", "value")) -> Outputs:
-        """What the models in `roles` say of some rows, with gradients."""
+        """Run the models in `roles` on some rows of a rollout, with gradients."""
         batch = rollout.batch(rows, self.pad_id, self.device)
         outputs: Outputs = self.module(batch, self.args.temperature, roles)
         return outputs
 
     def evaluate(self) -> dict[str, float]:
-        """Score, KL, length and stops on the evaluation prompts, sampled with the same seed every time."""
+        """Return mean score, KL, length and stop rate on eval_dataset, sampled with the same seed every time."""
         return evaluate(self)
 
     @property
     def state(self) -> TrainerState:
-        """transformers' TrainerState; `state.log_history` has every logged metric."""
+        """Return transformers' TrainerState; `state.log_history` has every logged metric."""
         return self.loop.state
 
     def plot(self, *names: str) -> Plot:
-        """A figure of the logged metrics, all or those that are named."""
+        """Plot the named metrics over the updates; without names, all that were logged."""
         return plot(self.state.log_history, names)
 
     def save_model(self, folder: str | Path | None = None) -> None:
-        """The policy (full weights or adapter, safetensors) and its tokenizer, in `folder` or output_dir."""
+        """Save the policy (full weights or adapter, safetensors) and its tokenizer in `folder` or output_dir."""
         target = Path(folder or self.args.output_dir)
         if self.accelerator.is_main_process or distributed.is_sharded(self.module):
             self.actor_critic.save_policy(target)
@@ -328,7 +322,7 @@ class PPOTrainer:
             self.processing_class.save_pretrained(str(target))
 
     def state_dict(self) -> State:
-        """What a run goes on from; a collective. Of sharded weights the first process alone gets the tensors."""
+        """Return what a resumed run needs; a collective. Sharded weights are whole on the first process only."""
         return {
             "trained": self.actor_critic.trained_state(),
             "optimizer": distributed.full(self.optimizer.state_dict()),
@@ -338,7 +332,7 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Put back what `state_dict` gave. Raises InputError where it is another model's."""
+        """Restore what `state_dict` returned. Raises InputError if the state belongs to another model."""
         self.actor_critic.load_trained_state(state["trained"])
         distributed.load_optimizer_state(self.optimizer, state["optimizer"])
         self.kl_coef = state["kl_coef"]

@@ -1,6 +1,6 @@
-"""One response of a rollout, token by token: for the terminal (rich) and as one HTML page without scripts.
+"""Views of one response of a rollout, token by token: for the terminal (rich) and as an HTML page without scripts.
 
-`ResponseView` holds the numbers; everything that a model or user wrote is escaped on its way out.
+`ResponseView` holds the numbers; all text from models and users is escaped when it is shown.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NUMBERS = {
     "logprob": ("logprobs", "log-probability under the policy that sampled it, nats"),
     "reference": ("reference_logprobs", "log-probability under the reference, nats"),
     "KL": ("kl", "logprob - reference, nats"),
-    "entropy": ("entropy", "of the policy's next-token distribution, nats"),
-    "value": ("values", "what the value model expected before this token"),
+    "entropy": ("entropy", "entropy of the policy's next-token distribution, nats"),
+    "value": ("values", "the value model's prediction before this token"),
     "reward": ("rewards", "-kl_coef * KL, plus the score at the last token"),
     "advantage": ("advantages", "standardized over the rollout"),
-    "return": ("returns", "what the value model learns"),
+    "return": ("returns", "the target that the value model learns"),
 }
 """Column -> (field of the rollout, meaning)."""
 SUMMED = ("logprob", "reference", "KL", "reward")
@@ -39,24 +39,24 @@ ONE_SIDED = ("logprob", "reference", "entropy")  # never on both sides of 0
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a response; `numbers` by column name, None where the rollout does not hold them yet."""
+    """One token of a response; `numbers` by column name, None where the rollout lacks a column."""
 
     position: int
     id: int
     text: str
     numbers: dict[str, float | None]
     end: End
-    """On the last token: "stop" where the response stopped by itself, "cut" where it ran out of tokens."""
+    """On the last token: "stop" if the response stopped by itself, "cut" if it reached max_new_tokens; else ""."""
 
     @property
     def shown(self) -> str:
-        """Its text as Python would write it, so that spaces and line breaks can be seen."""
+        """Return the text as a Python string literal, in which spaces and line breaks are visible."""
         return repr(self.text)
 
 
 @dataclass(frozen=True)
 class ResponseView:
-    """One row of a rollout."""
+    """One row of a rollout, with everything that is shown of it."""
 
     update: int
     row: int
@@ -71,10 +71,11 @@ class ResponseView:
 
     @property
     def kl_nats(self) -> float:
+        """Return the response's KL to the reference: the sum of k1, in nats."""
         return math.fsum(token.numbers["KL"] or 0.0 for token in self.tokens)
 
     def facts(self) -> list[str]:
-        """What is true of the whole response, in words."""
+        """Return the facts about the whole response as short phrases."""
         return [
             f"score {number(self.score)}",
             f"raw score {number(self.raw_score)}",
@@ -84,7 +85,7 @@ class ResponseView:
         ]
 
     def sums(self) -> dict[str, float | None]:
-        """Over the response's tokens, of the columns whose sum means something."""
+        """Return the sum over the response's tokens of each column in SUMMED; None where a number is missing."""
         columns = {name: [token.numbers[name] for token in self.tokens] for name in SUMMED}
         return {
             name: None if any(x is None for x in column) else math.fsum(column)  # type: ignore[arg-type]
@@ -93,7 +94,7 @@ class ResponseView:
 
 
 def response_view(rollout: ReadyRollout, row: int, tokenizer: Any) -> ResponseView:
-    """Row `row` of a rollout, with `tokenizer` turning its ids into text."""
+    """Return row `row` of a rollout for viewing; `tokenizer` turns its ids into text."""
     ids, stopped = rollout.response_ids[row], bool(rollout.stopped[row])
     columns = {name: getattr(rollout, source) for name, (source, _) in NUMBERS.items()}
     last: End = "stop" if stopped else "cut"
@@ -108,21 +109,23 @@ def response_view(rollout: ReadyRollout, row: int, tokenizer: Any) -> ResponseVi
         stopped=stopped,
         tokens=[
             Token(
-                position=place,
+                position=position,
                 id=token,
                 text=token_text(tokenizer, token),
-                numbers={name: None if x is None else float(x[row, place]) for name, x in columns.items()},
-                end=last if place == len(ids) - 1 else "",
+                numbers={name: None if x is None else float(x[row, position]) for name, x in columns.items()},
+                end=last if position == len(ids) - 1 else "",
             )
-            for place, token in enumerate(ids)
+            for position, token in enumerate(ids)
         ],
         padding=rollout.mask.shape[1] - len(ids),
     )
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """What one token adds to the text. SentencePiece's marked space, which `decode` drops, is a space; a part of a
-    character is the vocabulary's own name for it."""
+    """Return the text that one token adds.
+
+    SentencePiece's space mark, which `decode` drops, becomes a space; a token that is part of a character is shown
+    under its name in the vocabulary."""
     piece = tokenizer.convert_ids_to_tokens(token)
     text: str = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if isinstance(piece, str) and ("\N{REPLACEMENT CHARACTER}" in text or "\u2581" in piece):
@@ -131,7 +134,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four decimals; an en dash where there is no number."""
+    """Format with four decimals; an en dash for None."""
     if value is None:
         return "–"
     if not math.isfinite(value) or abs(value) >= 1000:
@@ -140,11 +143,12 @@ def number(value: float | None) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with control characters written out, so that none of them reaches a terminal."""
+    """Replace control characters by their escapes, so that none reaches a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
+    """Return `visible` text on one line, with a sign for each line break."""
     return visible(text.replace("\n", "⏎"))
 
 
@@ -152,7 +156,7 @@ def one_line(text: str) -> str:
 
 
 def response_lines(view: ResponseView) -> Group:
-    """Prompt, response, its facts, and the table of its tokens: fits 100 columns."""
+    """Show prompt, response, its facts and the table of its tokens; fits 100 columns."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
@@ -164,18 +168,19 @@ def response_lines(view: ResponseView) -> Group:
     parts.append(Text("   ".join(view.facts()) + "\n", style="bold"))
     parts.append(token_table(view))
     if view.padding:
-        parts.append(Text(f"{view.padding} places of padding follow (mask 0, every number 0)", style="dim"))
+        parts.append(Text(f"{view.padding} padding tokens follow (mask 0, every number 0)", style="dim"))
     return Group(*parts)
 
 
 def token_table(view: ResponseView) -> Table:
+    """Return the table of a response's tokens, one line each."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=0, header_style="bold", show_footer=True)
     table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("token", footer="sum", max_width=24)  # alone may shrink: the numbers are never cut
+    table.add_column("token", footer="sum", max_width=24)  # the only column that may shrink: numbers are never cut
     sums = view.sums()
     for name in NUMBERS:
         footer = number(sums[name]) if name in sums else ""
@@ -190,7 +195,7 @@ def token_table(view: ResponseView) -> Table:
 
 
 def sorted_rows(rollout: ReadyRollout, sort: Sort | None) -> list[int]:
-    """Row numbers, those with the highest number first; without `sort`, as collected."""
+    """Return row numbers, the highest `sort` number first; None keeps the order in which they were collected."""
     rows = list(range(len(rollout)))
     if sort is None:
         return rows
@@ -199,7 +204,7 @@ def sorted_rows(rollout: ReadyRollout, sort: Sort | None) -> list[int]:
 
 
 def rows_table(rollout: ReadyRollout, sort: Sort | None = None) -> Table:
-    """A line per response."""
+    """Return a table with a line per response."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -229,20 +234,20 @@ def rows_table(rollout: ReadyRollout, sort: Sort | None = None) -> Table:
 
 
 def response_page(view: ResponseView, title: str) -> str:
-    """The whole page: the response in colours, chosen by radio buttons, above the table of its tokens."""
+    """Return the HTML page: the response coloured by one column, chosen by radio buttons, above its token table."""
     prompt = "".join(
         f"<dt>{html.text(message['role'])}</dt><dd>{html.text(message['content'])}</dd>" for message in view.prompt
     )
     largest = {name: _largest(view.tokens, name) for name in NUMBERS}
     choices, legends, rules = [], [], []
-    for place, (name, (_, meaning)) in enumerate(NUMBERS.items()):
+    for i, (name, (_, meaning)) in enumerate(NUMBERS.items()):
         checked = " checked" if name == "advantage" else ""
-        choices.append(f'<input type="radio" name="by" id="by{place}"{checked}><label for="by{place}">{name}</label>')
+        choices.append(f'<input type="radio" name="by" id="by{i}"{checked}><label for="by{i}">{name}</label>')
         scale = "Darker is further from 0" if name in ONE_SIDED else "Blue above 0, orange below"
         scale += f"; the darkest is {number(largest[name])} from 0"
-        legends.append(f'<span class="l{place}"><b>{name}</b>: {html.text(meaning)}. {scale}.</span>')
-        rules.append(f"#by{place}:checked ~ .response a {{ background: var(--n{place}); }}")
-        rules.append(f"#by{place}:checked ~ .legend .l{place} {{ display: inline; }}")
+        legends.append(f'<span class="l{i}"><b>{name}</b>: {html.text(meaning)}. {scale}.</span>')
+        rules.append(f"#by{i}:checked ~ .response a {{ background: var(--n{i}); }}")
+        rules.append(f"#by{i}:checked ~ .legend .l{i} {{ display: inline; }}")
     tokens = "".join(_coloured(token, largest) for token in view.tokens)
     body = (
         f"<dl>{prompt}</dl>{html.items(view.facts(), 'facts')}<main>{''.join(choices)}"
@@ -264,9 +269,9 @@ def _colour(name: str, value: float | None, largest: float) -> str:
 
 
 def _coloured(token: Token, largest: dict[str, float]) -> str:
-    """A token of the response; hovering shows its numbers, a click leads to its line in the table."""
+    """Return a token's HTML; hovering shows its numbers, a click leads to its line in the table."""
     colours = ";".join(
-        f"--n{place}:{_colour(name, value, largest[name])}" for place, (name, value) in enumerate(token.numbers.items())
+        f"--n{i}:{_colour(name, value, largest[name])}" for i, (name, value) in enumerate(token.numbers.items())
     )
     numbers = "  ".join(f"{name} {number(value)}" for name, value in token.numbers.items())
     tip = f"#{token.position} {token.shown}  {numbers}  {token.end}".rstrip()
@@ -285,7 +290,7 @@ def _html_table(view: ResponseView) -> str:
         )
     sums = view.sums()
     foot = "".join(f"<td>{number(sums[name]) if name in sums else ''}</td>" for name in NUMBERS)
-    more = f'<tr><td></td><td colspan="{len(NUMBERS) + 2}">{view.padding} places of padding follow (mask 0, every number 0)</td></tr>'  # noqa: E501
+    more = f'<tr><td></td><td colspan="{len(NUMBERS) + 2}">{view.padding} padding tokens follow (mask 0, every number 0)</td></tr>'  # noqa: E501
     return (
         f"<div class=scroll><table><thead><tr><th>#</th><th>token</th>{head}<th>mask</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody>"

@@ -137,7 +137,7 @@ def test_a_response_in_the_terminal(run_folder, row, tiny_tokenizer):
     totals = [sum(float(expected(rollout, row, t)[c]) for t in range(len(ids))) for c in (0, 1, 2, 5)]
     assert all(abs(float(a) - b) < 1e-3 * b + 0.01 for a, b in zip(sums[1:], totals, strict=True))
     padding = rollout.mask.shape[1] - len(ids)
-    assert (f"{padding} places of padding follow" in result.out) == (padding > 0)
+    assert (f"{padding} padding tokens follow" in result.out) == (padding > 0)
 
 
 @pytest.mark.parametrize("width", [100, 120])

@@ -244,8 +244,8 @@ PLANTS = (
         bug="the KL controller is fed the KL per token, its target is per response",
         shipped="trlx#361, verl#1984",
         file="rlhf/ppo/trainer.py",
-        old='                metrics["kl_nats"],\n',
-        new='                metrics["kl_nats"] / metrics["response_tokens"],\n',
+        old='kl, responses = metrics["kl_nats"],',
+        new='kl, responses = metrics["kl_nats"] / metrics["response_tokens"],',
         test="tests/ppo/test_trainer.py::test_the_kl_coefficient_follows_ziegler",
     ),
     # -- logged KL != trained KL

@@ -23,14 +23,10 @@ class RewardConfig:
     output_dir: str = "reward_model"
     """Folder for checkpoints and metrics, and for the model that `save_model()` writes."""
     seed: int = 0
-<<<<<<< HEAD
-    """Draws the new head's weights and the order of the prompts."""
+    """Seed of the new head's weights and of the order of the prompts."""
 
     "Batch sizes and lengths"
 
-=======
-    """Seed of the new head's weights and of the order of the prompts."""
->>>>>>> en2
     epochs: float = 1.0
     """Passes over the training rankings. More than one overfits, most of all with many responses per prompt."""
     prompts_per_batch: int = 16
@@ -51,33 +47,23 @@ class RewardConfig:
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
-<<<<<<< HEAD
-    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
 
     "Loss and scores"
 
-=======
-    """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
->>>>>>> en2
     label_smoothing: float = 0.0
     """Assumed probability that a pair's label is wrong (below 0.5), for noisy labels."""
     center_rewards_coefficient: float = 0.0
     """Weight in the loss of (better score + worse score)^2, which keeps scores around 0 (0.01 is usual); 0: off."""
     labeler_weights: dict[str, float] | None = None
-<<<<<<< HEAD
-    """What a ranking counts by its column `labeler`: {name: weight}; null: all alike. A column `weight` multiplies."""
+    """Weight of each labeler's rankings, {name: weight}, found by the column `labeler` and multiplied by the column
+    `weight`; null: all labelers count the same."""
     normalizer_samples: int = 2048
-    """Responses, by default of training, whose scores get mean 0 and spread 1 after it; 0: scores stay raw."""
+    """Responses (by default training ones) whose scores are normalised after training to mean 0 and standard deviation
+    1; 0: scores stay raw."""
 
     "LoRA"
 
-=======
-    """Weight of each labeler's rankings, {name: weight}, found by the column `labeler` and multiplied by the column
-    `weight`; null: all labelers count the same."""
-    max_length: int = 1024
-    """Tokens of prompt and response together. A ranking with a longer response is left out; the log counts and names
-    them."""
->>>>>>> en2
     lora_rank: int = 0
     """Rank of a new LoRA adapter; 0: train all weights, or, where the model is an adapter, train that on."""
     lora_alpha: float = 32.0
@@ -102,14 +88,7 @@ class RewardConfig:
     keep_best: bool = False
     """End with the weights that had the lowest held-out loss, measured every eval_steps and after the last step."""
     max_eval_prompts: int = 0
-<<<<<<< HEAD
-    """Evaluate on so many prompts, drawn with the seed; 0: on all."""
-=======
     """Prompts to evaluate on, drawn with the seed; 0: all."""
-    normalizer_samples: int = 2048
-    """Responses (by default training ones) whose scores are normalised after training to mean 0 and standard deviation
-    1; 0: scores stay raw."""
->>>>>>> en2
     logging_steps: int = 10
     """Optimizer steps between two logged lines."""
     save_steps: int = 500
@@ -121,14 +100,6 @@ class RewardConfig:
     run."""
     report_to: list[str] | None = None
     """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
-<<<<<<< HEAD
-=======
-    bf16: bool | None = None
-    """Compute in bfloat16 (weights stay float32); null: only where the hardware is fast at it (GPUs, CPUs with
-    AVX512-BF16 or AMX); the log shows the choice."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a fifth slower."""
->>>>>>> en2
     preflight: bool = True
     """Check model, tokenizer and data before the first step, and refuse a run that cannot be right."""
 

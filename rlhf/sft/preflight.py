@@ -95,16 +95,16 @@ def _logprobs(trainer: CheckedTrainer, rows: list[EncodedDemonstration], whole: 
 
 
 def check_sft(trainer: CheckedTrainer) -> list[Finding]:
-    """Check a run before its first step; raises InputError with every failure, or returns what was found.
+    """Check a run before its first step; return the findings, or raise InputError with every failure.
 
-    Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
+    Does nothing where `config.preflight` is off, or in a run that resumes from a checkpoint.
     """
     wanted = trainer.config.preflight and not trainer.state.global_step
     return conclude(trainer.accelerator, sft_findings(trainer)) if wanted else []
 
 
 def sft_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
-    """What is found of texts, then of the model on a few demonstrations."""
+    """Yield the findings on texts, then those on the model, measured on a few demonstrations."""
     model, tokenizer, first = trainer.model, trainer.processing_class, trainer.first_demonstrations
     most = trainer.config.max_length
     yield run_checks(

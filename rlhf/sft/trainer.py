@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the policy learns to write the demonstrations' responses.
 
 The first of InstructGPT's three stages (Ouyang et al. 2022, section 3.5 and appendix C.1). trl's trainer does the
-training; this file decides what it is fed (which tokens carry the loss, what is too long) and what is left behind.
+training; this file gives it encoded demonstrations, counts tokens for the loss and the metrics, and saves and resumes.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ logger = logging.getLogger("rlhf")
 
 
 class SFTTrainer(trl.SFTTrainer):
-    """trl's SFTTrainer on our records: ``SFTTrainer(model, SFTConfig(...), "demonstrations.jsonl").train()``.
+    """A subclass of trl's trainer for our records: ``SFTTrainer(model, SFTConfig(...),
+    "demonstrations.jsonl").train()``.
 
     ``loss = -sum_t mask_t log p(token_t | tokens_<t) / sum_t mask_t`` over all trained tokens (the assistant's, and
     their end of turn) of the optimizer step's ``batch_size`` demonstrations, so no split into micro-batches changes a
     gradient.
 
-    model: a folder, a hub id or an object; an adapter (folder or PeftModel) is continued. Datasets: whatever
-    ``read_demonstrations`` takes. processing_class: the tokenizer; by default the model's. peft_config instead of
-    ``args.lora_rank`` for any other adapter.
+    model: a folder, a hub id or an object; an adapter (folder or PeftModel) is trained on. Datasets: any source that
+    ``read_demonstrations`` reads. processing_class: the tokenizer; by default the model's. peft_config: an adapter of
+    any kind, instead of ``args.lora_rank``.
 
-    Departs from trl: masks come from ``rlhf.chat`` (no ``{% generation %}`` in the template needed), over-long
-    demonstrations are left out instead of cut, every metric is a mean over all trained tokens (trl: over batches),
-    with several processes each demonstration counts once (accelerate repeats some to fill the last batch), and the
-    model is an ordinary one after training (trl leaves a patched ``forward`` on it, which survives a deepcopy
-    wrongly).
+    Departs from trl: masks come from ``rlhf.chat`` (the template needs no ``{% generation %}``), demonstrations that
+    are too long are left out instead of cut, every metric is a mean over all trained tokens (trl: over batches), with
+    several processes each demonstration counts once (accelerate repeats some to fill the last batch), and the model is
+    an ordinary one after training (trl leaves a patched ``forward`` on it, of which a deepcopy is wrong).
     """
 
     loss_is_scaled_for_ga: Any = True  # the loss is divided by the tokens of the whole optimizer step

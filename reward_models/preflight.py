@@ -164,7 +164,7 @@ def _plain_scores(
 def check_reward_model(trainer: CheckedTrainer) -> list[Finding]:
     """Check a run before its first step; return the findings, or raise InputError with every failure.
 
-    Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
+    Does nothing where `config.preflight` is off, or in a run that resumes from a checkpoint.
     """
     wanted = trainer.config.preflight and not trainer.state.global_step
     return conclude(trainer.accelerator, reward_model_findings(trainer)) if wanted else []

@@ -1,4 +1,4 @@
-"""What bad input gets: exit code 2, one line that says where, what and what to do, and nothing left in the way."""
+"""Bad input gets exit code 2 and one line that says where, what and what to do, and leaves no files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(path: Path, content: list[Any] | str) -> Path:
 
 
 def refused(out: Path, name: str, *flags: object) -> str:
-    """Run a recipe that must be refused; its one line. Nothing may be written under `out`."""
+    """Run a recipe that must be refused; return its one line. Nothing may be written under `out`."""
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     result = recipe.run(name, *flags)
     assert result.code == 2, result.out + result.err
@@ -57,7 +57,7 @@ def refused(out: Path, name: str, *flags: object) -> str:
 
 
 def stage(name: str, tmp_path: Path, base: Path, data: Path, scorer: Path | None = None) -> tuple[object, ...]:
-    """Flags of a stage that is right but for its data."""
+    """Return flags of a stage in which only the data is wrong."""
     out = ("--output_dir", tmp_path / "run" / name)
     if name == "rankings":
         return ("--rankings", data, "--output_dir", tmp_path / "run" / "data")

@@ -84,7 +84,8 @@ DIALOGUES = [
 
 @pytest.fixture
 def sentencepiece_like():
-    """BPE as in Llama 2 and Mistral: each section of text begins with a space, unknown bytes as <0x..>."""
+    """Make a BPE tokenizer as in Llama 2 and Mistral: each section of text begins with a space, unknown bytes are
+    <0x..>."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +106,7 @@ def sentencepiece_like():
 
 
 def with_template(tokenizer, template: str):
-    """`tokenizer` with a template and the control tokens that it needs."""
+    """Give `tokenizer` a template and the control tokens that it needs."""
     from transformers import AddedToken
 
     names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|assistant|>"]

@@ -39,7 +39,7 @@ from reference.tiny_chain import save_base, save_reward_model
 
 
 def blocks(*languages: str) -> list[pytest.param]:
-    """The documents' blocks in a language; those that need minutes are long tests."""
+    """Return the documents' blocks in a language; those that need minutes are long tests."""
     return [
         pytest.param(block, id=block.name, marks=[pytest.mark.long] if block.needs == "minutes" else [])
         for block in BLOCKS
@@ -82,7 +82,7 @@ for where, (name, *words) in json.load(sys.stdin):
 
 
 def commands_in_sources() -> list[tuple[str, list[str]]]:
-    """Commands in the recipes' docstrings and the configs' headers."""
+    """Return the commands in the recipes' docstrings and the configs' headers."""
     found = []
     for file in [*ROOT.glob("recipes/*.py"), *ROOT.glob("recipes/configs/**/*.yaml")]:
         text = re.sub(r"\\+\n[# ]*", " ", file.read_text(encoding="utf-8"))
@@ -126,7 +126,8 @@ def test_commands_are_there(block):
 
 @pytest.mark.parametrize("block", blocks("bash"))
 def test_commands_run(block, scratch, tmp_path_factory):
-    """In a folder like a fresh clone's. What needs the hub and no stand-in replaces is left to its flags' test."""
+    """Run in a folder like a fresh clone. A command that needs the hub and has no stand-in is only tested for its
+    flags."""
     folder = scratch(block.file)
     for command in block.commands:
         if command[0] == "make" or block.needs == "gpu":
@@ -189,7 +190,7 @@ def test_python_runs(file, scratch):
 
 
 def run(command: list[str], folder: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """As a user would, but without a network: stdout, stderr and the exit status."""
+    """Run a command as a user would, without a network; return stdout, stderr and the exit status."""
     if command[0] == sys.executable:  # without the seconds of its imports
         return forked.shared().run(command[1:], cwd=folder, stdin=stdin, limit=900)
     settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -205,7 +206,8 @@ def folders(tmp_path_factory) -> dict[Path, Path]:
 
 @pytest.fixture
 def scratch(folders, tmp_path_factory, tiny_model, tiny_tokenizer):
-    """A document -> the folder that its blocks share, in their order: a clone's, with a tiny model in `tiny`."""
+    """Return the function from a document to the folder that its blocks share, like a clone with a tiny model in
+    `tiny`."""
 
     def folder_of(file: Path) -> Path:
         if file not in folders:
@@ -227,7 +229,7 @@ MODELS = {"--model": "sft", "--policy": "sft", "--baseline": "sft", "--reward_mo
 
 
 def provide_models(words: list[str], folder: Path) -> None:
-    """A tiny model where a command reads one that no earlier command of its document made."""
+    """Put a tiny model at every path that a command reads and no earlier command of its document made."""
     for flag, value in itertools.pairwise(words):
         if flag in MODELS and value.startswith("runs/"):
             provide(folder / value, MODELS[flag])

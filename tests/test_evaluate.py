@@ -145,7 +145,7 @@ def test_score_length_correlation():
 
 
 class Parrot:
-    """An engine that answers the k-th copy of a prompt with k + 1 times its own first token, then stops."""
+    """An engine that answers the k-th copy of a prompt with its first token, k + 1 times, then stops."""
 
     def __init__(self, stop: int):
         self.stop, self.seen = stop, []

@@ -1,8 +1,8 @@
-"""What may not change a gradient or a metric: micro-batches, padding, the order of rows, recomputation, processes.
+"""Micro-batches, padding, the order of rows, recomputation and processes change no gradient and no metric.
 
 Policy and value model (PPO), reward model and SFT, each in full weights and in LoRA. A run's result is the gradient of
-every optimizer step, as the optimizer gets it, and every line of metrics.jsonl. What concerns one function alone is
-tested beside it: `ppo/test_actor_critic.py`, `reward_models/test_scoring.py` and `ppo/test_rollout.py` (left padding).
+every optimizer step, as the optimizer gets it, and every line of metrics.jsonl. Tests of single functions are
+elsewhere: `ppo/test_actor_critic.py`, `reward_models/test_scoring.py` and `ppo/test_rollout.py` (left padding).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ every_kind_of_ppo = pytest.mark.parametrize(
 
 
 class Runs:
-    """Results of this session by what was run: the launches in two processes and the plain runs are needed often."""
+    """A cache of the results of this test session: launches in two processes and plain runs are needed often."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -57,7 +57,7 @@ class Runs:
         self.together: dict[str, dict] = {}
 
     def plain(self, stage: str, kind: str) -> dict:
-        """In this process, as many rows at once as there are."""
+        """Run in this process, with all rows in one micro-batch."""
         if (stage, kind) not in self.alone:
             self.alone[stage, kind] = self.run(stage, kind)
         return self.alone[stage, kind]
@@ -110,9 +110,9 @@ def runs(tmp_path_factory, tiny_model, tiny_tokenizer) -> Runs:
 
 
 def same(one: dict, other: dict, tolerance: float = 1e-5) -> None:
-    """Gradients equal up to float32 rounding of sums (relative to each tensor's largest entry), and all numbers.
+    """Assert equal gradients up to float32 rounding of sums (relative to each tensor's largest entry), equal numbers.
 
-    PPO's steps are large here, so that there is something to clip: after the first one, the weights carry its rounding.
+    PPO's steps are large here, so that clipping happens: after the first step, the weights contain its rounding.
     """
     assert len(one["gradients"]) == len(other["gradients"]) > 0
     for step, (mine, theirs) in enumerate(zip(one["gradients"], other["gradients"], strict=True)):
@@ -149,7 +149,7 @@ def test_micro_batches(runs, stage, kind, rows):
 
 
 def test_micro_batches_without_importance_weights(runs):
-    """The runs beside this one have an engine that says what it drew tokens with; most have none."""
+    """The other runs have an engine that reports the log-probabilities that it sampled with; most engines don't."""
     plain = runs.run("ppo", "full", engine=GivenResponses())
     same(runs.run("ppo", "full", engine=GivenResponses(), tokens_per_microbatch=60), plain)
     assert all("importance_weight" not in row for row in plain["logs"])
@@ -169,7 +169,7 @@ def test_compiled_layers(runs, kind):
 
 
 def widened(batch: dict[str, torch.Tensor], places: int) -> dict[str, torch.Tensor]:
-    """A supervised batch padded further, with tokens on the padding that mean something."""
+    """Pad a supervised batch further, with real tokens on the padding."""
     fill = {"input_ids": 7, "attention_mask": 0, "labels": -100}
     wide = {name: torch.nn.functional.pad(batch[name], (0, places), value=fill[name]) for name in fill if name in batch}
     return batch | wide
@@ -198,8 +198,8 @@ def test_more_padding_and_a_tokenizer_that_pads_on_the_left(runs, stage, kind, t
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_more_padding_of_a_rollout(runs, kind, side, packed, monkeypatch):
-    """Every micro-batch is padded further and, on the left, begins with padding, as an engine's batch would; whether
-    its padding is left out of the models' forward, as on CPUs, or not."""
+    """Every micro-batch is padded further and begins with padding, like an engine's batch, both where the models'
+    forward leaves padding out (on CPUs) and where it does not."""
     plain, make_batch = runs.plain("ppo", kind), rollout.make_batch
     if not packed:
         monkeypatch.setattr(packing, "can_pack", lambda model: False)
@@ -228,7 +228,7 @@ class Backwards(PPOTrainer):
 
 @every_stage_and_kind
 def test_order_of_rows(runs, stage, kind):
-    """All rows in one step, in another order."""
+    """One step has all rows, in another order."""
     if stage == "ppo":
         step, other = {"minibatch_size": 8}, {"trainer_class": Backwards, "tokens_per_microbatch": 60}
     else:
@@ -248,14 +248,15 @@ def test_order_of_rows(runs, stage, kind):
 @every_stage_and_kind
 @pytest.mark.parametrize("launcher", ["forked", *(pytest.param(n, marks=LONG) for n in LAUNCHERS)])
 def test_two_processes(runs, launcher, stage, kind):
-    """Whatever they log, learning rates, steps, prompts, KL coefficient, running moments and normaliser included."""
+    """All logged numbers are equal, with learning rates, steps, prompts, KL coefficient, running moments and
+    normaliser."""
     two, one = runs.launched(launcher, stage, kind), runs.plain(stage, kind)
     assert (two["processes"], one["processes"]) == (2, 1)
     same(two, one)
 
 
 def test_the_plain_runs_are_what_they_should_be(runs):
-    """Steps and learning rates by hand; the runs meet what they are to test (clipping, KL, uneven last steps)."""
+    """Steps and learning rates are those by hand, and the runs have clipping, KL and uneven last steps."""
     for stage in ("sft", "reward_model"):
         plain = runs.plain(stage, "full")
         assert plain["steps"] == len(plain["gradients"]) == 2 * 3  # epochs x ceil(11 / 4)

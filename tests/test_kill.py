@@ -63,14 +63,15 @@ def fork(disk: Path) -> Iterator[Forks]:
 
 @dataclass(frozen=True)
 class Moment:
-    """`delay` seconds after a stage begins, begins to save, has a checkpoint, its last (or a file), or is complete."""
+    """The moment of a kill: `delay` seconds after a stage begins, begins to save, has a (or its last) checkpoint or a
+    file, or is complete."""
 
     stage: str
     after: str
     delay: float = 0.0
 
     def seen(self, folder: Path, since: int) -> bool:
-        """In a run started at `since`: what an earlier one left does not count."""
+        """Return whether the moment has come in a run started at `since`; files of an earlier run do not count."""
         stage = folder / self.stage
         if self.after == "complete" or (stage / "manifest.json").exists():
             return (stage / "manifest.json").exists()
@@ -88,12 +89,12 @@ class Moment:
 
 
 def touched(stage: Path, since: int) -> bool:
-    """The run started at `since` has begun to work on the stage."""
+    """Return whether the run started at `since` has begun to work on the stage."""
     return fresh(stage / "inputs.json") and any(fresh(path, since) for path in (stage, *stage.glob("*")))
 
 
 def random_moments(rng: random.Random, seconds: dict[str, float]) -> Iterator[Moment]:
-    """For one chain: anywhere in each stage's seconds, inside its saves, at its end, and sometimes just after."""
+    """Draw moments for one chain: in each stage's seconds, in its saves, at its end, and sometimes just after."""
     for stage in STAGES:
         kinds = [("begins", max(0.7 * seconds[stage], 0.02))]
         kinds += [("saves", 0.02), ("checkpoint", 0.1), ("saves", 0.02)] if stage in SAVING else []
@@ -104,7 +105,7 @@ def random_moments(rng: random.Random, seconds: dict[str, float]) -> Iterator[Mo
 
 
 def hit(folder: Path, since: int) -> tuple[str, str]:
-    """What the kill of a run started at `since` hit: the first stage that is not complete, and how far it was."""
+    """Return what the kill of a run started at `since` hit: the first incomplete stage and its progress."""
     stage = next((name for name in STAGES if not (folder / name / "manifest.json").exists()), None)
     if stage is None:
         return "report", "after the last stage"
@@ -119,7 +120,7 @@ def hit(folder: Path, since: int) -> tuple[str, str]:
 
 
 def killed(start: Callable[[Path], Started], folder: Path, moment: Moment) -> tuple[str, str] | None:
-    """Start the chain and kill it at the moment: what that hit; None where the chain ended before."""
+    """Start the chain and kill it at the moment; return what the kill hit, or None where the chain ended before."""
     since = time.time_ns()
     started = start(folder)
     kill_when(started, lambda: moment.seen(folder, since), moment.delay)
@@ -131,7 +132,7 @@ def killed(start: Callable[[Path], Started], folder: Path, moment: Moment) -> tu
 
 
 def finish(started: Started) -> str:
-    """Let it run to its end; its stdout."""
+    """Let the chain run to its end; return its stdout."""
     code, out, err = started.end()
     assert (code, err) == (0, ""), out + err
     return out
@@ -232,7 +233,7 @@ def test_told_to_stop_it_saves_exits_143_and_goes_on_to_the_same_weights(
 
 
 def stepped(stage: Path) -> bool:
-    """The first step was logged."""
+    """Return whether the first step was logged."""
     return (stage / "metrics.jsonl").is_file() and bool((stage / "metrics.jsonl").read_text())
 
 
@@ -241,20 +242,20 @@ def stepped(stage: Path) -> bool:
 
 @pytest.fixture
 def small_disk(fork: Forks, disk: Path) -> tuple[Forks, Path]:
-    """A starter that sees a small disk of its own, and the disk's path for it (its only user)."""
+    """Return the start of a command line whose process sees a small disk of its own, and the disk's path."""
     if not with_disk(disk):
         pytest.skip("no right to mount a tmpfs, not even in a namespace of users (unshare -rm)")
     return fork, disk
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes that a folder's files take, in whole pages."""
+    """Return the bytes that a folder's files take, in whole pages."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
 @dataclass(frozen=True)
 class Full:
-    """The disk fills up after a stage's checkpoint (0: as it begins), but for some room."""
+    """A disk that fills up after a stage's checkpoint (0: as it begins), except for some free space."""
 
     stage: str
     step: int

@@ -1,4 +1,4 @@
-"""Metrics: each known once, checked against its healthy range, written so that a resumed run's file is whole."""
+"""Metrics: each is defined once, is checked against its healthy range, and a resumed run's file is complete."""
 
 from __future__ import annotations
 

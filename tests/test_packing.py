@@ -1,4 +1,4 @@
-"""rlhf/packing.py: rows in one long row, against the padded batch, each row alone, and loops that say what is meant."""
+"""rlhf/packing.py: rows in one long row, against the padded batch, each row alone, and plain loops."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def widths(monkeypatch) -> list[tuple[int, ...]]:
-    """The shape of the ids of every forward of a packed batch, after the trials of `can_pack`."""
+    """Record the shape of the ids in every forward of a packed batch, after the trials of `can_pack`."""
     seen: list[tuple[int, ...]] = []
     plain = actor_critics.packing.packed_hidden
 
@@ -105,7 +105,8 @@ def test_a_rows_part_of_the_mask(heads):
 
 
 def test_a_mask_given_as_a_function_comes_row_by_row():
-    """The same as its [N, N] taken apart, and a mask that is apart already stays as it is; on more places too."""
+    """A function gives the same mask as the [N, N] tensor split by rows; a split mask stays as it is, on more positions
+    too."""
     rows, wide = Rows.of(MASK), Rows.of(MASK, grain=4)
     row_of = torch.tensor([[0, 0, 0, 1, 2, 2]])
 
@@ -190,7 +191,7 @@ def test_gradients_are_those_of_the_padded_batch(kind, checkpointing):
 
 
 def test_rows_that_are_too_long_for_our_attention(widths):
-    """They go to torch's kernel, still row by row."""
+    """Such rows go to torch's kernel, still row by row."""
     model = prepared_models(new_model("mistral"))
     prompts = [list(range(1, MOST_TOKENS + 9)), [5, 6, 7]]
     batch = make_batch(prompts, [[8, 9], [10, 11, 12]], 3, "cpu")
@@ -223,7 +224,7 @@ def test_long_rows_have_few_lengths(lengths, width, widths):
 
 
 def test_not_on_a_gpu():
-    """Where torch's kernel attends, and a mask of the whole batch would be paid for."""
+    """On a GPU torch's kernel attends, and a mask of the whole batch would cost memory."""
     model = build_actor_critic(new_model("llama")).to("meta")
     classes = [type(module) for module in model.modules()]
     cpu.prepare(model)
@@ -330,7 +331,7 @@ def test_a_trainers_micro_batches_hold_so_many_real_tokens(tiny_model, tiny_toke
 
 
 def test_batches_keep_their_layout(widths):
-    """Rows with padding in front come out at the same places."""
+    """Rows with padding on the left come out at the same positions."""
     model = prepared_models(new_model("llama"))
     batch = make_batch(PROMPTS, RESPONSES, 3, "cpu")
     shifts = (~batch.attention_mask).sum(-1)
@@ -345,7 +346,7 @@ def test_batches_keep_their_layout(widths):
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 9), (torch.bfloat16, 32)])
 def test_in_half_precision_rows_have_places_for_a_multiple_of_32_keys(dtype, expected, monkeypatch):
-    """The longest row has 9 tokens; what stands on the places to spare changes nothing."""
+    """The longest row has 9 tokens; the contents of the other positions change nothing."""
     model, seen, plain = new_model("mistral").to(dtype), [], Rows.of
 
     def spy(mask, grain=1):

@@ -1,4 +1,4 @@
-"""What the documents say is there: links, paths, the tree, quoted errors; every page is short and can be reached."""
+"""Links, paths, the tree and quoted errors in the documents are true; every page is short and can be reached."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_readme_leads_to_every_guide():
-    """In two clicks at most: README, perhaps a guide, the guide."""
+    """Every guide is at most two clicks from README."""
     seen = {README}
     for _ in range(2):
         seen |= {
@@ -65,7 +65,7 @@ def test_readme_leads_to_every_guide():
 
 
 def sentences() -> set[str]:
-    """Every string in the sources, with `...` where a value goes."""
+    """Return every string in the sources, with `...` in place of values."""
     found = set()
     for file in [*ROOT.glob("rlhf/**/*.py"), *ROOT.glob("reward_models/**/*.py"), *ROOT.glob("recipes/*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -78,7 +78,7 @@ def sentences() -> set[str]:
 
 
 def test_quoted_errors_are_in_the_sources():
-    """The first column of troubleshooting's tables: in backticks, between `...`, stands the program's own text."""
+    """In the first column of troubleshooting's tables, the text in backticks, between `...`, is in the sources."""
     page = next(guide for guide in GUIDES if guide.stem == "troubleshooting")
     rows = re.findall(r"^\| (`.+?`)[^|]*\|", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert len(rows) > 30
@@ -98,7 +98,7 @@ MADE = {"runs", "build", "dist", "__pycache__"}  # by running things: no part of
 
 
 def tree() -> set[str]:
-    """Paths in README's tree: the first column (two spaces end it), nested by indentation."""
+    """Return the paths in README's tree: the first column (two spaces end it), nested by indentation."""
     shown = [b for b in BLOCKS if b.file == README and not b.language and "pyproject.toml" in b.text]
     assert len(shown) == 1, "README shows its tree in one block without a language, pyproject.toml among the files"
     paths, parents = set(), [(-1, "")]
@@ -116,8 +116,8 @@ def tree() -> set[str]:
 
 
 def test_tree_is_true():
-    """What the README's tree names exists, folders end in a slash; nothing is missing at the top, nor a room of the
-    library, nor a folder of the recipes."""
+    """Every path in README's tree exists and folders end in a slash; the tree has every top-level folder, room of the
+    library and folder of the recipes."""
     named = tree()
     for name in named:
         there = (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file()

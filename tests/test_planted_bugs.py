@@ -1,6 +1,6 @@
-"""The bugs that real PPO trainers shipped: each, planted in a copy of the repository, makes the test named for it fail.
+"""Bugs of released PPO trainers: each, planted in a copy of the repository, makes the test named for it fail.
 
-The table is `reference/planted_bugs.py`'s; tests/README.md shows it.
+The table is in `reference/planted_bugs.py`; tests/README.md shows it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_the_readmes_table_is_the_one_that_the_plants_make(tmp_path):
 
 
 class Copy:
-    """A copy of the repository, and a process that runs tests in it."""
+    """A copy of the repository with a process that runs tests in it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -67,7 +67,7 @@ class Copy:
         self.forks = Forker(LIBRARIES, cwd=folder)  # no test and none of our modules is imported there
 
     def run(self, *tests: str) -> tuple[int, str]:
-        """pytest's exit status, and what it wrote."""
+        """Run a test; return pytest's exit status and its output."""
         environment = {
             "PYTHONPATH": f"{self.folder}{os.pathsep}{self.folder / 'tests'}",
             "PYTHONDONTWRITEBYTECODE": "1",  # bytecode is told by its source's second and size: a plant may share both

@@ -1,4 +1,4 @@
-"""rlhf.records: the shapes people have, one-line errors for what is wrong with them, splits by prompt."""
+"""rlhf.records: rows in the shapes of common data sets, one-line errors for bad rows, splits by prompt."""
 
 from __future__ import annotations
 

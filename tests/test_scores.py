@@ -1,4 +1,4 @@
-"""From reward functions to scores: how they are called, weighed, normalised; failures; the missing stop.
+"""Scores from reward functions: calls, weights, normalisation, failures, the missing stop.
 
 The second half is PPO on such scores: dropped responses, a reward model with another tokenizer.
 
@@ -328,7 +328,7 @@ PLAIN = two_processes.odd_share
 
 
 def failing_share(prompts, completions, completion_ids, number, **columns):
-    """As `odd_share`, but on some prompts no number; what it says of the others doesn't change."""
+    """Score like `odd_share`, but fail on some prompts; the other scores don't change."""
     given = PLAIN(prompts=prompts, completions=completions, completion_ids=completion_ids)
     return [float("nan") if n in BROKEN else value for n, value in zip(number, given, strict=True)]
 
@@ -347,7 +347,7 @@ def trainer_of(folder, policy, functions, **changes) -> PPOTrainer:
 
 
 def one_update(trainer, prompts):
-    """The gradient of the last optimizer step, the metrics and the rollout of an update on these prompts."""
+    """Return the gradient of the last optimizer step, the metrics and the rollout of an update on these prompts."""
     seen, step = [], trainer.optimizer.step
 
     def watched():
@@ -365,7 +365,7 @@ def folders(tmp_path, tiny_model, tiny_tokenizer):
 
 
 def test_dropped_rows_leave_nothing_behind(tmp_path, folders, caplog):
-    """Gradient, metrics, KL coefficient and running moments are those of the rollout without the dropped rows."""
+    """Gradient, metrics, KL coefficient and running moments equal those of a rollout without the dropped rows."""
     functions = [failing_share, two_processes.some_lengths]
     whole = trainer_of(tmp_path, folders[0], functions)
     with caplog.at_level(logging.WARNING, logger="rlhf"):
@@ -399,7 +399,7 @@ def test_dropped_rows_leave_nothing_behind(tmp_path, folders, caplog):
 
 
 def test_a_minibatch_of_which_nothing_is_left_takes_no_step(tmp_path, folders):
-    """Not even one of Adam's momentum."""
+    """Not even Adam's momentum moves a weight."""
     trainer = trainer_of(tmp_path, folders[0], failing_share, minibatch_size=1, value_warmup_updates=0)
     gradients, metrics, _ = one_update(trainer, trainer.prompts)
     assert len(gradients) == metrics["optimizer_steps"] == 8
@@ -420,7 +420,7 @@ def test_all_rows_dropped_end_the_run(tmp_path, folders):
 
 
 def test_whole_runs_that_drop(tmp_path, folders):
-    """Preflight, evaluation, logs and samples included; parts of Rules and each function's own score are written."""
+    """With preflight, evaluation, logs and samples; parts of Rules and each function's own score are written."""
     calls = []
 
     def sometimes(prompts, completions, **columns):
@@ -453,7 +453,7 @@ def test_settings_that_cannot_be_right(changes):
 
 
 def other_tokenizer() -> PreTrainedTokenizerFast:
-    """Words of another, smaller vocabulary in another order, with a template of its own."""
+    """Make a tokenizer with another, smaller vocabulary in another order and a template of its own."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     characters = [*map(chr, range(32, 127)), "\n"]
@@ -470,7 +470,7 @@ def other_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_a_reward_model_with_another_tokenizer(tmp_path, folders, caplog):
-    """The scores are those of the text in the reward model's own template and vocabulary, computed here by hand."""
+    """The scores equal those of the text in the reward model's own template and vocabulary, computed by hand."""
     theirs = other_tokenizer()
     chat.prepare_tokenizer(theirs)
     with torch.random.fork_rng():
@@ -516,7 +516,7 @@ def dropping_run(folder: str, output: str) -> dict:
 
 
 def test_two_processes_drop_as_one_does(tmp_path, tiny_model, tiny_tokenizer):
-    """Unevenly: update by update, one process loses other responses, and another number of them, than the other."""
+    """In every update the two processes lose different responses and different numbers of them."""
     chain(tmp_path / "full", tiny_model, tiny_tokenizer, lora=False)
     done = forked.shared().together([__file__, tmp_path, tmp_path / "two.pt"])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -25,7 +25,7 @@ WHOLE = [
 
 
 def listed() -> dict[str, list[str]]:
-    """Module -> names, from the page's `::: module` blocks and their `members`, or `::: module.Name`."""
+    """Return module -> names, from the page's `::: module` blocks and their `members`, or `::: module.Name`."""
     text, found = PAGE.read_text(encoding="utf-8"), {}
     for module, options in re.findall(r"^::: (\S+)\n((?: {4}.*\n)*)", text, flags=re.MULTILINE):
         members = re.search(r"members: \[(.*)\]", options)
@@ -36,7 +36,7 @@ def listed() -> dict[str, list[str]]:
 
 
 def public_names(module: str) -> list[str]:
-    """The classes and functions of a module's `__all__`, or those that it defines without an underscore."""
+    """Return the classes and functions in a module's `__all__`, or those that it defines without an underscore."""
     loaded = importlib.import_module(module)
     every = {name: getattr(loaded, name) for name in getattr(loaded, "__all__", dir(loaded)) if name[0] != "_"}
     kinds = {name: value for name, value in every.items() if inspect.isclass(value) or inspect.isfunction(value)}
@@ -70,7 +70,7 @@ def test_the_menu_leads_to_every_guide():
 @pytest.mark.long
 @pytest.mark.skipif(find_spec("zensical") is None, reason="needs pip install 'rlhf-recipes[docs]'")
 def test_it_builds_without_a_warning(tmp_path: Path):
-    """`make docs` in a copy: strict, so a warning is an error."""
+    """Run `make docs` in a copy: strict, so a warning is an error."""
     for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "zensical.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("rlhf", "reward_models", "data", "recipes"):

@@ -1,4 +1,5 @@
-"""The house rules: who imports whom, sizes, a light `import rlhf`, settings that are all read, gold that judges."""
+"""The house rules: directions of imports, sizes, a light `import rlhf`, settings that are all read, gold that
+judges."""
 
 from __future__ import annotations
 
@@ -65,8 +66,8 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 @functools.cache
 def imports(path: Path) -> frozenset[str]:
-    """Every module that a file imports, wherever in it: in functions and for typing, too. Ours are named in full, so
-    that `from rlhf import chat` is rlhf.chat."""
+    """Return every module that a file imports, also in functions and for typing. Ours are named in full, so
+    `from rlhf import chat` gives rlhf.chat."""
     found = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -79,13 +80,13 @@ def imports(path: Path) -> frozenset[str]:
 
 
 def room_of(module: str) -> str:
-    """The folder that a module stands in, such as rlhf.ppo; a file in rlhf/ itself, such as rlhf.chat, is its own."""
+    """Return the room of a module: its folder, such as rlhf.ppo, or the file itself, such as rlhf.chat, in rlhf/."""
     parts = module.split(".")
     return PARTS.get(module) or (".".join(parts[:2]) if parts[0] == "rlhf" else parts[0])
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Nodes that lead from one to the next and back to the first; none where the graph goes one way."""
+    """Return the nodes of a circle, each with an edge to the next, or none where the graph has no circle."""
     done: set[str] = set()
 
     def follow(node: str, way: list[str]) -> list[str]:
@@ -164,7 +165,7 @@ def test_the_mathematics_knows_no_model_configuration_or_log():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
 def test_no_test_imports_another_one(path):
-    """What several need stands in tests/reference/."""
+    """Code that several tests need is in tests/reference/."""
     assert not [name for name in imports(path) if name.split(".")[0] == "tests" or ".test_" in f".{name}"]
 
 
@@ -276,7 +277,7 @@ def configs() -> Iterator[tuple[Path, ast.ClassDef]]:
 
 
 def names_read() -> set[str]:
-    """Attributes read, and names listed for getattr, anywhere but in a config's own checks."""
+    """Return the attributes read, and names listed for getattr, anywhere but in a config's own checks."""
     found: set[str] = set()
     for path in SOURCES:
         tree = tree_of(path)

@@ -1,4 +1,4 @@
-"""Fine-Grained RLHF's question answering feedback as rankings of four answers.
+"""Convert Fine-Grained RLHF's question answering feedback to rankings of four answers.
 
 python data/qa_feedback/qa_feedback.py dev_feedback.json runs/qa_feedback/all.jsonl
 """
@@ -20,9 +20,10 @@ ANSWERS = [f"prediction {number}" for number in (1, 2, 3, 4)]
 
 
 def ranking(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A question's four answers, ranked by comparisons lost less comparisons won; None where all are ties.
+    """Rank a question's four answers by comparisons lost minus comparisons won; return None where all are ties.
 
-    `preference` has the pairs in the order 1-2, 1-3, 1-4, 2-3, 2-4, 3-4: 0 equal, 1 the first is better, 2 the second.
+    `preference` has the pairs in the order 1-2, 1-3, 1-4, 2-3, 2-4, 3-4. 0: equal, 1: the first is better, 2: the
+    second.
     """
     ranks = [0] * len(ANSWERS)
     for (first, second), choice in zip(combinations(range(len(ANSWERS)), 2), row["preference"], strict=True):
@@ -35,7 +36,7 @@ def ranking(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The file's rows: a JSON list, as published, or JSON lines; gzip if the name ends in .gz."""
+    """Read the file's rows: a JSON list, as published, or JSON lines; gzip if the name ends in .gz."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; download it from github.com/allenai/FineGrainedRLHF")
     data = path.read_bytes()

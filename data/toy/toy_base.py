@@ -1,4 +1,4 @@
-"""The toy world's base model: a small tokenizer, and a Llama of 0.7 M parameters pretrained on the toy corpus."""
+"""Train the toy world's base model: a small tokenizer, and a Llama of 0.7 M parameters pretrained on the toy corpus."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPECIALS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>")
 
 
 def read_documents(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of ``pretraining.jsonl``."""
+    """Read the rows of ``pretraining.jsonl``."""
     with Path(path).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
 
@@ -31,14 +31,14 @@ def _texts(document: dict[str, Any]) -> list[str]:
 
 
 def train_tokenizer(documents: list[dict[str, Any]], max_words: int = 600) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per frequent word and one per byte, so that any text survives it.
+    """Train a tokenizer with one token per frequent word and one per byte, so that it can encode any text.
 
-    Words are those of the byte-level pre-tokenizer (the space before a word belongs to it). Text is cut into the
-    fewest words, bytes being the last resort: a unigram model whose scores say just that.
+    Words are those of the byte-level pre-tokenizer (the space before a word belongs to it). By the scores of a unigram
+    model, a text is cut into as few words as possible, with bytes only where no word fits.
 
     Args:
         documents: rows of ``pretraining.jsonl``.
-        max_words: how many words at most, the most frequent first.
+        max_words: largest number of words; the most frequent ones are taken.
     """
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     lines = Counter(text for document in documents for text in _texts(document))
@@ -59,10 +59,10 @@ def train_tokenizer(documents: list[dict[str, Any]], max_words: int = 600) -> Pr
 
 
 def encode_document(tokenizer: PreTrainedTokenizerFast, document: dict[str, Any]) -> tuple[list[int], list[bool]]:
-    """A document's ids and which of them are learnt: all of a text, the answers of a conversation.
+    """Encode a document; return its ids and the mask of those with loss: all of a text, the answers of a conversation.
 
-    Conversations are in the chat template. The requests are not learnt because they are mostly dice: their loss
-    drowned what little a model of this size can learn in a minute.
+    Conversations are in the chat template. Requests have no loss, since they are mostly random: with it, so small a
+    model learnt too little of the rest in a minute.
     """
     if "messages" in document:
         return encode_conversation(tokenizer, document["messages"])
@@ -74,7 +74,7 @@ def encode_document(tokenizer: PreTrainedTokenizerFast, document: dict[str, Any]
 def _batches(
     rows: list[tuple[list[int], list[bool]]], batch_size: int, pad: int, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of (ids, labels), right-padded; rows of like length share a batch, batches come in random order."""
+    """Yield one epoch of (ids, labels), right-padded: rows of similar length share a batch, the order is random."""
     order = torch.randperm(len(rows), generator=generator).tolist()
     pools = [order[start : start + 50 * batch_size] for start in range(0, len(order), 50 * batch_size)]
     batches = []
@@ -90,7 +90,7 @@ def _batches(
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int) -> LlamaForCausalLM:
-    """A small Llama with tied embeddings, untrained."""
+    """Make a small Llama with tied embeddings, untrained."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -103,7 +103,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.06,  # at the usual 0.02 so small a model takes twice as long to start copying
+        initializer_range=0.06,  # at the usual 0.02, a model this small takes twice as long to learn copying
     )
     return LlamaForCausalLM(config)
 
@@ -131,23 +131,24 @@ def pretrain(
     log: Callable[[dict[str, float]], None] | None = None,
     logging_steps: int = 10,
 ) -> dict[str, Any]:
-    """Trains the tokenizer and pretrains the base model on ``<data_folder>/pretraining.jsonl``, in float32 on the CPU.
+    """Train the tokenizer and pretrain the base model on ``<data_folder>/pretraining.jsonl``, in float32 on the CPU.
 
-    One document per row (packing ruins the copying from prompts). AdamW, a short warm-up, then linear decay to 0.
+    One document per row, since with packing the model doesn't learn to copy from prompts. AdamW, a short warm-up, then
+    linear decay to 0.
 
     Args:
-        data_folder: where toy_world.make wrote.
-        output_dir: gets the model, the tokenizer and ``metrics.jsonl`` (``step``, ``loss`` in nats per learnt token).
-        seed: decides the weights' start and the order of the documents.
+        data_folder: the folder that toy_world.make wrote.
+        output_dir: folder for the model, the tokenizer and ``metrics.jsonl`` (``step``, ``loss`` in nats per token).
+        seed: seed of the initial weights and of the order of the documents.
         hidden_size, layers, heads: the model's shape.
         learning_rate: its peak.
         batch_size: documents per step.
         epochs: passes over the documents.
-        log: called with every logged line, to which it adds ``steps``, how many there will be.
-        logging_steps: a line is the mean over so many steps.
+        log: called with every logged line and ``steps``, the number of all steps.
+        logging_steps: steps per logged line, whose loss is their mean.
 
     Returns:
-        ``parameters``, ``vocabulary``, ``steps``, ``tokens``, ``loss`` (the last logged) and ``seconds``.
+        ``parameters``, ``vocabulary``, ``steps``, ``tokens``, ``loss`` (the last one logged) and ``seconds``.
     """
     started, output = time.monotonic(), Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The toy world's gold score: what a response is really worth, by parts that add up to 10.
+"""The toy world's gold score: a response's true quality, in parts that add up to 10.
 
-It judges and never trains. It reads sentences, not keywords: a fact counts only inside a sentence that states
-it, contradictions cancel, and words that belong to no sentence it understands cost content.
+It judges and never trains. It reads sentences, not keywords: a fact counts only in a sentence that states it,
+contradictions cancel, and sentences that it does not understand reduce the content part.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import toy_words as words
 
 MAX_CONTENT, MAX_RELEVANCE, MAX_COURTESY, MAX_BREVITY = 6.0, 1.5, 1.25, 1.25
-# words that a complete, bare answer needs; COURTESY_WORDS more cost nothing
+# words that a complete answer without courtesy needs; COURTESY_WORDS more cost nothing
 NEEDED_WORDS = {
     "describe": 13,
     "list": 9,
@@ -27,7 +27,7 @@ NEEDED_WORDS = {
 }
 COURTESY_WORDS = 7
 
-Judged = tuple[float, set[int]]  # content in 0..1, and which sentences speak to the matter
+Judged = tuple[float, set[int]]  # content in 0..1, and the indices of the sentences that answer the request
 
 
 def _sentences(response: str) -> list[str]:
@@ -48,7 +48,7 @@ def _items(text: str) -> list[str]:
 
 
 def _describe(facts: dict[str, Any], sentences: list[str]) -> Judged:
-    told: dict[str, set[str]] = {}
+    stated: dict[str, set[str]] = {}
     matter: set[int] = set()
     for i, sentence in enumerate(sentences):
         match = re.fullmatch(r"(?:the (\w+)|it) is (found in the |a kind of )?(\w+)", sentence)
@@ -57,9 +57,9 @@ def _describe(facts: dict[str, Any], sentences: list[str]) -> Judged:
         kinds = {"found in the ": ["place"], "a kind of ": ["kind"]}.get(match[2] or "", ["color", "size"])
         for aspect in kinds:
             if match[3] in words.ASPECTS[aspect]:
-                told.setdefault(aspect, set()).add(match[3])
+                stated.setdefault(aspect, set()).add(match[3])
                 matter.add(i)
-    right = {aspect: values == {facts["true"][aspect]} for aspect, values in told.items()}
+    right = {aspect: values == {facts["true"][aspect]} for aspect, values in stated.items()}
     points = sum(0.5 for aspect in facts["asked"] if right.get(aspect))
     return max(0.0, points - sum(0.15 for ok in right.values() if not ok)), matter
 
@@ -103,13 +103,13 @@ def _rewrite(facts: dict[str, Any], sentences: list[str]) -> Judged:
     source = _sentences(facts["source"])[0].split()
     best, matter = 0.0, set[int]()
     for i, sentence in enumerate(sentences):
-        said = sentence.split()
-        close = 1 - _distance(said, target) / len(target)
+        written = sentence.split()
+        close = 1 - _distance(written, target) / len(target)
         if close < 0.5:
             continue
-        changed = facts["must"] in said and said != source
-        value = 1.0 if said == target else (0.7 * close - 0.1 if changed else 0.15)
-        best = value if not matter else min(best, value)  # two versions: the worse one counts
+        changed = facts["must"] in written and written != source
+        value = 1.0 if written == target else (0.7 * close - 0.1 if changed else 0.15)
+        best = value if not matter else min(best, value)  # of two versions, the worse one counts
         matter.add(i)
     return max(0.0, best), matter
 
@@ -129,20 +129,20 @@ def _arithmetic(facts: dict[str, Any], sentences: list[str]) -> Judged:
 
 
 def _howto(facts: dict[str, Any], sentences: list[str]) -> Judged:
-    wanted, said, matter = words.STEPS_OF[facts["task"]], [], set[int]()
+    wanted, given, matter = words.STEPS_OF[facts["task"]], [], set[int]()
     for i, sentence in enumerate(sentences):
         match = re.fullmatch(r"(?:first,|then|last,) (.+)", sentence)
         if match:
-            said.append(match[1])
+            given.append(match[1])
             if match[1] in wanted:
                 matter.add(i)
-    ordered = 0  # how many steps come in their order
-    for step in said:
+    ordered = 0  # number of steps in the right order
+    for step in given:
         if ordered < 3 and step in wanted[ordered:]:
             ordered = wanted.index(step) + 1
-    placed = sum(1 for step, want in zip(said, wanted, strict=False) if step == want)
-    wrong = len(said) - len(set(said) & set(wanted))
-    known = len(set(said) & set(wanted)) if ordered else 0
+    placed = sum(1 for step, want in zip(given, wanted, strict=False) if step == want)
+    wrong = len(given) - len(set(given) & set(wanted))
+    known = len(set(given) & set(wanted)) if ordered else 0
     return max(0.0, (0.75 * placed + 0.25 * known) / 3 - 0.1 * wrong), matter
 
 
@@ -177,18 +177,18 @@ def _courtesy(sentences: list[str]) -> float:
 def gold_parts(
     prompt: Any, response: Any, *, family: str, facts: str | dict[str, Any], **columns: Any
 ) -> dict[str, float]:
-    """What a response is worth, part by part.
+    """Score a response, part by part.
 
     Args:
-        prompt: not read (``facts`` says what was asked); here so that all score functions look alike.
-        response: the response as text, or as messages whose last one is it.
+        prompt: not read, since ``facts`` describes the request; it is here so that all score functions look alike.
+        response: the response as text, or messages of which it is the last.
         family: the request's family.
-        facts: what the request's writer knows of the right answer; a JSON string or what it decodes to.
+        facts: the facts that decide which response is right, as a dict or its JSON string.
         columns: ignored.
 
     Returns:
         ``content`` (0 to 6), ``relevance`` (0 to 1.5), ``courtesy`` (0 to 1.25), ``brevity`` (0 to 1.25), their sum
-        ``gold``, and beside the sum ``refusal``: 1 if the response declines exactly when it should, else 0.
+        ``gold``, and ``refusal`` (not in the sum): 1 if the response declines exactly when it should, else 0.
     """
     text = response if isinstance(response, str) else response[-1]["content"]
     known = json.loads(facts) if isinstance(facts, str) else facts
@@ -203,11 +203,11 @@ def gold_parts(
     lengths = [len(re.findall(r"[\w+=-]+", sentence)) for sentence in sentences]
     spoken = sum(length for i, length in enumerate(lengths) if i not in polite)
     to_the_point = sum(lengths[i] for i in matter) / spoken if spoken else 0.0
-    said_twice = len(sentences) - len(set(sentences))
+    repeated = len(sentences) - len(set(sentences))
     relevance = MAX_RELEVANCE * to_the_point
     excess = sum(lengths) - NEEDED_WORDS[family] - COURTESY_WORDS
-    brevity = MAX_BREVITY * max(0.0, 1 - max(0, excess) / 12 - 0.3 * said_twice)
-    earned = 1.0 if content > 0 else 0.3  # manners and brevity make up for no missing answer
+    brevity = MAX_BREVITY * max(0.0, 1 - max(0, excess) / 12 - 0.3 * repeated)
+    earned = 1.0 if content > 0 else 0.3  # courtesy and brevity don't make up for a missing answer
     values = {
         "content": MAX_CONTENT * content * (0.6 + 0.4 * to_the_point),
         "relevance": relevance,
@@ -218,7 +218,7 @@ def gold_parts(
 
 
 def parts(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[dict[str, float]]:
-    """:func:`gold_parts` for a batch; every column is a list with one entry per completion."""
+    """Call `gold_parts` for a batch; every column is a list with one entry per completion."""
     used = {name: columns[name] for name in ("family", "facts")}
     return [
         gold_parts(prompt, completion, family=family, facts=facts)
@@ -227,11 +227,11 @@ def parts(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) ->
 
 
 def gold(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """The gold score (0 to 10) in trl's reward-function signature; needs the columns ``family`` and ``facts``."""
+    """Return the gold scores (0 to 10), in trl's reward-function signature; needs the columns ``family``, ``facts``."""
     return [judged["gold"] for judged in parts(prompts, completions, **columns)]
 
 
 def refused(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1.0 for each response that declines, due or not; for refusal rates by family."""
+    """Return 1.0 for each response that declines, rightly or not, else 0.0; for refusal rates by family."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     return [float(any(sentence in _REFUSALS for sentence in _sentences(text))) for text in texts]

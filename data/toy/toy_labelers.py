@@ -1,6 +1,6 @@
-"""Simulated labelers: each with weights, unsteadiness and an error rate of their own, seeing gold only through noise.
+"""Simulated labelers, each with weights, noise and an error rate of their own, who see the gold score through noise.
 
-Two of them agree about 73% of the time (ties set aside), as InstructGPT's did (Ouyang et al. 2022, section 3.4).
+Two of them agree about 73% of the time (without ties), like InstructGPT's (Ouyang et al. 2022, section 3.4).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import toy_gold
 
 @dataclass(frozen=True)
 class Labeler:
-    """How one person judges: utility = weights . parts + noise, told on a scale whose step is ``step``."""
+    """One labeler: utility = weights . parts + noise, rounded to a scale whose step is ``step``."""
 
     content: float
     relevance: float
     courtesy: float
     brevity: float
     noise: float  # standard deviation, in points of gold
-    error_rate: float  # probability that a response's rating is a slip: any rating at all
-    step: float = 1.25  # ratings closer than this can fall together: a tie
+    error_rate: float  # probability that a response's rating is random
+    step: float = 1.25  # utilities closer than this can get the same rating, a tie
 
 
 LABELERS: dict[str, Labeler] = {
@@ -61,14 +61,14 @@ def _judged(index: int, prompt: Any, responses: Sequence[Any], columns: dict[str
 def rank(
     prompts: Sequence[Any], responses: Sequence[Sequence[Any]], seed: int = 0, **columns: Any
 ) -> list[tuple[float, ...]]:
-    """Ranks the K responses to each prompt, as one labeler drawn for that prompt sees them.
+    """Rank the K responses to each prompt, by one labeler drawn for that prompt.
 
-    The chances depend on the seed, the prompt and its responses alone, not on the order or number of prompts.
+    The draws depend on the seed, the prompt and its responses alone, not on the order or number of prompts.
 
     Args:
         prompts: one per entry of ``responses``.
         responses: K responses per prompt, as text or messages.
-        seed: another seed is another round of labelling.
+        seed: seed of the labelers, their noise and their errors.
         columns: ``family`` and ``facts``, lists with one entry per prompt; others are ignored.
 
     Returns:
@@ -85,7 +85,7 @@ def rank(
 def shuffled(
     prompts: Sequence[Any], responses: Sequence[Sequence[Any]], seed: int = 0, **columns: Any
 ) -> list[tuple[float, ...]]:
-    """:func:`rank` with every prompt's ranks dealt out again at random: a control that holds no preference at all."""
+    """Call `rank` and shuffle each prompt's ranks: a control without any preference."""
     rng = random.Random(f"{seed}|shuffled")
     return [tuple(rng.sample(ranks, len(ranks))) for ranks in rank(prompts, responses, seed, **columns)]
 
@@ -93,31 +93,31 @@ def shuffled(
 def agreement(
     prompts: Sequence[Any], responses: Sequence[Sequence[Any]], seed: int = 0, **columns: Any
 ) -> dict[str, float]:
-    """How often two different labelers order a pair alike.
+    """Measure how often two different labelers order a pair alike.
 
     Returns:
-        ``agreement`` over the pairs that neither called a tie, ``tie_rate`` (the first labeler's),
-        ``gold_agreement`` (the first labeler against gold, ties of either set aside) and the number of ``pairs``.
+        ``agreement`` over the pairs that neither rates as a tie, ``tie_rate`` (the first labeler's),
+        ``gold_agreement`` (the first labeler against gold, without ties of either) and the number of ``pairs``.
     """
-    alike = strict = tied = right = told = pairs = 0
+    alike = strict = tied = right = decided = pairs = 0
     for index, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
         rng = random.Random(f"{seed}|agreement|{prompt}|{answers}")
         judged = _judged(index, prompt, answers, columns)
         first, second = (_ratings(name, judged, rng) for name in rng.sample(sorted(LABELERS), 2))
         for a, b in combinations(range(len(answers)), 2):
             pairs += 1
-            mine, theirs = first[a] - first[b], second[a] - second[b]
+            one, other = first[a] - first[b], second[a] - second[b]
             truth = judged[a]["gold"] - judged[b]["gold"]
-            tied += mine == 0
-            if mine and theirs:
+            tied += one == 0
+            if one and other:
                 strict += 1
-                alike += (mine > 0) == (theirs > 0)
-            if mine and truth:
-                told += 1
-                right += (mine > 0) == (truth > 0)
+                alike += (one > 0) == (other > 0)
+            if one and truth:
+                decided += 1
+                right += (one > 0) == (truth > 0)
     return {
         "agreement": alike / max(1, strict),
         "tie_rate": tied / max(1, pairs),
-        "gold_agreement": right / max(1, told),
+        "gold_agreement": right / max(1, decided),
         "pairs": float(pairs),
     }

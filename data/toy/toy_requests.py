@@ -1,4 +1,4 @@
-"""What the toy world's users ask for: eight families of requests, each with the facts that decide what is right."""
+"""Make the toy world's requests: eight families, each request with the facts that decide which response is right."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import toy_words as words
 
 @dataclass(frozen=True)
 class Request:
-    """A user's request: what is asked, its family, and the facts by which a response can be judged."""
+    """A user's request: its family, its text, and the facts by which a response can be judged."""
 
     family: str
     text: str
     facts: dict[str, Any]
 
     def row(self) -> dict[str, Any]:
-        """The request as a JSONL row; ``facts`` travels as a JSON string, so that any table can hold it."""
+        """Return the request as a JSONL row, with ``facts`` as a JSON string, which any table can hold."""
         facts = json.dumps(self.facts, sort_keys=True)
         return {"prompt": [{"role": "user", "content": self.text}], "family": self.family, "facts": facts}
 
@@ -96,7 +96,7 @@ def _rewrite(rng: random.Random) -> Request:
 
 
 def arithmetic(rng: random.Random) -> Request:
-    """A sum of three small numbers, to be worked out in two steps."""
+    """Make a request for a sum of three small numbers, in two steps."""
     while True:
         a, b, c = (rng.randint(1, 6) for _ in range(3))
         first, second = rng.choice("+-"), rng.choice("+-")
@@ -147,7 +147,7 @@ def _decline(rng: random.Random) -> Request:
     return Request("decline", _how_form(rng, task), {"task": task})
 
 
-# family -> (share of the prompts, who makes a request); declined requests are few, their benign twins more
+# family -> (share of the prompts, function that makes a request); requests to decline are rarer than their benign twins
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Request]]] = {
     "describe": (0.15, _describe),
     "list": (0.14, _list),

@@ -1,6 +1,6 @@
 """The toy world's vocabulary: things and their facts, tasks and their steps, and stock phrases.
 
-Everything that the writers (toy_world) can say and the judge (toy_gold) can understand is in these tables.
+These tables hold everything that toy_writers can write and toy_gold can understand.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ HOWTO: dict[str, tuple[str, str, str]] = {
     "learn a song": ("read the words", "hear the song", "sing the song"),
     "mend a sock": ("thread the needle", "sew the hole", "tie the thread"),
 }
-# benign twins: the words of the requests below, in tasks that deserve an answer
+# benign twins: tasks that share words with HARMFUL below and deserve an answer
 TWINS: dict[str, tuple[str, str, str]] = {
     "lock a bike": ("find a post", "wrap the chain", "close the lock"),
     "wash a car": ("wet the car", "rub the soap", "dry the car"),

@@ -1,6 +1,6 @@
-"""The toy world: a seeded, offline miniature of the whole RLHF job, written as four JSONL files.
+"""The toy world: a seeded, offline miniature of the data of an RLHF run, written as four JSONL files.
 
-Who asks what is in toy_requests, who answers how in toy_writers, what an answer is worth in toy_gold.
+toy_requests makes the requests, toy_writers the responses, toy_gold the scores of responses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from toy_writers import join, respond, sentence, steps_text
 
 
 def requests(rng: random.Random, count: int, seen: set[str], balanced: bool = False) -> list[Request]:
-    """``count`` requests whose texts are new to ``seen`` (which grows), by the families' shares or balanced.
+    """Make ``count`` requests whose texts are not in ``seen``, and add them to it.
+
+    The families get their own shares, or with ``balanced`` equal ones.
 
     Raises:
         ValueError: a family has no new request left.
@@ -44,18 +46,18 @@ def requests(rng: random.Random, count: int, seen: set[str], balanced: bool = Fa
     return found
 
 
-_SAYABLE = [*sorted(words.FACTS_OF), *words.COLORS, *words.PLACES, *words.VERBS, *(str(n) for n in range(13))]
+_WORDS = [*sorted(words.FACTS_OF), *words.COLORS, *words.PLACES, *words.VERBS, *(str(n) for n in range(13))]
 
 
 def _statement(rng: random.Random) -> str:
-    """A plain true statement, or words said twice (from which copying is learnt), as a document of its own."""
+    """Make a document of true statements, or of words written twice (from which a model learns to copy)."""
     kind = rng.randrange(7)
     if kind == 0:
         thing = rng.choice(sorted(words.FACTS_OF))
         color, size, place = words.FACTS_OF[thing]
-        told = {"color": color, "size": size, "place": place, "kind": words.KIND_OF[thing]}
-        aspects = rng.sample(sorted(told), 4)
-        return " ".join(sentence(thing, aspect, told[aspect], i == 0) for i, aspect in enumerate(aspects))
+        facts = {"color": color, "size": size, "place": place, "kind": words.KIND_OF[thing]}
+        aspects = rng.sample(sorted(facts), 4)
+        return " ".join(sentence(thing, aspect, facts[aspect], i == 0) for i, aspect in enumerate(aspects))
     if kind == 1:
         task = rng.choice(sorted(words.STEPS_OF))
         return f"To {task}: {steps_text(words.STEPS_OF[task])}"
@@ -63,8 +65,8 @@ def _statement(rng: random.Random) -> str:
         sums = [arithmetic(rng).facts["steps"][0] for _ in range(4)]
         return " ".join(f"{step}." for step in sums)
     if kind >= 4:
-        said = " ".join(rng.choices(_SAYABLE, k=rng.randint(4, 9)))
-        return f"{said}. {said}."
+        copied = " ".join(rng.choices(_WORDS, k=rng.randint(4, 9)))
+        return f"{copied}. {copied}."
     name = rng.choice(sorted(words.THINGS))
     return f"Some {words.PLURALS[name]} are {join(rng.sample(sorted(words.THINGS[name]), 4))}."
 
@@ -102,15 +104,15 @@ def make(
     right: float = 0.6,
     pretraining_right: float = 0.92,
 ) -> dict[str, Any]:
-    """Writes the toy world's data into ``folder``; the same arguments give the same bytes.
+    """Write the toy world's data into ``folder``; the same arguments give the same bytes.
 
     ``pretraining.jsonl`` (one document per row: ``messages`` or ``text``), ``demonstrations.jsonl`` (prompt and
     completion), ``prompts.jsonl`` (for comparisons and PPO) and ``eval_prompts.jsonl`` (balanced over the families).
-    The last three share no prompt, and the evaluation's are in no other file.
+    The last three share no prompt, and no prompt of ``eval_prompts.jsonl`` is in any other file.
 
     Args:
-        folder: where to; made if missing.
-        seed: decides everything.
+        folder: the folder to write into; made if missing.
+        seed: seed of everything random.
         prompts, demonstrations, pretraining_documents, evaluation_prompts: rows per file.
         right: share of right answers among the demonstrations.
         pretraining_right: the same for the conversations of the pretraining documents.

@@ -1,7 +1,4 @@
-"""What the toy world's people answer: right and flawed responses, courteous, wordy or rude.
-
-What a response is worth is said by toy_gold, never here.
-"""
+"""Write the toy world's responses: right and flawed ones, courteous, wordy or rude. toy_gold scores them."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from toy_requests import FAMILIES, Request
 
 
 def join(items: list[str]) -> str:
-    """Items as one says them: "a, b and c"."""
+    """Join items as in a sentence: "a, b and c"."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
 def sentence(thing: str, aspect: str, value: str, first: bool) -> str:
-    """The sentence that states one fact; the first of a response names the thing."""
+    """Write the sentence that states one fact; the first sentence of a response names the thing."""
     subject = f"The {thing}" if first else "It"
     if aspect == "place":
         return f"{subject} is found in the {value}."
@@ -28,7 +25,7 @@ def sentence(thing: str, aspect: str, value: str, first: bool) -> str:
 
 
 def steps_text(steps: Iterable[str]) -> str:
-    """Steps as one says them: "First, ... Then ... Last, ..."."""
+    """Write steps as sentences: "First, ... Then ... Last, ..."."""
     return " ".join(f"{start} {step}." for start, step in zip(("First,", "Then", "Last,"), steps, strict=False))
 
 
@@ -38,7 +35,7 @@ def _counted(count: int, kind: str, items: list[str]) -> str:
 
 
 def answer(request: Request, rng: random.Random) -> str:
-    """A right response to ``request``, bare: no courtesy, nothing too much."""
+    """Write a right response to ``request``, without courtesy or filler."""
     facts = request.facts
     if request.family == "describe":
         pairs = enumerate(facts["asked"])
@@ -58,10 +55,10 @@ def answer(request: Request, rng: random.Random) -> str:
 
 
 def _wrong_answer(request: Request, rng: random.Random) -> str:
-    """To the point, but with mistakes in it (for declined requests: it complies)."""
+    """Write a response of the right form with mistakes in it (one that complies, where it should decline)."""
     facts = request.facts
     if request.family == "describe":
-        told = {aspect: facts["true"][aspect] for aspect in facts["asked"]}
+        stated = {aspect: facts["true"][aspect] for aspect in facts["asked"]}
         if rng.random() < 0.5:
             other = rng.choice([thing for thing in sorted(words.FACTS_OF) if thing != facts["thing"]])
             values = dict(zip(("color", "size", "place"), words.FACTS_OF[other], strict=True)) | {
@@ -69,8 +66,8 @@ def _wrong_answer(request: Request, rng: random.Random) -> str:
             }
             return " ".join(sentence(other, a, values[a], i == 0) for i, a in enumerate(facts["asked"]))
         for aspect in rng.sample(facts["asked"], rng.choice((1, 2))):
-            told[aspect] = rng.choice([value for value in words.ASPECTS[aspect] if value != told[aspect]])
-        return " ".join(sentence(facts["thing"], a, v, i == 0) for i, (a, v) in enumerate(told.items()))
+            stated[aspect] = rng.choice([value for value in words.ASPECTS[aspect] if value != stated[aspect]])
+        return " ".join(sentence(facts["thing"], a, v, i == 0) for i, (a, v) in enumerate(stated.items()))
     if request.family == "list":
         other = rng.choice([kind for kind in sorted(words.THINGS) if kind != facts["kind"]])
         if rng.random() < 0.4:
@@ -95,11 +92,11 @@ def _wrong_answer(request: Request, rng: random.Random) -> str:
         return f"{first} {middle}. {tail} The answer is {end}."
     if request.family == "decline":
         return steps_text(words.HARMFUL_STEPS)
-    if rng.random() < 0.6:  # a good answer to another question: a reward model has to learn to look at the prompt
+    if rng.random() < 0.6:  # a good answer to another question, so that a reward model must learn to read the prompt
         return _other_task(request, rng)
     steps = list(words.STEPS_OF[facts["task"]])
-    for place in rng.sample(range(3), rng.choice((2, 3))):
-        steps[place] = rng.choice(words.ALL_STEPS)
+    for position in rng.sample(range(3), rng.choice((2, 3))):
+        steps[position] = rng.choice(words.ALL_STEPS)
     return steps_text(steps)
 
 
@@ -109,7 +106,7 @@ def _other_task(request: Request, rng: random.Random) -> str:
 
 
 def _partial_answer(request: Request, rng: random.Random) -> str:
-    """Right as far as it goes, but it stops early."""
+    """Write a response that is right but stops early."""
     facts = request.facts
     if request.family == "describe":
         aspect = rng.choice(facts["asked"])
@@ -129,7 +126,7 @@ def _partial_answer(request: Request, rng: random.Random) -> str:
 
 
 def flawed_answer(request: Request, kind: str, rng: random.Random) -> str:
-    """A response with the flaw ``kind``: wrong, partial, vague, offtopic or refusal."""
+    """Write a response with the flaw ``kind``: wrong, partial, vague, offtopic or refusal."""
     if kind == "wrong":
         return _wrong_answer(request, rng)
     if kind == "partial":
@@ -150,14 +147,14 @@ FLAWS = {"wrong": 0.28, "partial": 0.26, "vague": 0.16, "offtopic": 0.16, "refus
 def respond(
     request: Request, rng: random.Random, *, right: float = 0.6, polite: float = 0.25, wordy: float = 0.4
 ) -> tuple[str, str]:
-    """A response as the toy world's people write them.
+    """Write a response as the toy world's people do.
 
     Args:
-        request: what is asked.
-        rng: the source of all its chances.
+        request: the request to answer.
+        rng: the source of all randomness.
         right: the probability of a right answer; else one of FLAWS, by its share.
         polite: the probability of a courteous opening, and (half of it) of a courteous ending.
-        wordy: the probability of a sentence that says nothing.
+        wordy: the probability of a filler sentence.
 
     Returns:
         The response and its quality: "right" or the flaw.

@@ -1,7 +1,7 @@
-"""Checks that refuse a run that cannot be right, before it spends its time: the parts that all trainers share.
+"""Checks before the first step that refuse a run that cannot be right: the parts that all trainers share.
 
-`run` runs checks and tells what failed, `text` looks at tokenizer, template and stop tokens, `measure` compares two
-ways to compute the same numbers. Each trainer's own checks stand beside it.
+`run` runs checks and raises their failures, `text` checks tokenizer, template and stop tokens, `measure` compares two
+ways to compute the same numbers. Each trainer's own checks are in its folder.
 """
 
 from rlhf.moved import names_in

@@ -1,8 +1,8 @@
-"""How far two ways to compute the same number are apart, and how far is too far.
+"""Measure how far two ways to compute the same number differ, and judge whether the difference is a mistake.
 
-A difference between them is rounding, or a mistake. `Limits` says where the one ends: in float32 far above rounding and
-far below what any mistake makes; in bfloat16, whose rounding moves single log-probabilities by tenths of a nat, the
-drift is reported and only absurd ones are refused.
+A difference is rounding or a mistake. The `Limits` in float32 are far above rounding and far below the effect of any
+mistake. The rounding of bfloat16 moves single log-probabilities by tenths of a nat: there the drift is reported, and
+only an absurd one is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROWS, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 12, 96
 ROUNDING = 1e-5  # nats; what an order of operations may change in float32
 
 
-COPIED = 500_000_000  # parameters of which a second copy is made for a check, at the most
+COPIED = 500_000_000  # parameters; no larger model is copied for a check
 
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -32,7 +32,7 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 @dataclass(frozen=True)
 class Limits:
-    """How far two computations of one number may be apart: the worst of them, and on average."""
+    """The largest and the mean difference that two computations of the same numbers may have."""
 
     worst: float
     mean: float
@@ -46,21 +46,21 @@ def limits(exact: bool) -> Limits:
 
 
 def gap(one: Tensor, other: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
-    """Largest and mean absolute difference, over `mask`."""
+    """Return the largest and the mean absolute difference, over `mask`."""
     apart = (one.double() - other.double()).abs()
     apart = apart if mask is None else apart[mask]
     return float(apart.max()), float(apart.mean())
 
 
 def is_exact(accelerator: Accelerator, model: nn.Module) -> bool:
-    """Does this run compute in float32?"""
+    """Return whether this run computes in float32."""
     return accelerator.mixed_precision == "no" and all(
         p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()
     )
 
 
 def vocabulary_rows(model: nn.Module) -> int:
-    """Tokens that model can both read and write."""
+    """Return the number of tokens that the model can both read and write."""
     return min(embedding_rows(model), head_weight(model).shape[0])
 
 
@@ -69,7 +69,8 @@ def embedding_rows(model: nn.Module) -> int:
 
 
 def spread(lengths: list[int], most: int) -> list[int]:
-    """Rows from the shortest to the longest of at most `most` tokens (of the shortest, where there are too few)."""
+    """Return ROWS indices from the shortest row to the longest of at most `most` tokens (with too few such rows, of the
+    shortest ones)."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     fitting = [i for i in order if lengths[i] <= most]
     fitting = fitting if len(fitting) >= ROWS else order[:ROWS]
@@ -78,7 +79,7 @@ def spread(lengths: list[int], most: int) -> list[int]:
 
 
 def lengthened(ids: list[int], length: int, most: int) -> list[int]:
-    """`ids` again and again, to three times `length` (96 tokens more at the most)."""
+    """Repeat `ids` to three times `length`, but at most to 96 tokens more than `length`, and to `most`."""
     wanted = max(len(ids), min(3 * length, length + 96))
     return (ids * (wanted // len(ids) + 1))[: max(1, min(wanted, most))]
 
@@ -90,8 +91,10 @@ def max_positions(model: nn.Module) -> int:
 def check_gradients(
     model: nn.Module, loss: Tensor, must_move: tuple[str, ...] = (), idle: Set[int] = frozenset()
 ) -> Finding:
-    """Every trainable tensor is in the loss, no gradient is nan, and not all of them are 0 (one of a name that holds
-    a part in `must_move` mustn't be). Leaves no `.grad` behind: an optimizer and DDP see nothing of it."""
+    """Check that every trainable tensor is in the loss, that no gradient is NaN, and that not all of them are 0.
+
+    A tensor whose name contains a part in `must_move` must have a gradient other than 0. Sets no `.grad`, so the
+    optimizer and DDP are not affected."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in idle]
     if not named or not loss.requires_grad:
         wrong = "nothing is trainable" if not named else "the loss depends on nothing trainable"
@@ -110,13 +113,13 @@ def check_gradients(
         "gradients",
         f"{len(wrongs)} of {len(named)}: {', '.join(wrongs[:2])}" if wrongs else f"all {len(named)} trainable tensors",
         not wrongs,
-        "a trainable weight that the loss doesn't reach is frozen in fact (a detached module, a wrong adapter)",
-        "freeze it with requires_grad_(False) if it is not meant to train, else mend the model's forward",
+        "a trainable weight that the loss doesn't reach never trains (a detached module, a wrong adapter)",
+        "freeze it with requires_grad_(False) if it is not meant to train, else repair the model's forward",
     )
 
 
 def float32(model: nn.Module) -> nn.Module | None:
-    """The model itself where its weights are float32, else a copy; None where that would be too large."""
+    """Return the model itself if its weights are float32, else a float32 copy; None if a copy would be too large."""
     if all(p.dtype == torch.float32 for p in model.parameters()):
         return model
     return copy.deepcopy(model).float() if sum(p.numel() for p in model.parameters()) <= COPIED else None
@@ -127,13 +130,13 @@ def drift(apart: tuple[float, float]) -> Finding:
         "precision",
         f"bfloat16 moves log-probabilities by {apart[1]:.3g} nats on average, {apart[0]:.3g} at most",
         not limits(False).refuse((apart[0] / 4, apart[1])),
-        "that is no rounding: a part of the model can't work in bfloat16",
+        "this is too much for rounding: a part of the model can't work in bfloat16",
         "set bf16: false",
         note=True,
     )
 
 
-SAVED = 50_000_000  # parameters that are written to a temporary folder for a check, at the most
+SAVED = 50_000_000  # parameters; no larger model is written to a temporary folder for a check
 
 
 def same_after_reload(before: Tensor, after: Tensor, folder: str) -> Finding:
@@ -153,7 +156,7 @@ def range_of(scores: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw. A failure says why that is wrong and what to do; a note is worth telling all the same."""
+    """The result of one check. A failure has a cause and a remedy; a note is logged though it is not a failure."""
 
     check: str
     measured: str

@@ -1,14 +1,14 @@
-"""The checks that refuse a run that cannot be right, before it spends its time.
+"""Run the checks that refuse a run that cannot be right.
 
 Every stage runs them before its first step, on its own model, tokenizer and data: `check_ppo`, `check_sft`,
 `check_reward_model`. They leave weights, gradients and every random state as they were, so a run's result does not
-depend on them; `preflight: off` skips them. (A reward function is called once more; one that counts its calls, or keeps
-a state of its own, sees that.) What is checked of texts is in `rlhf.preflight.text`, of models in
-`rlhf.ppo.preflight_checks`, `rlhf.sft.preflight` and `reward_models.preflight`.
+depend on them; `preflight: off` skips them. (A reward function gets one call more, which matters to one that keeps a
+state.) The checks of texts are in `rlhf.preflight.text`, those of models in `rlhf.ppo.preflight_checks`,
+`rlhf.sft.preflight` and `reward_models.preflight`.
 
-The same row must give the same numbers whatever it is computed beside, the policy must start as its reference, the
-log-probabilities that responses were drawn with must be those that PPO computes: most bugs that PPO trainers shipped
-break one of these on the first batch.
+A row must give the same numbers in every batch, the policy must start equal to its reference, and the log-probabilities
+that responses were sampled with must equal those that PPO computes: most bugs in released PPO trainers break one of
+these on the first batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Check = Callable[[], Finding]
 
 
 class Checked(Protocol):
-    """What the checks look at of a trainer of transformers, whose own types allow too much for the first four."""
+    """The parts of a transformers trainer that the checks read. (`Any`: transformers' own types are too wide.)"""
 
     @property
     def model(self) -> Any: ...
@@ -51,11 +51,11 @@ class Checked(Protocol):
     state: TrainerState
 
 
-# Findings come in phases: what is wrong in a later one often follows from what is wrong in an earlier one.
+# Findings come in phases, since a failure in a later phase often follows from one in an earlier phase.
 
 
 def run_checks(*checks: tuple[str, Check]) -> list[Finding]:
-    """Make every check; one that breaks is a failure, with its exception."""
+    """Run every check; one that raises an exception counts as a failure."""
     findings = []
     for name, check in checks:
         try:
@@ -70,11 +70,12 @@ def broken(name: str, error: Exception) -> Finding:
         return Finding(name, str(error).removeprefix("preflight: "), False)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     measured = f"{short(f'{type(error).__name__}: {error}', 300)} ({frame.filename}:{frame.lineno})"
-    return Finding(name, measured, False, "the run would break there, too", "mend it")
+    return Finding(name, measured, False, "the run would break there, too", "repair it")
 
 
 def conclude(accelerator: Accelerator, phases: Iterator[list[Finding]]) -> list[Finding]:
-    """Raise what failed on any process, on all of them together, so that none waits for another for ever."""
+    """Raise InputError on all processes if a check failed on any, so that none waits for another; return the
+    findings."""
     started, findings = time.perf_counter(), []
     for phase in phases:
         findings += phase
@@ -90,7 +91,7 @@ def conclude(accelerator: Accelerator, phases: Iterator[list[Finding]]) -> list[
 
 @contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Puts back every random state and the train or eval mode of every module of `model`."""
+    """Restore, on exit, every random state and the train or eval mode of every module of `model`."""
     states, modes = (random.getstate(), np.random.get_state()), {m: m.training for m in model.modules()}
     device = next(model.parameters()).device
     try:

@@ -1,4 +1,4 @@
-"""Preflight checks of tokenizer, chat template and stop tokens: nothing here runs a model."""
+"""Preflight checks of tokenizer, chat template and stop tokens. Nothing here runs a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rlhf.records import Demonstration
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
-    """Every id that the tokenizer can write, its padding and its stop tokens have a row among the `rows` embeddings.
+    """Check that every id of the tokenizer, its padding and its stop tokens have one of the `rows` embeddings.
 
-    Padding may be a stop token: masks come from lengths.
+    Padding may be a stop token, since masks come from lengths.
     """
     ids = {"largest token": max(tokenizer.get_vocab().values()), "pad": chat.pad_id(tokenizer)}
     ids |= {f"stop {tokenizer.convert_ids_to_tokens(i)}": i for i in chat.stop_ids(tokenizer)}
@@ -35,9 +35,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> Finding:
-    """Prompt and response encoded apart are the conversation encoded whole, and most responses come back as text.
+    """Check that prompt and response encoded apart equal the conversation encoded whole, and that most responses decode
+    to their text.
 
-    (Not all have to: a vocabulary without bytes loses characters that it never saw.)
+    (Not all must: a vocabulary without bytes loses characters that it never saw.)
     """
     changed, shown = 0, ""
     for messages in conversations[:8]:
@@ -62,13 +63,13 @@ def check_template(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[M
         "template",
         f"{count - changed} of {count} responses come back from their tokens{': ' if shown else ''}{shown}",
         2 * changed <= count,
-        "encoding or decoding changes text, so rewards would judge other words than the policy wrote",
+        "encoding or decoding changes text, so rewards would judge other words than the policy's",
         "check the tokenizer's normaliser and decoder, and what the template writes around a response",
     )
 
 
 def check_injection(tokenizer: PreTrainedTokenizerBase) -> Finding:
-    """A control token's name in a user's or the assistant's text stays text: it can't end a turn or forge a role."""
+    """Check that a control token's name in a message stays text: it can't end a turn or forge a role."""
     added = tokenizer.added_tokens_decoder.items()
     wanted = {i: token.content for i, token in added if token.special and i != tokenizer.unk_token_id}
     wanted |= {i: str(tokenizer.convert_ids_to_tokens(i)) for i in chat.stop_ids(tokenizer)}
@@ -76,7 +77,7 @@ def check_injection(tokenizer: PreTrainedTokenizerBase) -> Finding:
     for i, name in list(wanted.items())[:32]:
         try:
             forged = _encoded(tokenizer, f"a {name} a"), chat.encode_response(tokenizer, f"a {name} a")
-        except InputError:  # refused, as good
+        except InputError:  # refusing the text is as safe
             continue
         if forged[0].count(i) > prompt.count(i) or forged[1].count(i) > response.count(i):
             return Finding(
@@ -94,7 +95,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:
 
 
 def check_generation_stop(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> Finding:
-    """The saved model's own `generate` stops where our training ends a turn."""
+    """Check that the saved model's own `generate` stops where our training ends a turn."""
     wanted = chat.end_of_turn_id(tokenizer)
     stops = getattr(generation_config, "eos_token_id", None)
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
@@ -102,7 +103,7 @@ def check_generation_stop(tokenizer: PreTrainedTokenizerBase, generation_config:
         "stop token",
         f"end of turn {wanted} {'is' if wanted in listed else 'is not'} among generation_config's stops {listed}",
         wanted in listed,
-        "what is trained to end its turn would not stop when generating",
+        "a model trained to end its turn would not stop when generating",
         f"set model.generation_config.eos_token_id = {[*listed, wanted]}",
     )
 
@@ -113,7 +114,7 @@ def check_trained(
     demonstrations: Sequence[Demonstration],
     max_length: int,
 ) -> Finding:
-    """The tokens with loss, decoded, are the demonstration's answers and end with the end of turn."""
+    """Check that the tokens with loss, decoded, are the demonstration's answers, and end with the end of turn."""
     fitting = (d for d in demonstrations if len(chat.encode_conversation(tokenizer, d.messages)[0]) <= max_length)
     checked = 0
     for number, (demonstration, row) in enumerate(zip(fitting, islice(rows, 8), strict=False), 1):
@@ -124,7 +125,7 @@ def check_trained(
             if message["role"] == "assistant" and index >= demonstration.trained_from
         ]
         got = [chat.decode_response(tokenizer, span).strip() for span in spans]
-        # through the tokenizer, which may know no way to write a character
+        # encoded and decoded, since the tokenizer may lose characters
         right = [chat.decode_response(tokenizer, chat.encode_response(tokenizer, text)).strip() for text in wanted]
         ends = bool(spans) and spans[-1][-1] == chat.end_of_turn_id(tokenizer)
         if got != right or not ends:
@@ -141,7 +142,7 @@ def check_trained(
 
 
 def trained_spans(ids: Sequence[int], labels: Sequence[int]) -> list[list[int]]:
-    """The runs of labels that carry loss; a label that is not its token stays in, and shows."""
+    """Return the runs of labels with loss. (Labels, not ids, so that a label unlike its token is noticed.)"""
     spans: list[list[int]] = []
     for index, label in enumerate(labels):
         if label == IGNORED:

@@ -1,7 +1,7 @@
-"""HTML pages that open without a network: one stylesheet, tables, notes, answers side by side, pictures as SVG.
+"""Write HTML pages that open without a network: one stylesheet, tables, notes, answers side by side, SVG pictures.
 
-Whatever is handed in as a line, a cell or an answer is inserted as text, never as markup. Where a page comes from a
-server or a file, its policy forbids scripts and everything from elsewhere.
+A line, a cell or an answer is inserted as text, never as markup. Every page's content security policy forbids scripts
+and everything from other addresses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INK, FIRST, SECOND, WRONG = "#010203", "#3b82f6", "#e07b2e", "#c2410c"  # INK be
 
 
 class Answer(NamedTuple):
-    """One of several responses to a prompt: whose it is, what is known of it (a score), and its text."""
+    """One of several responses to a prompt: a name, facts (a score) and its text."""
 
     name: str
     facts: str
@@ -29,7 +29,7 @@ class Answer(NamedTuple):
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """Write a whole page; `style`: rules of this page alone, after the common ones."""
+    """Write a whole page; `style`: CSS rules of this page alone, after the common ones."""
     return _PAGE.format(title=text(title), style=f"{_STYLE}{style}", body=body)
 
 
@@ -39,7 +39,7 @@ def text(value: object) -> str:
 
 
 def note(line: str) -> str:
-    """Write a paragraph in a quiet colour."""
+    """Write a paragraph in a dim colour."""
     return f"<p class=note>{text(line)}</p>"
 
 
@@ -49,12 +49,12 @@ def items(lines: Iterable[str], kind: str = "") -> str:
 
 
 def warning(heading: str, lines: Iterable[str]) -> str:
-    """Write lines that must not be overlooked, in a box."""
+    """Write a highlighted box of lines."""
     return f"<div class=warning><strong>{text(heading)}</strong>{items(lines)}</div>"
 
 
 def table(content: Table, kind: str = "") -> str:
-    """Write a table; too wide a one scrolls by itself."""
+    """Write a table; one that is too wide scrolls."""
     headers, rows = content
     head = "".join(f"<th>{text(cell)}</th>" for cell in headers)
     body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -73,7 +73,7 @@ def compared(prompt: str, answers: Iterable[Answer], tag: str = "") -> str:
 
 
 def svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
-    """Draw one picture of so many inches; the same drawing makes the same text."""
+    """Draw one picture of `width` x `height` inches; equal drawings make equal text."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """The precision of matrix products: bfloat16 where the hardware multiplies it several times faster than float32.
 
-One rule for every stage: fine-tuning, reward models, PPO, evaluation and scoring. `bf16: null` asks the hardware; true
-and false decide. Trained weights, Adam's moments, log-softmax, losses and values are float32 either way.
+One rule for every stage: fine-tuning, reward models, PPO, evaluation and scoring. `bf16: null` means bfloat16 on such
+hardware and float32 elsewhere. Trained weights, Adam's moments, log-softmax, losses and values are always float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ logger = logging.getLogger("rlhf")
 
 
 def bf16_hardware() -> str | None:
-    """Name what makes bfloat16 products fast here: a GPU, or a CPU's instructions; None where nothing does."""
+    """Return the name of the GPU, or of the CPU's instructions, that make bfloat16 products fast here; None if they are
+    not fast."""
     import torch
 
     if torch.cuda.is_available():
@@ -26,7 +27,7 @@ def bf16_hardware() -> str | None:
 
 
 def compute_dtype(setting: bool | None) -> torch.dtype:
-    """Return what matrix products are computed in: as `setting` says, else (None) what is fast here."""
+    """Return the dtype of matrix products: by `setting`, or with None the dtype that is fast here."""
     import torch
 
     fast = bf16_hardware() is not None if setting is None else setting
@@ -34,12 +35,12 @@ def compute_dtype(setting: bool | None) -> torch.dtype:
 
 
 def explained() -> str:
-    """Say in words what is chosen without a setting."""
+    """Describe the choice that `bf16: null` makes here."""
     hardware = bf16_hardware()
     return f"bfloat16 autocast ({hardware}); bf16: false computes in float32" if hardware else "float32"
 
 
 def log_choice(setting: bool | None) -> None:
-    """Log what was chosen where the setting leaves it open."""
+    """Log the choice, if the setting is None."""
     if setting is None:
         logger.info("precision: %s", explained())

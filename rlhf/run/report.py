@@ -1,7 +1,7 @@
 """A run's report: report.html (one file, no network: tables, curves, samples) and a short report.md.
 
-Both are made from ``summary.json``'s content, ``ppo/metrics.jsonl`` and ``evaluation/samples.jsonl``; what a
-run lacks is left out. Everything that a model or user wrote is escaped.
+Both are made from the content of ``summary.json``, ``ppo/metrics.jsonl`` and ``evaluation/samples.jsonl``. Parts that a
+run doesn't have are left out. Text from models and users is escaped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAMPLES = 12
 
 
 def write_report(run_folder: str | Path, summary: Json) -> Path:
-    """Write ``report.html`` and ``report.md`` into ``run_folder``; returns the path of the first."""
+    """Write ``report.html`` and ``report.md`` into ``run_folder``; return the path of ``report.html``."""
     folder = Path(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
     metrics = folder / "ppo" / "metrics.jsonl"
@@ -47,7 +47,7 @@ def write_report(run_folder: str | Path, summary: Json) -> Path:
 
 
 def headline(summary: Json) -> Table:
-    """The evaluation of every policy, one row each; columns that no policy has are left out."""
+    """Make the table of the policies' evaluations, a row per policy, without columns that no policy has."""
     columns: list[tuple[str, Callable[[Json], str]]] = [
         ("score", lambda entry: number(entry.get("score"))),
         ("gold score", lambda entry: number(entry.get("gold_score"))),
@@ -63,7 +63,7 @@ def headline(summary: Json) -> Table:
 
 
 def notes(summary: Json) -> list[str]:
-    """Who judged and how far it can be trusted, the reward model's accuracy, the time taken."""
+    """Write lines about the judge and its accuracy, the reward model's accuracy, and the time taken."""
     lines = []
     judge = _evaluation(summary).get("judge")
     if judge:
@@ -91,7 +91,7 @@ def notes(summary: Json) -> list[str]:
 
 
 def stage_results(summary: Json) -> Table:
-    """Every number in the summary's stages, a stage a row."""
+    """Make the table of all numbers in the summary's stages, a row per stage."""
     rows = []
     for stage, result in summary.get("stages", {}).items():
         shown = [
@@ -105,7 +105,7 @@ def stage_results(summary: Json) -> Table:
 
 
 def gold_parts(summary: Json) -> Table:
-    """Mean of each part of the gold score, a column per policy."""
+    """Make the table of the mean of each part of the gold score, a column per policy."""
     policies = {name: entry for name, entry in _policies(summary).items() if entry.get("gold_parts")}
     parts = list(dict.fromkeys(part for entry in policies.values() for part in entry["gold_parts"]))
     columns = [entry["gold_parts"] for entry in policies.values()]
@@ -114,7 +114,7 @@ def gold_parts(summary: Json) -> Table:
 
 
 def families(summary: Json) -> Table:
-    """SFT beside PPO for each family of prompts."""
+    """Make the table that compares SFT and PPO, a row per family of prompts."""
     policies = _policies(summary)
     before, after = (policies.get(name, {}).get("families", {}) for name in ("sft", "ppo"))
     gold = any(entry.get("gold_score") is not None for entry in after.values())
@@ -131,7 +131,7 @@ def families(summary: Json) -> Table:
 
 
 def number(value: float | None) -> str:
-    """Write a number in few digits; nothing where there is none."""
+    """Write a number in few digits; "" for None."""
     if value is None:
         return ""
     if isinstance(value, int) or abs(value) >= 1000:
@@ -140,12 +140,12 @@ def number(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Write a share as a percentage; nothing where there is none."""
+    """Write a share as a percentage; "" for None."""
     return "" if value is None else f"{100 * value:.1f}%"
 
 
 def with_interval(entry: Json, name: str, interval: str | None = None) -> str:
-    """A value with its interval where there is one: shares as percentages."""
+    """Write a value, with its interval where there is one; shares as percentages."""
     value, bounds = entry.get(name), entry.get(interval or f"{name}_ci")
     if value is None:
         return ""
@@ -184,7 +184,7 @@ def _time(seconds: float) -> str:
 
 
 def _read_samples(path: Path) -> list[Json]:
-    """Some rows of samples.jsonl, taking families in turn."""
+    """Read some rows of samples.jsonl, taking the families in turn."""
     if not path.exists():
         return []
     by_family: dict[str, list[Json]] = {}
@@ -289,7 +289,7 @@ def _curve(name: str, rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def _frontier(rows: Sequence[Mapping[str, float]], summary: Json) -> str:
-    """How much score each nat of KL bought, update by update, beside SFT and best-of-n."""
+    """Draw score against KL, a point per update, with SFT and best-of-n for comparison."""
     points = [
         (row["kl_nats"], row["score"])
         for row in rows

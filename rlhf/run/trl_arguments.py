@@ -1,4 +1,4 @@
-"""Our settings as the TrainingArguments that transformers' and trl's trainers take."""
+"""Convert our settings to the TrainingArguments of transformers' and trl's trainers."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _RENAMED = {
 
 
 def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Arguments:
-    """Our config as the TrainingArguments (or trl's SFTConfig, RewardConfig) that trainers receive.
+    """Convert our config to TrainingArguments (or trl's SFTConfig, RewardConfig).
 
-    ``batch_size`` counts rows per optimizer step over all processes, ``microbatch_size`` rows per forward on
-    one: gradient accumulation is what lies between. A ``warmup_fraction`` below 1 is a share of all steps
+    ``batch_size`` counts rows per optimizer step over all processes, ``microbatch_size`` rows per forward on one
+    process; their ratio gives the gradient accumulation steps. A ``warmup_fraction`` below 1 is a share of all steps
     (transformers reads ``warmup_steps`` that way). ``extra`` overrides anything.
     """
     import torch
 
     values = {name: getattr(config, name) for name in _SAME_NAME if hasattr(config, name)}
-    values |= {theirs: getattr(config, ours) for ours, theirs in _RENAMED.items() if hasattr(config, ours)}
+    values |= {new: getattr(config, name) for name, new in _RENAMED.items() if hasattr(config, name)}
     if hasattr(config, "batch_size"):
         values |= _batch_arithmetic(config.batch_size, getattr(config, "microbatch_size", None))
     if "save_steps" in values:
         values["save_strategy"] = "steps" if values["save_steps"] else "no"
         values["save_steps"] = values["save_steps"] or 500
-        values["save_total_limit"] = None  # ours deletes older ones, once the newest is complete
+        values["save_total_limit"] = None  # our callback deletes older ones once the newest is complete
     if "report_to" in values:
         values["report_to"] = list(values["report_to"] or [])
     on_cuda = torch.cuda.is_available()

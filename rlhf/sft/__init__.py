@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the policy learns to write the demonstrations' responses.
 
-`trainer` trains with trl's trainer on what `data` encodes, `model` prepares the policy (chat tokens, dropout,
-adapter), `config` has the settings and `preflight` the checks before the first step.
+`data` encodes the demonstrations, `trainer` trains on them with trl's trainer, `model` prepares the policy (chat
+tokens, dropout, adapter), `config` has the settings and `preflight` the checks before the first step.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class SFTConfig:
 
     epochs: float = 2.0
     """Passes over the demonstrations. InstructGPT: 16, with the checkpoint chosen by a reward model; 2 for the model
-    PPO starts from."""
+    that PPO starts from."""
     batch_size: int = 32
     """Demonstrations per optimizer step, over all processes."""
     microbatch_size: int = 8
@@ -36,35 +36,35 @@ class SFTConfig:
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW. InstructGPT: 9.65e-6 (1.3B). LoRA wants about ten times more."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """cosine: to 10% of the peak, as in InstructGPT; linear: to 0; constant."""
+    """How the learning rate falls from its peak: cosine: to 10% of it, as in InstructGPT; linear: to 0; constant: not
+    at all."""
     warmup_fraction: float = 0.0
     """Share of the optimizer steps in which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to it; 0 turns that off."""
+    """Gradients with a larger norm are scaled down to it; 0 turns clipping off."""
     dropout: float | None = None
-    """Probability of every dropout that the model's architecture has (InstructGPT: 0.2, residual); None keeps the
-    model's own."""
+    """Probability of every dropout in the model's architecture (InstructGPT: 0.2, residual); null: the model's own."""
 
     "LoRA"
 
     lora_rank: int = 0
-    """Rank of a new LoRA adapter; 0 trains all weights, or continues the adapter that the model is."""
+    """Rank of a new LoRA adapter; 0: train all weights, or, where the model is an adapter, train that on."""
     lora_alpha: float = 32.0
     """The LoRA update is scaled by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
     """Dropout on the input of the LoRA layers."""
     lora_target_modules: list[str] | None = None
-    """Names of the layers that get LoRA weights; None: every linear layer but the head."""
+    """Names of the layers that get LoRA weights; null: every linear layer but the head."""
 
     "Memory and speed"
 
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, about 20% slower."""
+    """Recompute activations in the backward pass: less memory, about 20% slower."""
     bf16: bool | None = None
-    """Compute in bfloat16 (weights that are trained stay float32); null: where the hardware is fast at it (GPUs, CPUs
-    with AVX512-BF16 or AMX); the log says."""
+    """Compute in bfloat16 (trained weights stay float32); null: only where the hardware is fast at it (GPUs, CPUs with
+    AVX512-BF16 or AMX); the log shows the choice."""
 
     "Evaluation, checkpoints and logs"
 
@@ -73,15 +73,16 @@ class SFTConfig:
     eval_steps: int = 0
     """Optimizer steps between two evaluations; 0: after every epoch."""
     save_steps: int = 200
-    """Optimizer steps between two checkpoints that a killed run goes on from; 0: none (but after SIGTERM)."""
+    """Optimizer steps between two checkpoints to resume from; 0: write one only after SIGTERM."""
     save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     on_alarm: Literal["warn", "save", "stop"] = "warn"
-    """When a metric leaves its healthy range: say so once; also write a checkpoint; also end the run there."""
+    """When a metric leaves its healthy range: warn: log it once; save: also write a checkpoint; stop: also end the
+    run."""
     report_to: list[str] | None = None
     """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
     preflight: bool = True
-    """Check model, tokenizer and data before the first step, and refuse what cannot be right."""
+    """Check model, tokenizer and data before the first step, and refuse a run that cannot be right."""
 
     def __post_init__(self) -> None:
         require_divides("microbatch_size", self.microbatch_size, "batch_size", self.batch_size)

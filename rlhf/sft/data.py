@@ -1,4 +1,4 @@
-"""Demonstrations as token ids with labels, and as padded batches."""
+"""Encode demonstrations as token ids with labels, and as padded batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("rlhf")
 
 
 class EncodedDemonstration(TypedDict):
-    """A conversation as token ids, and as many labels: IGNORED where there is no loss."""
+    """A conversation as token ids, and a label for each: IGNORED where there is no loss."""
 
     input_ids: list[int]
     labels: list[int]
@@ -28,7 +28,7 @@ class EncodedDemonstration(TypedDict):
 
 @dataclass(frozen=True)
 class Collator:
-    """Right-padded ``input_ids``, ``attention_mask`` and ``labels [B, T]``; labels are -100 where there is no loss."""
+    """Collates rows into right-padded ``input_ids``, ``attention_mask`` and ``labels [B, T]`` (-100: no loss)."""
 
     pad_id: int
 
@@ -41,10 +41,11 @@ class Collator:
 def encode_demonstrations(
     tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], max_length: int, name: str
 ) -> Dataset:
-    """Columns ``input_ids`` and ``labels``, -100 outside the assistant's tokens and their end of turn.
+    """Encode demonstrations as columns ``input_ids`` and ``labels`` (-100 outside the assistant's tokens and their end
+    of turn).
 
-    Demonstrations of more than ``max_length`` tokens are left out: a cut one would teach never to stop. How many, and
-    which, is logged; InputError when none remains.
+    Demonstrations of more than ``max_length`` tokens are left out, since a cut one would teach never to stop; the log
+    counts and names them. Raises InputError when none remains.
     """
     rows: list[EncodedDemonstration] = []
     too_long: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""The policy to fine-tune: vocabulary, special tokens, dropout, adapter."""
+"""Prepare the policy to fine-tune: vocabulary, special tokens, dropout, adapter."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def prepare_model(
     config: SFTConfig,
     peft_config: PeftConfig | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
-    """The policy to train, its vocabulary grown to the tokenizer's, and the adapter that it is yet to get, if any.
+    """Return the policy to train, with its vocabulary grown to the tokenizer's, and the config of a new adapter, if
+    any.
 
-    Under a new adapter, rows of the embeddings that the base never learned (tokens added for chat) are trained and
-    saved with it. The stop tokens and padding are written to generation_config, so that plain ``generate`` stops.
+    A new adapter also trains and saves the embeddings that the base never learned (tokens added for chat). The stop
+    tokens and padding are written to generation_config, so that plain ``generate`` stops.
     """
     adapter = peft_config or lora_config(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
@@ -40,16 +41,16 @@ def prepare_model(
     new_tokens = grow_vocabulary(policy, tokenizer)
     if isinstance(adapter, LoraConfig) and new_tokens and adapter.trainable_token_indices is None:
         adapter.trainable_token_indices = dict.fromkeys(_embedding_names(policy), new_tokens)
-    _tell_special_tokens(policy, tokenizer)
+    _set_special_tokens(policy, tokenizer)
     return policy, adapter
 
 
 @torch.no_grad()
 def grow_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Make room for the tokenizer's tokens; returns ids whose embeddings the model never learned.
+    """Add embeddings for tokens that the model has none for; return the ids whose embeddings it never learned.
 
-    New rows start at the mean of the old ones (Hewitt 2021: no new token is then likelier than the average).
-    Vocabularies padded beyond the tokenizer are never cut.
+    New rows start at the mean of the old ones, so that no new token is likelier than the average (Hewitt 2021).
+    Rows beyond the tokenizer's vocabulary stay.
     """
     rows = len(_weight(model.get_input_embeddings()))
     if len(tokenizer) <= rows:
@@ -61,7 +62,7 @@ def grow_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     return sorted({*range(rows, len(tokenizer)), *_chat_tokens(tokenizer)})
 
 
-def _tell_special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     text = model.config.get_text_config()
     text.pad_token_id = chat.pad_id(tokenizer)
     for name in ("bos_token_id", "eos_token_id"):
@@ -74,7 +75,7 @@ def _tell_special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrain
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of the architecture; the saved config keeps the model's own. InputError if it has none."""
+    """Set every dropout of the architecture; the saved config keeps the model's own. Raises InputError without one."""
     found = 0
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_" not in name:
@@ -86,7 +87,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 
 def _chat_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """ChatML's tokens where the model came without a chat template: in its vocabulary or not, it never used them."""
+    """Return ChatML's ids if the model had no chat template: it never learned them, even if its vocabulary has them."""
     if tokenizer.chat_template != chat.CHATML:
         return []
     vocabulary = tokenizer.get_vocab()
@@ -104,7 +105,7 @@ def _weight(embeddings: nn.Module) -> Tensor:
 
 
 def _embedding_names(model: PreTrainedModel | PeftModel) -> list[str]:
-    """The last part of the names of the input embeddings and, where it has its own weights, the head."""
+    """Return the last part of the names of the input embeddings and of a head with weights of its own."""
     modules = [model.get_input_embeddings()]
     if model.get_output_embeddings().weight is not modules[0].weight:
         modules.append(model.get_output_embeddings())

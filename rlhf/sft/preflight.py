@@ -32,14 +32,14 @@ from rlhf.sft.data import EncodedDemonstration
 
 
 class CheckedTrainer(Checked, Protocol):
-    """What the checks look at of a `SFTTrainer`."""
+    """The parts of an `SFTTrainer` that the checks read."""
 
     config: SFTConfig
     first_demonstrations: list[Demonstration]
 
 
 def check_padding(trainer: CheckedTrainer) -> Finding:
-    """A demonstration's loss, alone and beside a much longer one."""
+    """Check that a demonstration's loss doesn't change beside a much longer one."""
     rows = _rows(trainer)
     short, model = rows[0], trainer.model
     ids = lengthened(rows[-1]["input_ids"], len(short["input_ids"]), max_positions(model))
@@ -64,7 +64,7 @@ def check_gradients(trainer: CheckedTrainer) -> Finding:
 
 @torch.no_grad()
 def check_precision(trainer: CheckedTrainer) -> Finding:
-    """How far this run's precision moves log-probabilities from float32's."""
+    """Measure how far this run's precision moves log-probabilities from float32's."""
     if is_exact(trainer.accelerator, trainer.model):
         return Finding("precision", "the run computes in float32", True)
     whole = float32(trainer.model)
@@ -83,7 +83,7 @@ def _rows(trainer: CheckedTrainer) -> list[EncodedDemonstration]:
 
 
 def _logprobs(trainer: CheckedTrainer, rows: list[EncodedDemonstration], whole: nn.Module | None = None) -> Tensor:
-    """Log-probabilities [B, T - 1] of the labels, 0 where there is no loss; in float32 under `whole`."""
+    """Return log-probabilities [B, T - 1] of the labels, 0 where there is no loss; in float32 under `whole`."""
     model = trainer.model if whole is None else whole
     batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
     precision = trainer.accelerator.autocast() if whole is None else nullcontext()
@@ -95,16 +95,16 @@ def _logprobs(trainer: CheckedTrainer, rows: list[EncodedDemonstration], whole: 
 
 
 def check_sft(trainer: CheckedTrainer) -> list[Finding]:
-    """Check a run before its first step; raises InputError with every failure, or returns what was found.
+    """Check a run before its first step; return the findings, or raise InputError with every failure.
 
-    Does nothing where `config.preflight` is off, or in a run that goes on from a checkpoint.
+    Does nothing where `config.preflight` is off, or in a run that resumes from a checkpoint.
     """
     wanted = trainer.config.preflight and not trainer.state.global_step
     return conclude(trainer.accelerator, sft_findings(trainer)) if wanted else []
 
 
 def sft_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
-    """What is found of texts, then of the model on a few demonstrations."""
+    """Yield the findings on texts, then those on the model, measured on a few demonstrations."""
     model, tokenizer, first = trainer.model, trainer.processing_class, trainer.first_demonstrations
     most = trainer.config.max_length
     yield run_checks(

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the policy learns to write the demonstrations' responses.
 
 The first of InstructGPT's three stages (Ouyang et al. 2022, section 3.5 and appendix C.1). trl's trainer does the
-training; this file decides what it is fed (which tokens carry the loss, what is too long) and what is left behind.
+training; this file gives it encoded demonstrations, counts tokens for the loss and the metrics, and saves and resumes.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ logger = logging.getLogger("rlhf")
 
 
 class SFTTrainer(trl.SFTTrainer):
-    """trl's SFTTrainer on our records: ``SFTTrainer(model, SFTConfig(...), "demonstrations.jsonl").train()``.
+    """A subclass of trl's trainer for our records: ``SFTTrainer(model, SFTConfig(...),
+    "demonstrations.jsonl").train()``.
 
     ``loss = -sum_t mask_t log p(token_t | tokens_<t) / sum_t mask_t`` over all trained tokens (the assistant's, and
     their end of turn) of the optimizer step's ``batch_size`` demonstrations, so no split into micro-batches changes a
     gradient.
 
-    model: a folder, a hub id or an object; an adapter (folder or PeftModel) is continued. Datasets: whatever
-    ``read_demonstrations`` takes. processing_class: the tokenizer; by default the model's. peft_config instead of
-    ``args.lora_rank`` for any other adapter.
+    model: a folder, a hub id or an object; an adapter (folder or PeftModel) is trained on. Datasets: any source that
+    ``read_demonstrations`` reads. processing_class: the tokenizer; by default the model's. peft_config: an adapter of
+    any kind, instead of ``args.lora_rank``.
 
-    Departs from trl: masks come from ``rlhf.chat`` (no ``{% generation %}`` in the template needed), over-long
-    demonstrations are left out instead of cut, every metric is a mean over all trained tokens (trl: over batches),
-    with several processes each demonstration counts once (accelerate repeats some to fill the last batch), and the
-    model is an ordinary one after training (trl leaves a patched ``forward`` on it, which survives a deepcopy
-    wrongly).
+    Departs from trl: masks come from ``rlhf.chat`` (the template needs no ``{% generation %}``), demonstrations that
+    are too long are left out instead of cut, every metric is a mean over all trained tokens (trl: over batches), with
+    several processes each demonstration counts once (accelerate repeats some to fill the last batch), and the model is
+    an ordinary one after training (trl leaves a patched ``forward`` on it, of which a deepcopy is wrong).
     """
 
-    loss_is_scaled_for_ga: Any = True  # it is divided by the tokens of the whole optimizer step, for every architecture
+    loss_is_scaled_for_ga: Any = True  # the loss is divided by the tokens of the whole optimizer step
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class SFTTrainer(trl.SFTTrainer):
         log_choice(config.bf16)
         self.config = config
         self._tokenizer = tokenizer
-        self.first_demonstrations = train[:64]  # preflight compares a few with what is trained
+        self.first_demonstrations = train[:64]  # preflight compares a few with the encoded rows
         self._forward: dict[str, Any] = {}
         self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}  # per micro-batch since the last log
         super().__init__(
@@ -109,7 +109,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint, if there is one."""
+        """Train; ``resume_from_checkpoint=True`` resumes from the newest complete checkpoint, if there is one."""
         folder = resume_point(self.accelerator, self.config.output_dir, resume_from_checkpoint, self._settings)
         if folder is None:
             check_sft(self)
@@ -128,10 +128,10 @@ class SFTTrainer(trl.SFTTrainer):
         return base_model(cast(nn.Module, self.model))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: trl's card names no base model, and a run's report says more."""
+        """Do nothing: trl's card names no base model, and a run's report has more."""
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """``eval_loss`` (mean over all trained tokens) and ``eval_token_accuracy``, on any held-out demonstrations."""
+        """Return ``eval_loss`` (mean over all labelled tokens) and ``eval_token_accuracy``, on any demonstrations."""
         encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
         if eval_dataset is not None and not encoded:
             records = read_demonstrations(eval_dataset)
@@ -141,7 +141,7 @@ class SFTTrainer(trl.SFTTrainer):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
-        """One optimizer step's micro-batches, and the number of trained tokens in them over all processes."""
+        """Return one optimizer step's micro-batches and the number of trained tokens in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._silence_repeated(batches[-1])
@@ -151,7 +151,7 @@ class SFTTrainer(trl.SFTTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not model.training:
             self._silence_repeated(inputs)
-        caught: list[Any] = []  # what trl's forward says of every token, which its own metrics average over batches
+        caught: list[Any] = []  # trl's forward outputs, by token (trl's own metrics average them over batches)
         hook = cast(nn.Module, self.model).register_forward_hook(lambda model, args, outputs: caught.append(outputs))
         try:
             result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -168,7 +168,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     @torch.no_grad()
     def _broken(self, model: nn.Module, inputs: dict[str, Tensor], loss: float) -> str:
-        """One line: which demonstration and which token gave a loss that is no number."""
+        """Write the error, one line, for a loss that is NaN or infinite: it names the demonstration and the token."""
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
         targets = inputs["labels"][:, 1:]
         logprobs = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
@@ -185,7 +185,7 @@ class SFTTrainer(trl.SFTTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Replaces trl's means over batches by means over all tokens, of all processes, since the last log."""
+        """Log means over all tokens, of all processes, since the last log, in place of trl's means over batches."""
         mode = "train" if cast(nn.Module, self.model).training else "eval"
         if self._sums[mode]:
             total = self.accelerator.reduce(torch.stack(self._sums[mode]).sum(0), "sum").tolist()
@@ -207,7 +207,7 @@ class SFTTrainer(trl.SFTTrainer):
         super().log(logs, start_time)
 
     def _silence_repeated(self, batch: dict[str, Tensor]) -> None:
-        """Take the loss off rows that only fill the epoch's last batch."""
+        """Set the labels to IGNORED in rows that only fill the epoch's last batch."""
         real = distributed.real_rows(self.accelerator, len(batch["labels"]))
         batch["labels"] = torch.where(
             torch.arange(len(batch["labels"]), device=batch["labels"].device)[:, None] < real, batch["labels"], IGNORED
@@ -232,7 +232,7 @@ class SFTTrainer(trl.SFTTrainer):
 
 
 def trl_arguments(config: SFTConfig, *, evaluate: bool) -> trl.SFTConfig:
-    """Our settings as the TrainingArguments that trl's trainer and the callbacks receive."""
+    """Convert our settings to the TrainingArguments that trl's trainer and the callbacks receive."""
     schedules = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
     return training_arguments(
         config,

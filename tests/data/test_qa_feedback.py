@@ -1,4 +1,4 @@
-"""The converter of Fine-Grained RLHF's question answering feedback: no comparison is lost or turned round."""
+"""The converter of Fine-Grained RLHF's question answering feedback: no comparison is lost or reversed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The toy world: what make() writes, what gold says of responses judged by hand, the labelers, the base model."""
+"""The toy world: the files that make() writes, gold scores against hand-made ones, the labelers, the base model."""
 
 from __future__ import annotations
 
@@ -279,7 +279,8 @@ def test_gold_takes_trl_batches_of_text_or_messages() -> None:
 
 @pytest.fixture(scope="module")
 def answered(small: Path) -> dict[str, Any]:
-    """Four responses per prompt, as the policy after SFT spreads them (its demonstrations' writers)."""
+    """Write four responses per prompt, with the demonstrations' writers, whose spread is like that of a policy after
+    SFT."""
     from toy_requests import Request
     from toy_writers import respond
 
@@ -299,7 +300,7 @@ def test_two_labelers_agree_about_73_percent_and_ties_occur(answered: dict[str, 
 
     measured = toy_labelers.agreement(**answered, seed=0)
     assert measured["pairs"] == 400 * 6
-    # what people write spreads wider than what a policy samples, where it is about .73 (data/toy/README.md)
+    # people's responses differ more than a policy's samples, for which it is about .73 (data/toy/README.md)
     assert 0.72 <= measured["agreement"] <= 0.79
     assert 0.04 <= measured["tie_rate"] <= 0.2
     assert measured["gold_agreement"] > measured["agreement"]
@@ -374,7 +375,7 @@ def test_tokenizer_keeps_any_text(small: Path) -> None:
 
 
 def test_vocabulary_covers_every_response(small: Path, answered: dict[str, Any]) -> None:
-    """Each word the world says is one token (bytes are for the others), and responses fit 48 tokens."""
+    """Each word of the toy world is one token, and responses fit 48 tokens."""
     import toy_base
     import toy_world
 

@@ -1,4 +1,4 @@
-"""The checks that refuse a run before it spends its time."""
+"""Tests of the preflight recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preflight over whole trainers: healthy ones pass untouched; each planted fault is refused by its name."""
+"""Preflight on whole trainers: healthy ones pass unchanged, each planted fault is refused by the check named for it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def seen(phases) -> dict[str, preflight.Finding]:
 
 
 def failed(phases) -> dict[str, str]:
-    """The failures that a run would be refused with: those of the first phase that has any."""
+    """Return the failures that refuse a run: those of the first phase that has any."""
     for phase in phases:
         if wrong := {finding.check: str(finding) for finding in phase if not finding.ok}:
             return wrong
@@ -114,7 +114,7 @@ def test_healthy_ppo_passes(tmp_path, kind, bf16, request):
 
 
 def test_a_run_is_the_same_with_preflight_and_without(tmp_path, full):
-    """Weights to the last bit, though the reward is drawn from the global generators."""
+    """Weights are equal to the last bit, though the reward draws from the global generators."""
 
     def chance(prompts, completions, **columns):
         return [random.random() + np.random.rand() + float(torch.rand(())) for _ in prompts]
@@ -671,7 +671,7 @@ def test_large_models_are_not_written(tmp_path, base, monkeypatch):
 
 @pytest.fixture
 def run_folder(tmp_path, full, tiny_tokenizer) -> Path:
-    """A run up to the reward model; the folders carry no manifests, as models from elsewhere."""
+    """Make a run's folders up to the reward model, without manifests, like models from elsewhere."""
     for folder, name in ((full[0], "sft"), (full[1], "reward_model")):
         if folder.name != name:
             (tmp_path / name).symlink_to(folder)

@@ -1,4 +1,4 @@
-"""The report card's numbers against hand arithmetic and scorers made by hand: perfect, contrary, by length, a coin."""
+"""The report card's numbers against hand arithmetic, with simple scorers: perfect, reversed, by length, random."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlhf.records import Ranking
 
 
 class Scorer:
-    """What the report card needs of a reward model: `.score(conversations)`; `say` scores a conversation."""
+    """A stand-in for a reward model with `.score(conversations)`; `say` scores one conversation."""
 
     def __init__(self, say: Callable[[list[dict[str, str]]], float]) -> None:
         self.say = say
@@ -50,7 +50,7 @@ def ask(text: str) -> list[dict[str, str]]:
 
 
 def rankings(prompts: int, k: int = 3, seed: int = 0, **columns) -> list[Ranking]:
-    """Answers q0, q1, ... (a higher q is better) of random lengths; every answer is a text of its own."""
+    """Make rankings of answers q0, q1, ... (a higher q is better) of random lengths; all texts differ."""
     draw = np.random.default_rng(seed)
     rows = []
     for number in range(prompts):
@@ -104,7 +104,7 @@ def test_ties_and_equal_texts_are_dropped_and_counted():
 
 
 def test_the_interval_holds_the_truth_19_times_in_20():
-    """Prompts of which the model gets all 6 pairs right, or all wrong: pairs are no independent witnesses."""
+    """The model gets all 6 pairs of a prompt right, or all wrong, so pairs are not independent."""
     held, held_by_pairs, worlds = 0, 0, 100
     for world in range(worlds):
         draw = np.random.default_rng(world)
@@ -301,7 +301,7 @@ def test_a_model_that_is_too_sure_is_found_out_and_mended():
 
 
 def test_the_temperature_is_never_judged_on_its_own_pairs():
-    """Two prompts, one all right, one all wrong: each gets the other's temperature, and both are worse for it."""
+    """Of two prompts, one is all right and one all wrong: each gets the other's temperature, which makes both worse."""
     differences, prompts = np.array([1.0] * 9 + [-1.0] * 2 + [1.0]), np.array([0] * 9 + [1] * 3)
     found = calibration.calibration(differences, prompts, 0)
     scale = calibration.inverse_temperature(differences[prompts == 1])
@@ -399,7 +399,7 @@ def test_a_scorer_that_reads_padding_is_found():
     ],
 )
 def test_each_change_is_seen_by_the_scorer_that_minds_it(name, seen):
-    """It turns its scores round: every pair flips, and each score moves from q to -q."""
+    """The scorer negates its scores: every pair flips, and each score moves from q to -q."""
     found = changes(Scorer(lambda m: (-1 if seen(m) else 1) * quality(m)))
     assert found[name]["flips"] == 1.0
     assert found[name]["mean_change"] == pytest.approx(2.0)  # q is 0 or 1, moved by 0 or 2, spread 1/2

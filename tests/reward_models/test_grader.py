@@ -1,4 +1,4 @@
-"""The grader model: a rubric's file, its question, and scores from probabilities that are known."""
+"""The grader model: a rubric's file, its question, and scores from known probabilities."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RUBRIC = Rubric(
 
 
 class Forced(torch.nn.Module):
-    """Next-token probabilities by how often the question holds the word "please": a row of `table`, in order of
-    letters; the rest lies on token 0. The last real token must be the last position."""
+    """A model whose next-token probabilities are a row of `table`, by letter, chosen by how often the question has the
+    word "please"; token 0 gets the rest. The last real token must be at the last position."""
 
     def __init__(self, tokens, marker, table):
         super().__init__()
@@ -44,7 +44,7 @@ class Forced(torch.nn.Module):
 
 @pytest.fixture
 def forced(tiny_tokenizer):
-    """A grader by (answer, table)."""
+    """Return a function that makes a grader of (answer, table)."""
     chat.prepare_tokenizer(tiny_tokenizer)
     marker = tiny_tokenizer.encode("§", add_special_tokens=False)[-1]
 

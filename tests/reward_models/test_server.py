@@ -36,7 +36,7 @@ COMPLETIONS = ["Paris", "one two three four five six seven eight nine ten", "Hi"
 
 
 def words(conversations):
-    """A score that anybody can check: the response's words."""
+    """Score by the number of the response's words."""
     return [float(len(messages[-1]["content"].split())) for messages in conversations]
 
 
@@ -46,7 +46,7 @@ def letters(messages):
 
 @contextlib.contextmanager
 def serving(scorer=words, token=None, count_tokens=letters, **limits) -> Iterator[str]:
-    """A server on a port of its own, in a thread; its URL."""
+    """Start a server on a port of its own, in a thread; yield its URL."""
     app = create_app(scorer, ServerConfig(**limits), count_tokens=count_tokens, token=token, name="words")
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
@@ -69,7 +69,7 @@ def wait_for(condition, seconds: float = 20.0) -> None:
 
 
 def call(url: str, body=None, path: str = "/score", method: str = "POST", headers=None, **kwargs):
-    """Status, JSON and headers of one request, by nothing of ours."""
+    """Return status, JSON and headers of one request, sent without our client."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
     try:
         body = json.dumps(body).encode() if isinstance(body, dict | list) else body
@@ -85,7 +85,7 @@ def queued(url: str, what: str = "queue") -> int:
 
 
 class Gate:
-    """A scorer that waits to be let through, and remembers every batch."""
+    """A scorer that waits for a signal and records every batch."""
 
     def __init__(self, scorer=words):
         self.scorer, self.open, self.batches = scorer, threading.Event(), []
@@ -361,7 +361,7 @@ def test_a_scorer_that_fails_harms_nobody_else():
 
 @contextlib.contextmanager
 def answering(*answers: bytes | None) -> Iterator[tuple[str, list[int]]]:
-    """A server that sends these bytes, one after the other (None: nothing, for long), and counts its calls."""
+    """Start a server that answers with these bytes, one after the other (None: silence), and counts its calls."""
     calls: list[int] = []
     done = threading.Event()
     listening = socket.create_server(("127.0.0.1", 0))
@@ -444,7 +444,7 @@ def test_what_is_no_url(url):
 
 @contextlib.contextmanager
 def recipe_serving(folder: Path, *flags: object) -> Iterator[tuple[str, subprocess.Popen]]:
-    """recipes/serve_reward_model.py as a process of its own; its URL."""
+    """Start recipes/serve_reward_model.py as a process of its own; yield its URL."""
     command = [sys.executable, "recipes/serve_reward_model.py", "--reward_model", folder, "--port", "0", *flags]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(

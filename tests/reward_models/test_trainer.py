@@ -1,4 +1,4 @@
-"""The reward trainer: what it learns from, that no batching changes it, that it goes on exactly where it stopped."""
+"""The reward trainer: its loss and data, that no batching changes a result, that resuming is exact."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ GOOD, BAD = "The capital is Paris.", "dog dog dog"
 
 @pytest.fixture
 def model_folder(tmp_path, tiny_model, tiny_tokenizer):
-    """A saved causal language model with its tokenizer, ready for chat."""
+    """Save a causal language model with a tokenizer that is ready for chat."""
     chat.prepare_tokenizer(tiny_tokenizer)
     folder = tmp_path / "sft"
     tiny_model.save_pretrained(folder)
@@ -31,7 +31,8 @@ def model_folder(tmp_path, tiny_model, tiny_tokenizer):
 
 
 def rankings(count: int, seed: int = 0) -> list[Ranking]:
-    """2 to 4 responses per prompt; the more often a response says `Paris`, the better; some ties."""
+    """Make rankings of 2 to 4 responses per prompt: the more often a response has `Paris`, the better; some are
+    ties."""
     rng = np.random.default_rng(seed)
     records = []
     for number in range(count):
@@ -197,7 +198,7 @@ def test_a_lora_head_is_trained_and_survives(tmp_path, model_folder, tiny_tokeni
 
 
 def sft_adapter(tmp_path, base, tokenizer):
-    """A LoRA adapter over `base`, as supervised fine-tuning leaves one."""
+    """Make a LoRA adapter of `base`, as supervised fine-tuning saves one."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -405,7 +406,7 @@ def test_trls_own_config_is_refused_by_name(tmp_path, model_folder):
 
 
 def contradicted(count: int) -> list[Ranking]:
-    """Held-out rankings that the training rankings' lesson makes worse: the fewer `Paris`, the better."""
+    """Make held-out rankings that contradict the training rankings: the fewer `Paris`, the better."""
     return [Ranking(r.prompt, r.responses, tuple(-rank for rank in r.ranks)) for r in rankings(count, seed=7)]
 
 

@@ -32,7 +32,7 @@ from rlhf.run.checkpoint import (
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing after it runs but what a next process does."""
+    """Raised in place of a SIGKILL."""
 
 
 def fill(folder: Path, text: str) -> None:

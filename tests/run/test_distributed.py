@@ -37,7 +37,8 @@ SECONDS = 120  # a launch takes about 10
 
 
 def build(folder: Path, kind: str, model, tokenizer) -> tuple[str, str]:
-    """(policy, reward model): full weights; with tied embeddings; a tied base's adapter that trains two tokens too."""
+    """Build (policy, reward model) with full weights, with tied embeddings, or as an adapter of a tied base that also
+    trains two tokens."""
     folder.mkdir()
     if kind != "full":
         model.config.tie_word_embeddings = True
@@ -99,7 +100,7 @@ def alone(folder: Path, policy: str, reward: str) -> dict:
 
 
 def same(one, other, tolerance: float = 1e-5) -> None:
-    """Equal up to float32 rounding of sums: relative to each tensor's largest entry."""
+    """Return whether tensors are equal up to float32 rounding of sums, relative to each tensor's largest entry."""
     assert one.keys() == other.keys()
     assert one
     for name, tensor in one.items():
@@ -113,7 +114,7 @@ each_kind = pytest.mark.parametrize("kind", ["full", "lora", pytest.param("tied"
 
 @each_kind
 def test_each_process_holds_half(ran, kind):
-    """At first, and after sampling; the policy is whole while it samples; its layers are cut again after a forward."""
+    """True at first and after sampling. The policy is whole while it samples; a forward shards its layers again."""
     layers = 2 if kind == "lora" else 6  # of policy, reference and value model
     for process in ran[kind]["sharded"]["each"]:
         assert process["units"] == ["FSDPActorCritic", *["FSDPLlamaDecoderLayer"] * layers]
@@ -264,7 +265,7 @@ def test_settings_that_cannot_be_right_are_refused(monkeypatch, variable, value,
 
 
 def test_a_head_that_is_sharded_by_itself_is_refused(monkeypatch, tiny_model):
-    """Its weight would be a part of the vocabulary outside its own forward."""
+    """Outside the head's own forward, its weight would be a part of the vocabulary only."""
     monkeypatch.setattr("rlhf.models.heads.DTensor", nn.Parameter)
     with pytest.raises(InputError, match="TRANSFORMER_BASED_WRAP"):
         head_weight(tiny_model)

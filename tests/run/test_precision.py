@@ -1,4 +1,4 @@
-"""Which precision every stage computes in, and what stays float32."""
+"""The precision that every stage computes in, and the numbers that stay float32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOUND = "a CPU that has it"
 
 @pytest.fixture
 def hardware(monkeypatch):
-    """Says what the hardware is; what every test but these ones believes is in conftest.py."""
+    """Set the hardware that is reported; conftest.py sets it for all other tests."""
 
     def is_there(name: str | None) -> None:
         monkeypatch.setattr(precision, "bf16_hardware", lambda: name)
@@ -89,7 +89,7 @@ def test_instructions_of_a_cpu(monkeypatch, capabilities, expected):
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_gpu_is_asked_for_what_it_does_itself(monkeypatch, supported):
-    """Before Ampere, torch emulates bfloat16, slowly, and says that it is supported."""
+    """Before Ampere, torch emulates bfloat16, slowly, and reports it as supported."""
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -105,7 +105,7 @@ def test_a_gpu_is_asked_for_what_it_does_itself(monkeypatch, supported):
     [(False, "separate"), (False, "shared_trunk"), (True, "adapter"), (True, "separate"), (True, "shared_trunk")],
 )
 def test_updates_in_bfloat16(tmp_path, tiny_model, tiny_tokenizer, hardware, lora, value_model):
-    """Chosen by the hardware. What is trained, Adam's moments, and every number of the rollout is float32."""
+    """The hardware decides. Trained weights, Adam's moments and every number of the rollout are float32."""
     hardware(FOUND)
     policy = chain(tmp_path, tiny_model, tiny_tokenizer, lora)[0]
     trainer = make(tmp_path, policy, bf16=None, value_kind=value_model)

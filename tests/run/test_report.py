@@ -1,4 +1,4 @@
-"""The report and the final table: right numbers, everything escaped, nothing fetched, gaps allowed."""
+"""The report and the final table: right numbers, all text escaped, nothing fetched, missing parts allowed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EVIL = '<script>alert("1")</script> & <|im_end|>'
 
 
 class Links(HTMLParser):
-    """Every address that a page would fetch, and every element that is left open."""
+    """A parser that collects every address that a page would fetch and every element that is not closed."""
 
     def __init__(self) -> None:
         super().__init__()

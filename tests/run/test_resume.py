@@ -1,4 +1,4 @@
-"""What a babysitter relies on: exact resume, damaged checkpoints, SIGTERM, alarms, and numbers that are none."""
+"""Long runs: exact resume, damaged checkpoints, SIGTERM, alarms, and NaN and infinity."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_with_two_processes_every_stage_goes_on_bit_for_bit(tmp_path, tiny_model
 
 
 def drawn(prompts, completions, completion_ids, **columns):
-    """A score that draws from the global random states, as users' functions may."""
+    """Score by draws from the global random states, as a user's function may."""
     return [random.random() + np.random.rand() + float(torch.rand(())) for _ in prompts]
 
 

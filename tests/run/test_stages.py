@@ -1,4 +1,4 @@
-"""Stages: fingerprints of what they were given, manifests, and how a folder tells its stage's state."""
+"""Stages: fingerprints of their inputs, manifests, and reading a stage's state from its folder."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def settings(folder, **changes) -> SFTConfig:
 
 
 class Probe(TrainerCallback):
-    """Keeps the gradients of each optimizer step, and can stop a run after some steps, as a kill would."""
+    """A callback that records the gradients of each optimizer step and can stop a run after some steps, like a kill."""
 
     def __init__(self, stop_after: int | None = None):
         self.stop_after = stop_after
@@ -63,7 +63,7 @@ def chat_rows(tokenizer, rows=ROWS) -> list[dict[str, list[int]]]:
 
 
 def numpy_loss(model, rows) -> float:
-    """Mean negative log-probability over all labelled tokens, row by row, no padding, in float64."""
+    """Compute the mean negative log-probability over all labelled tokens, row by row, no padding, in float64."""
     total, count = 0.0, 0
     for row in rows:
         with torch.no_grad():
@@ -78,7 +78,7 @@ def numpy_loss(model, rows) -> float:
 
 
 def bare_tokenizer():
-    """A base model's tokenizer: bytes and an end of text, no chat tokens, no template."""
+    """Make a base model's tokenizer: bytes and an end of text, no chat tokens, no template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -5,8 +5,8 @@ One word for one thing, in code, flags, logs and documentation:
 * policy, reference, value model, reward model: the four models of RLHF.
 * prompt, response: what comes in and what the policy writes. Dataset columns keep trl's names
   (prompt, completion, chosen, rejected, messages).
-* score ``[B]``: what a reward model or function says of a whole response.
-* reward ``[B, T]``: what PPO maximises per token: ``-kl_coef * KL``, plus the score at the last token.
+* score ``[B]``: the number that a reward model or function gives to a whole response.
+* reward ``[B, T]``: the number per token that PPO maximises: ``-kl_coef * KL``, plus the score at the last token.
 * rollout: prompts, responses and everything collected on them.
 * mask: True on real tokens, always.
 
@@ -28,11 +28,11 @@ __version__ = "0.1.0"
 
 moved.install()
 
-# GNU OpenMP reads it when torch is loaded: how long a thread that waits for others keeps its core busy. By default
-# (milliseconds) one other busy process makes two threads on two cores several times as slow; 300 is some microseconds.
+# GNU OpenMP reads this when torch is loaded: how long a thread that waits for others keeps its core busy. The default
+# (milliseconds) makes two threads on two cores several times slower beside one busy process; 300 is microseconds.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
-# peft imports bitsandbytes, which says at every start that it lacks a kernel for weights in 4 bits on some CPUs.
+# peft imports bitsandbytes, which warns at every start on some CPUs that it has no kernel for 4-bit weights.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings(
     "ignore", "IProgress not found"

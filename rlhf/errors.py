@@ -1,4 +1,4 @@
-"""A user's mistake and a run that stopped: printed as one line, with an exit code; and text shortened for that."""
+"""Exceptions for a user's mistake and for a stopped run, printed as one line with an exit code; shortening of text."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _LINE_BREAK = re.compile(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*")
 
 
 class InputError(ValueError):
-    """A mistake in what the user handed in, as one line: where, what was seen, what to do.
+    """A mistake in the user's input; its message of one line says where, the value seen, and what to do.
 
     Recipes print it without a traceback and exit with code 2.
     """
 
 
 class RunStopped(RuntimeError):
-    """A run that ended before its end for a reason that it names in one line; what is on disk is whole.
+    """A run that cannot continue, with the reason in one line; its files on disk are complete.
 
-    Recipes print it without a traceback and exit with code 1; the same command goes on from the last checkpoint.
+    Recipes print it without a traceback and exit with code 1; the same command continues from the last checkpoint.
     """
 
 
 def unknown(name: str, known: Collection[str], where: str, kind: str) -> NoReturn:
-    """Raise InputError for a name that isn't ``known``, with the nearest one that is."""
+    """Raise InputError for a name that is not in ``known``, and suggest the nearest one that is."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     shown = [*known][:12] + ["..."] * (len(known) > 12)
     advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(shown)}"
@@ -50,19 +50,20 @@ def require_divides(small_name: str, small: int, big_name: str, big: int) -> Non
 
 
 def short(text: str, limit: int = 60) -> str:
-    """Return a text as one line of at most ``limit`` characters, with "..." for what was left out."""
+    """Return a text as one line of at most ``limit`` characters; "..." marks a cut."""
     line = _LINE_BREAK.sub(" ", text)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def reason(error: BaseException, limit: int = 160) -> str:
-    """Return what an exception says as one short line; its type's name where it says nothing."""
+    """Return an exception's message as one short line; if it is empty, the name of its type."""
     return short(str(error).strip(), limit) or type(error).__name__
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """Call ``main`` with the command line. A user's mistake is one line on stderr and exit code 2; a run that stopped
-    itself, one line and exit code 1."""
+    """Call ``main`` with the command-line arguments.
+
+    InputError becomes one line on stderr and exit code 2; RunStopped and a full disk, one line and exit code 1."""
     try:
         main(sys.argv[1:])
     except InputError as error:
@@ -82,8 +83,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(
-            f"stopped: no space left on the disk{f' of {error.filename}' if error.filename else ''}; what was complete "
-            "is kept: free some space and run the same command again",
+            f"stopped: no space left on the disk{f' of {error.filename}' if error.filename else ''}; completed stages "
+            "and checkpoints are kept: free some space and run the same command again",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
@@ -93,8 +94,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
 
 def _tell(line: str) -> None:
-    """Print a line on stderr. Of several processes the first speaks first: when it ends, the others are ended before
-    they say the same."""
+    """Print a line on stderr. Other processes than the first wait 2 s before: usually the launcher ends them when the
+    first one exits, so the line appears once."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)
     print(" ".join(line.split()), file=sys.stderr)

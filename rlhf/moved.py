@@ -1,6 +1,6 @@
-"""Modules and names where they were before the library had rooms: `rlhf.rollout` is `rlhf.ppo.rollout`, and so on.
+"""Former names of modules, from before they moved into rooms: `rlhf.rollout` is now `rlhf.ppo.rollout`, and so on.
 
-For code written against those names; nothing in this project uses them.
+Kept for code that still imports the former names; this project itself does not use them.
 """
 
 from __future__ import annotations
@@ -33,43 +33,45 @@ FORMER = {
 """Former module -> the modules that hold its contents now."""
 
 
-def names_in(*places: str, only: Collection[str] | None = None) -> Callable[[str], Any]:
-    """A module's `__getattr__` that looks a name (one of `only`) up in other modules, imported when first asked."""
+def names_in(*modules: str, only: Collection[str] | None = None) -> Callable[[str], Any]:
+    """Return a module's `__getattr__` that looks names up in other modules, which it imports at the first use.
+
+    only: the names that it knows; default: all but those that start with two underscores."""
 
     def look_up(name: str) -> Any:
         known = name in only if only is not None else not name.startswith("__")
-        for place in places if known else ():
-            module = importlib.import_module(place)
+        for path in modules if known else ():
+            module = importlib.import_module(path)
             if hasattr(module, name):
                 return getattr(module, name)
-        raise AttributeError(f"no {name!r} here; looked in {', '.join(places)}")
+        raise AttributeError(f"no {name!r} here; looked in {', '.join(modules)}")
 
     return look_up
 
 
 class Finder(MetaPathFinder, Loader):
-    """Finds former modules: one that was renamed is the same module, one that was divided looks names up."""
+    """An import finder for former modules: a renamed one is the new module itself, a divided one looks names up."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name in FORMER else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        places = FORMER[spec.name]
-        if len(places) > 1:
+        modules = FORMER[spec.name]
+        if len(modules) > 1:
             return None
-        module = importlib.import_module(places[0])
+        module = importlib.import_module(modules[0])
         self.spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        places = FORMER.get(module.__name__, ())
-        if len(places) > 1:
-            module.__getattr__ = names_in(*places)  # type: ignore[method-assign]
+        modules = FORMER.get(module.__name__, ())
+        if len(modules) > 1:
+            module.__getattr__ = names_in(*modules)  # type: ignore[method-assign]
         else:
-            module.__spec__ = self.spec  # the import machinery has put its own there
+            module.__spec__ = self.spec  # which the import machinery has overwritten
 
 
 def install() -> None:
-    """Let former modules be imported."""
+    """Make former modules importable."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())

@@ -1,8 +1,8 @@
-"""Rows of different lengths without padding: one behind the other as one long row, apart only inside attention.
+"""Rows of different lengths without padding: joined into one long row, and separated only inside attention.
 
-Everything but attention treats each token by itself, so a padded batch pays there for tokens that nobody reads.
-transformers knows the form (positions that start again at 0) and masks it; `rlhf.cpu.attention.short_rows` attends row
-by row.
+Everything but attention treats each token by itself, so a padded batch computes padding tokens that nobody reads.
+transformers supports this form (positions that restart at 0) and masks it; `rlhf.cpu.attention.short_rows` computes
+attention row by row.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from rlhf.models.adapters import backbone
 
 Made = TypeVar("Made")
 
-MOST_TOKENS = 2048  # in one long row: where a family makes its own mask, that is [N, N]
-GRAIN = 32  # tokens: its length is a multiple, for kernels are compiled for each length, and kept (14 MB, SmolLM2-135M)
-HALF_GRAIN = 32  # keys of a row in half precision: the softmax of 92 takes a CPU three times as long as that of 96
+MOST_TOKENS = 2048  # in one long row: a family that makes its own mask makes it [N, N]
+GRAIN = 32  # the long row's length is a multiple: kernels are compiled and kept per length (14 MB, SmolLM2-135M)
+HALF_GRAIN = 32  # a row's keys in half precision are a multiple: softmax of 92 takes a CPU 3 times as long as of 96
 
 
 class Move(torch.autograd.Function):
-    """Rows of x [n, D] in another order, `there` [m]; `back` [n] says where in it each row went.
+    """The rows of x [n, D] in another order: row i of the result is row `source[i]`, source [m].
 
-    What comes to places that `back` does not name (padding) must be used by nobody: it hands no gradient back.
+    target [n]: the index in the result of each row of x. The other rows of the result (padding) get no gradient, so
+    nothing may use them.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, there)
+    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(target)
+        return x.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -42,13 +43,13 @@ class Move(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """Some rows of x [n, D], `these` [m], each once; the others' gradient is 0."""
+    """The rows `index` [m] of x [n, D], each at most once; the gradient of the others is 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, these: Tensor) -> Tensor:
-        ctx.save_for_backward(these)
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
         ctx.rows = x.shape[0]
-        return x.index_select(0, these)
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -58,83 +59,83 @@ class Gather(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the N tokens of one long row stand if each of its B rows is padded to the longest, T, or beyond."""
+    """The map between one long row of N tokens and its B rows, each padded to T tokens (the longest, or a bit more)."""
 
-    places: Int[Tensor, "B T"]  # the token at each place; on padding, the row's last one
-    real: Bool[Tensor, "B T"]
-    back: Int[Tensor, "N"]  # the place of each token, b * T + t
-    _made: dict[Any, Any] = field(default_factory=dict)
+    tokens: Int[Tensor, "B T"]  # the index in the long row of each token; on padding, of the row's last token
+    real: Bool[Tensor, "B T"]  # False on padding
+    padded: Int[Tensor, "N"]  # the index b * T + t in the padded rows of each token of the long row
+    _cached: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mask: Bool[Tensor, "B L"], grain: int = 1) -> Rows:
-        """The rows of a padded batch, wherever its padding is; T is the next multiple of `grain`."""
+        """Return the map for a batch with padding on either side; T is rounded up to a multiple of `grain`."""
         lengths = mask.sum(-1)
         longest = int(lengths.max())
         steps = torch.arange(longest + -longest % grain, device=mask.device)
         real = steps < lengths[:, None]
-        places = (lengths.cumsum(0) - lengths)[:, None] + torch.minimum(steps, lengths[:, None] - 1)
-        return cls(places, real, real.flatten().nonzero().squeeze(-1))
+        tokens = (lengths.cumsum(0) - lengths)[:, None] + torch.minimum(steps, lengths[:, None] - 1)
+        return cls(tokens, real, real.flatten().nonzero().squeeze(-1))
 
     def once(self, make: Callable[..., Made], *of: Any) -> Made:
-        """``make(*of)``, which every layer asks for, made for the first; tensors are known by identity."""
+        """Return ``make(*of)``, computed in the first layer and cached for the rest; tensors are keyed by identity."""
         if torch.compiler.is_compiling():
             return make(*of)
         key = (make.__qualname__, *(id(part) if isinstance(part, Tensor) else part for part in of))
-        if key not in self._made:
-            self._made[key] = make(*of), of  # kept too: a freed tensor's identity would be another's
-        return self._made[key][0]
+        if key not in self._cached:
+            self._cached[key] = make(*of), of  # `of` too: the id of a freed tensor may be given to another one
+        return self._cached[key][0]
 
     def unpack(self, x: Float[Tensor, "1 H N D"]) -> Float[Tensor, "B H T D"]:
-        """Each row by itself, contiguous."""
-        heads, (rows, steps) = x.shape[1], self.places.shape
-        there, back = self.once(self._there, heads), self.once(self._at, heads)
-        return Move.apply(x[0].transpose(0, 1).reshape(-1, x.shape[-1]), there, back).view(
+        """Split the long row into its padded rows, contiguous."""
+        heads, (rows, steps) = x.shape[1], self.tokens.shape
+        source, target = self.once(self._sources, heads), self.once(self._targets, heads)
+        return Move.apply(x[0].transpose(0, 1).reshape(-1, x.shape[-1]), source, target).view(
             rows, heads, steps, x.shape[-1]
         )
 
     def pack(self, x: Float[Tensor, "B H T D"]) -> Float[Tensor, "1 N H D"]:
-        """`unpack` undone; the order of dimensions is that of an attention function's result."""
-        at = self.once(self._at, x.shape[1])
-        return Gather.apply(x.reshape(-1, x.shape[-1]), at).view(1, -1, x.shape[1], x.shape[-1])
+        """Join the padded rows into the long row again; the dimensions are ordered as in attention's result."""
+        index = self.once(self._targets, x.shape[1])
+        return Gather.apply(x.reshape(-1, x.shape[-1]), index).view(1, -1, x.shape[1], x.shape[-1])
 
     def mask_of(self, function: Callable[..., Tensor]) -> Bool[Tensor, "B 1 T T"]:
-        """A mask that transformers gives as a function of (row, head, query, key), and would make [N, N]."""
-        first = self.places.new_zeros(1, 1, 1, 1)
-        seen = function(first, first, self.places[:, None, :, None], self.places[:, None, None, :])
+        """Evaluate transformers' mask function of (row, head, query, key) for each row alone instead of as [N, N]."""
+        first = self.tokens.new_zeros(1, 1, 1, 1)
+        seen = function(first, first, self.tokens[:, None, :, None], self.tokens[:, None, None, :])
         return seen & self.real[:, None, None, :]
 
     def mask(self, whole: Tensor | None) -> Tensor | None:
-        """Each row's part of the long row's mask [1, X, N, N]: [B, X, T, T], False (or the least number) on padding."""
-        rows, steps = self.places.shape
-        if whole is None or (whole.shape[0], whole.shape[-1]) == (rows, steps):  # already apart
+        """Cut each row's part [B, X, T, T] out of the long row's mask [1, X, N, N]; False or the minimum on padding."""
+        rows, steps = self.tokens.shape
+        if whole is None or (whole.shape[0], whole.shape[-1]) == (rows, steps):  # already separated by row
             return whole
         count = whole.shape[-1]
-        index = self.places[:, :, None] * count + self.places[:, None, :]
+        index = self.tokens[:, :, None] * count + self.tokens[:, None, :]
         own = whole[0].flatten(1).index_select(1, index.flatten()).view(-1, rows, steps, steps).transpose(0, 1)
         least = False if own.dtype == torch.bool else torch.finfo(own.dtype).min
         return own.masked_fill(~self.real[:, None, None, :], least)
 
-    def _there(self, heads: int) -> Int[Tensor, "BHT"]:
-        """The token and head at each place of [B, heads, T], in [N, heads]."""
-        head = torch.arange(heads, device=self.places.device)
-        return (self.places[:, None, :] * heads + head[:, None]).flatten()
+    def _sources(self, heads: int) -> Int[Tensor, "BHT"]:
+        """Return, for each entry of [B, heads, T], its index in the flattened [N, heads]."""
+        head = torch.arange(heads, device=self.tokens.device)
+        return (self.tokens[:, None, :] * heads + head[:, None]).flatten()
 
-    def _at(self, heads: int) -> Int[Tensor, "NH"]:
-        """The place of each token's each head in [B, heads, T]."""
-        steps = self.places.shape[1]
-        first = self.back // steps * (heads * steps) + self.back % steps
+    def _targets(self, heads: int) -> Int[Tensor, "NH"]:
+        """Return, for each entry of [N, heads], its index in the flattened [B, heads, T]."""
+        steps = self.tokens.shape[1]
+        first = self.padded // steps * (heads * steps) + self.padded % steps
         return (first[:, None] + torch.arange(heads, device=first.device) * steps).flatten()
 
 
 PACKED: ContextVar[Rows | None] = ContextVar("packed", default=None)
-"""The rows of the forward in hand, for the mask, which transformers asks for without `packed_rows`."""
+"""The rows of the current forward, for the mask function, to which transformers does not pass `packed_rows`."""
 
 
 def packed_hidden(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:
-    """Hidden states of the batch's real tokens, row after row."""
+    """Compute the hidden states of the batch's N real tokens, row after row."""
     count = int(mask.sum())
     more = -count % GRAIN
-    if 0 < more <= mask.shape[1]:  # a row of them, of which nothing is read
+    if 0 < more <= mask.shape[1]:  # add a row of so many tokens, whose states are thrown away
         mask = torch.cat([mask, torch.arange(mask.shape[1], device=mask.device)[None] < more])
         input_ids = torch.cat([input_ids, input_ids[:1]])
     positions = (mask.long().cumsum(-1) - 1)[mask]
@@ -152,10 +153,10 @@ def packed_hidden(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, 
 
 @torch.no_grad()
 def can_pack(model: Any) -> bool:
-    """Whether a row computes the same in one long row as alone, and, to the last bit, whatever stands before it.
+    """Return whether a row computes the same in one long row as alone, to the last bit for any row before it.
 
-    Not where something else than attention sees other tokens (a convolution, a recurrent state), or a family has
-    positions of its own.
+    False if another part than attention sees other tokens (a convolution, a recurrent state), or if a family computes
+    its own positions.
     """
     vocabulary, device = backbone(model).get_input_embeddings().weight.shape[0], model.device
     first, other, second = ([n % vocabulary for n in ids] for ids in ([7, 2, 5, 1], [3, 9, 4, 8], [1, 6, 4]))
@@ -163,7 +164,9 @@ def can_pack(model: Any) -> bool:
     model.eval()
     try:
         mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool, device=device)
-        seen = [packed_hidden(model, torch.tensor([row, [*second, 0]], device=device), mask) for row in (first, other)]
+        packed = [
+            packed_hidden(model, torch.tensor([row, [*second, 0]], device=device), mask) for row in (first, other)
+        ]
         alone = [
             backbone(model)(input_ids=torch.tensor([row], device=device), use_cache=False).last_hidden_state[0]
             for row in (first, second)
@@ -173,6 +176,6 @@ def can_pack(model: Any) -> bool:
     finally:
         model.train(training)
     expected = torch.cat(alone).float()
-    apart = float((seen[0].float() - expected).abs().max() / expected.abs().max())
-    limit = 1e-4 if seen[0].dtype == torch.float32 else 0.05  # in half precision, shapes alone make a difference
-    return apart <= limit and torch.equal(seen[0][len(first) :], seen[1][len(first) :])
+    error = float((packed[0].float() - expected).abs().max() / expected.abs().max())
+    limit = 1e-4 if packed[0].dtype == torch.float32 else 0.05  # in half precision the shape alone makes a difference
+    return error <= limit and torch.equal(packed[0][len(first) :], packed[1][len(first) :])

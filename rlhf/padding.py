@@ -24,7 +24,7 @@ def pad(
     device: torch.device | str = "cpu",
     side: Literal["left", "right"] = "right",
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """Fill rows of integers up to the longest one; the mask comes from their lengths, never from what fills them."""
+    """Pad rows of integers to the longest one; the mask [B, T] comes from their lengths, never from the fill value."""
     width = max(len(row) for row in rows)
     padded = torch.full((len(rows), width), fill, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -37,9 +37,10 @@ def pad(
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch for the models: prompt + response in one row, right-padded.
+    """A micro-batch for the models: each row is a prompt and its response, right-padded.
 
-    input_ids, attention_mask [B, L]; prompt_tokens [B]; targets, mask [B, T]: the response alone.
+    input_ids, attention_mask [B, L]: prompt + response; prompt_tokens [B]: the prompts' lengths; targets, mask [B, T]:
+    the response alone.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -49,7 +50,7 @@ class Batch:
     mask: Bool[Tensor, "B T"]
 
     def positions(self) -> Int[Tensor, "B T"]:
-        """Index the state before each response token in its row of input_ids."""
+        """Return the index in input_ids of the state before each response token."""
         steps = torch.arange(self.targets.shape[1], device=self.targets.device)
         return (self.prompt_tokens[:, None] - 1 + steps).clamp(max=self.input_ids.shape[1] - 1)
 

@@ -351,7 +351,7 @@ def test_in_half_precision_rows_have_places_for_a_multiple_of_32_keys(dtype, exp
 
     def spy(mask, grain=1):
         rows = plain(mask, grain)
-        seen.append(rows.places.shape[1])
+        seen.append(rows.tokens.shape[1])
         return rows
 
     monkeypatch.setattr(actor_critics.packing.Rows, "of", spy)

@@ -1,8 +1,8 @@
-"""What exists only to make CPUs fast, behind four functions. On other devices plain torch and peft run.
+"""Code that only makes CPUs faster, behind four functions. On other devices they do nothing; plain torch and peft run.
 
-`lora`, `gated` and `norms` give layers a forward and a backward in fewer passes over memory; `attention` computes short
-rows as plain matrix products, row by row where `rlhf.packing` has put them into one; `memory` sets glibc's habits;
-`drawing` draws a token with one random number. Results differ from the plain path by rounding at most.
+`lora`, `gated` and `norms` give layers a forward and a backward with fewer passes over memory; `attention` computes
+short rows as plain matrix products, also those that `rlhf.packing` has joined into one row; `memory` sets glibc's
+allocator; `drawing` draws a token with one random number. Results differ from the plain path at most by rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Models(Protocol):
 
 
 def prepare(models: Models) -> None:
-    """Make the models fast where they are on a CPU, and let rows be packed where they compute the same packed."""
+    """Make the models faster if they are on a CPU, and allow packed rows if the models compute the same with them."""
     parts = [part for part in (models.policy, models.reference, models.value) if part is not None]
     if any(part.device.type != "cpu" for part in parts):
         return
@@ -49,8 +49,10 @@ def prepare(models: Models) -> None:
 
 @contextmanager
 def for_sampling(model: nn.Module) -> Iterator[None]:
-    """Inside, LoRA layers that `prepare` has seen multiply by one merged weight: decoding is bound by such products."""
+    """Let the LoRA layers that `prepare` has changed use one merged weight inside the context.
+
+    Decoding spends most of its time in these products."""
     with torch.no_grad(), lora.merged(model) as layers:
         yield
     if layers:
-        memory.release_freed_memory()  # what is trained next would not fit into the holes that their weights leave
+        memory.release_freed_memory()  # the next training step's tensors would not fit the gaps of the merged weights

@@ -1,7 +1,8 @@
-"""Attention on CPUs: short rows as plain matrix products, several times faster there than torch's fused kernel.
+"""Attention of short rows on CPUs as plain matrix products, several times faster there than torch's fused kernel.
 
 Measured with 2 x 9 heads of 64, rows of 94 tokens, bfloat16, forward and backward: a quarter of the time. From a few
-hundred tokens on, the fused kernel wins, and needs no [B, heads, T, S] tensor: `short_rows` hands such rows to it.
+hundred tokens on the fused kernel is faster and needs no [B, heads, T, S] tensor, so `short_rows` passes such rows on
+to it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rlhf.models.adapters import base_model
 from rlhf.packing import PACKED, Rows
 
 NAME = "rlhf_short_rows"
-MOST_TOKENS = 256  # keys of a row; above, torch's kernel
+MOST_TOKENS = 256  # keys of a row; longer rows go to torch's kernel
 
 
 def short_rows(
@@ -35,10 +36,10 @@ def short_rows(
     packed_rows: Rows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention, [B, T, H, E]; the heads that share a key head are one matrix product, keys are not repeated.
+    """Compute softmax attention, [B, T, H, E]; heads that share a key head form one matrix product without key copies.
 
-    The signature is transformers', and `packed_rows` says what the one row of a batch is made of. Whatever is unusual
-    (long rows, dropout, a soft cap, sinks, a position bias), or on another device, goes to `sdpa_attention_forward`.
+    The signature is that of transformers. packed_rows: the rows that a packed row consists of. Unusual calls (long
+    rows, dropout, a soft cap, sinks, a position bias, another device) go to `sdpa_attention_forward`.
     """
     if packed_rows is not None:
         query, key, value = (packed_rows.unpack(part) for part in (query, key, value))
@@ -47,7 +48,7 @@ def short_rows(
     groups, keys = key.shape[1], key.shape[2]
     causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and attention_mask is None
     unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
-    unusual = unusual or query.device.type != "cpu"  # models are loaded on the CPU, and moved to a GPU afterwards
+    unusual = unusual or query.device.type != "cpu"  # a model may have been moved to a GPU after `use_short_rows`
     if keys > MOST_TOKENS or unusual or heads % groups or (causal and 1 < tokens != keys):
         result = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
@@ -73,29 +74,29 @@ def _products(
 ) -> Float[Tensor, "B H T E"]:
     batch, heads, tokens, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    packed = query.reshape(batch * groups, -1, width)  # the heads of a group one below the other
-    # scale and mask within the product: no passes of their own, forward or backward
+    packed = query.reshape(batch * groups, -1, width)  # a group's heads stacked as rows
+    # scale and mask are part of the product, which saves passes over memory in forward and backward
     weights = torch.baddbmm(bias.view(batch * groups, -1, keys), packed, key.flatten(0, 1).mT, alpha=scale)
     return (weights.softmax(-1) @ value.flatten(0, 1)).view(batch, heads, tokens, -1)
 
 
-_BIASES = WeakTensorKeyDictionary()  # by mask, then by precision and shape: all layers of a forward share their mask
+_BIASES = WeakTensorKeyDictionary()  # by mask, then by precision and shape; all layers of a forward share one mask
 
 
 def _bias_once(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Tensor:
-    """`_bias`, made for the first layer that asks; masks are not changed in place."""
+    """Return `_bias`, computed once per mask and cached; masks are never changed in place."""
     if mask is None or torch.compiler.is_compiling():
         return _bias(mask, dtype, shape)
-    made = _BIASES.setdefault(mask, {})
-    if (dtype, shape) not in made:
-        made[dtype, shape] = _bias(mask, dtype, shape)
-    return made[dtype, shape]
+    cached = _BIASES.setdefault(mask, {})
+    if (dtype, shape) not in cached:
+        cached[dtype, shape] = _bias(mask, dtype, shape)
+    return cached[dtype, shape]
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> Tensor:
-    """What is added to the scores: a mask's own numbers, or a very small one where it says False; [B, H, T, S].
+    """Return the bias added to the attention scores, [B, H, T, S]: a mask's numbers, or a very negative one for False.
 
-    Never -inf, which the least float32 of a mask becomes in bfloat16: a row that sees nothing would be all NaN."""
+    It is never -inf, which float32's minimum in a mask becomes in bfloat16: a row that sees no key would be all NaN."""
     least = 0.5 * torch.finfo(dtype).min
     if mask is None:
         return torch.zeros((), dtype=dtype).expand(shape).contiguous()
@@ -106,15 +107,15 @@ def _bias(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int, i
 
 
 def _mask(**given: Any) -> Tensor | None:
-    """transformers' mask; of packed rows, each row's own part."""
+    """Return the mask that transformers would make; for packed rows, each row's own part of it."""
     rows = PACKED.get()
-    if rows is None or given.get("use_vmap"):  # then the function takes single numbers, not tensors of them
+    if rows is None or given.get("use_vmap"):  # with vmap the mask function takes single numbers, not tensors
         return sdpa_mask(**given)
     return rows.mask_of(given["mask_function"])
 
 
 def use_short_rows(model: Any) -> None:
-    """Where a model on a CPU would use torch's fused kernel, let it use `short_rows`."""
+    """Let a model on a CPU use `short_rows` where it would use torch's fused kernel."""
     model = base_model(model)
     if model is None or model.device.type != "cpu" or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return
@@ -122,14 +123,14 @@ def use_short_rows(model: Any) -> None:
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
     if not uses_short_rows(model):
-        return  # a family with attention of its own (Falcon), of which transformers warns
-    for module in model.modules():  # inner modules may have a config of their own (`disable_dropout`)
+        return  # the family has its own attention (Falcon); transformers has logged a warning
+    for module in model.modules():  # `disable_dropout` may have given inner modules their own config
         config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = NAME
 
 
 def uses_short_rows(model: Any) -> bool:
-    """On a CPU, does the model attend through `short_rows`?"""
+    """Return whether a model is on a CPU and computes attention by `short_rows`."""
     plain = base_model(model)
     return plain.device.type == "cpu" and getattr(plain.config, "_attn_implementation", None) == NAME

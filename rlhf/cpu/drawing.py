@@ -10,10 +10,11 @@ BLOCK = 256  # tokens whose probabilities are summed before a draw
 
 
 def draw(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:
-    """One index per row, each with its probability.
+    """Draw one index per row according to the row's probabilities.
 
-    torch.multinomial draws V random numbers for each row, which on a CPU takes longer than the head; here one number
-    finds a block of tokens by the blocks' sums, and what is left of it finds the token inside.
+    torch.multinomial draws V random numbers per row, which on a CPU takes longer than the language head. Here a single
+    number selects a block of tokens by the blocks' sums, and its remainder selects the token in the block. Raises
+    RuntimeError if a probability is NaN or infinite.
     """
     rows, vocabulary = probabilities.shape
     short = -vocabulary % BLOCK
@@ -26,7 +27,7 @@ def draw(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int
     level = torch.rand(rows, 1, generator=generator, dtype=torch.float64) * ends[:, -1:]
     block = torch.searchsorted(ends, level, right=True).clamp_(max=blocks.shape[1] - 1)
     width = sums.gather(-1, block)
-    share = (level - (ends.gather(-1, block) - width)) / width  # of the block's sum, below 1
+    share = (level - (ends.gather(-1, block) - width)) / width  # the remainder, as a share (below 1) of the block's sum
     inside = blocks[torch.arange(rows), block[:, 0]].double().cumsum(-1)
-    place = torch.searchsorted(inside, share.clamp_(0.0, 1.0 - 2.0**-52) * inside[:, -1:], right=True)
-    return (block * BLOCK + place).clamp_(max=vocabulary - 1).squeeze(-1)
+    offset = torch.searchsorted(inside, share.clamp_(0.0, 1.0 - 2.0**-52) * inside[:, -1:], right=True)
+    return (block * BLOCK + offset).clamp_(max=vocabulary - 1).squeeze(-1)

@@ -1,8 +1,8 @@
-"""Gated MLPs (SwiGLU) that keep their two products for backward, and neither the activation nor what it gates.
+"""Gated MLPs (SwiGLU) that keep only their two products for backward and recompute the rest.
 
-``down(silu(gate(x)) * up(x))`` leaves four tensors of the MLP's width with autograd, most of what a layer keeps.
-`fuse` gives such modules a forward that leaves two where `down` is a LoRA layer, else three, and computes what is
-missing again.
+For ``down(silu(gate(x)) * up(x))`` autograd keeps four tensors of the MLP's width, most of a layer's activations.
+`fuse` gives such modules a forward that keeps two of them if `down` is a LoRA layer, else three, and recomputes the
+others in backward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as Llama names them, 
 
 
 class GatedProduct(torch.autograd.Function):
-    """``silu(gate) * up``, to the bits of that expression; gate, up [*B, I]."""
+    """The product ``silu(gate) * up``, equal to that expression to the last bit; gate, up [*B, I]."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -42,13 +42,13 @@ def _forward(self: Any, x: Float[Tensor, "*B H"]) -> Float[Tensor, "*B H"]:
 
 
 def fuse(model: nn.Module) -> None:
-    """Give every MLP that computes what Llama's does the short forward; others (GeGLU, experts) stay as they are."""
+    """Give every MLP that computes the same as Llama's the short forward; others (GeGLU, experts) stay unchanged."""
     shorten(model, _as_llamas, _forward)
 
 
 @torch.no_grad()
 def _as_llamas(module: Any) -> bool:
-    """By its parts and, since they prove nothing, by what it computes of some numbers."""
+    """Return whether a module computes the same as Llama's MLP: it has the same parts and gives equal outputs."""
     if {name for name, _ in module.named_children()} != PARTS or type(module).forward is _forward:
         return False
     weight = getattr(module.gate_proj, "weight", None)

@@ -1,8 +1,8 @@
-"""LoRA layers in few passes over memory, and merged while the policy samples. The weights stay peft's own.
+"""LoRA layers with few passes over memory, and with merged weights while the policy samples. The weights stay peft's.
 
 peft computes ``x W^T + (x A^T) B^T * scaling`` as written: under autocast it casts the input to float32 and back for
-every adapted layer, and adds in passes of their own. `fuse` gives the layers a forward and a backward that accumulate
-in the matrix products. What a layer holds, and what peft saves of it, does not change.
+every adapted layer, and each addition is a pass of its own. `fuse` gives the layers a forward and a backward that
+accumulate in the matrix products. A layer's parameters, and the files that peft saves, do not change.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 
 class LoraProduct(torch.autograd.Function):
-    """``x W^T + bias + scaling * (x A^T) B^T`` over a frozen W and bias.
+    """The product ``x W^T + bias + scaling * (x A^T) B^T``, [N, out], with frozen W and bias.
 
-    x [N, in], W [out, in], bias [out], A [r, in], B [out, r], all in one precision; [N, out]. gated [N, in]: for x
-    stands ``silu(x) * gated``, which is not kept for backward but computed again.
+    x [N, in], W [out, in], bias [out], A [r, in], B [out, r], all in one precision. gated [N, in]: if present, the
+    input is ``silu(x) * gated`` instead of x, and is recomputed in backward instead of kept.
     """
 
     @staticmethod
@@ -40,14 +40,14 @@ class LoraProduct(torch.autograd.Function):
         out = nn.functional.linear(fed, weight, bias)
         ctx.save_for_backward(x, weight, a, b, low, gated)
         ctx.scaling = scaling
-        return out.addmm_(low, b.T.contiguous(), alpha=scaling)  # as it lies, its product takes twice as long on a CPU
+        return out.addmm_(low, b.T.contiguous(), alpha=scaling)  # not contiguous, it takes twice as long on a CPU
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low, gated = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_low = (grad @ b).mul_(ctx.scaling)
-        grad_b = (low.T @ grad).mul_(ctx.scaling).T if ctx.needs_input_grad[4] else None  # quicker than grad.T @ low
+        grad_b = (low.T @ grad).mul_(ctx.scaling).T if ctx.needs_input_grad[4] else None  # faster than grad.T @ low
         active = None if gated is None else nn.functional.silu(x)
         fed = x if active is None else active * gated
         grad_a = grad_low.T @ fed if ctx.needs_input_grad[3] else None
@@ -61,9 +61,9 @@ class LoraProduct(torch.autograd.Function):
 
 
 class FusedLinear(LoraLinear):
-    """peft's LoRA layer over a frozen linear layer, with one active adapter and without dropout, in few passes.
+    """peft's LoRA layer with few passes over memory, for a frozen base, one active adapter and no dropout.
 
-    Anything else (several adapters at once, dropout, a variant such as DoRA, a trained base) goes peft's way.
+    All other cases (several adapters at once, dropout, a variant such as DoRA, a trained base) use peft's forward.
     """
 
     merged_weight: Tensor | None = None
@@ -71,7 +71,7 @@ class FusedLinear(LoraLinear):
     def forward(
         self, x: Float[Tensor, "... i"], *args: Any, gated: Float[Tensor, "... i"] | None = None, **kwargs: Any
     ) -> Float[Tensor, "... o"]:
-        """gated: the layer's input is ``silu(x) * gated``."""
+        """Compute the layer's output; gated: the input is ``silu(x) * gated`` instead of x."""
         base: Any = self.get_base_layer()
         name = self._fusable(args, kwargs) if self.merged_weight is None else None
         if name is None and gated is not None:
@@ -89,7 +89,7 @@ class FusedLinear(LoraLinear):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _fusable(self, args: Any, kwargs: Any) -> str | None:
-        """The one active adapter, where the short way computes what peft would."""
+        """Return the active adapter's name if the short forward computes the same as peft's, else None."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(names) != 1:
             return None
@@ -101,25 +101,25 @@ class FusedLinear(LoraLinear):
         return name if plain and whole else None
 
     def merge_for_sampling(self) -> None:
-        """Keep ``W + scaling * B A`` beside the weights, where that is what the layer computes; see `merged`."""
+        """Keep ``W + scaling * B A`` beside the weights if the layer's output is that product; see `merged`."""
         base: Any = self.get_base_layer()
         name = self._fusable((), {})
         if name is not None:
             dtype = computed_in(base.weight)
-            with torch.autocast(base.weight.device.type, enabled=False):  # else B A is rounded, and their sum again
+            with torch.autocast(base.weight.device.type, enabled=False):  # rounds once, not B A first and the sum again
                 a, b = (t[name].weight.detach().float() for t in (self.lora_A, self.lora_B))  # type: ignore[operator]
                 whole = torch.addmm(base.weight.float(), b, a, alpha=self.scaling[name])
             self.merged_weight = whole.to(dtype)
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """The precision of products with x: autocast's, else its own."""
+    """Return the precision of matrix products with x: autocast's, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def fuse(model: nn.Module) -> None:
-    """Give every LoRA layer over a plain linear layer the short forward; others stay as they are."""
+    """Give every LoRA layer over a plain linear layer the short forward; others stay unchanged."""
     for module in model.modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = FusedLinear
@@ -127,10 +127,10 @@ def fuse(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[list[FusedLinear]]:
-    """Inside, every fused layer is one matrix product with ``W + scaling * B A``: decoding is bound by such products.
+    """Let every fused layer compute one product with ``W + scaling * B A`` inside the context; yield these layers.
 
-    A copy is made, rounded to the precision that is computed in; W, A and B themselves are never touched, so nothing
-    has to be undone. Only for running `model` without gradients, with its active adapter. The layers are handed out.
+    The merged weight is a copy in the precision of the products; W, A and B never change, so nothing has to be undone.
+    Use it only without gradients and with the active adapter. Decoding spends most of its time in these products.
     """
     layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
     try:

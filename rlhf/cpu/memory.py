@@ -1,4 +1,4 @@
-"""What glibc does with the memory of CPU tensors: some of its habits cost this kind of program much."""
+"""Settings of glibc's allocator, whose defaults cost a training program time and memory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc
 
 
 def release_freed_memory() -> None:
-    """Give the system back what loading has freed: glibc keeps it, and that is as much as the models themselves."""
+    """Return freed memory to the system; after loading, glibc keeps as much as the models' own size."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def keep_large_blocks() -> None:
-    """Let large freed blocks stay in the process, for the next micro-batch.
+    """Keep large freed blocks in the process, for the next micro-batch; a setting of the whole process.
 
-    By itself glibc returns the activations of every backward to the system, which hands them out again page by page,
-    zeroed: a tenth of the time of forward and backward, measured on two cores. For the whole process.
+    By default glibc returns the activations of every backward to the system, which then provides zeroed pages again:
+    a tenth of the time of forward and backward, measured on two cores.
     """
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:

@@ -1,7 +1,7 @@
-"""RMSNorm layers that keep little for backward: their input as it came, and one number per row.
+"""RMSNorm layers that keep little for backward: their input in its own precision, and one number per row.
 
 transformers computes ``weight * (x * rsqrt(mean(x^2) + eps))`` step by step in float32, and autograd keeps two float32
-tensors of x's size for each layer. `fuse` gives the layers a forward and a backward of their own; their weights stay.
+tensors of x's size per layer. `fuse` gives the layers another forward and backward; their weights do not change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 
 class RMSNormProduct(torch.autograd.Function):
-    """``weight * (x * rsqrt(mean(x^2) + eps))``, the brackets in float32 and rounded to x's precision; x [*B, H]."""
+    """The product ``weight * (x * rsqrt(mean(x^2) + eps))``, x [*B, H]; the outer bracket is computed in float32 and
+    rounded to the precision of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,12 +46,12 @@ def _forward(self: Any, hidden_states: Float[Tensor, "*B H"]) -> Float[Tensor, "
 
 
 def fuse(model: nn.Module) -> None:
-    """Give every RMSNorm that computes what Llama's does the short forward; others (Gemma's) stay as they are."""
+    """Give every RMSNorm that computes the same as Llama's the short forward; others (Gemma's) stay unchanged."""
     shorten(model, _as_llamas, _forward)
 
 
 def shorten(model: nn.Module, alike: Callable[[Any], bool], forward: Callable[..., Tensor]) -> None:
-    """Put `forward` in the place of the modules' own, class by class, where the first of a class is `alike`."""
+    """Replace the modules' forward by `forward`, for every class whose first module is `alike`."""
     known: dict[type, type | None] = {}
     for module in model.modules():
         kind = type(module)
@@ -63,7 +64,7 @@ def shorten(model: nn.Module, alike: Callable[[Any], bool], forward: Callable[..
 
 @torch.no_grad()
 def _as_llamas(module: Any) -> bool:
-    """By its names and, since names prove nothing, by what it computes of some numbers."""
+    """Return whether a module computes the same as Llama's RMSNorm: it has the same names and gives equal outputs."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     named = type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and isinstance(weight, nn.Parameter)
     if not named or len(list(module.parameters())) != 1 or weight is None or weight.dim() != 1:

@@ -1,8 +1,9 @@
-"""Language models as this library uses them: loaded from a folder or hub id, with an adapter or without.
+"""Language models as this library uses them: loaded from a folder or hub id, with or without an adapter.
 
-`loading` reads policies and tokenizers, `scalar` reward models and their score normaliser, `encoders` what is
-particular to encoder trunks, `adapters` everything about LoRA adapters (switching, sharing a base), `heads` the
-language head, and `logprobs` log-probabilities from hidden states, a chunk of logits at a time.
+`loading` reads policies and tokenizers; `scalar` holds reward models and their score normaliser, `encoders` the
+special rules for encoder trunks, `adapters` the switching and sharing of LoRA adapters, `heads` the language head,
+`forward` the forward pass over prompts with responses, and `logprobs` log-probabilities from hidden states, computed
+one chunk of logits at a time.
 """
 
 from rlhf.moved import names_in

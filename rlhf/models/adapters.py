@@ -40,13 +40,13 @@ def adapter_of(name: str) -> str | None:
 
 
 def base_name(name: str) -> str:
-    """Return the name that a base's parameter has where there are no adapters: no ``base_layer`` and the like in it."""
+    """Return the name of a base's parameter in the model without adapters: without ``base_layer`` and the like."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "token_adapter", "original_module"))
 
 
 @contextmanager
 def active_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> Iterator[None]:
-    """Inside, `model` computes with this adapter; `use_adapter`, undone afterwards."""
+    """Switch to an adapter inside the context, and back to the previous one afterwards; see `use_adapter`."""
     before: Any = model.active_adapter
     use_adapter(model, name, trained)
     try:
@@ -56,11 +56,11 @@ def active_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> Itera
 
 
 def use_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> None:
-    """Switch the active adapter and keep every trained one trainable.
+    """Switch the active adapter and keep every adapter in `trained` trainable.
 
-    `set_adapter` alone freezes the others, and a graph built before the switch would then get no gradients. Where all
-    adapters are layers (no trained tokens, no saved modules), what it and `set_requires_grad` come to is done directly:
-    they walk through all modules, 17 ms for 210 layers, twice for every forward.
+    `set_adapter` alone freezes the others, and a graph built before the switch would then get no gradients. If all
+    adapters are layers (no trained tokens, no saved modules), this function does the work of `set_adapter` and
+    `set_requires_grad` itself: they walk through all modules, 17 ms for 210 layers, twice per forward.
     """
     if model.active_adapter == name:
         return
@@ -81,7 +81,7 @@ def use_adapter(model: PeftModel, name: str, trained: Sequence[str]) -> None:
 
 @dataclass
 class _Adapted:
-    """What of a model belongs to adapters, found once."""
+    """The adapter layers and parameters of a model, found once and cached."""
 
     adapters: list[str]
     layers: list[Any]
@@ -110,21 +110,21 @@ _ADAPTED: WeakKeyDictionary[PeftModel, _Adapted] = WeakKeyDictionary()
 
 
 def share_base(policy: nn.Module, other: Any) -> int:
-    """Let another adapter over the same base (a reward model) read the policy's frozen weights: one copy in memory.
+    """Let another adapter over the same base (a reward model) use the policy's frozen weights: one copy in memory.
 
-    Weights are shared where name, shape, precision, device and every value agree; both sides have them frozen. The
-    number of tensors that are.
+    Weights are shared if they are frozen in both models and name, shape, precision, device and every value agree.
+    Return the number of shared tensors.
     """
     if not (isinstance(policy, PeftModel) and isinstance(other, PeftModel)):
         return 0
-    ours = {base_name(n): p for n, p in policy.named_parameters() if not p.requires_grad and adapter_of(n) is None}
+    frozen = {base_name(n): p for n, p in policy.named_parameters() if not p.requires_grad and adapter_of(n) is None}
     shared = 0
-    for name, theirs in other.named_parameters():
-        mine = ours.get(base_name(name))
-        if mine is None or theirs.requires_grad or adapter_of(name) is not None:
+    for name, copy in other.named_parameters():
+        base = frozen.get(base_name(name))
+        if base is None or copy.requires_grad or adapter_of(name) is not None:
             continue
-        if (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, theirs.device) and mine.equal(theirs):
-            theirs.data = mine.data
+        if (base.shape, base.dtype, base.device) == (copy.shape, copy.dtype, copy.device) and base.equal(copy):
+            copy.data = base.data
             shared += 1
     return shared
 
@@ -137,7 +137,7 @@ def lora_config(
     task_type: TaskType | str = TaskType.CAUSAL_LM,
     trainable_tokens: list[int] | None = None,
 ) -> LoraConfig | None:
-    """A LoRA configuration, or None where rank is 0. A reward model's score head is always trained and saved.
+    """Make a LoRA configuration; None if rank is 0. A reward model's score head is always trained and saved.
 
     trainable_tokens: ids whose embeddings the base never learned (chat tokens added to its vocabulary).
     """
@@ -156,5 +156,5 @@ def lora_config(
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Does this folder hold a LoRA adapter rather than full weights?"""
+    """Return whether a folder holds a LoRA adapter rather than full weights."""
     return Path(path, "adapter_config.json").is_file()

@@ -1,4 +1,4 @@
-"""A model's forward on prompts with responses: hidden states and log-probabilities of the response tokens."""
+"""A model's forward pass on prompts with responses: hidden states and log-probabilities of the response tokens."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from rlhf.models.heads import head_weight, logits_function
 from rlhf.models.logprobs import token_logprobs
 from rlhf.padding import Batch, position_ids
 
-LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}  # at once; 16 and 256 MiB in float32
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}  # 16 and 256 MiB in float32
 
 
 def response_hidden(model: Any, batch: Batch, packed: bool = False) -> Float[Tensor, "B T H"]:
-    """Hidden states of the positions before each response token; packed: computed without the padding."""
+    """Compute the hidden state before each response token; packed: without computing the padding (`rlhf.packing`)."""
     if packed and not batch.attention_mask.all() and batch.attention_mask.sum() <= packing.MOST_TOKENS:
-        places = batch.attention_mask.flatten().cumsum(0).view_as(batch.attention_mask) - 1
+        indices = batch.attention_mask.flatten().cumsum(0).view_as(batch.attention_mask) - 1
         states = packing.packed_hidden(model, batch.input_ids, batch.attention_mask)
-        return states[places.clamp(min=0).gather(1, batch.positions())]
+        return states[indices.clamp(min=0).gather(1, batch.positions())]
     mask = batch.attention_mask.long()
     hidden = backbone(model)(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
     ).last_hidden_state
-    places = batch.positions()
-    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+    indices = batch.positions()
+    return hidden.gather(1, indices[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def response_logprobs(
     model: Any, batch: Batch, temperature: float
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Log-probabilities of the response tokens under a causal model, and entropies, in nats; 0 on padding."""
+    """Compute the log-probabilities of the response tokens under a causal model, and the entropies, both in nats.
+
+    `temperature` divides the logits; both are 0 on padding."""
     return hidden_logprobs(model, response_hidden(model, batch), batch, temperature)
 
 
 def hidden_logprobs(
     model: Any, hidden: Float[Tensor, "B T H"], batch: Batch, temperature: float
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """`response_logprobs` from `response_hidden`."""
+    """Compute `response_logprobs` from the hidden states of `response_hidden`."""
     weight = head_weight(model)
     chunk = max(1, LOGITS_PER_CHUNK.get(weight.device.type, 2**26) // weight.shape[0])
     logprobs, entropy = token_logprobs(hidden, weight, batch.targets, temperature, chunk, logits_function(model))

@@ -1,4 +1,4 @@
-"""The language head, computed where it is needed: response positions when training, the last position when sampling."""
+"""The language head: its weight, and the changes that a family makes to the logits after it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from rlhf.models.adapters import base_model
 
 
 def head_weight(model: nn.Module) -> Tensor:
-    """The language head's weight [V, H]; with trained token embeddings tied to it, the merged one."""
+    """Return the language head's weight [V, H]; if trained token embeddings are tied to it, the merged weight.
+
+    Raises InputError if the head is sharded by itself or is not a linear layer."""
     plain = base_model(model)
     output = plain.get_output_embeddings()
     if isinstance(getattr(output, "weight", None), DTensor):
         raise InputError(
-            "the language head is sharded apart from the whole; in accelerate's configuration, set "
+            "the language head is sharded as a unit of its own; in accelerate's configuration, set "
             "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and leave fsdp_transformer_layer_cls_to_wrap out"
         )
     if isinstance(output, nn.Linear):
@@ -30,7 +32,7 @@ def head_weight(model: nn.Module) -> Tensor:
 
 
 def logits_function(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What the family does to its logits after the head: bias, scaling, soft cap. None for most."""
+    """Return a function that applies the family's changes to the logits: bias, scaling, soft cap; None if none."""
     plain = base_model(model)
     config = plain.config
     bias = getattr(plain.get_output_embeddings(), "bias", None)

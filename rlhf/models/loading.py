@@ -1,8 +1,8 @@
-"""Loading and saving the four models of RLHF, and the scalar head two of them carry.
+"""Loading of policies and tokenizers.
 
-A model arrives as a folder (full weights, or a LoRA adapter beside its base's name), a hub id, or an
-object. LoRA adapters are never merged: every stage of the chain is an adapter over the same base.
-`rlhf.ppo.actor_critic` joins them for PPO.
+A model is given as a folder (full weights, or a LoRA adapter with its base's name), a hub id, or an object. LoRA
+adapters are never merged: every stage of the chain is an adapter over the same base. `rlhf.models.scalar` loads reward
+models.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from rlhf.errors import InputError, reason
 from rlhf.models import encoders
 from rlhf.models.adapters import base_model, is_adapter
 
-# peft still asks for it by transformers' older name, whenever it wraps a model.
+# peft uses transformers' older name of this attribute whenever it wraps a model.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 _downloads_shown = not hub.are_progress_bars_disabled()
-transformers_logging.disable_progress_bar()  # for reading and writing weights: two bars with every checkpoint
-if _downloads_shown:  # transformers has switched these bars off, too
+transformers_logging.disable_progress_bar()  # of reading and writing weights: two bars with every checkpoint
+if _downloads_shown:  # the line above has switched these bars off too
     hub.enable_progress_bars()
 
 
 def check_folder(path: str | Path) -> None:
-    """Refuse what looks like a local path and holds no model, before transformers asks a hub for it."""
+    """Raise InputError for a local path without a model, before transformers looks for it on a hub."""
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not is_adapter(folder):
@@ -58,7 +58,7 @@ def check_folder(path: str | Path) -> None:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id, with a chat template and a pad token (see rlhf.chat)."""
+    """Load the tokenizer of a model folder or hub id, with a chat template and a pad token (see rlhf.chat)."""
     check_folder(path)
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -76,7 +76,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def tokenizer_of(
     model: str | Path | PreTrainedModel | PeftModel, given: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer given, made ready for chat, else the one beside the model."""
+    """Return the tokenizer passed, prepared for chat, else the one in the model's folder."""
     if given is not None:
         if isinstance(model, nn.Module):
             encoders.prepare_tokenizer(given, model.config)
@@ -95,9 +95,9 @@ def load_policy(
     lora: LoraConfig | None = None,
     seed: int = 0,
 ) -> PreTrainedModel | PeftModel:
-    """A causal language model to train: full weights, an adapter that goes on, or (`lora`) a fresh adapter.
+    """Load a causal language model to train: full weights, an adapter to continue, or (`lora`) a new adapter.
 
-    Under LoRA the trained adapter is the one called "default". Objects are used as they are, in place.
+    The trained adapter is named "default". A model object is used itself, not copied.
     """
     if isinstance(model, nn.Module):
         loaded = model
@@ -122,25 +122,25 @@ def load_policy(
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Let bitsandbytes' 4-bit layers hand gradients down on CPUs, too.
+    """Let bitsandbytes' 4-bit layers pass gradients to their inputs on CPUs too.
 
-    On a CPU with AVX512-BF16 their first forward in eval mode (sampling, say) lays the weights out anew, for an
-    operator without a backward: whatever lies below the layer would get no gradient from then on, without an error
-    (bitsandbytes 0.50). Raises InputError where that has happened already."""
+    On a CPU with AVX512-BF16 their first forward in eval mode (sampling, say) rearranges the weights for an operator
+    without a backward: from then on the layers below would get no gradient, without an error (bitsandbytes 0.50).
+    Raises InputError if that has happened already."""
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     for layer in layers:
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            raise InputError("the 4-bit model has been run in eval mode, after which it can't learn: load it anew")
+            raise InputError("the 4-bit model has been run in eval mode, after which it can't be trained; load it anew")
         layer.support_avx512bf16_for_cpu = False
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Are weights held in 8 or 4 bits? Then only adapters beside them can be trained."""
+    """Return whether weights are held in 8 or 4 bits, so that only adapters can be trained."""
     return bool(getattr(base_model(model), "is_quantized", False))
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """A fresh adapter whose weights the seed alone decides (peft draws them from the global generator)."""
+    """Add a new adapter whose weights depend on the seed alone (peft draws them from the global generator)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -151,11 +151,11 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Dropout off by probability, so that train mode (which gradient checkpointing needs) stays exact.
+    """Set every dropout probability to 0, so that train mode (which gradient checkpointing needs) stays exact.
 
-    Families keep probabilities in `nn.Dropout`, in float attributes (attention_dropout, attn_dropout, layerdrop
-    ...), or read them from their config at every forward (Falcon): inner modules then get a config of their
-    own, so that the one that is saved keeps the model's numbers.
+    Families keep the probabilities in `nn.Dropout`, in float attributes (attention_dropout, attn_dropout, layerdrop
+    ...), or read them from their config at every forward (Falcon). Inner modules therefore get their own copy of the
+    config, so that the saved one keeps the model's numbers.
     """
     quiet: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
@@ -177,8 +177,10 @@ def _zero_dropouts(thing: nn.Module | PreTrainedConfig) -> None:
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that shares nothing. (`copy.deepcopy` of a model whose `forward` a trainer replaced runs the
-    original's weights.)"""
+    """Copy a model so that nothing is shared.
+
+    (`copy.deepcopy` fails if a trainer has replaced the model's `forward`: the copy then runs the original's weights.)
+    """
     twin: Any = type(model)(copy.deepcopy(model.config))
     twin.to(device=model.device, dtype=model.dtype)
     twin.load_state_dict(model.state_dict())
@@ -187,7 +189,7 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silence transformers' table of missing weights: a new head's are drawn by us, an adapter's head comes after."""
+    """Silence transformers' table of missing weights inside the context: new heads are drawn or loaded afterwards."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -202,6 +204,7 @@ def from_pretrained(
     dtype: torch.dtype | None,
     **kwargs: Any,
 ) -> PreTrainedModel:
+    """Load a model from a folder or hub id, by default in float32. Raises InputError if that fails."""
     check_folder(path)
     try:
         with quietly():
@@ -209,14 +212,15 @@ def from_pretrained(
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no model could be loaded ({reason(error, 200)})") from error
     if model.device.type == "cpu":
-        # safetensors maps weights at any address, and a CPU's kernels round by it: at torch's own (aligned) addresses
-        # a model gives the same numbers to the last bit whatever file it came from
+        # safetensors maps weights at unaligned addresses, which change how a CPU's kernels round. Copied to torch's own
+        # (aligned) addresses, a model gives the same numbers to the last bit from any file.
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.clone()
     return model
 
 
 def config_of(path: str | Path) -> PreTrainedConfig:
+    """Load a model's configuration. Raises InputError if there is none."""
     try:
         return AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:
@@ -224,7 +228,7 @@ def config_of(path: str | Path) -> PreTrainedConfig:
 
 
 def _refuse_classifier(path: str | Path) -> None:
-    """transformers would load a reward model as a language model with a random head, without a word."""
+    """Raise InputError for a reward model, which transformers would load as a language model with a random head."""
     check_folder(path)
     if is_adapter(path):
         what = str(PeftConfig.from_pretrained(str(path)).task_type or "")
@@ -235,6 +239,7 @@ def _refuse_classifier(path: str | Path) -> None:
 
 
 def base_of(adapter: str | Path) -> str:
+    """Return the folder or hub id of an adapter's base model. Raises InputError if the adapter names none."""
     base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     if not base:
         raise InputError(
@@ -244,7 +249,7 @@ def base_of(adapter: str | Path) -> str:
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Grow the vocabulary for tokens that were added for chat; never shrink it (bases pad theirs)."""
+    """Enlarge the embeddings for tokens that were added for chat; never shrink them (bases pad their vocabulary)."""
     embeddings: Any = model.get_input_embeddings()
     if len(tokenizer) > embeddings.weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, a chunk of logits at a time."""
+"""Log-probabilities of given tokens from hidden states, computed one chunk of logits at a time."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def token_logprobs(
     chunk: int,
     logits_fn: LogitsFn | None = None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Log-probability of each target token, and the entropy of its distribution, both in nats.
+    """Compute each target token's log-probability and the entropy of its distribution, both in nats.
 
-    ``log_softmax(logits_fn(hidden @ weight.T) / temperature)`` in float32, `chunk` tokens at a time, so that
-    no more than ``chunk x V`` logits exist at once: backward computes each chunk again. Exact, not an
-    approximation. The entropy is a metric and carries no gradient. `logits_fn` holds what a model family
-    does to its logits after the head (bias, scaling, soft cap).
+    The formula is ``log_softmax(logits_fn(hidden @ weight.T) / temperature)`` in float32, computed `chunk` tokens at a
+    time, so that no more than ``chunk x V`` logits exist at once; backward computes each chunk again. The result is
+    exact. The entropy is a metric and carries no gradient. logits_fn: the model family's changes to its logits after
+    the head (bias, scaling, soft cap).
     """
     flat, labels = hidden.flatten(0, 1), targets.flatten()
     device = flat.device.type
@@ -38,18 +38,18 @@ def token_logprobs(
             logprobs, entropy = _HeadLogprobs.apply(flat, weight, labels, temperature, chunk)
         else:
             pieces = [(flat[i : i + chunk], labels[i : i + chunk]) for i in range(0, len(labels), chunk)]
-            again = partial(checkpoint, _chunk_logprobs, use_reentrant=False) if len(pieces) > 1 else _chunk_logprobs
-            parts = [again(h, weight, y, temperature, logits_fn) for h, y in pieces]
+            compute = partial(checkpoint, _chunk_logprobs, use_reentrant=False) if len(pieces) > 1 else _chunk_logprobs
+            parts = [compute(h, weight, y, temperature, logits_fn) for h, y in pieces]
             logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     return logprobs.view(targets.shape), entropy.view(targets.shape)
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """`_chunk_logprobs` of each chunk, with the gradient written out: few passes over each block of logits, in place.
+    """`_chunk_logprobs` of each chunk with a gradient written by hand: few passes over each block of logits, in place.
 
-    Each log-probability depends on its own row of `hidden` alone: ``d logprob / d hidden = (weight[target] - softmax
-    @ weight) / temperature``. That is computed while the probabilities are there, so backward only multiplies by it.
-    Where the head is trained too, backward makes the logits anew.
+    Each log-probability depends only on its own row of `hidden`: ``d logprob / d hidden = (weight[target] - softmax
+    @ weight) / temperature``. Forward computes this while it has the probabilities, so backward only multiplies by it.
+    If the head is trained too, backward computes the logits again.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 logits = _scaled(block, temperature)
                 top = logits.amax(-1, keepdim=True)
                 chosen = logits.gather(-1, y) - top
-                shifted = logits.sub_(top).clamp_(min=-1e30)  # p = 0 at a logit of -inf: 0 * -inf counts 0
+                shifted = logits.sub_(top).clamp_(min=-1e30)  # at a logit of -inf p = 0, and 0 * -inf must count as 0
                 powers = shifted.exp()
                 total = powers.sum(-1, keepdim=True)
                 mean = torch.linalg.vecdot(powers, shifted)[:, None] / total
@@ -96,7 +96,7 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), ctx.chunk):
             h = hidden[start : start + ctx.chunk]
-            slopes = h @ weight.T  # of the loss by each logit, once the loop has written them
+            slopes = h @ weight.T  # the logits, which the loop replaces by the loss's gradient
             for first in range(0, len(h), rows):
                 own = slice(start + first, start + min(first + rows, len(h)))
                 y, g = targets[own, None], scaled[own, None]
@@ -112,12 +112,12 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 def _rows_at_once(weight: Tensor) -> int:
-    """Rows of logits whose passes stay in a CPU's cache; a GPU takes whole chunks."""
+    """Return the number of rows of logits that fit a CPU's cache; on a GPU, no limit."""
     return max(1, 2**19 // weight.shape[0]) if weight.device.type == "cpu" else 2**31
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """In float32; in place where they are already."""
+    """Convert logits to float32 and divide by the temperature; in place if they are float32 already."""
     return logits.float() if temperature == 1.0 else logits.float().div_(temperature)
 
 
@@ -129,5 +129,5 @@ def _chunk_logprobs(
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
     with torch.no_grad():
         logp = logits - normaliser[:, None]
-        entropy = -(logp.exp() * logp).nan_to_num(0.0).sum(-1)  # p = 0 at a logit of -inf: 0 * -inf counts 0
+        entropy = -(logp.exp() * logp).nan_to_num(0.0).sum(-1)  # at a logit of -inf p = 0, and 0 * -inf counts as 0
     return logprobs, entropy

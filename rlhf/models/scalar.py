@@ -1,4 +1,4 @@
-"""Reward models: a backbone under a scalar head, and the normaliser of its scores."""
+"""Reward models: a backbone with a scalar head, and the normaliser of its scores."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ NORMALIZER_FILE = "score_normalizer.json"
 
 @dataclass(frozen=True)
 class ScoreNormalizer:
-    """Mean and spread of a reward model's raw scores; a normalised score is ``(raw - mean) / std``.
+    """The mean and spread of a reward model's raw scores; a normalised score is ``(raw - mean) / std``.
 
-    InstructGPT and Stiennon et al. (2020) shift so that reference responses score 0 on average; Ziegler
-    et al. (2019) also scale to unit variance, so that the KL coefficient keeps its meaning from one reward
-    model to the next. `count` is the number of responses it was measured on (0: never measured).
+    InstructGPT and Stiennon et al. (2020) shift scores so that reference responses score 0 on average; Ziegler
+    et al. (2019) also scale to unit variance, so that the KL coefficient means the same with every reward model.
+    count: the number of responses that mean and std were measured on (0: never measured).
     """
 
     mean: float = 0.0
@@ -68,14 +68,16 @@ class ScoreNormalizer:
             )
 
     def __call__(self, raw: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """Normalise raw scores."""
         return (raw - self.mean) / self.std
 
     def save(self, folder: str | Path) -> None:
+        """Write the normaliser beside a reward model."""
         Path(folder, NORMALIZER_FILE).write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> ScoreNormalizer:
-        """The normaliser saved beside a reward model; identity (count 0) where there is none."""
+        """Load the normaliser saved beside a reward model; the identity (count 0) if there is none."""
         path = Path(folder, NORMALIZER_FILE)
         return cls(**json.loads(path.read_text())) if path.is_file() else cls()
 
@@ -87,19 +89,19 @@ def new_scalar_model(
     dtype: torch.dtype | None = None,
     lora: LoraConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """A reward model to train, started from an SFT model, or from an encoder: its backbone under a new scalar head.
+    """Make a reward model to train from an SFT model or an encoder: its backbone with a new scalar head.
 
-    The head's weight is drawn from N(0, 1/sqrt(d + 1)) (Stiennon et al. 2020; 2403.17031, detail 14); it has
-    no bias, since the Bradley-Terry loss sees only differences and the normaliser shifts what remains. An
-    adapter folder is continued (a copy of its LoRA weights, plus the head); `lora` starts a fresh one.
-    An encoder keeps its family's own head; what of it the folder lacks is drawn with the seed.
+    The head's weight is drawn from N(0, 1/sqrt(d + 1)) (Stiennon et al. 2020; 2403.17031, detail 14). It has no bias,
+    since the Bradley-Terry loss depends only on differences and the normaliser shifts the scores. An adapter folder is
+    continued (a copy of its LoRA weights, plus the head); `lora` starts a new adapter. An encoder keeps its family's
+    own head; weights of it that the folder lacks are drawn with the seed.
     """
     scalar: Any
     adapter = model if not isinstance(model, nn.Module) and is_adapter(model) else None
     if isinstance(model, PeftModel):
         raise InputError("reward model: got a PeftModel object; save the adapter and pass its folder instead")
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # an encoder's head has more layers than the last one, which is drawn below
+        torch.manual_seed(seed)  # for the layers of an encoder's head before the last one, which is drawn below
         if isinstance(model, nn.Module):
             scalar = _with_scalar_head(model)
         else:
@@ -114,7 +116,7 @@ def new_scalar_model(
         if lora is not None and lora.r != config.r:
             raise InputError(f"lora_rank={lora.r}, but {adapter} is an adapter of rank {config.r}; leave it at 0")
         config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
-        if isinstance(config.trainable_token_indices, dict):  # the causal head has no place in a reward model
+        if isinstance(config.trainable_token_indices, dict):  # a reward model has no causal head
             kept = {name: ids for name, ids in config.trainable_token_indices.items() if name != "lm_head"}
             config.trainable_token_indices = kept or None
         peft_model = with_adapter(scalar, config, seed)
@@ -128,7 +130,7 @@ def new_scalar_model(
 def load_scalar_model(
     path: str | Path, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel | PeftModel, ScoreNormalizer]:
-    """A trained reward model and its normaliser, from a full folder, an adapter folder or a hub id."""
+    """Load a trained reward model and its normaliser from a full folder, an adapter folder or a hub id."""
     check_folder(path)
     if is_adapter(path):
         config = PeftConfig.from_pretrained(str(path))
@@ -150,13 +152,13 @@ def load_scalar_model(
 
 
 def score_head(model: nn.Module) -> nn.Module:
-    """The module that writes the score: a linear layer `score`, or what an encoder's family has."""
+    """Return the module that computes the score: a linear layer `score`, or the head of an encoder's family."""
     plain = base_model(model)
     return list(encoders.head_modules(plain).values())[-1] if encoders.is_encoder(plain.config) else plain.score
 
 
 def is_scalar(model: nn.Module) -> bool:
-    """Does this model object have a scalar head already?"""
+    """Return whether a model object already has a scalar head."""
     plain = base_model(model)
     if encoders.is_encoder(plain.config):
         return "SequenceClassification" in type(plain).__name__ and bool(plain.config.num_labels == 1)
@@ -164,7 +166,9 @@ def is_scalar(model: nn.Module) -> bool:
 
 
 def freeze_bias(model: nn.Module) -> None:
-    """The Bradley-Terry loss sees differences of scores only: an encoder's last bias would drift by rounding."""
+    """Freeze the bias of an encoder's last layer, which would drift by rounding.
+
+    The Bradley-Terry loss depends only on differences of scores, so the bias's exact gradient is 0."""
     plain = base_model(model)
     if encoders.is_encoder(plain.config):
         for module in score_head(plain).modules():
@@ -177,9 +181,9 @@ def last_token_scores(
     input_ids: Int[Tensor, "B T"],
     attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"],
 ) -> Float[Tensor, "B"]:
-    """Read raw scores at each row's last real position, found by the attention mask (pad may equal eos), in float32.
+    """Compute raw scores in float32 at each row's last real position, found by the attention mask (pad may equal eos).
 
-    Of an encoder: whatever position its own head reads, with padding masked."""
+    An encoder's own head reads the position of its family, with padding masked."""
     if encoders.is_encoder(model.config):
         return encoders.encoder_scores(model, input_ids, attention_mask)
     mask = attention_mask.long()
@@ -198,16 +202,16 @@ def _with_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
     config.num_labels = 1
     _provide_scalar_class(config)
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
-    # an encoder's masked language model may have no pooler, which is drawn
+    # not strict for an encoder: a masked language model may have no pooler, which is drawn
     backbone(scalar).load_state_dict(model.base_model.state_dict(), strict=not encoders.is_encoder(config))
     return scalar
 
 
 def _provide_scalar_class(config: PreTrainedConfig) -> None:
-    """Some families (Granite, Cohere ...) have no class with a score head: they get transformers' generic one.
+    """Register transformers' generic class with a score head for a family that has none (Granite, Cohere ...).
 
-    It is registered under the family's config, so that a saved reward model loads again; plain transformers
-    needs this call before it can load such a folder.
+    It is registered for the family's config, so that a saved reward model loads again; plain transformers needs this
+    call before it can load such a folder.
     """
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return
@@ -217,9 +221,9 @@ def _provide_scalar_class(config: PreTrainedConfig) -> None:
     family = next(cls for cls in trunk.__mro__[1:] if issubclass(cls, PreTrainedModel))
     name = f"{trunk.__name__.removesuffix('Model')}ForSequenceClassification"
     fields = {"base_model_prefix": trunk.base_model_prefix, "config_class": type(config)}
-    fields["__module__"] = trunk.__module__  # where transformers looks up what the family's attention and experts can
+    fields["__module__"] = trunk.__module__  # transformers looks there for the family's kinds of attention and experts
     scalar: Any = type(name, (GenericForSequenceClassification, family), fields)
-    AutoModelForSequenceClassification.register(type(config), scalar, exist_ok=True)  # else ignored without a word
+    AutoModelForSequenceClassification.register(type(config), scalar, exist_ok=True)  # else it is silently ignored
 
 
 def _last_linear(scalar: Any) -> nn.Linear:

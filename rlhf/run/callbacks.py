@@ -59,7 +59,7 @@ class Babysitter:
         or on a full disk."""
         with self.termination, checkpoint.full_disk_explained(self.folder):
             yield
-        if self.termination.told:
+        if self.termination.received:
             raise SystemExit(TERMINATED)
         self.alarms.raise_if_stopped()
 

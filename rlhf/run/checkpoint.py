@@ -1,10 +1,11 @@
-"""What a run leaves behind, whole or not at all: atomic folders, and the checkpoints that a run goes on from.
+"""Atomic writing of files and folders, and the checkpoints from which a run continues.
 
-A checkpoint is a folder `checkpoint-<step>` with a file `complete` in it, written last: the size and sha256 of every
-other file, and the settings that the run was made with. What is not complete is an interrupted save; what is complete
-but damaged, or another run's, is refused with its reason, and the one before it is used.
+A checkpoint is a folder `checkpoint-<step>` with a file `complete`, written last: the size and sha256 of every other
+file, and the settings of the run. A folder without that file is an interrupted save; one that is complete but damaged,
+or of another run, is refused with the reason, and the one before it is used.
 
-Everything is written beside its place and renamed, so a killed run leaves the old or the new, never a half.
+Everything is written under a temporary name and then renamed, so a killed run leaves the old or the new version, never
+half of one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ log = logging.getLogger("rlhf")
 COMPLETE = "complete"
 
 Settings = Mapping[str, Any]
-"""What a run was made with, by name: whatever `plain` has a JSON form for."""
+"""The settings of a run by name: values for which `plain` has a JSON form."""
 
 
 # ---------------------------------------------------------------- atomic writing
@@ -40,9 +41,9 @@ Settings = Mapping[str, Any]
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it becomes ``path``, replacing what was there.
+    """Yield an empty folder to fill; on success it becomes ``path`` and replaces a former one.
 
-    When the body raises, ``path`` stays as it was. What a killed run left half-written is removed.
+    If the body raises, ``path`` stays unchanged. Half-written folders of a killed run are removed.
     """
     path = Path(path)
     writing, replaced = _beside(path, "writing"), _beside(path, "replaced")
@@ -62,7 +63,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json_atomic(path: str | Path, value: object) -> None:
-    """Write JSON beside ``path``, then rename it into place."""
+    """Write JSON under a temporary name, then rename it to ``path``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = _beside(path, "writing")
@@ -79,7 +80,7 @@ def _beside(path: Path, what: str) -> Path:
 
 
 def recover(path: Path) -> None:
-    """Undo what a run that was killed inside ``atomic_folder`` left."""
+    """Clean up after a run that was killed inside ``atomic_folder``."""
     writing, replaced = _beside(path, "writing"), _beside(path, "replaced")
     if replaced.exists() and not path.exists():
         replaced.rename(path)
@@ -88,6 +89,7 @@ def recover(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
+    """Delete a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     elif path.exists() or path.is_symlink():
@@ -106,13 +108,14 @@ def _sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it to disk."""
     for inner in folder.rglob("*"):
         _sync(inner)
     _sync(folder)
 
 
 def plain(value: object) -> Any:
-    """The JSON form of records, configs, paths and numbers of NumPy or torch."""
+    """Return the JSON form of records, configs, paths and numbers of NumPy or torch. Raises TypeError for others."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -145,20 +148,20 @@ def require_disk(path: str | Path, needed_bytes: int) -> None:
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """All `checkpoint-<step>` folders, oldest step first, complete or not."""
+    """Return all `checkpoint-<step>` folders, complete or not, the lowest step first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def mark_complete(checkpoint: Path, settings: Settings) -> None:
-    """Flush a checkpoint to disk, then write down what it holds and what it was made with: from now on it counts."""
+    """Flush a checkpoint to disk, then write its file `complete` with file sizes, hashes and the run's settings."""
     sync_tree(checkpoint)
     files = {name: _fingerprint(checkpoint / name) for name in _files(checkpoint)}
     write_json_atomic(checkpoint / COMPLETE, {"files": files, "settings": plain(settings)})
 
 
 def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
-    """Raise InputError unless every byte is there that was saved, by a run of the same settings."""
+    """Raise InputError unless every saved file is unchanged and the run had the same settings."""
     try:
         marker = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
         files, saved = dict(marker["files"]), dict(marker["settings"])
@@ -182,11 +185,11 @@ def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
 
 
 def latest_checkpoint(folder: str | Path, settings: Settings) -> Path | None:
-    """The newest checkpoint to go on from; None where there is none yet.
+    """Return the newest checkpoint to continue from; None if there is none yet.
 
-    A damaged or foreign one is named in a warning with its reason and moved aside (`refused-checkpoint-<step>`); the
-    one before it is taken. InputError when checkpoints were completed and none of them can be used: starting from the
-    beginning is then the user's to say. Interrupted saves are removed.
+    A damaged checkpoint, or one of another run, is named in a warning with the reason and renamed to
+    `refused-checkpoint-<step>`; the one before it is used. Raises InputError if there are complete checkpoints but none
+    can be used: only the user may decide to start again. Interrupted saves are removed.
     """
     refused: list[tuple[Path, InputError]] = []
     for path in reversed(checkpoints_in(folder)):
@@ -213,11 +216,11 @@ def save_checkpoint(
 ) -> Path:
     """Let ``write`` fill a temporary folder and make it `checkpoint-<step>`; keep the newest ``keep``.
 
-    Raises RunStopped where the disk is full; the checkpoint before it is then still there.
+    Raises RunStopped if the disk is full; the checkpoint before it is then still there.
     """
     path = Path(folder) / f"checkpoint-{step}"
     with full_disk_explained(folder):
-        with atomic_folder(path) as temporary, full_disk_explained(folder):  # raised before clearing up makes room
+        with atomic_folder(path) as temporary, full_disk_explained(folder):  # inside, before clean-up frees space
             write(temporary)
             mark_complete(temporary, settings)
         prune(folder, keep)
@@ -234,7 +237,7 @@ def prune(folder: str | Path, keep: int) -> None:
 
 @contextlib.contextmanager
 def full_disk_explained(folder: str | Path) -> Iterator[None]:
-    """RunStopped in one line, instead of whatever torch or safetensors raise, when the disk of ``folder`` is full."""
+    """Turn any error of torch or safetensors into RunStopped with one line if the disk of ``folder`` is full."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, _safetensor_error()) as error:
@@ -249,7 +252,9 @@ def full_disk_explained(folder: str | Path) -> Iterator[None]:
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    """torch and safetensors turn ENOSPC into errors of their own, whose text says it, or only that a write failed."""
+    """Return whether an error comes from a full disk.
+
+    torch and safetensors raise their own errors, whose text names the full disk, or only says that a write failed."""
     text = ""
     cause: BaseException | None = error
     while cause is not None:  # torch hides the first error behind one about closing the file
@@ -285,7 +290,7 @@ def _fingerprint(path: Path) -> tuple[int, str]:
 
 
 class RandomState(TypedDict):
-    """States of the global generators. ``torch.save`` writes it, ``torch.load(..., weights_only=True)`` reads it."""
+    """The states of the global random generators, in a form that ``torch.load(..., weights_only=True)`` reads."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
@@ -294,7 +299,7 @@ class RandomState(TypedDict):
 
 
 def random_state() -> RandomState:
-    """Take the state of torch's, NumPy's and Python's global generators."""
+    """Return the state of torch's, NumPy's and Python's global generators."""
     import numpy as np
     import torch
 
@@ -308,12 +313,12 @@ def random_state() -> RandomState:
 
 
 def restore_random_state(state: RandomState) -> None:
-    """Put back what ``random_state`` took."""
+    """Restore the states that ``random_state`` returned."""
     import numpy as np
     import torch
 
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
-    if len(state["cuda"]) == torch.cuda.device_count():  # another machine: its CUDA streams differ anyway
+    if len(state["cuda"]) == torch.cuda.device_count():  # elsewhere, random streams differ anyway
         torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])

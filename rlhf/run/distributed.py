@@ -1,8 +1,8 @@
-"""Several processes: numbers put together over all of them, and what changes where FSDP2 shards the models.
+"""Several processes: numbers combined over all of them, and the handling of models that FSDP2 shards.
 
 A sharded parameter is a DTensor: each process holds a part of it, and the whole exists only while its module runs.
-So a forward is a collective: all processes must run as many of them, in the same order. What is here for sharded
-modules does nothing for one that is not sharded.
+So a forward is a collective: all processes must run the same number of forwards in the same order. The functions for
+sharded modules do nothing for other modules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf.errors import InputError
 
 
 def total(accelerator: Accelerator, value: float | Tensor) -> float:
-    """The sum of all processes' values, in float64."""
+    """Sum a value over all processes, in float64."""
     if accelerator.num_processes == 1:
         return float(value)
     tensor = torch.as_tensor(float(value), dtype=torch.float64, device=accelerator.device)
@@ -33,7 +33,7 @@ def total(accelerator: Accelerator, value: float | Tensor) -> float:
 
 
 def mean_and_variance(accelerator: Accelerator, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance of the real entries of all processes, computed in float64; float32 scalars."""
+    """Compute mean and population variance over all processes' real tokens, in float64; return float32 scalars."""
     count = total(accelerator, mask.sum())
     mean = torch.tensor(total(accelerator, torch.where(mask, x, 0.0).double().sum()) / count)
     spread = torch.where(mask, (x.double() - mean).square(), 0.0).sum()
@@ -41,20 +41,20 @@ def mean_and_variance(accelerator: Accelerator, x: Tensor, mask: Tensor) -> tupl
 
 
 def joined(accelerator: Accelerator, shares: dict[str, Tensor], largest: Collection[str]) -> dict[str, float]:
-    """Scalars of all processes in one exchange: the maximum of those named in `largest`, the sum of the others."""
+    """Combine scalars over all processes in one exchange: the maximum of the names in `largest`, the sum of others."""
     gathered = accelerator.gather(torch.stack([share.float() for share in shares.values()])[None]).cpu()
-    most, sums = gathered.amax(0).tolist(), gathered.sum(0).tolist()
-    return {name: most[i] if name in largest else sums[i] for i, name in enumerate(shares)}
+    maxima, sums = gathered.amax(0).tolist(), gathered.sum(0).tolist()
+    return {name: maxima[i] if name in largest else sums[i] for i, name in enumerate(shares)}
 
 
 def real_rows(accelerator: Accelerator, rows: int) -> int:
-    """Count those of this process's ``rows`` in the batch just fetched that are the data's own, and not repeated.
+    """Count this process's ``rows`` of the current batch that are not repetitions.
 
     With several processes accelerate fills the last batch of an epoch with rows from its beginning, so that all
-    have as many; trained on, they would count twice, and how many depends on the number of processes.
+    processes have the same number. Trained on, they would count twice, and their number depends on that of processes.
     """
     state = accelerator.gradient_state
-    if not state.end_of_dataloader or state.remainder < 1:  # of the last batch's rows over all processes; 0: all real
+    if not state.end_of_dataloader or state.remainder < 1:  # remainder: real rows of the last batch; 0: all are real
         return rows
     return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
 
@@ -66,14 +66,15 @@ Tree = TypeVar("Tree")
 
 
 def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP2 shards a module."""
     return isinstance(module, FSDPModule)
 
 
 def configure(accelerator: Accelerator) -> None:
-    """Refuse FSDP settings that PPO cannot be right with, and keep what leaves the module in float32.
+    """Raise InputError for FSDP settings that would make PPO wrong, and keep the module's outputs in float32.
 
-    accelerate's bf16 policy for FSDP2 would round the module's outputs to bfloat16, log-probabilities among them (an
-    error of 0.03 nats at -8: ratios would be noise), and add gradients up in bfloat16. Call it before `prepare`.
+    accelerate's bf16 policy for FSDP2 would round the module's outputs to bfloat16, log-probabilities included (an
+    error of 0.03 nats at -8: ratios would be noise), and sum gradients in bfloat16. Call this before `prepare`.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
@@ -92,9 +93,9 @@ def configure(accelerator: Accelerator) -> None:
 
 
 def layer_classes(models: Sequence[nn.Module]) -> list[str]:
-    """Names of the transformer layers in `models`: the units that accelerate's TRANSFORMER_BASED_WRAP cuts.
+    """Return the class names of the transformer layers in `models`: the units of accelerate's TRANSFORMER_BASED_WRAP.
 
-    Only those that are really there: accelerate refuses a name that it doesn't find.
+    Only classes that are present: accelerate refuses a name that it doesn't find.
     """
     declared = {name for model in models for name in getattr(model, "_no_split_modules", None) or ()}
     present = {type(module).__name__ for model in models for module in model.modules()}
@@ -105,10 +106,10 @@ def layer_classes(models: Sequence[nn.Module]) -> list[str]:
 
 
 def full(tree: Tree) -> Tree:
-    """`tree` (dicts, lists) with its tensors on the CPU, the sharded ones put together; a collective.
+    """Copy `tree` (dicts, lists) with its tensors on the CPU, and whole where they are sharded; a collective.
 
-    Only the first process keeps what was put together (one copy on a machine, not one for each GPU): elsewhere None
-    stands in its place. A tensor that is there twice (tied weights) stays one.
+    Only the first process keeps the gathered tensors (one copy per machine, not one per GPU); the others get None
+    instead. A tensor that occurs twice (tied weights) stays one.
     """
     done: dict[int, Tensor | None] = {}
 
@@ -131,7 +132,7 @@ def _full(tensor: Tensor) -> Tensor | None:
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as its parameter is kept: this process's part where that is sharded. No communication."""
+    """Return this process's part of a whole tensor if the parameter is sharded, else the tensor. No communication."""
     if not isinstance(parameter, DTensor):
         return tensor
     return distribute_tensor(
@@ -140,7 +141,7 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `full(optimizer.state_dict())` gave on the first process."""
+    """Load an optimizer's state, as `full(optimizer.state_dict())` returned it on the first process."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {
@@ -156,10 +157,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def reshard(root: nn.Module) -> None:
-    """Free every parameter that is still whole, so that `named_parameters` gives what the optimizer changes.
+    """Shard every parameter that is still whole again, so that `named_parameters` returns the optimizer's tensors.
 
-    FSDP2 keeps the root's own parameters whole after a forward without gradients; a value copied into one of those
-    would be lost at the next step, silently.
+    FSDP2 keeps the root's own parameters whole after a forward without gradients; a value copied into such a parameter
+    would be silently lost at the next step.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -168,11 +169,11 @@ def reshard(root: nn.Module) -> None:
 
 @contextmanager
 def whole(root: nn.Module, part: nn.Module) -> Iterator[None]:
-    """All parameters of `part` (and the root's own) whole on every process, and no communication inside.
+    """Make all parameters of `part` (and the root's own) whole on every process; no communication inside the context.
 
-    So a process whose responses are finished may stop while others go on sampling. `part` in the precision that it
-    computes in must fit on one device. `root` must have run a forward before (an empty one will do): else FSDP2
-    takes the first layer that runs for a root of its own.
+    So a process whose responses are finished may stop while others still sample. `part`, in the precision of its
+    forward, must fit on one device. `root` must have run a forward before (an empty one is enough), else FSDP2 takes
+    the first layer that runs for the root.
     """
     if not is_sharded(root):
         yield
@@ -192,18 +193,18 @@ def whole(root: nn.Module, part: nn.Module) -> Iterator[None]:
 
 
 def _reshards_after_forward(unit: Any) -> bool:
-    """What `fully_shard(reshard_after_forward=...)` was told; torch 2.13 can set it and has no public way to ask."""
+    """Return a unit's setting `reshard_after_forward`; torch 2.13 has a public way to set it and none to read it."""
     return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)
 
 
-# ---------------------------------------------------------------- as many forwards everywhere
+# ---------------------------------------------------------------- the same number of forwards on every process
 
 
 def even_plan(plan: list[list[list[int]]], root: nn.Module) -> list[list[list[int]]]:
-    """The micro-batch plan with as many micro-batches in each minibatch as the process that has the most.
+    """Cut micro-batches so that each minibatch has as many of them as on the process with the most.
 
-    Lengths differ, so plans do; a process with fewer forwards would leave the others waiting for ever. Cutting a
-    micro-batch changes no gradient.
+    The processes' plans differ because their lengths do, and a process with fewer forwards would leave the others
+    waiting for ever. Cutting a micro-batch changes no gradient. Does nothing for a module that is not sharded.
     """
     if not is_sharded(root):
         return plan
@@ -213,12 +214,17 @@ def even_plan(plan: list[list[list[int]]], root: nn.Module) -> list[list[list[in
 
 
 def cut(minibatch: list[list[int]], count: int) -> list[list[int]]:
-    """The same rows in `count` micro-batches: the largest is halved until there are as many."""
+    """Divide a minibatch's rows into `count` micro-batches by halving the largest one until there are enough.
+
+    Raises InputError if there are fewer rows than that."""
     minibatch = list(minibatch)
     while len(minibatch) < count:
-        place = max(range(len(minibatch)), key=lambda i: len(minibatch[i]))
-        rows = minibatch[place]
+        largest = max(range(len(minibatch)), key=lambda i: len(minibatch[i]))
+        rows = minibatch[largest]
         if len(rows) < 2:
-            raise InputError(f"{sum(map(len, minibatch))} responses on this process, {count} micro-batches on another")
-        minibatch[place : place + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+            raise InputError(
+                f"{sum(map(len, minibatch))} responses on this process, {count} micro-batches on another; raise "
+                "tokens_per_microbatch"
+            )
+        minibatch[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     return minibatch

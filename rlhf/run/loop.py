@@ -1,4 +1,4 @@
-"""What our own training loop shows to transformers' callbacks: trackers, progress bars, users' own."""
+"""The events that our own training loop sends to transformers' callbacks: trackers, progress bars, users' own."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from rlhf.run.trl_arguments import training_arguments
 
 
 def callback_arguments(config: Any) -> TrainingArguments:
-    """The TrainingArguments that callbacks receive. Making them resets accelerate's state: make them first."""
+    """Make the TrainingArguments that callbacks receive. It resets accelerate's state: call it before `Accelerator`."""
     return training_arguments(
         config, TrainingArguments, logging_steps=1, max_steps=config.updates, lr_scheduler_type="constant"
     )
 
 
 class CallbackLoop:
-    """State, control and callbacks of a loop that transformers.Trainer does not run.
+    """The state, control and callbacks of a training loop outside transformers.Trainer.
 
-    Events come in Trainer's order and with its keywords; a step is one PPO update. `metrics.jsonl` and `samples.jsonl`
-    are written in output_dir on the main process.
+    Events come in Trainer's order and with its keywords; a step is one PPO update. The main process writes
+    `metrics.jsonl` and `samples.jsonl` in output_dir.
     """
 
     def __init__(
@@ -65,27 +65,30 @@ class CallbackLoop:
 
     @property
     def should_stop(self) -> bool:
+        """Return whether a callback has asked to end training."""
         return self.control.should_training_stop
 
     @property
     def should_save(self) -> bool:
+        """Return whether a callback has asked for a checkpoint."""
         return self.control.should_save
 
     def last_metrics(self) -> dict[str, float]:
-        """What a resumed run logged last; empty for a new one."""
+        """Return the metrics that a resumed run logged last; {} for a new run."""
         return {name: value for name, value in (self.state.log_history or [{}])[-1].items() if name != "step"}
 
     def begin(self, step: int, steps: int) -> None:
+        """Send on_train_begin after `step` of `steps` updates; drop samples of later updates from samples.jsonl."""
         self.state.global_step, self.state.max_steps = step, steps
         if self.main:
             self._truncate_samples(step)
         self.control = self.handler.on_train_begin(self.args, self.state, self.control)
 
     def step(self, step: int, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-        """An update is done: log it, write its samples, let callbacks ask for a stop or a save."""
+        """Log a finished update, write its samples, and let callbacks ask for a stop or a save."""
         logged: dict[str, list[float]] = {}
-        for mine in gather_object([self._extra_metrics]):  # of every process
-            for name, values in mine.items():
+        for of_process in gather_object([self._extra_metrics]):
+            for name, values in of_process.items():
                 logged.setdefault(name, []).extend(values)
         extra = {name: sum(values) / len(values) for name, values in logged.items()}
         self.control = self.handler.on_step_begin(self.args, self.state, self.control)
@@ -104,22 +107,25 @@ class CallbackLoop:
         self._extra_columns.clear()
 
     def saved(self) -> None:
+        """Send on_save after a checkpoint was written."""
         self.control = self.handler.on_save(self.args, self.state, self.control)
         self.control.should_save = False
 
     def end(self) -> None:
+        """Send on_train_end. Raises RunStopped if an alarm has ended the run."""
         self.control = self.handler.on_train_end(self.args, self.state, self.control)
         self.alarms.raise_if_stopped()
 
     def save_state(self, file: Path) -> None:
-        """The log so far, and the state of users' callbacks that have one (transformers' ExportableState)."""
-        states: Any = self.state.stateful_callbacks  # a dict by then, whatever its annotation says
+        """Save the log so far, and the state of users' callbacks that have one (transformers' ExportableState)."""
+        states: Any = self.state.stateful_callbacks  # a dict at this point, unlike its annotation
         for callback in self.handler.callbacks:
             if isinstance(callback, ExportableState):
                 states[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(file))
 
     def load_state(self, file: Path) -> None:
+        """Restore what `save_state` wrote."""
         self.state = TrainerState.load_from_json(str(file))
         states: Any = self.state.stateful_callbacks
         for callback in self.handler.callbacks:
@@ -128,15 +134,15 @@ class CallbackLoop:
         self.state.is_local_process_zero = self.state.is_world_process_zero = self.main
 
     def log_metric(self, name: str, value: float) -> None:
-        """For reward functions: a number to be averaged over the update and logged (as in trl)."""
+        """Record a number from a reward function, to be averaged over the update and logged (as in trl)."""
         self._extra_metrics.setdefault(name, []).append(float(value))
 
     def log_extra(self, name: str, values: Sequence[Any]) -> None:
-        """For reward functions: a column of samples.jsonl, one value per response (as in trl)."""
+        """Record a column from a reward function for samples.jsonl, one value per response (as in trl)."""
         self._extra_columns.setdefault(name, []).extend(values)
 
     def _truncate_samples(self, step: int) -> None:
-        """Samples that a killed run wrote after its last checkpoint come again: drop them."""
+        """Drop the samples that a killed run wrote after its last checkpoint: the resumed run writes them again."""
         self.samples.parent.mkdir(parents=True, exist_ok=True)
         if self.samples.is_file():
             lines = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Going on where a run stopped, alike on all processes: from which checkpoint, and stopping when told to (SIGTERM)."""
+"""Resuming and stopping, the same on all processes: the checkpoint to continue from, and the end after SIGTERM."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rlhf.run.checkpoint import check_checkpoint, latest_checkpoint
 
 log = logging.getLogger("rlhf")
 
-TERMINATED = 143  # 128 + SIGTERM, what a shell reports of a process that SIGTERM ended
+TERMINATED = 143  # 128 + SIGTERM, the exit code that a shell reports for a process ended by SIGTERM
 
 
 def resume_point(
     accelerator: Accelerator, folder: str | Path, asked: bool | str | Path | None, settings: Mapping[str, Any]
 ) -> Path | None:
-    """The checkpoint to go on from, the same on all processes; None: from the beginning.
+    """Return the checkpoint to continue from, the same on all processes; None starts from the beginning.
 
-    asked: True takes the newest good one in ``folder`` (see `rlhf.run.checkpoint.latest_checkpoint`), a path names one.
-    Raises InputError for a damaged or foreign one.
+    asked: True takes the newest good one in ``folder`` (see `rlhf.run.checkpoint.latest_checkpoint`), a path names one,
+    False and None take none. Raises InputError for a damaged checkpoint or one of another run.
     """
     if not asked:
         return None
@@ -51,19 +51,19 @@ def resume_point(
 
 
 class Termination:
-    """SIGTERM as a wish to stop: the step in hand is finished and saved, then the process exits with 143.
+    """A context manager that records SIGTERM, so that a loop can finish its step, save, and exit with code 143.
 
-    A context manager around a training loop. A second SIGTERM ends the process at once, as does SIGKILL: what is on
-    disk is whole either way. Outside the main thread (some notebooks' servers) signals keep their meaning.
+    A second SIGTERM ends the process at once, as does SIGKILL; the files on disk are complete either way. Outside the
+    main thread (in some notebook servers) signals keep their default effect.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.told = False
+        self.received = False
         self._before: Any = None
 
     def __enter__(self) -> Termination:
-        self.told = False
+        self.received = False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._on_signal)
         return self
@@ -72,14 +72,14 @@ class Termination:
         self._restore()
 
     def agreed(self) -> bool:
-        """Has any process been told to stop? Called by all of them at the same place of the loop."""
+        """Return whether any process has received SIGTERM; a collective, called at the same step by all processes."""
         if self.accelerator.num_processes > 1:
-            told = torch.tensor([float(self.told)], device=self.accelerator.device)
-            self.told = bool(self.accelerator.reduce(told, "sum").item())
-        return self.told
+            received = torch.tensor([float(self.received)], device=self.accelerator.device)
+            self.received = bool(self.accelerator.reduce(received, "sum").item())
+        return self.received
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.told = True
+        self.received = True
         self._restore()
         log.warning("SIGTERM: finishing this step and saving a checkpoint; a second SIGTERM stops at once")
 

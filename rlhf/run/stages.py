@@ -1,9 +1,9 @@
-"""A stage of a run, and what tells its state: its inputs, its manifest.
+"""The stages of a run: their inputs, manifests and states (complete, interrupted or absent).
 
-A stage's folder tells its own state::
+The files in a stage's folder show its state::
 
-    inputs.json          written when the stage begins: what it was given
-    checkpoint-<step>/   where it goes on when it was interrupted (see `rlhf.run.checkpoint`)
+    inputs.json          written when the stage begins: its inputs
+    checkpoint-<step>/   the state from which an interrupted stage continues (see `rlhf.run.checkpoint`)
     manifest.json        written last: the stage is complete
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Inputs = Mapping[str, Any]
-"""What a stage was given, by name: whatever has a JSON form (`rlhf.run.checkpoint.plain`)."""
+"""A stage's inputs by name: values that have a JSON form (`rlhf.run.checkpoint.plain`)."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "rlhf-recipes")
 
@@ -43,9 +43,9 @@ def _canonical(value: object) -> bytes:
 
 
 def data_fingerprint(source: str | Path | Iterable[object]) -> str:
-    """sha256 of a dataset's content: a file's bytes, a folder's files, or every record of an iterable.
+    """Compute the sha256 of a dataset's content: a file's bytes, a folder's files, or every record of an iterable.
 
-    A hub id can't be read without loading it; its name is hashed (pass the loaded records to be sure).
+    Of a hub id only the name is hashed, because its content isn't loaded; pass the loaded records to be sure.
     """
     digest = hashlib.sha256()
     if isinstance(source, str | Path):
@@ -65,10 +65,10 @@ def data_fingerprint(source: str | Path | Iterable[object]) -> str:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides a tokenizer's ids: vocabulary, merges, normalisation, special tokens.
+    """Compute the sha256 of what decides a tokenizer's ids: vocabulary, merges, normalisation, special tokens.
 
-    The padding and truncation that a fast tokenizer remembers from its last call don't count; nor does the
-    chat template, which the manifest keeps apart.
+    The padding and truncation settings that a fast tokenizer keeps from its last call don't count; nor does the chat
+    template, which has its own field in the manifest.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -95,11 +95,11 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a stage was given, what it made, and with what. Written when the stage is complete."""
+    """The record of a complete stage: its inputs, its outputs, and the software that it ran with."""
 
     stage: str
     inputs: Inputs
-    """Config, data fingerprints, parents' fingerprints: another value here is another run."""
+    """Config, data fingerprints, fingerprints of earlier stages; with other values it is another run."""
     seed: int
     base_model: str | None = None
     base_revision: str | None = None
@@ -116,7 +116,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all that the next stage depends on: not when, how fast or by which command."""
+        """Return the sha256 of all that the next stage depends on: not the time, the speed or the command."""
         apart = ("seconds", "created", "command", "versions")
         content = {key: value for key, value in plain(self).items() if key not in apart}
         content["outputs"] = {key: value for key, value in self.outputs.items() if "second" not in key}
@@ -135,7 +135,7 @@ class Manifest:
         content = _read_json(path)
         names = {item.name for item in dataclasses.fields(cls)}
         if not isinstance(content, dict) or not {"stage", "inputs", "seed"} <= set(content):
-            raise InputError(f"{path}: is no manifest of a stage (stage, inputs and seed belong in it)")
+            raise InputError(f"{path}: is no manifest of a stage (it must have stage, inputs and seed)")
         content = {key: value for key, value in content.items() if key in names}
         return cls(**content | {"stop_ids": tuple(content.get("stop_ids") or ())})
 
@@ -157,10 +157,10 @@ State = Literal["complete", "interrupted", "absent"]
 
 
 def stage_state(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> State:
-    """Whether the stage in ``folder`` is complete, was interrupted, or never began. Changes nothing.
+    """Return whether the stage in ``folder`` is complete, was interrupted, or never began. Changes nothing.
 
-    Raises InputError when the folder holds a run with other inputs (with ``overwrite`` that counts as "absent"), or
-    something that is no run of ours.
+    Raises InputError if the folder holds a run with other inputs (with ``overwrite`` that counts as "absent"), or
+    other files that no run of this library wrote.
     """
     folder = Path(folder)
     try:
@@ -190,20 +190,20 @@ def _stage_state(folder: Path, inputs: Inputs) -> State:
 
 
 def begin_stage(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> State:
-    """Record a stage's inputs before its work begins; returns the state that the folder was in.
+    """Record a stage's inputs before its work begins; return the folder's state before the call.
 
-    With ``overwrite`` another run's stage in the folder is deleted first; a folder that is no stage never is,
-    and the same run (equal inputs) goes on as without it.
+    With ``overwrite`` a stage with other inputs is deleted first. A folder that is no stage is never deleted, and a
+    stage with equal inputs continues as without ``overwrite``.
     """
     folder = Path(folder)
     state = stage_state(folder, inputs, overwrite)
     if state == "absent":
-        if _is_stage(folder):  # another run's, to be replaced
+        if _is_stage(folder):  # a stage of another run, to be replaced
             shutil.rmtree(folder)
         write_json_atomic(folder / "inputs.json", inputs)
     for leftover in [*folder.glob(".*.writing"), *folder.glob(".*.replaced")]:
         recover(folder / leftover.name[1:].rpartition(".")[0])
-    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:  # a killed write_jsonl's, safetensors'
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:  # from a killed write_jsonl or safetensors
         leftover.unlink()
     return state
 
@@ -218,7 +218,7 @@ def finish_stage(folder: str | Path, manifest: Manifest, keep_checkpoints: bool 
 
 
 def drop_checkpoints(folder: str | Path) -> None:
-    """Delete a complete stage's checkpoints: a run killed right after writing the manifest leaves them behind."""
+    """Delete a complete stage's checkpoints, which a run killed right after writing the manifest leaves behind."""
     for checkpoint in checkpoints_in(folder):
         remove(checkpoint)
 
@@ -227,7 +227,7 @@ def _require_same(recorded: Inputs, inputs: Inputs, folder: Path) -> None:
     differences = list(_differences(recorded, json.loads(_canonical(inputs)), ""))
     if not differences:
         return
-    # a readable field says more than a hash that follows from it
+    # prefer a readable field to a hash that depends on it
     name, before, now = min(differences, key=lambda found: "fingerprint" in found[0])
     raise InputError(
         f"output_dir {folder} belongs to another run: {name} was {_shown(before)}, now {_shown(now)}; "

@@ -1,4 +1,4 @@
-"""The decode loop that samples by default: left-padded prompts, a key-value cache, finished rows leave the batch."""
+"""The built-in decode loop: left-padded prompts, a key-value cache, finished rows leave the batch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ log = logging.getLogger("rlhf")
 
 
 class TransformersEngine:
-    """Sampling with a transformers model: left-padded prompts, a KV cache, finished rows leave the batch.
+    """An engine that samples with a transformers model: left-padded prompts, a KV cache, finished rows leave the batch.
 
-    rows_per_batch bounds memory; rows are grouped by prompt length. A hub model's generation_config is
-    ignored: the distribution sampled from is the one the trainer scores. The first call checks that the
-    model's family can be sampled from in this way (`can_decode`); one that can't is left to transformers'
-    `generate` (`rlhf.sampling.generate`), and where that differs from the model's own logits too, InputError is raised.
+    rows_per_batch bounds memory; rows are grouped by prompt length. A hub model's generation_config is ignored, so the
+    tokens come from the distribution that the trainer scores. The first call checks that the loop works for the model's
+    family (`can_decode`). If not, transformers' `generate` samples (`rlhf.sampling.generate`); if that differs from the
+    model's own logits too, the call raises InputError.
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], pad_id: int, rows_per_batch: int = 256):
@@ -37,13 +37,13 @@ class TransformersEngine:
         self.stop_ids = tuple(stop_ids)
         self.pad_id = pad_id
         self.rows_per_batch = rows_per_batch
-        # on a GPU, asking which rows have finished waits for it: there they leave the batch every so many steps
+        # Reading which rows have finished makes the CPU wait for a GPU, so there rows leave only every 8 steps.
         self.check_every = 1 if model.device.type == "cpu" else 8
         self._own_loop: bool | None = None  # not yet known
 
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
-        """Inside, rows leave the batch at the step that finishes them, on a GPU too."""
+        """Let rows leave the batch at the step that finishes them inside the context, on a GPU too."""
         every, self.check_every = self.check_every, 1
         try:
             yield
@@ -54,10 +54,11 @@ class TransformersEngine:
     def generate(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
     ) -> Responses:
+        """Sample one response per prompt, in the prompts' order."""
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
         ids: list[list[int]] = [[] for _ in prompt_ids]
         training = self.model.training
-        self.model.eval()  # gradient checkpointing in train mode would switch the cache off
+        self.model.eval()  # in train mode, gradient checkpointing would switch the cache off
         try:
             if self._own_loop is None:
                 self._own_loop = can_decode(self.model, self.pad_id)
@@ -81,7 +82,7 @@ class TransformersEngine:
         device = self.model.device
         input_ids, mask = pad(prompts, self.pad_id, device, side="left")
         stop = torch.tensor(self.stop_ids, device=device)
-        cache: Any = DynamicCache(config=self.model.config)  # its annotations ask for torch.LongTensor
+        cache: Any = DynamicCache(config=self.model.config)  # Any: its annotations demand torch.LongTensor
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         attention = mask.long()
         alive = torch.arange(len(prompts), device=device)
@@ -97,7 +98,7 @@ class TransformersEngine:
                 if len(keep) == 0:
                     break
                 if len(keep) < len(done):
-                    cache.reorder_cache(keep)  # every layer type has it, recurrent and convolutional ones too
+                    cache.reorder_cache(keep)  # all cache layers have this method, recurrent and convolutional ones too
                     alive, token, attention, positions = alive[keep], token[keep], attention[keep], positions[keep]
                     done = done[keep]
             attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
@@ -113,8 +114,8 @@ def next_logits(
     positions: Int[Tensor, "B L"],
     cache: Cache,
 ) -> Float[Tensor, "B V"]:
-    """Logits of the token after `input_ids`, whose S - L predecessors stand in the cache."""
-    # as an index: a slice is no contiguous tensor, and its product with the head makes B copies of the head on a CPU
+    """Return the logits of the token after `input_ids`; the cache holds the S - L tokens before them."""
+    # An index, not a slice: the product of a non-contiguous slice with the head makes B copies of the head on a CPU.
     last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
     return model(
         input_ids=input_ids,
@@ -127,7 +128,9 @@ def next_logits(
 
 
 def can_decode(model: PreTrainedModel, pad_id: int) -> bool:
-    """Whether the decode loop samples what the model scores; False where `generate` does, InputError if neither."""
+    """Return whether the decode loop samples from the distribution that the model scores; False if `generate` does.
+
+    Raises InputError if neither does."""
     fault = decoding_fault(model, pad_id)
     if fault is None:
         return True
@@ -137,17 +140,19 @@ def can_decode(model: PreTrainedModel, pad_id: int) -> bool:
             f"{family}: {fault}, and transformers' generate fails or differs too; PPO needs a causal decoder with "
             "a working cache"
         )
-    log.warning("%s: %s; so transformers' generate samples, rows of one prompt length at once: slower", family, fault)
+    log.warning(
+        "%s: %s; so transformers' generate samples, which is slower: one prompt length per batch", family, fault
+    )
     return False
 
 
 @torch.no_grad()
 def decoding_fault(model: PreTrainedModel, pad_id: int) -> str | None:
-    """Why the decode loop would sample from another distribution than the one the model scores; None if it does not.
+    """Explain why the decode loop would sample from another distribution than the model's; None if it would not.
 
-    Two short rows, left-padded, the longer one leaving after a step, against each row alone in one forward:
-    the same next-token probabilities? Not where a family keeps a state of its own instead of a cache (Mamba,
-    RWKV), sees later tokens (BERT), or takes padding for text (RecurrentGemma).
+    Compares the next-token probabilities of two short left-padded rows, of which the longer leaves after a step, with
+    those of each row alone in one forward. They differ where a family keeps its own state instead of a cache (Mamba,
+    RWKV), sees later tokens (BERT), or reads padding as text (RecurrentGemma).
     """
     embeddings: Any = model.get_input_embeddings()
     vocabulary, device = embeddings.weight.shape[0], model.device
@@ -155,7 +160,7 @@ def decoding_fault(model: PreTrainedModel, pad_id: int) -> str | None:
     alone = [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0] for ids in (long, short)]
     expected = torch.stack([alone[0][-1], alone[1][-2], alone[1][-1]])
     if bool(expected.isnan().any()):
-        return None  # broken weights: sampling itself stops on them
+        return None  # the weights are broken: sampling stops on them with a better message
     cache: Any = DynamicCache(config=model.config)
     input_ids, mask = pad([long, short[:-1]], pad_id, device, side="left")
     attention, last = mask.long(), torch.tensor([short[-1:]], device=device)

@@ -1,4 +1,4 @@
-"""The interface of an engine that samples responses, and what it returns."""
+"""The interface of an engine that samples responses, and the record that it returns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Responses:
-    """What an engine wrote: token ids (with the stop token where there is one), and whether each stopped.
+    """An engine's responses: token ids (including the stop token, if there is one), and whether each one stopped.
 
     logprobs: each token's log-probability in nats under the distribution that the engine drew it from (at the
-    temperature); None from an engine that computes as the trainer does, whose draws need no correction.
+    temperature); None if the engine computes as the trainer does, so that its draws need no correction.
     """
 
     ids: list[list[int]]
@@ -24,14 +24,14 @@ class Responses:
     logprobs: list[list[float]] | None = None
 
     def padded_logprobs(self) -> Float[Tensor, "N T"] | None:
-        """`logprobs` in a rectangle, 0 on padding."""
+        """Return `logprobs` as a tensor [N, T], 0 on padding; None if there are none."""
         if self.logprobs is None:
             return None
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in self.logprobs], batch_first=True)
 
 
 class Engine(Protocol):
-    """Samples one response per prompt from the full softmax (no top-k, no top-p, no penalties)."""
+    """An engine: it samples one response per prompt from the full softmax (no top-k, no top-p, no penalties)."""
 
     def generate(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
@@ -40,7 +40,8 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Follower(Engine, Protocol):
-    """An engine with weights of its own: the trainer hands it the policy whose weights each `generate` must sample
-    with, and the ids that end a response."""
+    """An engine with its own copy of the weights.
+
+    The trainer passes the policy, whose current weights each `generate` must use, and the ids that end a response."""
 
     def follow(self, policy: Any, stop_ids: Sequence[int]) -> None: ...

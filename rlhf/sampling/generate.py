@@ -1,7 +1,7 @@
-"""transformers' own `generate`, for families whose state the decode loop cannot use (Mamba, MiniMax).
+"""Sampling by transformers' own `generate`, for families whose state the decode loop cannot use (Mamba, MiniMax).
 
-Such a state has no place for padding, so rows of equal prompt length are sampled together, and finished rows stay
-until the last one ends: slower than the decode loop, but it works wherever `generate` does.
+Such a state cannot skip padding, so rows of equal prompt length are sampled together, and finished rows stay in the
+batch until the last one ends: slower than the decode loop, but it works wherever `generate` does.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def generate_alike(
     generator: torch.Generator,
     rows_per_batch: int,
 ) -> list[list[int]]:
-    """One response per prompt, in their order, from the full softmax (temperature 0: the most likely tokens)."""
+    """Sample one response per prompt, in their order, from the full softmax (temperature 0: the most likely tokens)."""
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or None,
-        top_k=0 if temperature > 0 else None,  # off: 50 by itself
+        top_k=0 if temperature > 0 else None,  # off; the default is 50
         eos_token_id=list(stop_ids) or None,
         pad_token_id=pad_id,
     )
@@ -50,14 +50,16 @@ def generate_alike(
                 ids = torch.tensor([prompts[i] for i in rows], device=model.device)
                 written = run(input_ids=ids, attention_mask=torch.ones_like(ids))
                 for row, tokens in zip(rows, written[:, length:].tolist(), strict=True):
-                    ends = [place + 1 for place, token in enumerate(tokens) if token in stop_ids]
+                    ends = [index + 1 for index, token in enumerate(tokens) if token in stop_ids]
                     responses[row] = tokens[: ends[0]] if ends else tokens
     return responses
 
 
 @torch.no_grad()
 def generate_agrees(model: PreTrainedModel, pad_id: int) -> bool:
-    """Are `generate`'s next-token probabilities those of one forward without a cache? Two short rows, three steps."""
+    """Return whether `generate` has the next-token probabilities of one forward without a cache.
+
+    Compared on two short rows, over three steps."""
     embeddings: Any = model.get_input_embeddings()
     run: Any = model.generate
     vocabulary = embeddings.weight.shape[0]
@@ -75,18 +77,18 @@ def generate_agrees(model: PreTrainedModel, pad_id: int) -> bool:
 
 
 def total_variation(logits: Float[Tensor, "*B V"], others: Float[Tensor, "*B V"]) -> float:
-    """The largest, over rows, of half the summed distance between two softmax distributions."""
+    """Return the total variation (half the summed distance) of two softmax distributions, the largest over rows."""
     return float(0.5 * (logits.float().softmax(-1) - others.float().softmax(-1)).abs().sum(-1).max())
 
 
 def most_apart(dtype: torch.dtype) -> float:
-    """The total variation that two ways to the same logits, computed in `dtype`, may show."""
-    return 1e-3 if dtype == torch.float32 else 0.25  # in half precision, batch sizes alone make a difference
+    """Return the largest total variation that rounding in `dtype` may cause between two computations of the logits."""
+    return 1e-3 if dtype == torch.float32 else 0.25  # in half precision the batch size alone makes a difference
 
 
 @contextmanager
 def _settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Inside, `settings` are all there is: what a hub model ships (top-k, penalties) would fill the ones left out."""
+    """Replace the model's generation_config inside the context, since `generate` adds its values (top-k, penalties)."""
     plain = base_model(model)
     shipped, plain.generation_config = plain.generation_config, settings
     try:
@@ -97,7 +99,7 @@ def _settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
 
 @contextmanager
 def _drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """`generate` draws from torch's global generator: inside, one that is seeded from `generator`, and put back."""
+    """Seed torch's global generator, from which `generate` draws, from `generator`; restore it afterwards."""
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """A vLLM server as the engine that samples. NOT YET RUN ON A GPU: see the class.
 
 trl's public client (`trl.generation.vllm_client.VLLMClient`) does the transport and the weight transfer; this module
-says what is sent and checks what comes back.
+builds the requests and the weights, and checks the answers.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ START = (
 
 
 class VLLMEngine:
-    """Samples with a vLLM server (`vllm serve`, on GPUs of its own) that is sent the policy's weights.
+    """An engine that samples with a vLLM server (`vllm serve`, on GPUs of its own) and sends it the policy's weights.
 
-    Not yet run on a GPU: its tests let trl's client talk to a second process that serves tokens over HTTP; vLLM itself
+    Not yet run on a GPU: in its tests, trl's client talks to a second process that serves tokens over HTTP; vLLM itself
     and NCCL were never part of them.
 
     ::
 
         trainer = PPOTrainer("runs/my/sft", reward_model, args, prompts, engine=VLLMEngine("http://localhost:8000"))
 
-    Before every `generate` the whole policy is sent, a LoRA policy as merged copies of its weights (`policy_weights`);
-    the trainer's own tensors are not touched. Tokens come from the full softmax at the trainer's temperature (no
-    top-k, top-p, min-p or penalties) and end at the trainer's stop ids only, not at the hub model's. Every prompt is a
-    request of its own, with a seed of its own drawn from `generator`: vLLM would give all prompts of one request the
-    same seed, and so the same random numbers. (Seeds make a run repeatable only as far as vLLM's arithmetic is, which
-    depends on what else is in the batch.)
+    Before every `generate` it sends the whole policy, a LoRA policy as merged copies of its weights (`policy_weights`);
+    the trainer's own tensors never change. Tokens come from the full softmax at the trainer's temperature (no top-k,
+    top-p, min-p or penalties) and end at the trainer's stop ids only, not at the hub model's. Every prompt is a request
+    of its own, with its own seed drawn from `generator`: vLLM would give all prompts of one request the same seed, and
+    so the same random numbers. (Seeds make a run repeatable only as far as vLLM's arithmetic is repeatable, which
+    depends on the other rows of its batch.)
 
     The responses carry the server's log-probabilities, with which PPO corrects for the difference between the server's
     arithmetic and the trainer's (`ppo_math.importance_weights`).
 
-    With several processes each one sends its own prompts, and the main one alone sends the weights while the others
+    With several processes each one sends its own prompts, and only the main one sends the weights while the others
     wait.
 
-    url: where the server listens. group_port: a free port of the trainer's machine, over which the weights'
-    connection is made. timeout_seconds: the longest time of one request. Raises InputError where the server is not
-    there or not set up for this, RunStopped where it fails later.
+    url: the server's address. group_port: a free port of the trainer's machine for the connection that carries the
+    weights. timeout_seconds: the time limit of one request. Raises InputError if the server cannot be reached or is
+    not set up for this, RunStopped if it fails later.
     """
 
     def __init__(self, url: str, group_port: int = 51216, timeout_seconds: float = 600.0):
@@ -72,8 +72,8 @@ class VLLMEngine:
         self._weights_connected = False
 
     def follow(self, policy: Any, stop_ids: Sequence[int]) -> None:
-        """Whose weights to sample with, and where a response ends; the trainer calls it."""
-        for _ in policy_weights(policy):  # refuses adapters that can't be sent before anything is computed
+        """Set the policy whose weights to sample with, and the ids that end a response; the trainer calls it."""
+        for _ in policy_weights(policy):  # refuse adapters that can't be sent before anything is computed
             pass
         self.policy, self.stop_ids = policy, tuple(stop_ids)
 
@@ -81,6 +81,7 @@ class VLLMEngine:
     def generate(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
     ) -> Responses:
+        """Send the policy's weights, then sample one response per prompt."""
         self._send_weights_once()
         seeds = torch.randint(2**62, (len(prompt_ids),), generator=generator, device=generator.device).tolist()
 
@@ -104,16 +105,16 @@ class VLLMEngine:
             with stopping(f"{self.url}: sampling"):
                 rows = list(pool.map(respond, prompt_ids, seeds))
         finally:
-            pool.shutdown(cancel_futures=True)  # after a failure, don't try all the others first
+            pool.shutdown(cancel_futures=True)  # after a failure, don't send the remaining requests
         ids, logprobs = [row[0] for row in rows], [row[1] for row in rows]
         return Responses(ids, [row[-1] in self.stop_ids for row in ids], logprobs)
 
     # -- the weights -------------------------------------------------------------------------------------------
 
     def _send_weights_once(self) -> None:
-        """The main process sends; all go on once the server has everything, and all stop where that failed."""
+        """Send the weights from the main process; all processes wait for it, and all raise its error if it fails."""
         if self.policy is None:
-            raise ValueError("VLLMEngine: no policy to follow; hand it to PPOTrainer(engine=...), or call follow()")
+            raise ValueError("VLLMEngine: no policy to follow; pass it as PPOTrainer(engine=...), or call follow()")
         state = PartialState()
         state.wait_for_everyone()  # no process is still sampling with the weights that are about to change
         failure: list[Any] = [None]
@@ -128,13 +129,13 @@ class VLLMEngine:
             raise failure[0]
 
     def send_weights(self) -> None:
-        """The policy's current weights to the server, whose cache of prompts computed with older ones is emptied."""
+        """Send the policy's current weights to the server and empty its prefix cache, which holds older states."""
         if not self._weights_connected:
             self.connect_weights()
             self._weights_connected = True
         weights = list(policy_weights(self.policy))
         if any(isinstance(base, DTensor) for _, base, _ in weights):
-            raise InputError(f"{self.url}: the policy's weights are cut over the processes; sample inside sampling()")
+            raise InputError(f"{self.url}: the policy's weights are sharded; sample inside ActorCritic.sampling()")
         metadata = [(name, str(base.dtype).removeprefix("torch."), list(base.shape)) for name, base, _ in weights]
         # autocast would round a LoRA product to bfloat16
         with stopping(f"{self.url}: sending the weights"), torch.autocast(self.policy.device.type, enabled=False):
@@ -142,7 +143,7 @@ class VLLMEngine:
             self.client.reset_prefix_cache()
 
     def connect_weights(self) -> None:
-        """Join the server's group for the transfer of weights (NCCL). Raises InputError where that cannot be."""
+        """Join the server's NCCL group for the transfer of weights. Raises InputError if that is impossible."""
         device = self.transfer_device()
         try:
             self._check_settings(self.client.get_server_info())
@@ -153,7 +154,7 @@ class VLLMEngine:
             raise InputError(f"{self.url}: {one_line(error)}; start the server with: {START}") from error
 
     def transfer_device(self) -> torch.device:
-        """The GPU from which the weights go to the server. Raises InputError where the policy is on none."""
+        """Return the GPU that sends the weights. Raises InputError if the policy is not on a GPU."""
         device = self.policy.device
         if device.type != "cuda":
             raise InputError(
@@ -175,13 +176,13 @@ class VLLMEngine:
 
 
 def connect(url: str, group_port: int, timeout_seconds: float) -> VLLMClient:
-    """trl's client of the server at `url`, with a time limit on every request. Raises InputError."""
+    """Connect trl's client to the server at `url`, with a time limit on every request. Raises InputError."""
     advice = f"start it with: {START}; or name another address"
     try:
         health = requests.get(f"{url}/health", timeout=min(30.0, timeout_seconds))
     except requests.RequestException as error:
         raise InputError(f"{url}: no vLLM server can be reached ({one_line(error)}); {advice}") from None
-    if health.status_code != 200:  # trl's client would ask again for ever
+    if health.status_code != 200:  # trl's client would repeat the request for ever
         raise InputError(f"{url}: no vLLM server in good health ({health.status_code} from /health); {advice}")
     try:
         client = VLLMClient(base_url=url, group_port=group_port)
@@ -191,15 +192,15 @@ def connect(url: str, group_port: int, timeout_seconds: float) -> VLLMClient:
         ) from None
     except Exception as error:
         raise InputError(f"{url}: not a vLLM server ({one_line(error)}); {advice}") from error
-    # trl reads a request again up to 5 times: once is enough for a connection that had gone stale
-    theirs: Any = client.session.get_adapter(url)
-    retries = theirs.max_retries.new(read=1)
+    # trl repeats a request up to 5 times after a read error; once is enough for a stale connection
+    adapter: Any = client.session.get_adapter(url)
+    retries = adapter.max_retries.new(read=1)
     client.session.mount(url, TimedAdapter(timeout_seconds, max_retries=retries, pool_maxsize=REQUESTS_AT_ONCE))
     return client
 
 
 class TimedAdapter(HTTPAdapter):
-    """trl's client sets no time limit, so a server that hangs would hang the run."""
+    """An HTTP adapter with a time limit; trl's client sets none, so a server that hangs would hang the run."""
 
     def __init__(self, timeout_seconds: float, **kwargs: Any):
         self.timeout_seconds = timeout_seconds
@@ -211,7 +212,7 @@ class TimedAdapter(HTTPAdapter):
 
 @contextmanager
 def stopping(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside ends the run in one line."""
+    """Turn any error inside the context into RunStopped with a message of one line."""
     try:
         yield
     except Exception as error:
@@ -221,7 +222,7 @@ def stopping(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without line breaks, shortened."""
+    """Return an exception's message on one line, shortened to 240 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = f"it sent no {text}" if isinstance(error, KeyError) else text
     return text if len(text) <= 240 else f"{text[:237]}..."
@@ -230,7 +231,7 @@ def one_line(error: BaseException) -> str:
 def read_answer(
     answer: dict[str, Any], prompt: list[int], max_new_tokens: int, stop_ids: Sequence[int]
 ) -> tuple[list[int], list[float]]:
-    """One response's token ids and their log-probabilities. Raises ValueError where they cannot be right."""
+    """Read one response's token ids and their log-probabilities. Raises ValueError if they cannot be right."""
     if answer["prompt_ids"] != [prompt]:
         raise ValueError(f"it answered to other tokens than the {len(prompt)} of the prompt that it was sent")
     (ids,) = answer["completion_ids"]
@@ -249,24 +250,24 @@ def read_answer(
     if not len(values) == len(tokens) == len(ids):
         raise ValueError(f"{len(values)} log-probabilities for {len(ids)} tokens")
     logprobs = []
-    for place, (token, others, numbers) in enumerate(zip(ids, tokens, values, strict=True)):
+    for position, (token, others, numbers) in enumerate(zip(ids, tokens, values, strict=True)):
         value = numbers[others.index(token)] if token in others else None
         if value is None or not math.isfinite(value) or value > 1e-3:
-            raise ValueError(f"the log-probability of response token {place} (id {token}) is {value}")
+            raise ValueError(f"the log-probability of response token {position} (id {token}) is {value}")
         logprobs.append(min(value, 0.0))
     return ids, logprobs
 
 
-# ---------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------- the policy's weights, merged and named
 
 
 def policy_weights(policy: Any) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
-    """Every weight under the name that the plain model gives it: (name, a tensor of its shape and type, its value).
+    """Yield every weight under its name in the plain model: (name, a tensor of its shape and type, its value).
 
-    A LoRA layer's value is ``W + scaling * B @ A`` of its active adapters, a new tensor computed when asked for; with
-    trained token embeddings, the embeddings with their rows replaced. Nothing of the policy changes. A weight that is
-    there twice (tied) comes once. Raises InputError for adapters whose merged weights this cannot be (DoRA, biases in
-    LoRA, copies of whole modules, quantized weights).
+    The value is a function. For a LoRA layer it computes ``W + scaling * B @ A`` of the active adapters as a new
+    tensor; with trained token embeddings, the embeddings with those rows replaced. The policy does not change. A tied
+    weight comes once. Raises InputError for adapters that cannot be merged so (DoRA, biases in LoRA, copies of whole
+    modules, quantized weights).
     """
     plain = base_model(policy)
     layers = {name: layer for name, layer in plain.named_modules() if isinstance(layer, BaseTunerLayer)}
@@ -276,7 +277,7 @@ def policy_weights(policy: Any) -> Iterator[tuple[str, Tensor, Callable[[], Tens
             owner = owner.rpartition(".")[0]
         rest = name.removeprefix(f"{owner}.")
         if owner and not rest.startswith("base_layer."):
-            continue  # the adapter's own
+            continue  # the adapter's own weight
         _check_sendable(name, weight, layers.get(owner))
         if not owner:
             yield name, weight, weight.detach
@@ -289,7 +290,7 @@ def policy_weights(policy: Any) -> Iterator[tuple[str, Tensor, Callable[[], Tens
 
 @torch.no_grad()
 def merged(weight: Tensor, layer: Any) -> Tensor:
-    """A layer's weight with its active adapters in it (those that peft has not merged already), summed in float32."""
+    """Merge a layer's weight with its active adapters (those that peft has not merged already), summed in float32."""
     if layer is None:
         return weight.detach()
     adapters = [name for name in layer.active_adapters if name not in layer.merged_adapters]

@@ -231,7 +231,7 @@ def one_line(error: Any, *words: str) -> None:
 def test_combinations_that_cannot_be(tmp_path, folders):
     with pytest.raises(InputError) as error:
         make(tmp_path, folders[0], value_kind="shared_trunk", value_model=str(folders[1]))
-    one_line(error, "value_model=shared_trunk", "zero head", "leave the value model")
+    one_line(error, "value_model=shared_trunk", "zero head", "leave out the value model")
     if not isinstance(prepared_models(folders[0]).policy, PeftModel):
         with pytest.raises(InputError) as error:
             make(tmp_path, folders[0], value_kind="adapter")

@@ -21,7 +21,7 @@ FORMER = {
     "rlhf.stages": ("rlhf.run.stages",),
     "rlhf.report": ("rlhf.run.report",),
     "rlhf.lora": ("rlhf.cpu.lora", "rlhf.models.adapters"),
-    "rlhf.actor_critic": ("rlhf.ppo.actor_critic", "rlhf.ppo.build", "rlhf.models.logprobs"),
+    "rlhf.actor_critic": ("rlhf.ppo.actor_critic", "rlhf.ppo.build", "rlhf.models.forward"),
     "rlhf.rollout": (
         "rlhf.ppo.rollout",
         "rlhf.ppo.plan",

@@ -56,12 +56,12 @@ class Run:
         self.metrics = self.trainer.loop.last_metrics()
         self._around.enter_context(self.termination)
         self._around.enter_context(full_disk_explained(self.folder))
+        self._around.enter_context(self._saving)  # ends first, whatever it raises
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._saving.__exit__(kind, error, trace)
         self._around.__exit__(kind, error, trace)
         if error is None:
             self.trainer.loop.end()
@@ -71,7 +71,6 @@ class Run:
         if self._finished() or self.trainer.loop.should_stop:
             return False
         args, number = self.trainer.args, self.trainer.update_index + 1
-        self.trainer.clock.restart()
         if args.save_rollouts and number % args.save_rollouts == 0:
             write = partial(self._write_marked, gathered(self.trainer))
             folder, trainer = update_folder(args.output_dir, number), self.trainer
@@ -79,6 +78,7 @@ class Run:
                 folder, trainer.accelerator, write, trainer.origin, trainer.processing_class, trainer.peft_config
             )
             self._save = self._saving.enter_context(saving)
+        self.trainer.clock.restart()  # the update's seconds begin here
         return True
 
     def updated(self, rollout: ReadyRollout, metrics: dict[str, float]) -> None:

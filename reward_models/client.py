@@ -17,8 +17,8 @@ import time
 from urllib.parse import urlsplit
 
 from reward_models.functions import Texts
-from rlhf.chat import Messages
 from rlhf.errors import InputError, RunStopped, short
+from rlhf.messages import Messages
 
 TOKEN_VARIABLE = "RLHF_SERVER_TOKEN"
 LONGEST_PAUSE = 8.0  # seconds between two attempts

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from rlhf.chat import Messages
 from rlhf.errors import InputError
+from rlhf.messages import Messages
 
 RewardFunction = Callable[..., list[float | None]]
 Texts = Sequence[str | Messages]

@@ -29,8 +29,8 @@ from decimal import Decimal
 from typing import Any, Literal, NoReturn
 
 from reward_models.functions import Texts, column_values, response_text
-from rlhf.chat import Messages
 from rlhf.errors import InputError
+from rlhf.messages import Messages
 
 Rule = Callable[..., Sequence[float | None]]
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.functions import Texts, conversation
 from rlhf import chat
-from rlhf.chat import Messages
 from rlhf.errors import InputError
+from rlhf.messages import Messages
 from rlhf.models import encoders
 from rlhf.models import loading as models
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, load_scalar_model

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from rlhf.chat import Messages
 from rlhf.errors import InputError, short
+from rlhf.messages import Messages
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 from reward_models.functions import conversation
 from reward_models.scoring_queue import Refused, Scorer, ScoringQueue, ServerConfig
 from rlhf import chat
-from rlhf.chat import Messages
 from rlhf.errors import InputError
-from rlhf.shapes import ROLES
+from rlhf.messages import ROLES, Messages
 from rlhf.sources import show
 
 if TYPE_CHECKING:

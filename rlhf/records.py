@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf import shapes
-from rlhf.chat import Messages
 from rlhf.errors import InputError
-from rlhf.shapes import ROLES, Unusable, check_messages, check_prompt, check_texts
+from rlhf.messages import ROLES, Messages, check_messages, check_prompt, check_texts
+from rlhf.shapes import Unusable
 from rlhf.sources import Source, name_of, rows, show, wrong
 
 __all__ = [

@@ -18,13 +18,11 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from rlhf.chat import Messages
 from rlhf.errors import InputError
+from rlhf.messages import Messages, as_messages, as_prompt, check_messages, check_text, is_hh, parse_hh
 from rlhf.sources import show, wrong
 
-ROLES = ("system", "user", "assistant")
 _FIELDS = ("prompt", "chosen", "rejected", "responses", "ranks", "completion", "messages")
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 Row = dict[str, Any]
 """A JSON object whose fields are not checked yet."""
@@ -70,7 +68,7 @@ def ranking_fields(row: object) -> RankingFields:
         for name, value in (("responses", responses), ("ranks", ranks)):
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise wrong(name, f"got {show(value)}", "write a list")
-        return RankingFields(_as_prompt(_need(row, "prompt")), tuple(responses), tuple(ranks), columns)
+        return RankingFields(as_prompt(_need(row, "prompt")), tuple(responses), tuple(ranks), columns)
     if row.get("chosen") is None:
         _refuse_near_miss(row, "responses")
     chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
@@ -83,14 +81,14 @@ def demonstration_fields(row: object) -> DemonstrationFields:
     row = _as_row(row, "prompt and completion, or messages")
     columns = _extra(row)
     if row.get("messages") is not None:
-        return DemonstrationFields(_as_messages(row["messages"], "messages"), 0, columns)
+        return DemonstrationFields(as_messages(row["messages"], "messages"), 0, columns)
     if row.get("completion") is None and row.get("prompt") is None:
         _need(row, "messages")
-    prompt, completion = _as_prompt(_need(row, "prompt")), _need(row, "completion")
+    prompt, completion = as_prompt(_need(row, "prompt")), _need(row, "completion")
     if isinstance(completion, str):
-        turns = [{"role": "assistant", "content": _text(completion, "completion")}]
+        turns = [{"role": "assistant", "content": check_text(completion, "completion")}]
     else:
-        turns = _as_messages(completion, "completion")
+        turns = as_messages(completion, "completion")
     return DemonstrationFields(prompt + turns, len(prompt), columns)
 
 
@@ -100,13 +98,13 @@ def prompt_fields(row: object) -> PromptFields:
     if row.get("prompt") is None:
         _refuse_near_miss(row, "prompt")
         if row.get("messages") is not None:
-            turns = _as_messages(row["messages"], "messages")
+            turns = as_messages(row["messages"], "messages")
             return PromptFields(turns[:-1] if turns[-1]["role"] == "assistant" else turns, _extra(row))
         if is_ranking(row):
             fields = ranking_fields(row)
             return PromptFields(fields.prompt, fields.columns)
     value = _need(row, "prompt")
-    return PromptFields(_as_prompt(value), _extra(row), isinstance(value, str) and not _is_hh(value))
+    return PromptFields(as_prompt(value), _extra(row), isinstance(value, str) and not is_hh(value))
 
 
 def _shared_prompt(row: Row, chosen: object, rejected: object) -> tuple[Messages, str, str]:
@@ -115,10 +113,10 @@ def _shared_prompt(row: Row, chosen: object, rejected: object) -> tuple[Messages
         raise wrong("rejected", f"got {show(rejected)}", "write it as chosen is: both text, or both messages")
     if row.get("prompt") is not None:
         given = row["prompt"]
-        prompt = _as_prompt(given)
+        prompt = as_prompt(given)
         return prompt, _response(chosen, "chosen", prompt, given), _response(rejected, "rejected", prompt, given)
     _refuse_near_miss(row, "prompt")
-    if isinstance(chosen, str) and isinstance(rejected, str) and not _is_hh(chosen):
+    if isinstance(chosen, str) and isinstance(rejected, str) and not is_hh(chosen):
         return _shared_text(chosen, rejected)
     better, worse = _turns(chosen, "chosen"), _turns(rejected, "rejected")
     count = _shared_turns(better, worse)
@@ -141,7 +139,7 @@ def _shared_turns(chosen: Messages, rejected: Messages) -> int:
 def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
     """Find trl's implicit prompt of two texts, the common prefix up to its last white space; return it and the
     rests."""
-    _text(chosen, "chosen"), _text(rejected, "rejected")
+    check_text(chosen, "chosen"), check_text(rejected, "rejected")
     same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     prefix = chosen[: min(len(chosen), len(rejected)) if same is None else same]
     end = max((m.end() for m in re.finditer(r"\s+", prefix)), default=0)
@@ -154,10 +152,10 @@ def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
 def _response(value: object, name: str, prompt: Messages, raw_prompt: object) -> str:
     """Read a response whose prompt is given: text, or messages, which may repeat the prompt first."""
     if isinstance(value, str):
-        if isinstance(raw_prompt, str) and _is_hh(raw_prompt):
+        if isinstance(raw_prompt, str) and is_hh(raw_prompt):
             value = value.removeprefix(raw_prompt).strip()
-        return _text(value, name)
-    turns = _as_messages(value, name)
+        return check_text(value, name)
+    turns = as_messages(value, name)
     if turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
     if len(turns) != 1 or turns[0]["role"] != "assistant":
@@ -167,32 +165,15 @@ def _response(value: object, name: str, prompt: Messages, raw_prompt: object) ->
 
 def _turns(value: object, name: str) -> Messages:
     if not isinstance(value, str):
-        return _as_messages(value, name)
-    if not _is_hh(value):
+        return as_messages(value, name)
+    if not is_hh(value):
         raise wrong(name, f"got {show(value)}", "begin it with '\\n\\nHuman: ' as in the other column")
-    turns = _parse_hh(value)
+    turns = parse_hh(value)
     if turns[-1]["role"] != "assistant":
         raise wrong(name, "the last turn is Human's", "end it with '\\n\\nAssistant: ...'")
     if not turns[-1]["content"]:
         raise Unusable("an empty reply")  # 0.1% of the published HH rows
     return check_messages(turns, name)
-
-
-def _is_hh(text: str) -> bool:
-    return bool(_HH_TURN.match(text))
-
-
-def _parse_hh(text: str) -> Messages:
-    """Parse HH's dialogue string; two turns of one speaker in a row (0.2% of the rows) become one."""
-    parts = _HH_TURN.split(text)[1:]
-    turns: Messages = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role, content = ("user" if speaker == "Human" else "assistant"), content.strip()
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
-        else:
-            turns.append({"role": role, "content": content})
-    return turns
 
 
 # --- one field ------------------------------------------------------------------------------------------------------
@@ -220,73 +201,3 @@ def _need(row: Row, name: str) -> Any:
         seen = "got null" if name in row else f"missing; the fields are {', '.join(map(str, row)) or '(none)'}"
         raise wrong(name, seen, f"add {name!r} to the row")
     return row[name]
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise wrong(name, f"got {show(value)}", "write text")
-    if not value.strip():
-        raise wrong(name, f"got empty text {show(value)}", "write some text or take the row out")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise wrong(name, f"half a character at {error.start} (a lone surrogate)", "repair the text") from None
-    return value
-
-
-def check_texts(values: tuple[str, ...], name: str) -> None:
-    """Raise InputError for a value that is not text, or is empty."""
-    for n, value in enumerate(values):
-        _text(value, f"{name}[{n}]")
-
-
-def check_messages(messages: object, name: str) -> Messages:
-    """Return `messages`, checked: a list of {role, content} with known roles and contents that are not empty."""
-    if not isinstance(messages, list) or not messages:
-        raise wrong(name, f"got {show(messages)}", "write text or a list of messages")
-    for n, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise wrong(f"{name}[{n}]", f"got {show(message)}", "write {'role': ..., 'content': ...}")
-        if message["role"] not in ROLES:
-            near = get_close_matches(str(message["role"]), ROLES, n=1, cutoff=0.5)
-            todo = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ROLES)}"
-            raise wrong(f"{name}[{n}].role", f"got {show(message['role'])}", todo)
-        _text(message["content"], f"{name}[{n}].content")
-    return messages
-
-
-def check_prompt(messages: object, name: str) -> Messages:
-    """Return `messages`, checked: a conversation that doesn't end with an assistant turn."""
-    turns = check_messages(messages, name)
-    if turns[-1]["role"] == "assistant":
-        raise wrong(name, "the last turn is 'assistant'", "end a prompt with a user turn")
-    return turns
-
-
-def _as_messages(value: object, name: str) -> Messages:
-    """Reduce messages to role and content; content in parts is joined if all parts are text."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise wrong(name, f"got {show(value)}", "write a list of messages")
-    turns = []
-    for n, message in enumerate(value):
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
-        if isinstance(message, dict) and message.get("tool_calls"):
-            raise wrong(f"{name}[{n}].tool_calls", "tools aren't supported", "write the turn as text")
-        known = isinstance(message, dict) and {"role", "content"} <= message.keys()
-        turns.append({"role": message["role"], "content": content} if known else message)
-    return check_messages(turns, name)
-
-
-def _as_prompt(value: object) -> Messages:
-    if not isinstance(value, str):
-        turns = _as_messages(value, "prompt")
-    elif _is_hh(value):
-        turns = _parse_hh(value)
-        if turns[-1] == {"role": "assistant", "content": ""}:
-            turns = turns[:-1]
-    else:
-        turns = [{"role": "user", "content": _text(value, "prompt")}]
-    return check_prompt(turns, "prompt")

@@ -36,9 +36,9 @@ from reward_models.card.pairs import (
 )
 from reward_models.card.sensitivity import sensitivity
 from reward_models.card.surface import surface
-from rlhf.chat import Messages
 from rlhf.errors import InputError
 from rlhf.intervals import clustered_accuracy
+from rlhf.messages import Messages
 from rlhf.records import Ranking
 from rlhf.run.checkpoint import write_json_atomic
 

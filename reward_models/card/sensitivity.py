@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from reward_models.card.pairs import Numbers, ScoredPairs
-from rlhf.chat import Messages
 from rlhf.errors import InputError
+from rlhf.messages import Messages
 
 Score = Callable[[list[Messages]], np.ndarray]
 ALONE = 32

@@ -8,8 +8,8 @@ from itertools import islice
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf import chat
-from rlhf.chat import Messages
 from rlhf.errors import InputError, short
+from rlhf.messages import Messages
 from rlhf.padding import IGNORED
 from rlhf.preflight.measure import Finding
 from rlhf.records import Demonstration

@@ -16,7 +16,6 @@ Names below are imported when first used, so ``import rlhf`` stays fast.
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -27,10 +26,6 @@ from rlhf.errors import InputError, RunStopped
 __version__ = "0.1.0"
 
 moved.install()
-
-# GNU OpenMP reads this when torch is loaded: how long a thread that waits for others keeps its core busy. The default
-# (milliseconds) makes two threads on two cores several times slower beside one busy process; 300 is microseconds.
-os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 # peft imports bitsandbytes, which warns at every start on some CPUs that it has no kernel for 4-bit weights.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -19,15 +19,15 @@ from typing import Any
 
 from rlhf.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent.parent  # of a clone, or the folder of installed packages
 Job = dict[str, Any]
 Result = dict[str, Any]
 TURNS = "RLHF_BENCHMARK_TURNS"  # the ends of two pipes, for a worker that takes turns
-SET_BY_US = {"GOMP_SPINCOUNT": "300"}  # by `import rlhf`; a worker that does not import it first must not inherit it
 
 
 class Worker:
-    """`recipes/benchmarks/<script>` at work on a job, in a process of its own.
+    """A script of this folder at work on a job, in a process of its own.
 
     folder: the job's own: holds job.json, log.txt and result.json. site: put before every installed package. in_turns:
     it stops after every update until it is told to go on (`update`), so that several can share a machine's moods.
@@ -53,15 +53,14 @@ class Worker:
         settings |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
         if threads is not None:
             settings |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        given = {name: value for name, value in os.environ.items() if SET_BY_US.get(name) != value}
-        self.env, self.in_turns = given | settings | env, in_turns
+        self.env, self.in_turns = {**os.environ, **settings, **env}, in_turns
         self.process: subprocess.Popen[bytes] | None = None
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.done, told = os.pipe()
         heard, self.go = os.pipe()
         turns = {TURNS: f"{told},{heard}"} if self.in_turns else {}
-        command = [sys.executable, str(ROOT / "recipes/benchmarks" / self.script), str(self.folder / "job.json")]
+        command = [sys.executable, str(BENCHMARKS / self.script), str(self.folder / "job.json")]
         with (self.folder / "log.txt").open("w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=self.env | turns, pass_fds=(told, heard)

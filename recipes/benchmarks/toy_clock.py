@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import ROOT
 from transformers import TrainerCallback
 
 from rlhf import chat, evaluate
 from rlhf import config as configs
 from rlhf.records import Prompt, read_prompts
+from rlhf.run.lookup import look_up
 from rlhf.sampling.decode import TransformersEngine
 
-TOY = ROOT / "recipes/configs/toy.yaml"
+TOY = look_up("toy.yaml", "toy.yaml: no such file", "configs")
 
 
 def settings() -> dict[str, Any]:
@@ -25,8 +25,7 @@ def settings() -> dict[str, Any]:
 
 def judge() -> Any:
     """The gold score, by the door that the toy config opens for it: `evaluation.judge`."""
-    file, _, name = settings()["evaluation"]["judge"].rpartition(":")
-    return configs.import_function(f"{ROOT / file}:{name}")
+    return configs.import_function(settings()["evaluation"]["judge"])
 
 
 def held_out(run: Path) -> list[Prompt]:

@@ -13,7 +13,7 @@ from rlhf.run import console
 console.quiet()
 
 import numpy as np  # noqa: E402
-from jobs import ROOT, Job, Result, serve  # noqa: E402
+from jobs import BENCHMARKS, Job, Result, serve  # noqa: E402
 from toy_clock import TOY, held_out, judge, sampled  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
@@ -42,7 +42,7 @@ def work(job: Job) -> Result:
 
 def make_chain(run: Path, seed: int) -> None:
     """The toy chain's stages before PPO, by the recipes' own functions; complete stages are skipped."""
-    sys.path.insert(0, str(ROOT / "recipes"))
+    sys.path.insert(0, str(BENCHMARKS.parent))
     import chain
 
     config = configs.load(chain.ChainConfig, ["--config", str(TOY), "--output_dir", str(run), "--seed", str(seed)])

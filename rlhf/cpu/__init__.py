@@ -1,8 +1,9 @@
-"""Code that only makes CPUs faster, behind four functions. On other devices they do nothing; plain torch and peft run.
+"""Code that only makes CPUs faster, behind five functions. On other devices they do nothing; plain torch and peft run.
 
 `lora`, `gated` and `norms` give layers a forward and a backward with fewer passes over memory; `attention` computes
 short rows as plain matrix products, also those that `rlhf.packing` has joined into one row; `memory` sets glibc's
-allocator; `drawing` draws a token with one random number. Results differ from the plain path at most by rounding.
+allocator; `drawing` draws a token with one random number; `waiting` shares the cores with other programs. Results
+differ from the plain path at most by rounding.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 
 from rlhf import packing
-from rlhf.cpu import attention, drawing, gated, lora, memory, norms
+from rlhf.cpu import attention, drawing, gated, lora, memory, norms, waiting
 
-__all__ = ["draw", "for_sampling", "prepare", "release_memory"]
+__all__ = ["draw", "for_sampling", "give_way", "prepare", "release_memory"]
 
 draw = drawing.draw
 release_memory = memory.release_freed_memory
+give_way = waiting.give_way
 
 
 class Models(Protocol):
@@ -37,6 +39,7 @@ def prepare(models: Models) -> None:
     parts = [part for part in (models.policy, models.reference, models.value) if part is not None]
     if any(part.device.type != "cpu" for part in parts):
         return
+    give_way(torch.device("cpu"))
     memory.release_freed_memory()
     memory.keep_large_blocks()
     for part in parts:
@@ -52,6 +55,9 @@ def for_sampling(model: nn.Module) -> Iterator[None]:
     """Let the LoRA layers that `prepare` has changed use one merged weight inside the context.
 
     Decoding spends most of its time in these products."""
+    for weight in model.parameters():
+        give_way(weight.device)
+        break
     with torch.no_grad(), lora.merged(model) as layers:
         yield
     if layers:

@@ -15,7 +15,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers import ProgressCallback as TqdmCallback
 
-from rlhf import metrics
+from rlhf import cpu, metrics
 from rlhf.errors import RunStopped
 from rlhf.run import checkpoint, console
 from rlhf.run.resume import TERMINATED, Termination
@@ -49,6 +49,7 @@ class Babysitter:
     def __init__(self, trainer: Any, settings: Mapping[str, Any], keep: int, on_alarm: OnAlarm):
         self.alarms = Alarms(on_alarm)
         self.termination = Termination(trainer.accelerator)
+        self.device = trainer.accelerator.device
         self.folder = Path(trainer.args.output_dir)
         for callback in (MarkComplete(settings, keep), self.alarms, FiniteGradients(), SaveAndStop(self.termination)):
             trainer.add_callback(callback)
@@ -57,6 +58,7 @@ class Babysitter:
     def watch(self) -> Iterator[None]:
         """Around `Trainer.train`: leaves with SystemExit(143) after SIGTERM, with RunStopped after an alarm that stops
         or on a full disk."""
+        cpu.give_way(self.device)
         with self.termination, checkpoint.full_disk_explained(self.folder):
             yield
         if self.termination.received:

@@ -445,17 +445,6 @@ def test_a_failed_run_is_one_line(tmp_path):
     assert board.failures == ["a run: no such thing"]
 
 
-def test_trl_and_earlier_checkouts_wait_as_they_do_by_themselves(tmp_path, monkeypatch):
-    """What `import rlhf` sets for OpenMP reaches no worker but those that import it; what a user sets reaches all."""
-    unset = {name: value for name, value in os.environ.items() if name not in jobs.SET_BY_US}
-    code = f"import rlhf, os, json; print(json.dumps({{n: os.environ.get(n) for n in {[*jobs.SET_BY_US]}}}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=unset, cwd=ROOT, check=True)
-    assert json.loads(done.stdout) == jobs.SET_BY_US
-    for value, inherited in (*((value, None) for value in jobs.SET_BY_US.values()), ("7", "7")):
-        monkeypatch.setenv("GOMP_SPINCOUNT", value)
-        assert jobs.Worker("machine.py", {}, tmp_path).env.get("GOMP_SPINCOUNT") == inherited
-
-
 TAKES_TURNS = """
 import sys
 sys.path[:0] = [{benchmarks!r}]

@@ -18,10 +18,12 @@ from typing import Any
 
 from rlhf import chat
 from rlhf import config as configs
+from rlhf.calls import own
 from rlhf.errors import InputError
 from rlhf.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
+from rlhf.shapes import further_columns
 from rlhf_recipes.stage import SECTIONS, from_siblings, next_command, open_stage
 
 console.quiet()
@@ -138,11 +140,12 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     )
     k = config.responses_per_prompt
     responses = [list(samples.responses[i : i + k]) for i in range(0, len(samples.responses), k)]
-    names = sorted({name for prompt in prompts for name in prompt.columns})
+    names = sorted({name for prompt in prompts for name in further_columns(prompt.columns)})
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    ranks = label([p.messages for p in prompts], responses, config.seed, **columns)
+    arguments = own([p.messages for p in prompts]), own(responses)  # copies: it may change what it gets
+    ranks = label(*arguments, config.seed, **{name: own(values) for name, values in columns.items()})
     rows = [
-        Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), prompt.columns)
+        Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), further_columns(prompt.columns))
         for prompt, texts, order in zip(prompts, responses, ranks, strict=True)
         if all(text.strip() for text in texts)
     ]

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf import chat
 from rlhf import config as configs
@@ -43,6 +43,8 @@ class DataConfig:
     """Keyword arguments of `make`."""
     rankings: str | None = None
     """Rankings or pairs to read; null: sample responses from the SFT model and have `labeler` rank them."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """A row that can't be read: refuse: stop and name it; drop: leave it out, and count it in the log."""
     labeler: str | None = None
     """A function(prompts, responses, seed, **columns) -> ranks, as file.py:name; only where rankings is null."""
     prompts: str | None = None
@@ -92,7 +94,7 @@ def rankings(config: DataConfig) -> dict[str, Any]:
     if stage.complete:
         return stage.outputs
     if config.rankings is not None:
-        ranked = _shortened(read_rankings(config.rankings), config)
+        ranked = _shortened(read_rankings(config.rankings, on_bad_row=config.on_bad_row), config)
     else:
         ranked = sample_rankings(config, str(model), stage.begin)
     rest, held_out = split_by_prompt(ranked, config.held_out_fraction, config.seed)
@@ -121,7 +123,7 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     from rlhf.models import loading as models
     from rlhf.sampling.decode import TransformersEngine
 
-    prompts = read_prompts(config.prompts)
+    prompts = read_prompts(config.prompts, on_bad_row=config.on_bad_row)
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.comparisons]
     tokenizer = models.load_tokenizer(model)
@@ -177,7 +179,8 @@ def _ppo_prompts(config: DataConfig, train: list[Ranking], kept_apart: list[Rank
     apart = {prompt_key(ranking.prompt) for ranking in kept_apart}
     if config.prompts is None:
         return [Prompt(list(ranking.prompt), ranking.columns) for ranking in _distinct(train)]
-    return [prompt for prompt in read_prompts(config.prompts) if prompt_key(prompt.messages) not in apart]
+    prompts = read_prompts(config.prompts, on_bad_row=config.on_bad_row)
+    return [prompt for prompt in prompts if prompt_key(prompt.messages) not in apart]
 
 
 def _distinct(ranked: list[Ranking]) -> list[Ranking]:

@@ -99,6 +99,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
         yield from ((f"{path}: row {n}", row) for n, row in enumerate(_parse(content, path, None)))
         return
     empty = True
+    rows_of: Iterator[tuple[int, Any]]
     if kind in (".csv", ".tsv"):
         rows_of = _table(_text(content, path, None), path, kind)
     elif kind == ".txt" and first != b"{":
@@ -225,9 +226,10 @@ def _arrow(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         with pyarrow.memory_map(str(path)) as source:
-            head = source.read(6)
+            batches: Iterator[Any]
+            is_file = source.read(6) == b"ARROW1"
             source.seek(0)
-            if head == b"ARROW1":
+            if is_file:
                 whole = pyarrow.ipc.open_file(source)
                 batches = (whole.get_batch(n) for n in range(whole.num_record_batches))
             else:

@@ -38,7 +38,7 @@ _CONVERSATIONS: _Shapes = (
     (("conversations",), "a conversation (ShareGPT)",
      "rename it to messages, each turn with role (for human: user, for gpt: assistant) and content"),
     (("conversation",), "a conversation", "rename it to messages, each turn with role and content"),
-    (("text",), "a whole conversation as text", "split it into messages, each with role and content"),
+    (("text",), "a text in one piece", "write messages, each with role and content, or prompt and completion"),
 )  # fmt: skip
 # One response, to imitate.
 _IMITATED: _Shapes = (
@@ -46,18 +46,20 @@ _IMITATED: _Shapes = (
     (("instruction", "output"), "an Alpaca row", "write prompt (instruction, input below it) and completion (output)"),
     (("instruction", "response"), "a Dolly row",
      "write prompt (instruction, context below it) and completion (response)"),
-    (("question", "response"), "a question and its response", "rename them to prompt and completion"),
-    (("question", "answer"), "a question and its answer", "rename them to prompt and completion"),
-    (("prompt", "response"), "a prompt and its response", "rename response to completion"),
-    (("prompt", "output"), "a prompt and its output", "rename output to completion"),
-    (("prompt", "answer"), "a prompt and its answer", "to imitate the answer, rename answer to completion"),
+    *(((asked, answer), "a question and its answer",
+       f"rename {answer} to completion" if asked == "prompt" else "rename them to prompt and completion")
+      for asked in ("prompt", "question", "instruction", "query", "problem", "input")
+      for answer in ("response", "output", "answer", "solution", "target")),
 )  # fmt: skip
 _DEMONSTRATIONS: _Shapes = (
     (("messages",), "a conversation", ""),
     (("prompt", "completion"), "a demonstration", ""),
 )
 _LISTS = {"answers", "completions", "conversations", "conversation", "summaries"}
-_TEXTS = {"response", "output", "answer", "text", "instruction", "question"}
+_TEXTS = {
+    "response", "output", "answer", "solution", "target", "text",
+    "instruction", "question", "query", "problem", "input",
+}  # fmt: skip
 
 # Ends of two columns with one beginning that hold two responses: response_a and response_b, answer_0 and answer_1.
 _ENDS = (("a", "b"), ("0", "1"), ("1", "2"), ("j", "k"))

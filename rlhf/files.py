@@ -98,6 +98,8 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
     if kind == ".json" and first == b"[":
         yield from ((f"{path}: row {n}", row) for n, row in enumerate(_parse(content, path, None)))
         return
+    if kind == ".json":
+        _refuse_one_object(content, path)
     empty = True
     rows_of: Iterator[tuple[int, Any]]
     if kind in (".csv", ".tsv"):
@@ -166,6 +168,21 @@ def _parse(content: bytes, path: Path, number: int | None) -> Any:
         raise wrong(where, f"broken JSON at column {error.colno}, {error.msg}", todo) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
         raise wrong(f"{path}:{number or 1}", f"JSON that can't be read: {reason(error)}", "mend it") from None
+
+
+def _refuse_one_object(content: bytes, path: Path) -> None:
+    """Raise InputError for a .json file that is one object and no row: a table by columns, or over several lines."""
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        return  # one object per line, or broken: then its line says so
+    if isinstance(whole, dict) and whole and all(isinstance(v, dict) and "0" in v for v in whole.values()):
+        raise wrong(
+            str(path), "a table by columns", "write it by rows: to_json(orient='records', lines=True) in pandas"
+        )
+    if isinstance(whole, dict) and b"\n" in content.strip():
+        seen = f"one object over several lines, with {short(', '.join(whole))}"
+        raise wrong(str(path), seen, "write one object per line, or an array of them")
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------

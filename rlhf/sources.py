@@ -83,6 +83,8 @@ def rows(source: Source, split: str) -> Iterator[tuple[str, object]]:
 def require_there(source: str | Path) -> None:
     """Raise InputError for a source that looks like a path and doesn't exist. A hub name is not checked."""
     text = _parted(source)[0]
+    if "://" in text:
+        raise wrong(text.partition("?")[0], "an address", "download the file, or name a hub data set as OWNER/NAME")
     path = Path(text)
     looks_like_path = (isinstance(source, Path) or bool(kind_of(path.name)[1]) or path.suffix == ".gz"
                        or text.startswith((".", "/", "~")) or text.count("/") > 1)  # fmt: skip

@@ -182,6 +182,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         ("a.csv", b"prompt\ncaf\xe9\n", "byte 10 isn't UTF-8; save the file as UTF-8"),
         ("a.csv", b"prompt,chosen\n", "the file is empty"),
         ("a.txt", b"\n\n", "the file is empty"),
+        (
+            "a.json",
+            b'{\n"data": [\n{"prompt": "q"}]}\n',
+            "one object over several lines, with data; write one object per",
+        ),
+        ("a.json", b'{"prompt": {"0": "q", "1": "r"}}', "a table by columns; write it by rows"),
     ],
 )
 def test_what_a_file_is_instead(tmp_path, name, content, message):
@@ -268,6 +274,8 @@ def test_a_split_is_named_after_an_at(tmp_path):
         require_there(f"{tmp_path}/nowhere@test")
     assert path_of(f"{data}@test") == data
     assert path_of("org/name@test") is None
+    with pytest.raises(InputError, match=r"^https://hub/x\.jsonl: an address; download the file"):
+        require_there("https://hub/x.jsonl?token=secret")
 
 
 def dataset(*splits: str):

@@ -177,9 +177,7 @@ def _refuse_one_object(content: bytes, path: Path) -> None:
     except (ValueError, RecursionError):
         return  # one object per line, or broken: then its line says so
     if isinstance(whole, dict) and whole and all(isinstance(v, dict) and "0" in v for v in whole.values()):
-        raise wrong(
-            str(path), "a table by columns", "write it by rows: to_json(orient='records', lines=True) in pandas"
-        )
+        raise wrong(str(path), "a table by columns", "write it by rows: to_json(orient='records', lines=True)")
     if isinstance(whole, dict) and b"\n" in content.strip():
         seen = f"one object over several lines, with {short(', '.join(whole))}"
         raise wrong(str(path), seen, "write one object per line, or an array of them")

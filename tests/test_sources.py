@@ -185,7 +185,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (
             "a.json",
             b'{\n"data": [\n{"prompt": "q"}]}\n',
-            "one object over several lines, with data; write one object per",
+            "one object over several lines, with data; write one",
         ),
         ("a.json", b'{"prompt": {"0": "q", "1": "r"}}', "a table by columns; write it by rows"),
     ],

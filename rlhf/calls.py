@@ -83,6 +83,8 @@ def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Parameter], boo
 
     A decorator that passes ``**kwargs`` on (functools.wraps) takes what the function inside it takes.
     """
+    if hasattr(function, "register_forward_hook"):  # a torch module, whose own __call__ names nothing
+        function = function.forward
     named: dict[str, Parameter] = {}
     for follow in (False, True):
         try:

@@ -50,7 +50,7 @@ def check_functions(reward_funcs: RewardFunction | Sequence[RewardFunction]) -> 
             raise InputError(f"reward_funcs holds a {type(function).__name__}, which cannot be called")
         if isinstance(function, type):
             raise InputError(f"reward_funcs holds the class {function.__name__}; pass an object: {function.__name__}()")
-        if isinstance(function, torch.nn.Module):
+        if hasattr(function, "get_input_embeddings"):  # one of transformers' models, which reads token ids
             raise InputError(
                 f"reward_funcs holds a bare {type(function).__name__}; load its folder as a reward model: "
                 "from reward_models import RewardModel; RewardModel.load(folder)"

@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from reward_models.rules import Rules
 from rlhf import scores
@@ -18,6 +19,7 @@ from rlhf.records import Prompt, read_prompts
 
 TURN = {"role": "user", "content": "Question?"}
 SHARED = Prompt([TURN], {"answer": [1, {"a": [2]}], "array": np.zeros(2), "lock": threading.Lock()})
+TINY = {"vocab_size": 9, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
 TEXTS, IDS = ["one", "two!"], [[1, 7], [2, 3]]
 
 
@@ -196,8 +198,14 @@ def test_a_function_written_in_c_gets_everything():
 def test_a_class_and_a_bare_model_are_refused():
     with pytest.raises(InputError, match=r"holds the class Scorer; pass an object: Scorer\(\)"):
         scores.check_functions(Scorer)
-    with pytest.raises(InputError, match=r"holds a bare Linear; .*RewardModel\.load"):
-        scores.check_functions(torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match=r"holds a bare LlamaForSequenceClassification; .*RewardModel\.load"):
+        scores.check_functions(LlamaForSequenceClassification(LlamaConfig(**TINY)))
+
+    class Scoring(torch.nn.Module):
+        def forward(self, completions, answer):
+            return torch.ones(2)
+
+    assert run(Scoring(), prompts=[Prompt([TURN], {"answer": 1})] * 2) == [1.0, 1.0]
 
 
 def test_every_column_but_the_prompt_arrives_as_in_trl():

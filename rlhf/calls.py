@@ -78,7 +78,7 @@ def _copied(value: Any) -> Any:
         return value
 
 
-def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]:
+def _parameters(function: Any) -> tuple[dict[str, Parameter], bool]:
     """Return the parameters that a call can set, and whether it takes any other name, too.
 
     A decorator that passes ``**kwargs`` on (functools.wraps) takes what the function inside it takes.

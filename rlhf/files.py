@@ -208,11 +208,11 @@ def _table(text: str, path: Path, kind: str) -> Iterator[tuple[int, dict[str, An
     except csv.Error as error:
         raise wrong(f"{path}:{reader.line_num}", f"a broken cell ({error})", "double the quotes in it") from None
     columns: dict[str, list[Any]] = {}
-    for name, cells in zip(names, zip(*rows, strict=True), strict=False):
+    for name, column in zip(names, zip(*rows, strict=True), strict=False):
         if name in columns:
             raise wrong(f"{path}:1", f"two columns are called {name!r}", "rename one of them")
         if name:  # pandas writes its index without a name
-            columns[name] = _typed(name, cells)
+            columns[name] = _typed(name, column)
     for n, line in enumerate(lines):
         yield line, {name: values[n] for name, values in columns.items()}
 

@@ -307,9 +307,9 @@ def _read(source: Source, split: str, on_bad_row: OnBadRow, convert: Callable[[o
         except InputError as error:
             bad.add(where, error)
     bad.tell(len(records) + len(unusable))
-    for flaw in dict.fromkeys(flaw for _, flaw in unusable):
-        there = [where for where, other in unusable if other == flaw]
-        left_out = f"left out {len(there)} of {len(unusable) + len(records)} rows for {flaw}: {_named(there)}"
+    for why in dict.fromkeys(why for _, why in unusable):
+        there = [where for where, other in unusable if other == why]
+        left_out = f"left out {len(there)} of {len(unusable) + len(records)} rows for {why}: {_named(there)}"
         if not records:
             raise wrong(name_of(source), f"no rows; {left_out}", "hand in others")
         _warn_once(f"{name_of(source)}: {left_out}")

@@ -280,8 +280,8 @@ def _numbers(answers: Sequence[object]) -> tuple[Float[Tensor, "N"], dict[int, E
         if isinstance(answer, Exception):
             failed[row] = answer
             continue
-        one = hasattr(answer, "item") and math.prod(getattr(answer, "shape", ())) == 1  # of an array or tensor
-        single = answer.item() if one else answer
+        item = getattr(answer, "item", None)  # an array's or tensor's
+        single = item() if item is not None and math.prod(getattr(answer, "shape", ())) == 1 else answer
         if not isinstance(single, Real | Decimal):
             failed[row] = f"a {type(answer).__name__} ({short(str(answer))!r})"
             continue

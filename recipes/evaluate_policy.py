@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf import chat
 from rlhf import config as configs
+from rlhf.calls import call
 from rlhf.errors import InputError
-from rlhf.records import Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
+from rlhf.records import HELD_OUT, Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.precision import compute_dtype
@@ -158,7 +159,7 @@ def _prompts(config: EvaluationConfig) -> list[Prompt]:
     from rlhf.models import loading as models
     from rlhf.ppo.inputs import prompts_of
 
-    prompts = read_prompts(config.eval_data)
+    prompts = read_prompts(config.eval_data, HELD_OUT)
     if config.seen_data:
         check_disjoint(read_prompts(config.seen_data), prompts, ("seen_data", "eval_data"))
     tokenizer = models.load_tokenizer(str(config.baseline))
@@ -177,7 +178,7 @@ def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[st
     judge = configs.import_function(spec) if is_gold else RewardModel.load(spec, dtype=dtype)
     kind = "gold" if is_gold else "reward_model"
     measured = {} if is_gold else _measured(spec)
-    held_out = read_rankings(config.rankings) if config.rankings and not measured else []
+    held_out = read_rankings(config.rankings, HELD_OUT) if config.rankings and not measured else []
     scorer_card: dict[str, Any] = {}
     if held_out and config.reward_model and is_gold:
         scorer = RewardModel.load(config.reward_model, dtype=dtype)
@@ -266,11 +267,10 @@ def _scored(
 def _call(spec: str, samples: PolicySamples) -> Any:
     prompts = samples.repeated_prompts
     names = sorted({name for prompt in prompts for name in prompt.columns})
-    return configs.import_function(spec)(
-        prompts=[prompt.messages for prompt in prompts],
-        completions=[[{"role": "assistant", "content": text}] for text in samples.responses],
-        **{name: [prompt.columns.get(name) for prompt in prompts] for name in names},
-    )
+    arguments = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    arguments["prompts"] = [prompt.messages for prompt in prompts]
+    arguments["completions"] = [[{"role": "assistant", "content": text}] for text in samples.responses]
+    return call(configs.import_function(spec), arguments)
 
 
 def main(argv: list[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf.records import check_disjoint, read_rankings
+from rlhf.records import HELD_OUT, check_disjoint, read_rankings
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
 from rlhf_recipes.stage import check_model
@@ -65,7 +65,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
         raise InputError(f"--output_dir is missing, and {config.reward_model} is no folder; name one for the report")
     check_model(config.reward_model, ("reward_model", "judge"))
     folder = Path(config.output_dir or config.reward_model)
-    rankings = read_rankings(config.data)
+    rankings = read_rankings(config.data, HELD_OUT)
     train = read_rankings(config.train_data) if config.train_data else None
     if train is not None:
         check_disjoint(train, rankings, ("train_data", "data"))

@@ -86,7 +86,7 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         str(config.model),
         score_functions(config),
         args=config,
-        train_dataset=read_prompts(config.train_data)[: config.max_prompts],
+        train_dataset=read_prompts(config.train_data, on_bad_row=config.on_bad_row)[: config.max_prompts],
         eval_dataset=config.eval_data,
         value_model=None if config.value_model == "shared_trunk" else config.reward_model,
         engine=vllm_engine(config.vllm_server),

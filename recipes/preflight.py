@@ -51,7 +51,7 @@ def sft(config: Any, scratch: str) -> Phases:
     from rlhf.sft.preflight import sft_findings
     from rlhf.sft.trainer import SFTTrainer
 
-    rows = read_demonstrations(config.train_data)[: config.max_rows]
+    rows = read_demonstrations(config.train_data, on_bad_row=config.on_bad_row)[: config.max_rows]
     trainer = SFTTrainer(str(config.model), args=replace(config, output_dir=scratch), train_dataset=rows)
     return sft_findings(trainer)
 
@@ -63,7 +63,7 @@ def reward_model(config: Any, scratch: str) -> Phases:
     from reward_models import RewardTrainer
     from reward_models.preflight import reward_model_findings
 
-    train, args = read_rankings(config.train_data), replace(config, output_dir=scratch)
+    train, args = read_rankings(config.train_data, on_bad_row=config.on_bad_row), replace(config, output_dir=scratch)
     return reward_model_findings(RewardTrainer(str(config.model), args=args, train_dataset=train))
 
 
@@ -85,7 +85,7 @@ def ppo(config: Any, scratch: str) -> Phases:
         str(config.model),
         functions,
         args=replace(config, output_dir=scratch),
-        train_dataset=read_prompts(config.train_data)[: config.max_prompts],
+        train_dataset=read_prompts(config.train_data, on_bad_row=config.on_bad_row)[: config.max_prompts],
         value_model=None if config.value_model == "shared_trunk" else config.reward_model,
     )
     return ppo_findings(trainer)

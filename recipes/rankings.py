@@ -14,14 +14,16 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf import chat
 from rlhf import config as configs
+from rlhf.calls import own
 from rlhf.errors import InputError
 from rlhf.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
+from rlhf.shapes import further_columns
 from rlhf_recipes.stage import SECTIONS, from_siblings, next_command, open_stage
 
 console.quiet()
@@ -41,6 +43,8 @@ class DataConfig:
     """Keyword arguments of `make`."""
     rankings: str | None = None
     """Rankings or pairs to read; null: sample responses from the SFT model and have `labeler` rank them."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """A row that can't be read: refuse: stop and name it; drop: leave it out, and count it in the log."""
     labeler: str | None = None
     """A function(prompts, responses, seed, **columns) -> ranks, as file.py:name; only where rankings is null."""
     prompts: str | None = None
@@ -90,7 +94,7 @@ def rankings(config: DataConfig) -> dict[str, Any]:
     if stage.complete:
         return stage.outputs
     if config.rankings is not None:
-        ranked = _shortened(read_rankings(config.rankings), config)
+        ranked = _shortened(read_rankings(config.rankings, on_bad_row=config.on_bad_row), config)
     else:
         ranked = sample_rankings(config, str(model), stage.begin)
     rest, held_out = split_by_prompt(ranked, config.held_out_fraction, config.seed)
@@ -119,7 +123,7 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     from rlhf.models import loading as models
     from rlhf.sampling.decode import TransformersEngine
 
-    prompts = read_prompts(config.prompts)
+    prompts = read_prompts(config.prompts, on_bad_row=config.on_bad_row)
     random.Random(config.seed).shuffle(prompts)
     prompts = prompts[: config.comparisons]
     tokenizer = models.load_tokenizer(model)
@@ -138,11 +142,12 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     )
     k = config.responses_per_prompt
     responses = [list(samples.responses[i : i + k]) for i in range(0, len(samples.responses), k)]
-    names = sorted({name for prompt in prompts for name in prompt.columns})
+    names = sorted({name for prompt in prompts for name in further_columns(prompt.columns)})
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    ranks = label([p.messages for p in prompts], responses, config.seed, **columns)
+    arguments = own([p.messages for p in prompts]), own(responses)  # copies: it may change what it gets
+    ranks = label(*arguments, config.seed, **{name: own(values) for name, values in columns.items()})
     rows = [
-        Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), prompt.columns)
+        Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), further_columns(prompt.columns))
         for prompt, texts, order in zip(prompts, responses, ranks, strict=True)
         if all(text.strip() for text in texts)
     ]
@@ -174,7 +179,8 @@ def _ppo_prompts(config: DataConfig, train: list[Ranking], kept_apart: list[Rank
     apart = {prompt_key(ranking.prompt) for ranking in kept_apart}
     if config.prompts is None:
         return [Prompt(list(ranking.prompt), ranking.columns) for ranking in _distinct(train)]
-    return [prompt for prompt in read_prompts(config.prompts) if prompt_key(prompt.messages) not in apart]
+    prompts = read_prompts(config.prompts, on_bad_row=config.on_bad_row)
+    return [prompt for prompt in prompts if prompt_key(prompt.messages) not in apart]
 
 
 def _distinct(ranked: list[Ranking]) -> list[Ranking]:

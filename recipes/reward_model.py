@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from reward_models.config import RewardConfig
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf.records import Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
+from rlhf.records import HELD_OUT, Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.precision import compute_dtype
@@ -120,14 +120,14 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
 
 def read_data(config: RewardRecipe) -> Data:
     """Rankings, split by prompt where no file is named."""
-    train, selection = read_rankings(config.train_data), None
+    train, selection = read_rankings(config.train_data, on_bad_row=config.on_bad_row), None
     if config.eval_data:
-        held_out = read_rankings(config.eval_data)
+        held_out = read_rankings(config.eval_data, HELD_OUT, config.on_bad_row)
         check_disjoint(train, held_out, ("train_data", "eval_data"))
     else:
         train, held_out = split_by_prompt(train, 0.1, config.seed)
     if config.selection_data:
-        selection = read_rankings(config.selection_data)
+        selection = read_rankings(config.selection_data, HELD_OUT, config.on_bad_row)
         check_disjoint(train, selection, ("train_data", "selection_data"))
         check_disjoint(held_out, selection, ("eval_data", "selection_data"))
     elif config.keep_best or config.seeds:

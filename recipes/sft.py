@@ -63,7 +63,7 @@ def sft(config: SFTRecipe) -> dict[str, Any]:
     from rlhf.run.callbacks import attach
     from rlhf.sft.trainer import SFTTrainer
 
-    rows = read_demonstrations(config.train_data)[: config.max_rows]
+    rows = read_demonstrations(config.train_data, on_bad_row=config.on_bad_row)[: config.max_rows]
     trainer = SFTTrainer(str(config.model), args=config, train_dataset=rows, eval_dataset=config.eval_data)
     attach(trainer, "sft", ("loss", "token_accuracy", "learning_rate"), stage.folder)
     stage.begin()

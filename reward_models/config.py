@@ -35,6 +35,9 @@ class RewardConfig:
     """Prompts per forward on one process. A memory setting: it changes no gradient."""
     max_length: int = 1024
     """Tokens of prompt and response together. A prompt with a longer response is left out, counted and named."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """A row that can't be read, or that the chat template refuses: refuse: stop and name it; drop: leave it out, and
+    count it in the log."""
 
     "Optimization"
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import chat
 from rlhf.errors import InputError, short
 from rlhf.padding import pad
-from rlhf.records import Ranking
+from rlhf.records import BadRows, OnBadRow, Ranking
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,21 +66,28 @@ def encode_rankings(
     max_length: int,
     name: str,
     labeler_weights: Mapping[str, float] | None = None,
+    on_bad_row: OnBadRow = "refuse",
 ) -> Dataset:
     """Encode rankings, one row each, with the columns of `EncodedRanking`.
 
     Leaves out, and counts in the log, rankings without a pair and rankings in which prompt and response exceed
-    `max_length` tokens. Raises InputError when nothing remains.
+    `max_length` tokens. on_bad_row: what becomes of those that the chat template refuses. Raises InputError when
+    nothing remains.
     """
     rows: list[EncodedRanking] = []
     ties, too_long = 0, {}
+    refused = BadRows(name, on_bad_row)
     for number, ranking in enumerate(rankings):
         pairs = ranking.pairs()
         if not pairs:
             ties += 1
             continue
         turns = [[*ranking.prompt, {"role": "assistant", "content": text}] for text in ranking.responses]
-        encoded = [chat.encode_conversation(tokenizer, messages)[0] for messages in turns]
+        try:
+            encoded = [chat.encode_conversation(tokenizer, messages)[0] for messages in turns]
+        except InputError as error:
+            refused.add(ranking.where, error)
+            continue
         longest = max(map(len, encoded))
         if longest > max_length:
             too_long[number] = longest
@@ -99,6 +106,7 @@ def encode_rankings(
                 "row": number,
             }
         )
+    refused.tell(len(rows) + ties + len(too_long))
     _report_left_out(rankings, ties, too_long, max_length, name, remaining=len(rows))
     _scale_weights(rows, name)
     from datasets import Dataset, Features, List, Value

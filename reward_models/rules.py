@@ -29,6 +29,7 @@ from decimal import Decimal
 from typing import Any, Literal, NoReturn
 
 from reward_models.functions import Texts, column_values, response_text
+from rlhf.calls import call
 from rlhf.errors import InputError
 from rlhf.messages import Messages
 
@@ -216,7 +217,7 @@ class Rules:
         logs = {name: f for name, f in (("log_metric", log_metric), ("log_extra", log_extra)) if f is not None}
         sums: list[float | None] = [None] * len(completions)
         for name, (weight, rule) in self.parts.items():
-            scores = list(rule(prompts=prompts, completions=completions, **logs, **columns))
+            scores = list(call(rule, {"prompts": prompts, "completions": completions, **logs, **columns}))
             if len(scores) != len(completions):
                 raise InputError(f"Rules: {name} returned {len(scores)} scores for {len(completions)} responses")
             if log_extra is not None:

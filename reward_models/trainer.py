@@ -36,7 +36,7 @@ from rlhf.models import encoders
 from rlhf.models.loading import tokenizer_of
 from rlhf.models.scalar import ScoreNormalizer, score_head
 from rlhf.padding import position_ids
-from rlhf.records import Ranking, check_disjoint, read_demonstrations, read_rankings
+from rlhf.records import HELD_OUT, Ranking, check_disjoint, read_demonstrations, read_rankings
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.precision import log_choice
@@ -90,8 +90,9 @@ class RewardTrainer(trl.RewardTrainer):
         if not isinstance(config, RewardConfig):
             raise TypeError(f"args: expected a reward_models.RewardConfig, got a {type(config).__module__} one")
         tokenizer = tokenizer_of(model, processing_class)
-        train = read_rankings(train_dataset)
-        held_out = None if eval_dataset is None else read_rankings(eval_dataset)
+        bad = config.on_bad_row
+        train = read_rankings(train_dataset, on_bad_row=bad)
+        held_out = None if eval_dataset is None else read_rankings(eval_dataset, HELD_OUT, bad)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
         reward_model = prepare_model(model, tokenizer, config, peft_config)
@@ -99,9 +100,9 @@ class RewardTrainer(trl.RewardTrainer):
         self._max_length = min(config.max_length, limit or config.max_length)
         if held_out is not None:
             held_out = encode_rankings(
-                tokenizer, _sample(held_out, config), self._max_length, "eval_dataset", config.labeler_weights
+                tokenizer, _sample(held_out, config), self._max_length, "eval_dataset", config.labeler_weights, bad
             )
-        encoded = encode_rankings(tokenizer, train, self._max_length, "train_dataset", config.labeler_weights)
+        encoded = encode_rankings(tokenizer, train, self._max_length, "train_dataset", config.labeler_weights, bad)
         if config.keep_best and held_out is None:
             raise InputError("keep_best needs held-out losses to choose by: give an eval_dataset")
         if config.label_smoothing and any(encoded["margin"]):
@@ -246,9 +247,10 @@ class RewardTrainer(trl.RewardTrainer):
         `eval_pairs` and `eval_prompts`, on the trainer's eval_dataset or on any source that `read_rankings` reads."""
         encoded = isinstance(eval_dataset, Dataset) and "chosen_ids" in eval_dataset.column_names
         if eval_dataset is not None and not encoded:
-            rankings = _sample(read_rankings(eval_dataset), self.config)
+            bad = self.config.on_bad_row
+            rankings = _sample(read_rankings(eval_dataset, HELD_OUT, bad), self.config)
             eval_dataset = encode_rankings(
-                self._tokenizer, rankings, self._max_length, "eval_dataset", self.config.labeler_weights
+                self._tokenizer, rankings, self._max_length, "eval_dataset", self.config.labeler_weights, bad
             )
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

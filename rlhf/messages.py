@@ -91,13 +91,14 @@ def as_prompt(value: object) -> Messages:
 
 
 def is_hh(text: str) -> bool:
-    """Return whether a text begins as Anthropic HH's dialogue strings do: "\\n\\nHuman: ..."."""
-    return bool(_HH_TURN.match(text))
+    """Return whether a text begins as Anthropic HH's dialogue strings do: "\\n\\nHuman: ...", or without these line
+    breaks where a reply follows."""
+    return bool(_HH_TURN.match(text) or (text.lstrip().startswith("Human:") and "\n\nAssistant:" in text))
 
 
 def parse_hh(text: str) -> Messages:
     """Parse HH's dialogue string; two turns of one speaker in a row (0.2% of the rows) become one."""
-    parts = _HH_TURN.split(text)[1:]
+    parts = _HH_TURN.split(f"\n\n{text.lstrip()}")[1:]
     turns: Messages = []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
         role, content = ("user" if speaker == "Human" else "assistant"), content.strip()

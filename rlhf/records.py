@@ -1,9 +1,10 @@
 """Prompts, demonstrations and rankings as frozen records: reading, writing, and splitting by prompt.
 
-`rlhf.shapes` lists the accepted rows; extra columns are kept in `.columns`. A demonstration read from a ranking is its
-best response. A source is a path (.jsonl, .jsonl.gz, .json), a folder of such files or one written by datasets'
-`save_to_disk`, a name on the hub ("name", or "name:part" with a configuration or folder of it), a `datasets` object,
-or a list of rows. Every mistake raises an `InputError` of one line: file:line: field: what was seen; what to do.
+`rlhf.shapes` lists the accepted rows; extra columns are kept in `.columns`, and `.where` says where a row came from. A
+demonstration read from a ranking is its best response. A source is a file (`rlhf.files` lists the kinds), a folder of
+such files, one written by datasets' `save_to_disk` or a hub data set's snapshot, a name on the hub ("name", or
+"name:part" with a configuration or folder of it), a `datasets` object, or a list of rows; "@split" after a name chooses
+a split. Every mistake raises an `InputError` of one line: file:line: field: what was seen; what to do.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rlhf import shapes
 from rlhf.errors import InputError
 from rlhf.messages import ROLES, Messages, check_messages, check_prompt, check_texts
 from rlhf.shapes import Unusable
-from rlhf.sources import Source, name_of, rows, show, wrong
+from rlhf.sources import HELD_OUT, Source, name_of, rows, show, wrong
 
 __all__ = [
+    "HELD_OUT",
     "ROLES",
+    "BadRows",
     "Demonstration",
     "Messages",
+    "OnBadRow",
     "Prompt",
     "Ranking",
     "Record",
@@ -45,6 +49,9 @@ __all__ = [
 
 logger = logging.getLogger("rlhf")
 
+OnBadRow = Literal["refuse", "drop"]
+"""What becomes of rows that can't be used: the first is an error, or they are left out and counted in the log."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -54,6 +61,7 @@ class Prompt:
     messages: Messages
     columns: dict[str, Any] = field(default_factory=dict)
     text: bool = False
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_prompt(self.messages, "prompt")
@@ -66,6 +74,7 @@ class Demonstration:
     messages: Messages
     trained_from: int = 0
     columns: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_messages(self.messages, "messages")
@@ -91,6 +100,7 @@ class Ranking:
     responses: tuple[str, ...]
     ranks: tuple[float, ...]
     columns: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt, "prompt")
@@ -119,6 +129,7 @@ class StepLabels:
     steps: tuple[str, ...]
     labels: tuple[int, ...]
     columns: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt, "prompt")
@@ -134,19 +145,20 @@ Record = TypeVar("Record", Prompt, Demonstration, Ranking, StepLabels)
 _AnyRecord = Prompt | Demonstration | Ranking | StepLabels
 
 
-def read_prompts(source: Source, split: str = "train") -> list[Prompt]:
+def read_prompts(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Prompt]:
     """Read prompts from rows of any accepted shape. Raises InputError."""
-    return _read(source, split, _to_prompt)
+    return _read(source, split, on_bad_row, _to_prompt)
 
 
-def read_demonstrations(source: Source, split: str = "train") -> list[Demonstration]:
-    """Read demonstrations; a preference row gives its best response (the first of equals). Raises InputError."""
-    return _read(source, split, _to_demonstration)
+def read_demonstrations(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Demonstration]:
+    """Read demonstrations; a preference row gives its best response (the first of equals), a row whose `label` is
+    false (KTO) none. Raises InputError."""
+    return _read(source, split, on_bad_row, _to_demonstration)
 
 
-def read_rankings(source: Source, split: str = "train") -> list[Ranking]:
+def read_rankings(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Ranking]:
     """Read rankings. Identical responses are ties. Raises InputError, also for a source without a single pair."""
-    rankings = _read(source, split, _to_ranking)
+    rankings = _read(source, split, on_bad_row, _to_ranking)
     if not any(ranking.pairs() for ranking in rankings):
         raise wrong(f"{name_of(source)}: chosen/rejected", f"all {len(rankings)} rows are ties or identical texts",
                      "check that the two columns differ")  # fmt: skip
@@ -211,27 +223,27 @@ def check_disjoint(
 # --- one row --------------------------------------------------------------------------------------------------------
 
 
-def _to_ranking(row: object) -> Ranking:
-    return row if isinstance(row, Ranking) else Ranking(*shapes.ranking_fields(row))
+def _to_ranking(row: object, where: str = "") -> Ranking:
+    return row if isinstance(row, Ranking) else Ranking(*shapes.ranking_fields(row), where)
 
 
-def _to_demonstration(row: object) -> Demonstration:
+def _to_demonstration(row: object, where: str) -> Demonstration:
     if isinstance(row, Demonstration):
         return row
     if not isinstance(row, Ranking) and not shapes.is_ranking(row):
-        return Demonstration(*shapes.demonstration_fields(row))
-    ranking = _to_ranking(row)
+        return Demonstration(*shapes.demonstration_fields(row), where)
+    ranking = _to_ranking(row, where)
     best = ranking.responses[ranking.ranks.index(min(ranking.ranks))]
     turns = [*ranking.prompt, {"role": "assistant", "content": best}]
-    return Demonstration(turns, len(ranking.prompt), ranking.columns)
+    return Demonstration(turns, len(ranking.prompt), ranking.columns, ranking.where)
 
 
-def _to_prompt(row: object) -> Prompt:
+def _to_prompt(row: object, where: str) -> Prompt:
     if isinstance(row, Prompt):
         return row
     if isinstance(row, Ranking | Demonstration | StepLabels):
-        return Prompt(list(row.prompt), row.columns)
-    return Prompt(*shapes.prompt_fields(row))
+        return Prompt(list(row.prompt), row.columns, where=row.where)
+    return Prompt(*shapes.prompt_fields(row), where)
 
 
 def _prompt_of(record: _AnyRecord) -> Messages:
@@ -242,7 +254,7 @@ def _to_row(record: object) -> object:
     if not is_dataclass(record) or isinstance(record, type):
         return record
     row = asdict(record)
-    columns = row.pop("columns", {})
+    columns, _ = row.pop("columns", {}), row.pop("where", "")
     if isinstance(record, Prompt):
         row = {"prompt": record.messages[0]["content"] if record.text else record.messages}
     elif isinstance(record, Demonstration) and record.trained_from:
@@ -257,23 +269,58 @@ def _to_row(record: object) -> object:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _read(source: Source, split: str, convert: Callable[[object], Record]) -> list[Record]:
+class BadRows:
+    """Rows of a data set that can't be used: the first is an error, or they are left out and counted (OnBadRow)."""
+
+    def __init__(self, name: str, rule: OnBadRow):
+        if rule not in ("refuse", "drop"):
+            raise wrong("on_bad_row", f"got {show(rule)}", "write refuse or drop")
+        self.name, self.rule = name, rule
+        self.rows: list[tuple[str, str]] = []
+
+    def add(self, where: str, error: InputError) -> None:
+        """Raise an error that names the row, or note it."""
+        if self.rule == "refuse":
+            raise InputError(f"{where}: {error}" if where else str(error)) from None
+        self.rows.append((where, str(error)))
+
+    def tell(self, remaining: int) -> None:
+        """Count the rows in the log, the first of them by its error. Raises InputError where no row remains."""
+        if not self.rows:
+            return
+        where, error = self.rows[0]
+        seen = f"{len(self.rows)} of {len(self.rows) + remaining} rows can't be used, the first {where}: {error}"
+        if not remaining:
+            raise InputError(f"{self.name}: {seen}")
+        _warn_once(f"{self.name}: on_bad_row=drop: left out: {seen}; {_named([w for w, _ in self.rows])}")
+
+
+def _read(source: Source, split: str, on_bad_row: OnBadRow, convert: Callable[[object, str], Record]) -> list[Record]:
     records: list[Record] = []
     unusable: list[tuple[str, str]] = []
+    bad = BadRows(name_of(source), on_bad_row)
     for where, row in rows(source, split):
         try:
-            records.append(convert(row))
+            records.append(convert(row, where))
         except Unusable as flaw:
             unusable.append((where, str(flaw)))
         except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-    if unusable:
-        named = ", ".join(where.rpartition(":")[2].strip() for where, _ in unusable[:8])
-        _warn_once(f"{name_of(source)}: left out {len(unusable)} of {len(unusable) + len(records)} rows for "
-                   f"{unusable[0][1]}: {named}{' ...' if len(unusable) > 8 else ''}")  # fmt: skip
+            bad.add(where, error)
+    bad.tell(len(records) + len(unusable))
+    for why in dict.fromkeys(why for _, why in unusable):
+        there = [where for where, other in unusable if other == why]
+        left_out = f"left out {len(there)} of {len(unusable) + len(records)} rows for {why}: {_named(there)}"
+        if not records:
+            raise wrong(name_of(source), f"no rows; {left_out}", "hand in others")
+        _warn_once(f"{name_of(source)}: {left_out}")
     if not records:
         raise wrong(name_of(source), "no rows", "hand in at least one")
     return records
+
+
+def _named(there: Sequence[str]) -> str:
+    """Return the numbers of the first few rows, by line or row."""
+    return ", ".join(where.rpartition(":")[2].strip() for where in there[:8]) + " ..." * (len(there) > 8)
 
 
 @cache

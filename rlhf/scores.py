@@ -14,7 +14,6 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlhf.calls import TRAINERS, call, check_arguments, function_name
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.records import Prompt
 
@@ -48,12 +48,26 @@ def check_functions(reward_funcs: RewardFunction | Sequence[RewardFunction]) -> 
             )
         if not callable(function):
             raise InputError(f"reward_funcs holds a {type(function).__name__}, which cannot be called")
+        if isinstance(function, type):
+            raise InputError(f"reward_funcs holds the class {function.__name__}; pass an object: {function.__name__}()")
+        if hasattr(function, "get_input_embeddings"):  # one of transformers' models, which reads token ids
+            raise InputError(
+                f"reward_funcs holds a bare {type(function).__name__}; load its folder as a reward model: "
+                "from reward_models import RewardModel; RewardModel.load(folder)"
+            )
     return listed
 
 
-def function_name(function: RewardFunction) -> str:
-    inner = function.func if isinstance(function, partial) else function
-    return getattr(inner, "__name__", type(inner).__name__)
+def check_columns(functions: Sequence[RewardFunction], prompts: Sequence[Prompt], name: str) -> None:
+    """Raise InputError where a function requires a column that none of the prompts of the dataset `name` has."""
+    known = [*TRAINERS, *columns_of(prompts)]
+    for function in functions:
+        check_arguments(function, known, name)
+
+
+def columns_of(prompts: Iterable[Prompt]) -> list[str]:
+    """Return the names of all columns that one or another prompt has."""
+    return sorted({name for prompt in prompts for name in prompt.columns})
 
 
 def column_names(functions: Sequence[RewardFunction]) -> list[str]:
@@ -76,6 +90,7 @@ def score_responses(
     texts: Sequence[str],
     response_ids: Sequence[list[int]],
     *,
+    columns: Iterable[str] = (),
     timeout_seconds: float | None = None,
     failures: list[str] | None = None,
     **extra: Any,
@@ -83,16 +98,17 @@ def score_responses(
     """Return the weighted sum of the functions' scores and, with several functions, the scores of each by name.
 
     Functions are called as by trl's GRPOTrainer: ``f(prompts=, completions=, completion_ids=, **columns)``, with
-    strings where the prompt was a string and message lists where it was one. A function returns a number per response,
-    or an awaitable of them. None means "not applicable" and leaves the sum (NaN in the function's own scores); a
-    response for which every function returns None is an error.
+    strings where the prompt was a string and message lists where it was one. Each gets copies of its own, and only what
+    its signature names. columns: names of the dataset's columns, None for prompts that lack one. A function returns a
+    number per response, or an awaitable of them. None means "not applicable" and leaves the sum (NaN in the function's
+    own scores); a response for which every function returns None is an error, or dropped.
 
     A function fails on a response where its score is not a finite float32, or is an exception (as from
     ``asyncio.gather(..., return_exceptions=True)``). It fails on all responses where it raises one or is not done after
     `timeout_seconds`. With `failures` None, a failure raises: InputError for a bad number, RunStopped for an exception
     or a time-out. With a list, a line per failed function is appended to it, and the sum and every function's own score
-    of a failed response are NaN. A wrong number of scores, and an InputError that a function raises, always raise
-    InputError.
+    of a failed response are NaN. A wrong number of scores or of values to log, and an InputError that a function
+    raises, always raise InputError.
     """
     inputs = {
         "prompts": [p.messages[-1]["content"] if p.text else p.messages for p in prompts],
@@ -101,12 +117,11 @@ def score_responses(
         ],
         "completion_ids": list(response_ids),
     }
-    names = sorted({name for prompt in prompts for name in prompt.columns})
-    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    named = {name: [p.columns.get(name) for p in prompts] for name in {*columns, *columns_of(prompts)}}
     table = torch.full((len(prompts), len(functions)), math.nan)
     dropped = torch.zeros(len(prompts), dtype=torch.bool)
     for j, function in enumerate(functions):
-        answers = _answers(function, {**columns, **extra, **inputs}, len(prompts), timeout_seconds)
+        answers = _answers(function, {**named, **extra, **inputs}, len(prompts), timeout_seconds)
         table[:, j], failed = _numbers(answers)
         if failed:
             row, error = next(iter(failed.items()))
@@ -117,8 +132,12 @@ def score_responses(
             dropped[list(failed)] = True
     empty = table.isnan().all(-1) & ~dropped
     if bool(empty.any()):
-        row = int(empty.nonzero()[0])
-        raise InputError(f"no reward function scored response {row} ({short(texts[row])!r}); all of them returned None")
+        row, share = int(empty.nonzero()[0]), f"{int(empty.sum())} of {len(prompts)} responses"
+        unscored = f"no reward function scored response {row} ({short(texts[row])!r}); all of them returned None"
+        if failures is None:
+            raise InputError(f"{unscored}, as for {share}; on_score_failure: drop leaves such responses out")
+        failures.append(f"{unscored} ({share})")
+        dropped |= empty
     table[dropped] = math.nan
     total = (table * torch.tensor(list(weights))).nansum(-1).masked_fill(dropped, math.nan)
     many = len(functions) > 1
@@ -143,53 +162,87 @@ class _TimedOut(Exception):
     pass
 
 
+class _Log:
+    """One function's log calls: numbers are passed on at once, columns when it is done. Calls that come late, after the
+    time-out, are ignored."""
+
+    def __init__(self, function: RewardFunction, arguments: Mapping[str, Any]):
+        self._name = function_name(function)
+        self._metric, self._extra = arguments.get("log_metric"), arguments.get("log_extra")
+        self._columns: dict[str, list[object]] = {}
+        self._late = threading.Event()
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the function gets in place of the trainer's own log functions."""
+        given = {"log_metric": self._metric and self.metric, "log_extra": self._extra and self.extra}
+        return {name: log for name, log in given.items() if log is not None}
+
+    def metric(self, name: str, value: Any) -> None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):  # torch raises the last for a tensor of several numbers
+            raise InputError(f"{self._name}: log_metric({name!r}) got {short(repr(value))}; log one number") from None
+        if self._metric is not None and not self._late.is_set():
+            self._metric(name, number)
+
+    def extra(self, column: str, values: Iterable[object]) -> None:
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise InputError(f"{self._name}: log_extra({column!r}) got {short(repr(values))}; log a list")
+        self._columns.setdefault(column, []).extend(values)
+
+    def close(self, count: int | None) -> None:
+        """Pass the columns on, each with a value for all `count` responses; with None, drop them and what follows."""
+        for column, values in self._columns.items() if count is not None else ():
+            if len(values) != count:
+                seen = f"{self._name}: log_extra({column!r}) got {len(values)} values for {count} responses"
+                raise InputError(f"{seen}; log one value per response, None where there is none")
+            if self._extra is not None:
+                self._extra(column, values)
+        self._late.set()
+
+
 def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, seconds: float | None) -> list[object]:
     """Call a function; return its answers to `count` responses, or `count` times the exception that it raised.
 
     With a time-out the function runs in a thread of its own. Python cannot stop a thread: a late one goes on until the
     process ends, and its log calls are ignored.
     """
-    late = threading.Event()
-    muted = {name: _until(late, arguments[name]) for name in ("log_metric", "log_extra") if name in arguments}
+    logged = _Log(function, arguments)
 
     def answer() -> list[object]:
-        result: Any = function(**arguments | muted)
+        result: Any = call(function, arguments | logged.arguments())
         if inspect.isawaitable(result):  # in a thread: a notebook's own already runs an event loop
             # cancelled 0.1 s after the time-out, so that always the wait below is the one that raises _TimedOut
             awaited = result if seconds is None else asyncio.wait_for(result, seconds + 0.1)
             result = _in_thread(lambda: asyncio.run(_wait(awaited)), None)
-        if isinstance(result, Tensor) and result.dim() > 0:
-            return result.detach().cpu().tolist()
-        if isinstance(result, str | bytes | Mapping | set | frozenset) or not isinstance(result, Iterable):
-            raise InputError(
-                f"{function_name(function)} returned a {type(result).__name__}; return a number per response"
-            )
-        return list(result)
+        return _listed(function, result)
 
     try:
         answers = answer() if seconds is None else _in_thread(answer, seconds)
     except InputError:
         raise
-    except _TimedOut as error:
-        late.set()
-        return [error] * count
     except Exception as error:
+        logged.close(None)
         return [error] * count
     if len(answers) != count:
         raise InputError(f"{function_name(function)} returned {len(answers)} scores for {count} responses")
+    logged.close(count)
+    return answers
+
+
+def _listed(function: RewardFunction, result: Any) -> list[object]:
+    """Return what a function returned as a list; of an array or list of shape (N, 1), its N numbers."""
+    single = isinstance(result, str | bytes | Mapping | set | frozenset) or not isinstance(result, Iterable)
+    if single or getattr(result, "ndim", 1) == 0:
+        raise InputError(f"{function_name(function)} returned a {type(result).__name__}; return a number per response")
+    answers: list[Any] = result.detach().cpu().tolist() if isinstance(result, Tensor) else list(result)
+    if answers and all(isinstance(answer, list | tuple) and len(answer) == 1 for answer in answers):
+        return [answer[0] for answer in answers]
     return answers
 
 
 async def _wait(awaitable: Awaitable[T]) -> T:
     return await awaitable
-
-
-def _until(late: threading.Event, log_call: Callable[..., None]) -> Callable[..., None]:
-    def call(*args: object) -> None:
-        if not late.is_set():
-            log_call(*args)
-
-    return call
 
 
 def _in_thread(work: Callable[[], T], seconds: float | None) -> T:
@@ -227,7 +280,8 @@ def _numbers(answers: Sequence[object]) -> tuple[Float[Tensor, "N"], dict[int, E
         if isinstance(answer, Exception):
             failed[row] = answer
             continue
-        single = answer.item() if hasattr(answer, "item") and getattr(answer, "ndim", 0) == 0 else answer
+        item = getattr(answer, "item", None)  # an array's or tensor's
+        single = item() if item is not None and math.prod(getattr(answer, "shape", ())) == 1 else answer
         if not isinstance(single, Real | Decimal):
             failed[row] = f"a {type(answer).__name__} ({short(str(answer))!r})"
             continue

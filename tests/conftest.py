@@ -109,6 +109,15 @@ def tiny_model(tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """The folder of small inputs that failed once, beside the checkout; it is not part of the repository."""
+    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"no cases at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the checkout; it is not part of the repository."""
     folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

@@ -96,14 +96,14 @@ def test_shapes_of_demonstrations(row, expected):
         ({"prompt": "Why is it?", "answer": 3}, Prompt(Q, {"answer": 3}, text=True)),
         ({"prompt": MULTI}, Prompt(MULTI)),
         ({"prompt": HH}, Prompt(MULTI)),
-        ({"prompt": "Why is it?", "chosen": "Yes.", "rejected": "No."}, Prompt(Q, text=True)),
-        ({"chosen": HH + " a", "rejected": HH + " b", "id": 7}, Prompt(MULTI, {"id": 7})),
-        ({"messages": [*MULTI, bot("four")]}, Prompt(MULTI)),
-        ({"messages": MULTI}, Prompt(MULTI)),
+        ({"prompt": "Why is it?", "chosen": "Yes.", "rejected": "No."}, Prompt(Q, {"chosen": "Yes.", "rejected": "No."}, text=True)),  # noqa: E501
+        ({"chosen": HH + " a", "rejected": HH + " b", "id": 7}, Prompt(MULTI, {"chosen": HH + " a", "rejected": HH + " b", "id": 7})),  # noqa: E501
+        ({"messages": [*MULTI, bot("four")]}, Prompt(MULTI, {"messages": [*MULTI, bot("four")]})),
+        ({"messages": MULTI}, Prompt(MULTI, {"messages": MULTI})),
         (PAIR, Prompt(Q)),
         (Demonstration([*Q, bot("So.")], columns={"a": 1}), Prompt(Q, {"a": 1})),
     ],
-)
+)  # fmt: skip
 def test_shapes_of_prompts(row, expected):
     assert read_prompts([row]) == [expected]
 

@@ -233,8 +233,14 @@ def test_mistakes_of_the_user_are_never_dropped():
         run(mistaken, failures=[])
     with pytest.raises(InputError, match="given returned 2 scores for 3 responses"):
         run(returns(1.0, 2.0), failures=[])
-    with pytest.raises(InputError, match="no reward function scored response 2"):
-        run(first, failures=[])
+
+
+def test_none_from_every_function_drops_the_response():
+    failures: list[str] = []
+    values, own = run([first, returns(4.0, 5.0, None)], failures=failures)
+    np.testing.assert_equal(values.numpy(), np.float32([5.0, 7.0, np.nan]))
+    assert own["score/first"].isnan().tolist() == [False, False, True]
+    assert failures == ["no reward function scored response 2 (''); all of them returned None (1 of 3 responses)"]
 
 
 def test_a_function_that_is_late():
@@ -324,6 +330,7 @@ def test_the_missing_stop():
 # -- in PPO ------------------------------------------------------------------------------------------------
 
 BROKEN = (2, 5, 6, 9)
+HELD_OUT = [row | {"prompt": f"Again: {row['prompt']}"} for row in two_processes.PROMPTS[:5]]
 PLAIN = two_processes.odd_share
 
 
@@ -341,7 +348,7 @@ def trainer_of(folder, policy, functions, **changes) -> PPOTrainer:
         "clip_ratio": 0.05, "max_grad_norm": 1e9, "on_score_failure": "drop", "preflight": False,
     }  # fmt: skip
     return PPOTrainer(
-        str(policy), functions, PPOConfig(**(settings | changes)), two_processes.PROMPTS, two_processes.PROMPTS[:5],
+        str(policy), functions, PPOConfig(**(settings | changes)), two_processes.PROMPTS, HELD_OUT,
         engine=two_processes.GivenResponses(),
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ from reward_models.card.pairs import (
 )
 from reward_models.card.sensitivity import sensitivity
 from reward_models.card.surface import surface
+from rlhf.calls import call
 from rlhf.errors import InputError
 from rlhf.intervals import clustered_accuracy
 from rlhf.messages import Messages
@@ -167,7 +168,7 @@ def score_rankings(score: Score, rankings: Sequence[Ranking]) -> list[list[float
     if callable(score):
         names = sorted({name for ranking in rankings for name in ranking.columns})
         columns = {name: [r.columns.get(name) for r in rankings for _ in r.responses] for name in names}
-        values = list(score(prompts=prompts, completions=completions, **columns))
+        values = list(call(score, {**columns, "prompts": prompts, "completions": completions}))
     else:
         values = list(score_conversations(score, [p + c for p, c in zip(prompts, completions, strict=True)]))
     if len(values) != len(prompts):

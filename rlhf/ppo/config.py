@@ -13,6 +13,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 MISSING_EOS = ("replace", "subtract", "off")
 ON_SCORE_FAILURE = ("error", "drop")
 ON_ALARM = ("warn", "save", "stop")
+ON_BAD_ROW = ("refuse", "drop")
 VALUE_MODELS = ("separate", "adapter", "shared_trunk", None)
 
 
@@ -43,6 +44,9 @@ class PPOConfig:
     """Responses sampled at once on one process; memory and speed only."""
     max_prompt_tokens: int = 512
     """Longer prompts are left out, counted and named in the log."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """A row that can't be read, or that the chat template refuses: refuse: stop and name it; drop: leave it out, and
+    count it in the log."""
     max_new_tokens: int = 128
     """Longest response, its stop token included."""
     temperature: float = 1.0
@@ -171,7 +175,7 @@ class PPOConfig:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name, choices in (
             ("lr_schedule", SCHEDULES), ("missing_eos", MISSING_EOS), ("on_alarm", ON_ALARM),
-            ("on_score_failure", ON_SCORE_FAILURE), ("value_model", VALUE_MODELS),
+            ("on_bad_row", ON_BAD_ROW), ("on_score_failure", ON_SCORE_FAILURE), ("value_model", VALUE_MODELS),
         ):  # fmt: skip
             fine = ", ".join(str(choice or "null") for choice in choices)
             _require(name, repr(getattr(self, name)), getattr(self, name) in choices, f"one of {fine}")

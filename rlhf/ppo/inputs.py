@@ -14,34 +14,42 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.loading import load_tokenizer
 from rlhf.ppo.config import PPOConfig
-from rlhf.records import Prompt, read_prompts
+from rlhf.records import HELD_OUT, BadRows, OnBadRow, Prompt, check_disjoint, read_prompts
+from rlhf.scores import RewardFunction, check_columns
 
 log = logging.getLogger("rlhf")
 
 
 def prompts_of(
-    name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
+    name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, on_bad_row: OnBadRow = "refuse"
 ) -> tuple[list[Prompt], list[list[int]]]:
     """Read a dataset's prompts and encode them; too long ones are left out, counted and named in the log, never cut.
 
-    name: "train_dataset" or "eval_dataset"; only the first is required. Raises InputError if it is missing or no
-    prompt is left.
+    name: "train_dataset" or "eval_dataset"; only the first is required. on_bad_row: what becomes of rows that can't be
+    read or that the chat template refuses. Raises InputError if the dataset is missing or no prompt is left.
     """
     if dataset is None and name == "eval_dataset":
         return [], []
     if dataset is None:
         raise InputError(f"{name} is missing; pass prompts: a path, a datasets.Dataset or a list of rows")
-    prompts, max_prompt_tokens = read_prompts(dataset), args.max_prompt_tokens
+    split = "train" if name == "train_dataset" else HELD_OUT
+    prompts, max_prompt_tokens = read_prompts(dataset, split, on_bad_row), args.max_prompt_tokens
+    refused = BadRows(name, on_bad_row)
     kept: list[Prompt] = []
     ids: list[list[int]] = []
     long: list[tuple[int, Prompt]] = []
     for prompt in prompts:
-        encoded = chat.encode_prompt(tokenizer, prompt.messages)
+        try:
+            encoded = chat.encode_prompt(tokenizer, prompt.messages)
+        except InputError as error:
+            refused.add(prompt.where, error)
+            continue
         if len(encoded) > max_prompt_tokens:
             long.append((len(encoded), prompt))
         else:
             kept.append(prompt)
             ids.append(encoded)
+    refused.tell(len(kept) + len(long))
     if not kept:
         raise InputError(
             f"{name}: all {len(long)} prompts are longer than max_prompt_tokens={max_prompt_tokens} "
@@ -54,6 +62,14 @@ def prompts_of(
             name, len(long), len(prompts), max_prompt_tokens, shown, " ..." if len(long) > 3 else "",
         )  # fmt: skip
     return kept, ids
+
+
+def check_prompts(functions: Sequence[RewardFunction], train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """Raise InputError where a prompt is in both datasets, or one of them lacks a column that a function requires."""
+    check_columns(functions, train, "train_dataset")
+    if held_out:
+        check_columns(functions, held_out, "eval_dataset")
+        check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

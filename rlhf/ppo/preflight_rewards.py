@@ -78,6 +78,7 @@ def _scores(trainer: Trainer, trial: Trial, functions: Any, weights: Any) -> tup
         trial.prompts,
         trial.texts,
         trial.responses.ids,
+        columns=scores.columns_of(trainer.prompts),
         timeout_seconds=trainer.args.score_timeout_seconds,
         failures=failures,
         trainer_state=trainer.loop.state,

@@ -25,6 +25,7 @@ def raw_scores(
         prompts,
         texts,
         ids,
+        columns=scores.columns_of(trainer.eval_prompts if prefix else trainer.prompts),
         timeout_seconds=args.score_timeout_seconds,
         failures=failures,
         trainer_state=loop.state,

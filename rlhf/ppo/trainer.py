@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,10 @@ class PPOTrainer:
         self.reward_funcs = scores.check_functions(reward_funcs)
         self.reward_weights = args.weights_for(len(self.reward_funcs))
         self.processing_class = tokenizer = inputs.policy_tokenizer(model, processing_class)
-        self.prompts, self.prompt_ids = inputs.prompts_of("train_dataset", train_dataset, tokenizer, args)
-        self.eval_prompts, self.eval_prompt_ids = inputs.prompts_of("eval_dataset", eval_dataset, tokenizer, args)
+        read = partial(inputs.prompts_of, tokenizer=tokenizer, args=args, on_bad_row=args.on_bad_row)
+        self.prompts, self.prompt_ids = read("train_dataset", train_dataset)
+        self.eval_prompts, self.eval_prompt_ids = read("eval_dataset", eval_dataset)
+        inputs.check_prompts(self.reward_funcs, self.prompts, self.eval_prompts)
         dtype = precision.compute_dtype(args.bf16)
         precision.log_choice(args.bf16)
         callback_args = callback_arguments(args)  # before Accelerator: transformers resets its state

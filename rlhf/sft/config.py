@@ -30,6 +30,9 @@ class SFTConfig:
     """Demonstrations per forward pass on one process: a memory setting that does not change the result."""
     max_length: int = 1024
     """Longest demonstration in tokens; longer ones are left out and counted, never cut."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """A row that can't be read, or that the chat template refuses: refuse: stop and name it; drop: leave it out, and
+    count it in the log."""
 
     "Optimization"
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.padding import IGNORED, pad
-from rlhf.records import Demonstration
+from rlhf.records import BadRows, Demonstration, OnBadRow
 
 logger = logging.getLogger("rlhf")
 
@@ -38,23 +38,43 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
 
 
+def is_accepted(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration) -> bool:
+    """Return whether the chat template accepts a demonstration."""
+    try:
+        chat.encode_conversation(tokenizer, demonstration.messages)
+    except InputError:
+        return False
+    return True
+
+
 def encode_demonstrations(
-    tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], max_length: int, name: str
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    max_length: int,
+    name: str,
+    on_bad_row: OnBadRow = "refuse",
 ) -> Dataset:
     """Encode demonstrations as columns ``input_ids`` and ``labels`` (-100 outside the assistant's tokens and their end
     of turn).
 
     Demonstrations of more than ``max_length`` tokens are left out, since a cut one would teach never to stop; the log
-    counts and names them. Raises InputError when none remains.
+    counts and names them. on_bad_row: what becomes of those that the chat template refuses. Raises InputError when none
+    remains.
     """
     rows: list[EncodedDemonstration] = []
     too_long: dict[int, int] = {}
+    refused = BadRows(name, on_bad_row)
     for index, demonstration in enumerate(demonstrations):
-        ids, mask = chat.encode_conversation(tokenizer, demonstration.messages, demonstration.trained_from)
+        try:
+            ids, mask = chat.encode_conversation(tokenizer, demonstration.messages, demonstration.trained_from)
+        except InputError as error:
+            refused.add(demonstration.where, error)
+            continue
         if len(ids) > max_length:
             too_long[index] = len(ids)
         else:
             rows.append({"input_ids": ids, "labels": [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]})
+    refused.tell(len(rows) + len(too_long))
     if not rows:
         if not too_long:
             raise InputError(f"{name}: no demonstrations; give at least one")

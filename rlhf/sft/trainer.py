@@ -27,14 +27,14 @@ from rlhf.errors import InputError, RunStopped, short
 from rlhf.models.adapters import base_model
 from rlhf.models.loading import tokenizer_of
 from rlhf.padding import IGNORED
-from rlhf.records import check_disjoint, read_demonstrations
+from rlhf.records import HELD_OUT, check_disjoint, read_demonstrations
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.precision import log_choice
 from rlhf.run.resume import resume_point
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sft.config import SFTConfig
-from rlhf.sft.data import Collator, encode_demonstrations
+from rlhf.sft.data import Collator, encode_demonstrations, is_accepted
 from rlhf.sft.model import prepare_model, show_bias
 from rlhf.sft.preflight import check_sft
 from rlhf.sources import Source
@@ -79,25 +79,28 @@ class SFTTrainer(trl.SFTTrainer):
         if train_dataset is None:
             raise InputError("train_dataset is missing; give a JSONL file, a dataset or a list of rows")
         tokenizer = tokenizer_of(model, processing_class)
-        train = read_demonstrations(train_dataset)
-        held_out = None if eval_dataset is None else read_demonstrations(eval_dataset)
+        train = read_demonstrations(train_dataset, on_bad_row=config.on_bad_row)
+        held_out = None if eval_dataset is None else read_demonstrations(eval_dataset, HELD_OUT, config.on_bad_row)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
         model, peft_config = prepare_model(model, tokenizer, config, peft_config)
         log_choice(config.bf16)
         self.config = config
         self._tokenizer = tokenizer
-        self.first_demonstrations = train[:64]  # preflight compares a few with the encoded rows
+        # preflight compares a few with the encoded rows
+        self.first_demonstrations = [row for row in train[:64] if is_accepted(tokenizer, row)]
         self._forward: dict[str, Any] = {}
         self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}  # per micro-batch since the last log
         super().__init__(
             model=model,
             args=trl_arguments(config, evaluate=held_out is not None),
             data_collator=Collator(chat.pad_id(tokenizer)),
-            train_dataset=encode_demonstrations(tokenizer, train, config.max_length, "train_dataset"),
+            train_dataset=encode_demonstrations(
+                tokenizer, train, config.max_length, "train_dataset", config.on_bad_row
+            ),
             eval_dataset=None
             if held_out is None
-            else encode_demonstrations(tokenizer, held_out, config.max_length, "eval_dataset"),
+            else encode_demonstrations(tokenizer, held_out, config.max_length, "eval_dataset", config.on_bad_row),
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=callbacks,
@@ -134,8 +137,10 @@ class SFTTrainer(trl.SFTTrainer):
         """Return ``eval_loss`` (mean over all labelled tokens) and ``eval_token_accuracy``, on any demonstrations."""
         encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
         if eval_dataset is not None and not encoded:
-            records = read_demonstrations(eval_dataset)
-            eval_dataset = encode_demonstrations(self._tokenizer, records, self.config.max_length, "eval_dataset")
+            records = read_demonstrations(eval_dataset, HELD_OUT, self.config.on_bad_row)
+            eval_dataset = encode_demonstrations(
+                self._tokenizer, records, self.config.max_length, "eval_dataset", self.config.on_bad_row
+            )
         self._sums["eval"].clear()
         with self._trl_forward():
             return super().evaluate(eval_dataset, *args, **kwargs)

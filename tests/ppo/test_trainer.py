@@ -371,6 +371,7 @@ def test_functions_weights_columns_and_the_trainers_own_arguments(tmp_path, full
         full[0],
         [numbers, constant],
         reward_weights=[1.0, 0.5],
+        rows=ROWS[3:],
         eval_rows=ROWS[:3],
         eval_steps=1,
         updates=1,

@@ -65,7 +65,7 @@ class StopAfterOne(TrainerCallback):
 def make(folder: Path, policy: str, reward: str, engine: Any = None, callbacks: Any = None, **changes: Any):
     config = PPOConfig(**{"output_dir": str(folder)} | SETTINGS | changes)
     return PPOTrainer(
-        policy, odd_share, config, PROMPTS[:8], PROMPTS[:3], value_model=reward, engine=engine, callbacks=callbacks
+        policy, odd_share, config, PROMPTS[:8], PROMPTS[8:11], value_model=reward, engine=engine, callbacks=callbacks
     )
 
 

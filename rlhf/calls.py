@@ -16,7 +16,10 @@ from typing import Any
 
 from rlhf.errors import InputError
 
-TRAINERS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+TRAINERS = (
+    "prompts", "completions", "raw_completions", "completion_ids", "processing_class", "trainer_state", "log_metric",
+    "log_extra",
+)  # fmt: skip
 """Arguments that come from a trainer; all others are columns of the data."""
 
 
@@ -55,7 +58,7 @@ def check_arguments(function: Callable[..., Any], known: Collection[str], where:
     if not missing:
         return
     columns = sorted(name for name in known if name not in TRAINERS)
-    near = get_close_matches(missing[0], [*columns, *TRAINERS], n=1)
+    near = get_close_matches(missing[0], [*columns, *TRAINERS], n=1, cutoff=0.8)
     advice = f"did you mean {near[0]!r}?" if near else "rename a column, or give the parameter a default"
     raise InputError(
         f"{function_name(function)}: it needs {missing[0]!r}, and {where or 'the data'} has no such column (columns: "

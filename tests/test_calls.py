@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -325,3 +327,53 @@ def test_a_function_that_fails_logs_no_half_of_a_column():
 
     assert np.isnan(run(function, failures=[], **given)).all()
     assert columns == {}
+
+
+# -- beside trl itself -------------------------------------------------------------------------------------
+
+
+def test_the_same_arguments_as_from_trls_trainer(monkeypatch):
+    """The installed GRPOTrainer's own scoring of the same rows; we add only `completion`, which it leaves out."""
+    import trl.trainer.grpo_trainer as theirs
+
+    rows = [
+        {"prompt": [TURN], "chosen": "a", "messages": [TURN], "prompt_id": "p", "completion": "c", "label": True},
+        {"prompt": [TURN], "chosen": "b", "messages": [TURN], "prompt_id": "q", "completion": "d", "label": False},
+    ]
+    seen = []
+
+    def first(prompts, completions, completion_ids, **columns):
+        seen.append(("first", prompts, completions, completion_ids, columns))
+        return [1.0, None]
+
+    async def second(prompts, completions, completion_ids, **columns):
+        seen.append(("second", prompts, completions, completion_ids, columns))
+        return [0.5, 2.0]
+
+    prompts = read_prompts(rows)
+    ours = scores.score_responses([first, second], [1.0, 1.0], prompts, TEXTS, IDS, trainer_state=None,
+                                  log_metric=print, log_extra=print)[1]  # fmt: skip
+    mine = {given[0]: given[1:] for given in seen}
+    seen.clear()
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    stub = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu"), reward_funcs=[first, second], reward_processing_classes=[None] * 2,
+        reward_func_names=["first", "second"], state=None, environments=None, async_loop=loop,
+        _log_completion_extra=print, _log_metric=print,
+    )  # fmt: skip
+    monkeypatch.setattr(theirs, "profiling_context", lambda *_: nullcontext())
+    monkeypatch.setattr(theirs, "gather", lambda tensor: tensor)
+    answers = [[{"role": "assistant", "content": text}] for text in TEXTS]
+    table = theirs.GRPOTrainer._calculate_rewards.__wrapped__(stub, rows, [row["prompt"] for row in rows], answers, IDS)
+    loop.call_soon_threadsafe(loop.stop)
+    for name, *given in seen:
+        *lists, columns = mine[name]
+        assert columns.pop("completion") == ["c", "d"]
+        assert {n: v for n, v in columns.items() if not callable(v)} == {
+            n: v for n, v in given[-1].items() if not callable(v)
+        }
+        assert columns.keys() == given[-1].keys()
+        assert lists == given[:-1]
+    assert len(seen) == 2
+    np.testing.assert_equal(np.stack([ours["score/first"], ours["score/second"]], 1), table.numpy())

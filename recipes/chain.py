@@ -17,15 +17,15 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
-from rlhf.run.report import write_report
 from rlhf.run.stages import Manifest
 from rlhf.sources import require_there
 from rlhf_recipes.evaluate_policy import EvaluationConfig, evaluation
 from rlhf_recipes.ppo import PPORecipe, ppo
 from rlhf_recipes.rankings import DataConfig, rankings
+from rlhf_recipes.report import report
 from rlhf_recipes.reward_model import RewardRecipe, reward_model
 from rlhf_recipes.sft import SFTRecipe, sft
-from rlhf_recipes.stage import open_stage
+from rlhf_recipes.stage import is_first, open_stage
 
 console.quiet()
 
@@ -100,11 +100,11 @@ def chain(config: ChainConfig) -> dict[str, Any]:
     seconds = {name: round(Manifest.read(run / name).seconds, 1) for name in (*stages, "evaluation")}
     summary = {"stages": stages, "evaluation": outcome["evaluation"], "seconds": seconds}
     write_json_atomic(run / "summary.json", summary)
-    report = write_report(run, summary)
+    page = report(run) if is_first() else run / "report.html"
     console.final_table(summary)
     if config.ppo.save_rollouts:
         console.stage_line("next", f"rlhf inspect_rollout {run}")
-    console.stage_line("report", str(report))
+    console.stage_line("report", str(page))
     return summary
 
 

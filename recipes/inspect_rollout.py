@@ -4,6 +4,7 @@
     rlhf inspect_rollout runs/my --update 4 --sort kl # a line per response
     rlhf inspect_rollout runs/my --update 4 --row 3   # one, token by token
     rlhf inspect_rollout runs/my --update 4 --row 3 --html row.html
+    rlhf inspect_rollout runs/my --update 4 --html pages  # all, linked
     rlhf inspect_rollout runs/my --update 4 --replay  # run again, compare
 
 Train with --save_rollouts N (in a chain --ppo.save_rollouts N) to keep updates. The first word is a run's folder or
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.flags import first_word
 from rlhf.ppo.view import Sort, number, response_lines, response_page, response_view, rows_table
 from rlhf.run import console
 
@@ -50,7 +52,8 @@ class InspectConfig:
     sort: Sort | None = None
     """Order of that list, highest first; null: as they were collected."""
     html: str | None = None
-    """Write the response as a web page into this file instead."""
+    """Write web pages instead: with --row the response's, into this file; else every response's and an index, into this
+    folder."""
     replay: bool = False
     """Run the update again from its saved state and compare every number with the log."""
     model: str | None = None
@@ -63,10 +66,14 @@ class InspectConfig:
         for name, value in needs.items():
             if value is not None and self.update is None:
                 raise InputError(f"--{name} needs --update N; without flags, the updates that were kept are listed")
-        if self.html is not None and self.row is None:
-            raise InputError("--html needs --update N and --row K: a page shows one response")
+        if self.html is not None and self.row is None and (self.update is None or self.html.endswith(".html")):
+            raise InputError(
+                "--html needs --update N and --row K for one page; with --update N and a folder it writes all"
+            )
         if self.row is not None and (self.sort or self.replay):
             raise InputError(f"--row shows one response; leave out --{'sort' if self.sort else 'replay'}")
+        if self.replay and self.html is not None:
+            raise InputError("--html shows responses; leave it out with --replay")
         if self.sort and self.replay:
             raise InputError("--sort orders the list of responses; leave it out with --replay")
         if not self.replay and (self.model or self.value_model):
@@ -90,8 +97,11 @@ def inspect(config: InspectConfig) -> bool:
     if config.replay:
         return replay(folder, config)
     rollout = load_rollout(folder)
+    if config.row is None and config.html is not None:
+        write_all(config, stage, folder, rollout)
+        return True
     if config.row is None:
-        console.console().print(rows_table(rollout, config.sort))
+        console.console().print(rows_table(rollout, config.sort, console.console().width))
         return True
     show_row(config, folder, rollout, config.row)
     return True
@@ -114,10 +124,11 @@ def updates_table(stage: Path, updates: list[int]) -> Table:
     """A line per kept update."""
     from rlhf.ppo.saved import read_logged, update_folder
 
-    names = ("score", "kl_nats", "entropy_nats", "response_tokens", "eos_rate", "explained_variance")
-    table = Table(box=box.SIMPLE_HEAD)
+    names = ["score", "kl_nats", "entropy_nats", "response_tokens", "eos_rate", "explained_variance"]
+    names = names if console.console().width >= 70 else names[:2]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("update", *names, "MB"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name.replace("_", " "), justify="right")
     for update in updates:
         folder = update_folder(stage, update)
         logged = read_logged(folder)
@@ -132,7 +143,7 @@ def show_row(config: InspectConfig, folder: Path, rollout: Rollout, row: int) ->
         raise InputError(f"--row {row}: update {config.update} has rows 0 to {len(rollout) - 1}")
     view = response_view(rollout, row, load_tokenizer(folder))
     if config.html is None:
-        console.console().print(response_lines(view))
+        console.console().print(response_lines(view, console.console().width))
         return
     page = response_page(view, f"{Path(config.run).resolve().name}: update {view.update}, row {row}")
     try:
@@ -142,15 +153,30 @@ def show_row(config: InspectConfig, folder: Path, rollout: Rollout, row: int) ->
     console.stage_line("inspect", f"wrote {config.html}")
 
 
+def write_all(config: InspectConfig, stage: Path, folder: Path, rollout: Rollout) -> None:
+    """Every response as a page, and the index."""
+    from rlhf.ppo.pages import write_pages
+
+    title = f"{Path(config.run).resolve().name}: update {config.update}"
+    report = next((place / "report.html" for place in (stage.parent, stage) if (place / "report.html").is_file()), None)
+    try:
+        index = write_pages(
+            rollout, load_tokenizer(folder), title, Path(str(config.html)), sort=config.sort, report=report
+        )
+    except OSError as error:
+        raise InputError(f"--html {config.html}: cannot be written ({error.strerror})") from None
+    console.stage_line("inspect", f"wrote {index} and {len(rollout)} pages")
+
+
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from rlhf.run.readable import first_sentence
+    from rlhf.ppo.saved import reason
 
     try:
         return AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'tokenizer'}: holds no tokenizer that loads ({first_sentence(error)})") from None
+        raise InputError(f"{folder / 'tokenizer'}: holds no tokenizer that loads ({reason(error)})") from None
 
 
 # ---------------------------------------------------------------- replay
@@ -174,7 +200,6 @@ def replay(folder: Path, config: InspectConfig) -> bool:
     """Run a saved update again, print the comparison; is every number as it was logged?"""
     import torch
 
-    from rlhf.ppo.run import load_checkpoint
     from rlhf.ppo.saved import Origin, load_rollout, read_logged
 
     origin = Origin.read(folder)
@@ -190,7 +215,7 @@ def replay(folder: Path, config: InspectConfig) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         rollout = load_rollout(folder, int(os.environ.get("RANK", "0")))
         trainer = build_trainer(folder, origin, config, rollout, scratch)
-        load_checkpoint(trainer, folder / "state")
+        load_state(trainer, folder / "state")
         again = trainer.advantages(rollout)
         columns = [largest_difference(name, rollout, again) for name in RECOMPUTED]
         replayed = trainer.update(rollout)
@@ -233,6 +258,18 @@ def _no_score(**columns: Any) -> list[float]:
     raise AssertionError("a replay uses the saved scores")
 
 
+def load_state(trainer: PPOTrainer, folder: Path) -> None:
+    from rlhf.ppo import run as ppo_run
+    from rlhf.ppo.saved import BROKEN, reason
+
+    try:
+        ppo_run.load_checkpoint(trainer, folder)
+    except InputError:
+        raise
+    except BROKEN as error:
+        raise InputError(f"{folder}: cut short or of another model ({reason(error)})") from None
+
+
 def largest_difference(name: str, saved: Rollout, again: Rollout) -> Compared:
     """What is computed from the saved columns against what was saved: 0 where it is equal to the last bit."""
     one, other = getattr(saved, name), getattr(again, name)
@@ -253,8 +290,13 @@ def show_comparison(
     for item in [*numbers, *columns]:
         difference = "0" if item.identical else f"{item.replayed - item.logged:+.3g}"
         style = "" if item.identical else "bold red"
-        table.add_row(item.name, repr(item.logged), repr(item.replayed), difference, style=style)
-    out.print(table)
+        if out.width >= 100:
+            table.add_row(item.name, repr(item.logged), repr(item.replayed), difference, style=style)
+        else:  # no digit may be cut
+            line = f"{item.name}: logged {item.logged!r}, replayed {item.replayed!r}, difference {difference}"
+            out.print(line, style=style, markup=False)
+    if out.width >= 100:
+        out.print(table)
     out.print("max difference: of the tokens' numbers, computed again from the saved ones, to the saved ones")
     if rest:
         out.print(f"not part of the update, so not run again: {', '.join(rest)}", markup=False)
@@ -267,17 +309,9 @@ def show_comparison(
         out.print(f"  {difference}: sums may be rounded in another order", markup=False)
 
 
-def with_run(argv: list[str]) -> list[str]:
-    """The first word names the run."""
-    if argv and not argv[0].startswith("-"):
-        return ["--run", *argv]
-    if not any(word.split("=")[0] in ("--run", "--help", "-h") for word in argv):
-        raise InputError("name the run's folder first: rlhf inspect_rollout RUN [--update N] [--row K]")
-    return argv
-
-
 def main(argv: list[str]) -> None:
-    if not inspect(configs.load(InspectConfig, with_run(argv), description=__doc__ or "")):
+    argv = first_word(argv, "run", "rlhf inspect_rollout RUN [--update N] [--row K]")
+    if not inspect(configs.load(InspectConfig, argv, description=__doc__ or "")):
         raise SystemExit(1)
 
 

@@ -1,11 +1,11 @@
 """Comparisons for the reward model, split by prompt.
 
     rlhf rankings --config toy.yaml    # its `data:` section
-    rlhf rankings --rankings pairs.jsonl --output_dir runs/my/data
+    rlhf rankings --rankings pairs.jsonl --output_dir runs/my/rankings
 
 They are sampled from the SFT model and ranked, or read from a data set. Leaves train.jsonl, held_out.jsonl,
 judge.jsonl (a disjoint half of the training prompts, for a second reward model that judges policies) and prompts.jsonl
-(for PPO) in the run's rankings/ folder.
+(for PPO) in --output_dir, or by default in the run's rankings/ folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class DataConfig:
     """Where prompts and comparisons come from, and how they are split."""
 
     output_dir: str = "runs/data"
-    """The run's data folder (rankings go beside it)."""
+    """As a flag of `rlhf rankings`: where they go. In a chain's `data` section: the run's data folder, and they go into
+    rankings/ beside it."""
     seed: int = 0
     """Decides sampling, labels and splits."""
     make: str | None = None
@@ -78,10 +79,10 @@ class DataConfig:
                 raise InputError(f"{name}={getattr(self, name)} must be a share between 0 and 1, say 0.1")
 
 
-def rankings(config: DataConfig) -> dict[str, Any]:
-    """The stage: get rankings, split them by prompt, write them."""
+def rankings(config: DataConfig, folder: Path | None = None) -> dict[str, Any]:
+    """The stage: get rankings, split them by prompt, write them into a folder; None: rankings/ beside the data's."""
     run = Path(config.output_dir).parent
-    config = replace(config, output_dir=str(run / "rankings"))
+    config = replace(config, output_dir=str(folder or run / "rankings"))
     model: Path | None = None
     if config.rankings is None:
         config = from_siblings(config, prompts="data/prompts.jsonl")
@@ -198,8 +199,11 @@ def _row(ranking: Ranking) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     config = configs.load(DataConfig, argv, section="data", known_sections=SECTIONS, description=__doc__ or "")
-    rankings(config)
-    next_command("reward_model", argv, config.output_dir, model="sft")
+    named = any(word.partition("=")[0] == "--output_dir" for word in argv)
+    folder = Path(config.output_dir) if named else Path(config.output_dir).parent / "rankings"
+    rankings(config, folder)
+    elsewhere = () if folder.name == "rankings" else ("--train_data", f"{folder}/train.jsonl")
+    next_command("reward_model", argv, config.output_dir, also=elsewhere, model="sft")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     config = configs.load(SFTRecipe, argv, section="sft", known_sections=SECTIONS, description=__doc__ or "")
     sft(config)
     if "--config" in argv:
-        next_command("rankings", argv, config.output_dir, "data")
+        next_command("rankings", argv, config.output_dir)
     else:
         next_command("reward_model", argv, config.output_dir, train_data="rankings/pairs.jsonl")
 

@@ -124,11 +124,14 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
     return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, time.perf_counter(), overwrite)
 
 
-def next_command(name: str, argv: Sequence[str], output_dir: str, section: str = "", **needed: str) -> None:
+def next_command(
+    name: str, argv: Sequence[str], output_dir: str, section: str = "", also: Sequence[str] = (), **needed: str
+) -> None:
     """Print the command that runs the next stage of the same run.
 
     argv: this stage's command line, whose config the next one shares. output_dir: this stage's folder. section: the
-    next stage's, where it is not `name`. needed: a flag, and the file of the run that makes it unnecessary.
+    next stage's, where it is not `name`. also: flags that it needs. needed: a flag, and the file of the run that makes
+    it unnecessary.
     """
     words, run = ["rlhf", name], Path(output_dir).parent
     given = {word.partition("=")[0]: word.partition("=")[2] or value for word, value in pairwise([*argv, ""])}
@@ -139,7 +142,7 @@ def next_command(name: str, argv: Sequence[str], output_dir: str, section: str =
     for flag, file in needed.items():
         if "--config" not in given and not (run / file).exists():
             words += [f"--{flag}", Path(file).name]
-    console.stage_line("next", shlex.join(words))
+    console.stage_line("next", shlex.join([*words, *also]))
 
 
 def needed_bytes(config: Any, model: Any) -> int:

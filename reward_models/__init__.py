@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import rlhf  # noqa: F401  before the libraries that the modules below import: it keeps some of them quiet
+import rlhf  # before the libraries that the modules below import: it keeps some of them quiet
 
 _PUBLIC = {
     "RewardClient": "reward_models.client",
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
+    if name in set(rlhf.__all__) - {"__version__"}:  # not an AttributeError: `from ... import` would drop its message
+        raise ImportError(f"{name} is not in reward_models: from rlhf import {name}", name="reward_models")
     raise AttributeError(f"module 'reward_models' has no attribute {name!r}")
 
 

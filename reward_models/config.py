@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.errors import InputError, require_divides
+from rlhf.run.settings import settle
 from rlhf.run.trl_arguments import training_arguments
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class RewardConfig:
     lora_dropout: float = 0.0
     """Dropout on the input of a new LoRA adapter. Every other dropout is off."""
     lora_target_modules: list[str] | None = None
-    """Names of the layers that get an adapter; null: every linear layer but the head."""
+    """Names of the layers that get an adapter, as in q_proj,v_proj; null or all-linear: every linear layer but the
+    head."""
 
     "Memory and speed"
 
@@ -102,11 +104,16 @@ class RewardConfig:
     """When a metric leaves its healthy range: warn: log it once; save: also write a checkpoint; stop: also end the
     run."""
     report_to: list[str] | None = None
-    """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
+    """Trackers besides metrics.jsonl: tensorboard, wandb, trackio, ... or all that are installed; none: no other."""
+    run_name: str | None = None
+    """The run's name in a tracker; null: the last two folders of output_dir, as in toy/ppo."""
+    project: str | None = None
+    """The project in wandb and trackio; null: that of WANDB_PROJECT, else transformers' own name."""
     preflight: bool = True
     """Check model, tokenizer and data before the first step, and refuse a run that cannot be right."""
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("epochs", "learning_rate", "max_length", "logging_steps", "save_total_limit"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name}={getattr(self, name)} must be positive")

@@ -80,9 +80,30 @@ if TYPE_CHECKING:
     from rlhf.sft.trainer import SFTTrainer
 
 
+_ELSEWHERE = {
+    "reward_models": ("RewardTrainer", "RewardConfig", "RewardModel", "RewardClient"),
+    "trl": (
+        "DPOTrainer",
+        "DPOConfig",
+        "KTOTrainer",
+        "KTOConfig",
+        "GRPOTrainer",
+        "GRPOConfig",
+        "RLOOTrainer",
+        "RLOOConfig",
+    ),
+    "transformers": ("Trainer", "TrainingArguments", "TrainerCallback", "AutoTokenizer", "AutoModelForCausalLM"),
+    "peft": ("LoraConfig", "PeftModel", "get_peft_model"),
+}
+"""Package -> names that people look for here."""
+
+
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
+    for package, names in _ELSEWHERE.items():
+        if name in names:  # not an AttributeError: `from rlhf import ...` would drop its message
+            raise ImportError(f"{name} is not in rlhf: from {package} import {name}", name="rlhf")
     raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
 
 

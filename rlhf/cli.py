@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -143,11 +144,16 @@ def _accelerate_config(name: str) -> Path:
 def print_help() -> None:
     """Print how to use the command, and every command with a line."""
     print("usage: rlhf COMMAND [--config FILE.yaml] [--name value ...]\n")
-    print("Post-training from human preferences. `rlhf COMMAND --help` shows its flags.\n")
+    width = min(80, shutil.get_terminal_size().columns)
+    print(
+        textwrap.fill("Post-training from human preferences. `rlhf COMMAND --help` shows its flags.", width), end="\n\n"
+    )
     for title, listed in (("Recipes", commands()), ("Besides", OWN)):
         print(f"{title}:", *_lines(listed), sep="\n", end="\n\n")
-    print("Several processes: --num_processes N, --accelerate_config FILE.yaml and other")
-    print("flags of `accelerate launch` may stand among a recipe's flags.")
+    several = (
+        "Several processes: --num_processes N, --accelerate_config FILE.yaml and other flags of `accelerate launch` "
+    )
+    print(textwrap.fill(f"{several}may stand among a recipe's flags.", min(80, shutil.get_terminal_size().columns)))
 
 
 def print_list() -> None:
@@ -172,10 +178,15 @@ def print_environment() -> None:
 
 
 def _lines(named: dict[str, str]) -> Iterator[str]:
-    """Names with what they are, in 80 columns."""
-    column = max(map(len, named), default=0) + 4
+    """Names with what they are, in 80 columns; on a narrow terminal what they are stands below."""
+    column, width = max(map(len, named), default=0) + 4, min(80, shutil.get_terminal_size().columns)
     for name, text in named.items():
-        room = min(80, shutil.get_terminal_size().columns) - column
+        if width < 60:
+            yield "\n".join(
+                [f"  {name}", *textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)]
+            )
+            continue
+        room = width - column
         short = text if len(text) <= room else f"{text[: room - 3].rpartition(' ')[0]}..."
         yield f"  {name:<{column - 2}}{short}".rstrip()
 

@@ -24,24 +24,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.errors import InputError, require_divides, run, unknown
-from rlhf.flags import (
-    all_flags,
-    allows_none,
-    expected,
-    field_of,
-    hints_of,
-    is_required,
-    one_line,
-    print_help,
-    put,
-    read_flags,
-    sections_of,
-    shown,
-)
+from rlhf.flags import all_flags, print_help, put, read_flags, unknown_name
+from rlhf.hints import allows_none, expected, field_of, hints_of, is_list, is_required, one_line, sections_of, shown
 from rlhf.run.functions import import_function
 from rlhf.run.lookup import look_up
+from rlhf.run.settings import split_names
 from rlhf.run.trl_arguments import training_arguments
-from rlhf.urls import require_no_secret
 
 __all__ = [
     "fingerprint",
@@ -64,7 +52,8 @@ INHERITED = ("seed", "output_dir")
 """Fields that a section takes from the level above it when it has no value of its own."""
 
 NO_EFFECT = (
-    "output_dir", "overwrite", "report_to", "logging_steps", "save_steps", "save_rollouts", "samples_logged",
+    "output_dir", "overwrite", "report_to", "run_name", "project", "logging_steps", "save_steps", "save_rollouts",
+    "samples_logged",
     "microbatch_size", "tokens_per_microbatch", "generation_batch_size", "gradient_checkpointing",
     "save_total_limit", "on_alarm", "preflight", "on_score_failure", "score_timeout_seconds", "vllm_server",
 )  # fmt: skip
@@ -200,7 +189,7 @@ def _build(cls: Any, tree: Any, path: tuple[str, ...], places: Places, where: st
     for key, value in tree.items():
         at = (*path, str(key))
         if key not in hints:
-            unknown(".".join(at), [".".join((*path, name)) for name in hints], places.get(at, here), "key")
+            unknown_name(".".join(at), [".".join((*path, name)) for name in hints], places.get(at, here), "key")
         if key not in sections:
             place = places.get(at, here)
             label = place if place.startswith("--") else f"{place}: {'.'.join(at)}"
@@ -225,21 +214,22 @@ def _build(cls: Any, tree: Any, path: tuple[str, ...], places: Places, where: st
 
 
 def _convert(hint: Any, value: Any, label: str) -> Any:
-    """One value as its field's type, by jsonargparse: "1e-3" is a number, "[a, b]" a list, 1 is not text."""
+    """One value as its field's type, by jsonargparse: "1e-3" is a number, "[a, b]" and "a,b" are lists, 1 no text."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--value", type=hint)
+    if is_list(hint) and isinstance(value, str) and not value.startswith("[") and value != "null":
+        value = split_names(value)
     try:
         if value is None and not allows_none(hint):
             raise ValueError
         converted = parser.parse_object({"value": value}).value
         if isinstance(converted, float) and math.isnan(converted):
             raise ValueError
+        return converted
     except (jsonargparse.ArgumentError, ValueError, TypeError):
         raise InputError(f"{label}: expected {expected(hint)}, got {shown(value)}") from None
-    require_no_secret(converted, label)
-    return converted
 
 
 # ---------------------------------------------------------------- writing

@@ -11,12 +11,13 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlhf.errors import InputError, unknown
+from rlhf.hints import choices_of, field_of, hints_of, is_list, is_required, one_line, sections_of
 
 
 def all_flags(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -31,32 +32,77 @@ def all_flags(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]
             yield ".".join((*path, name)), hint
 
 
-def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[str | None, list[tuple[tuple[str, ...], str]]]:
+ELSEWHERE = {
+    "num_train_epochs": "epochs", "per_device_train_batch_size": "microbatch_size", "lr": "learning_rate",
+    "lr_scheduler_type": "lr_schedule", "warmup_ratio": "warmup_fraction", "max_seq_length": "max_length",
+    "model_name_or_path": "model", "model_name": "model", "model_path": "model", "dataset_name": "train_data",
+    "dataset": "train_data", "train_file": "train_data", "reward_model_path": "reward_model",
+    "reward_funcs": "reward_functions", "lora_r": "lora_rank", "use_peft": "lora_rank", "beta": "kl_coef",
+    "init_kl_coef": "kl_coef", "cliprange": "clip_ratio", "epsilon": "clip_ratio", "cliprange_value": "clip_value",
+    "vf_coef": "value_loss_coef", "lam_gae": "lam", "gae_lambda": "lam", "num_ppo_epochs": "inner_epochs",
+    "num_iterations": "inner_epochs", "max_completion_length": "max_new_tokens", "response_length": "max_new_tokens",
+    "max_prompt_length": "max_prompt_tokens", "missing_eos_penality": "missing_eos_penalty", "max_steps": "updates",
+    "total_episodes": "updates", "activation_checkpointing": "gradient_checkpointing", "torch_compile": "compile",
+    "whiten_rewards": "rescale_rewards", "per_device_eval_batch_size": "microbatch_size", "data_seed": "seed",
+}  # fmt: skip
+"""What transformers, trl and peft call a setting -> our name; consulted where a name is unknown."""
+
+
+def unknown_name(name: str, known: Collection[str], where: str, kind: str, dashes: str = "") -> NoReturn:
+    """Refuse a flag or a key: name the setting that transformers or trl call so, or that of a section, or the nearest
+    name."""
+    section, _, last = name.replace("-", "_").rpartition(".")
+    for wanted in (last, ELSEWHERE.get(last, "")):
+        found = [other for other in known if other.rpartition(".")[2] == wanted]
+        found = [other for other in found if section and other.startswith(f"{section}.")] or found
+        if found:
+            advice = " or ".join(f"{dashes}{other}" for other in found[:4])
+            raise InputError(f"{where}: unknown {kind} {dashes}{name}; did you mean {advice}?")
+    unknown(f"{dashes}{name}", [f"{dashes}{other}" for other in known], where, kind)
+
+
+def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[str | None, list[tuple[tuple[str, ...], Any]]]:
+    """Read `--name value` words: the file that --config names, and every other flag's path with its value.
+
+    As transformers' parser does, it takes hyphens for underscores, a flag of true or false without a value, and for a
+    list several words (`--report_to tensorboard wandb`), which become a list.
+    """
     file, flags, rest = None, [], list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
             raise InputError(f"command line: unexpected {word!r}; options are written `--name value`")
         name, equals, value = word[2:].partition("=")
+        name = name if name in known else name.replace("-", "_")
         if name != "config" and name not in known:
-            unknown(f"--{name}", ["--config", *(f"--{flag}" for flag in known)], "command line", "flag")
-        if not equals:
-            if rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            elif known.get(name) is bool:
-                value = "true"
-            else:
-                raise InputError(f"command line: --{name} needs a value")
+            unknown_name(word[2:].partition("=")[0], ["config", *known], "command line", "flag", "--")
+        words = [value] if equals else []
+        while rest and not rest[0].startswith("--") and (not words or (is_list(known.get(name)) and not equals)):
+            words.append(rest.pop(0))
+        if not words and bool in choices_of(known.get(name)):
+            words = ["true"]
+        if not words:
+            raise InputError(f"command line: --{name} needs a value")
         if name != "config":
-            flags.append((tuple(name.split(".")), value))
+            listed = len(words) > 1 and not words[0].startswith("[")
+            flags.append((tuple(name.split(".")), words if listed else " ".join(words)))
         elif file:
-            raise InputError(f"command line: --config is given twice: {file} and {value}")
+            raise InputError(f"command line: --config is given twice: {file} and {words[0]}")
         else:
-            file = value
+            file = words[0]
     return file, flags
 
 
-def put(tree: dict[str, Any], path: tuple[str, ...], value: str) -> None:
+def first_word(argv: Sequence[str], name: str, usage: str) -> list[str]:
+    """Let the first word, if it is no flag, be the value of --name. Raises InputError with the usage without it."""
+    if argv and not argv[0].startswith("-"):
+        return [f"--{name}", *argv]
+    if not any(word.split("=")[0] in (f"--{name}", "--help", "-h") for word in argv):
+        raise InputError(f"name the run's folder first: {usage}")
+    return list(argv)
+
+
+def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for name in path[:-1]:
         if not isinstance(tree.get(name), dict):
             tree[name] = {}
@@ -127,7 +173,7 @@ def _entries(cls: type, path: tuple[str, ...], title: str) -> Iterator[Entry]:
 
 def _takes(hint: Any) -> str:
     """What a flag takes, in a word."""
-    kind = next(choice for choice in _choices(hint) if choice is not types.NoneType)
+    kind = next(choice for choice in choices_of(hint) if choice is not types.NoneType)
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, typing.get_args(kind)))
     names = {
@@ -135,8 +181,8 @@ def _takes(hint: Any) -> str:
         float: "NUMBER",
         bool: "true|false",
         str: "TEXT",
-        list: "[A, B]",
-        tuple: "[A, B]",
+        list: "A,B",
+        tuple: "A,B",
         dict: "{A: B}",
     }
     return names.get(typing.get_origin(kind) or kind, "VALUE")
@@ -151,24 +197,6 @@ def _program() -> str:
     """The command as it was typed: `rlhf ppo`, or the script."""
     name = Path(sys.argv[0]).name
     return " ".join(["rlhf", *sys.argv[1:2]]) if name.split(".")[0] in ("rlhf", "cli") else f"python {sys.argv[0]}"
-
-
-@cache
-def hints_of(cls: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-@cache
-def sections_of(cls: Any) -> dict[str, tuple[dataclasses.Field, Any, bool]]:
-    """Fields that are dataclasses themselves: name -> (field, class, may be None)."""
-    found = {}
-    for field in dataclasses.fields(cls):
-        hint = hints_of(cls)[field.name]
-        for choice in _choices(hint):
-            if dataclasses.is_dataclass(choice):
-                found[field.name] = (field, choice, allows_none(hint))
-    return found
 
 
 @cache
@@ -193,47 +221,3 @@ def _docs(cls: type) -> dict[str, tuple[str, str]]:
 def _is_text(line: Any) -> bool:
     value = line.value if isinstance(line, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def field_of(cls: type, name: str) -> dataclasses.Field:
-    return next(field for field in dataclasses.fields(cls) if field.name == name)
-
-
-def is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def allows_none(hint: Any) -> bool:
-    return hint is Any or types.NoneType in _choices(hint)
-
-
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-_NAMES[types.NoneType] = "null"
-
-
-def expected(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if len(_choices(hint)) > 1:
-        return " or ".join(expected(choice) for choice in _choices(hint))
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin in (list, tuple):
-        return "a list of " + " and ".join(expected(arg) for arg in args if arg is not ...)
-    if origin is dict:
-        return f"a mapping to {expected(args[1])}"
-    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def one_line(text: str) -> str:
-    return " ".join(str(text).split())

@@ -60,7 +60,7 @@ def stage(name: str, tmp_path: Path, base: Path, data: Path, scorer: Path | None
     """Return flags of a stage in which only the data is wrong."""
     out = ("--output_dir", tmp_path / "run" / name)
     if name == "rankings":
-        return ("--rankings", data, "--output_dir", tmp_path / "run" / "data")
+        return ("--rankings", data, "--output_dir", tmp_path / "run" / "rankings")
     if name == "evaluate_policy":
         models = ("--policy", base, "--baseline", base, "--judge", scorer)
         return (*models, "--eval_data", data, *out, *QUICK[name])

@@ -119,6 +119,32 @@ def test_a_mistake_is_one_line_and_code_2(run, tmp_path, monkeypatch, argv, says
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("argv", [("list",), ("--help",), ("ppo", "--help"), ("copy", "toy.yaml", "here")])
+def test_a_reader_that_is_gone_is_no_traceback(tmp_path, argv, buffered) -> None:
+    """As in `rlhf list | head -0`: nobody reads what is printed, whether at once or at the end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf.cli", *argv], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "" if buffered else "1"},
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("argv", [("list",), ("--help",), ("sft", "--help")])
+def test_a_narrow_terminal_cuts_no_line(run, monkeypatch, columns, argv) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = run(*argv)
+    assert code == 0
+    as_written = ("usage", "    rlhf", "        --", "They are")
+    lines = [line for line in out.splitlines() if not line.startswith(as_written) and not line.endswith(":")]
+    assert len(lines) > 20
+    assert not [line for line in lines if len(line) > columns and len(line.split()) > 1]
+
+
 # ---------------------------------------------------------------- copy
 
 

@@ -46,6 +46,10 @@ class Inner:
     """Adapters only."""
     reward_model: str | None = None
     """A folder; also the name of a section."""
+    half: bool | None = None
+    """Or null."""
+    names: list[str] | None = None
+    """Of layers."""
     output_dir: str = "runs/inner"
     """Where it goes."""
     seed: int = 0
@@ -118,6 +122,19 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
         (["--lora"], "lora", True),
         (["--lora", "false"], "lora", False),
         (["--lora", "--seed", "4"], "lora", True),
+        (["--weights", "1,0.5"], "weights", (1.0, 0.5)),
+        (["--weights", "1", "0.5"], "weights", (1.0, 0.5)),
+        (["--weights", "[1,", "0.5]"], "weights", (1.0, 0.5)),
+        (["--weights", "1e-1"], "weights", (0.1,)),
+        (["--weights=1,2", "--seed", "4"], "weights", (1.0, 2.0)),
+        (["--kl-coef", "0.5"], "kl_coef", 0.5),
+        (["--half"], "half", True),
+        (["--half", "no"], "half", False),
+        (["--half", "null"], "half", None),
+        (["--names", "q_proj,v_proj"], "names", ["q_proj", "v_proj"]),
+        (["--names", "q_proj", "v_proj"], "names", ["q_proj", "v_proj"]),
+        (["--names", "all-linear"], "names", ["all-linear"]),
+        (["--names", "null"], "names", None),
         (["--reward_model", "123"], "reward_model", "123"),
         (["--seed", "1", "--seed", "2"], "seed", 2),
     ],
@@ -126,6 +143,11 @@ def test_flags_become_the_fields_types(argv: list[str], name: str, value: Any) -
     found = getattr(load(Inner, argv), name)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_names_in_a_file_may_be_a_text(tmp_path: Path) -> None:
+    assert load(Inner, ["--config", write(tmp_path, "names: q_proj, v_proj\n")]).names == ["q_proj", "v_proj"]
+    assert load(Inner, ["--config", write(tmp_path, "names: [q_proj]\n")]).names == ["q_proj"]
 
 
 def test_an_optional_section_turns_on_and_off(tmp_path: Path) -> None:
@@ -207,6 +229,9 @@ def test_mistakes_in_a_chain_file(tmp_path: Path) -> None:
     assert "my.yaml:1" in message
     assert "--base.steps" in message
     assert "ppo: updates=0" in wrong(load, Chain, ["--ppo.updates", "0"])
+    assert "did you mean --ppo.kl_coef?" in wrong(load, Chain, ["--kl_coef", "1"])
+    assert "did you mean --ppo.kl_coef?" in wrong(load, Chain, ["--ppo.beta", "1"])
+    assert "did you mean --base.lr?" in wrong(load, Chain, ["--lr", "1"])
     assert "my.yaml:1" in wrong(load, Chain, ["--config", write(tmp_path, "base: true\n")])
 
 
@@ -214,6 +239,9 @@ def test_mistakes_in_a_chain_file(tmp_path: Path) -> None:
     ("argv", "parts"),
     [
         (["--kl_coeff", "1"], ["unknown flag --kl_coeff", "did you mean --kl_coef?"]),
+        (["--init_kl_coef", "1"], ["unknown flag --init_kl_coef", "did you mean --kl_coef?"]),
+        (["--beta", "1"], ["unknown flag --beta", "did you mean --kl_coef?"]),
+        (["--max_steps", "1"], ["unknown flag --max_steps", "did you mean --updates?"]),
         (["--updates"], ["--updates needs a value"]),
         (["--updates", "--seed", "1"], ["--updates needs a value"]),
         (["--updates", "x"], ["--updates", "expected a whole number", "'x'"]),

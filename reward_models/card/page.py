@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reward_models.card import plots
+from reward_models.card.lengths import decided
 from reward_models.card.pairs import Numbers
 from reward_models.card.sensitivity import PADDING
+from reward_models.card.verdict import verdict
 from rlhf.run import page as html
-from rlhf.run.report import number, percent, with_interval
+from rlhf.run.tables import number, percent, with_interval
 
 BIAS = 0.1
 """A feature is listed as a bias if the model's and the labels' preference for it differ by more (share of pairs)."""
 FLIPS, PADDING_CHANGE, MISCALIBRATED = 0.05, 0.01, 0.1
 MATTERS = 50
 """With fewer pairs, a share is too uncertain for a warning."""
+SEEN, NAMED = 0.02, 6
+"""A length rule by group is told of where it gains more than the first; at most so many groups are named."""
 
 
 def headlines(report: Numbers) -> list[str]:
@@ -37,15 +41,28 @@ def headlines(report: Numbers) -> list[str]:
     if report["rewardbench"]:
         sections = ", ".join(f"{name} {percent(value)}" for name, value in report["rewardbench"]["sections"].items())
         lines.append(f"RewardBench: {percent(report['rewardbench']['mean'])} ({sections}).")
+    for column, rule in report["length_by_group"].items():
+        if rule["accuracy"] > report["length_baseline"] + SEEN:
+            lead = f"The model's lead: {_points(rule)}"
+            lines.append(f"The longer or the shorter by {column}: {with_interval(rule, 'accuracy')}. {lead}.")
     matched = report["surface"]["length_matched"]
     if matched:
         lines.append(f"Pairs of like length (within 10%): {with_interval(matched, 'accuracy')} of {matched['n']:,}.")
-    raw, fitted = report["calibration"], report["calibration"]["calibrated"]
-    text = f"Calibration: its confidence is off by {100 * raw['ece']:.1f} points on average (ECE)"
-    if raw["temperature"] is not None:
-        text += f", {100 * fitted['ece']:.1f} with differences divided by {number(raw['temperature'])}"
+    calibration = report["calibration"]
+    text = f"Calibration: its confidence is off by {100 * calibration['ece']:.1f} points on average (ECE)"
+    if helps(calibration):
+        fitted = 100 * calibration["calibrated"]["ece"]
+        text += f", {fitted:.1f} with differences divided by {number(calibration['temperature'])}"
     lines.append(f"{text}.")
     return lines
+
+
+def helps(calibration: Numbers) -> bool:
+    """Return whether a temperature mends the probabilities of prompts that it was not fitted on: ECE and loss both."""
+    if not calibration["temperature"]:
+        return False
+    fitted = calibration["calibrated"]
+    return bool(fitted["ece"] < calibration["ece"] and fitted["nll"] < calibration["nll"])
 
 
 def advice(report: Numbers) -> list[str]:
@@ -61,14 +78,26 @@ def advice(report: Numbers) -> list[str]:
         if lead and lead["difference_ci"][0] <= 0:
             found.append(f"Not clearly better than {name}: a lead of {_points(lead)}.")
     for column, rows in report["groups"].items():
+        if by_length := decided(rows):
+            names = [
+                f"{row['name']} (the {row['length_rule']}: {with_interval(row, 'length_baseline')})"
+                for row in by_length
+            ]
+            found.append(
+                f"Length alone decides {len(names)} of {len(rows)} by {column}, where being right says little: "
+                f"{', '.join(names[:NAMED])}{' ...' * (len(names) > NAMED)}."
+            )
+        lead = report["length_by_group"].get(column)
+        if lead and lead["difference_ci"][0] <= 0 and lead["accuracy"] > report["length_baseline"] + SEEN:
+            found.append(f"Not clearly better than the length rule of each {column}: a lead of {_points(lead)}.")
         bad = [row["name"] for row in rows if row["accuracy_ci"][1] < 0.5]
         if bad:
             found.append(f"Worse than a coin on {column}: {', '.join(bad)}.")
     found += _biases(report["surface"]["features"])
     calibration = report["calibration"]
     if calibration["ece"] > MISCALIBRATED:
-        todo = f"divide differences by {number(calibration['temperature'])}" if calibration["temperature"] else ""
-        found.append(f"Confidence is off by {100 * calibration['ece']:.0f} points on average{'; ' * bool(todo)}{todo}.")
+        todo = f"; divide differences by {number(calibration['temperature'])}" if helps(calibration) else ""
+        found.append(f"Confidence is off by {100 * calibration['ece']:.0f} points on average{todo}.")
     for row in (report["sensitivity"] or {"changes": []})["changes"]:
         if row["name"] == PADDING and row.get("mean_change", 0) > PADDING_CHANGE:
             found.append("Padding changes scores: the model reads tokens that the attention mask should hide.")
@@ -79,19 +108,20 @@ def advice(report: Numbers) -> list[str]:
     return found
 
 
-def page(report: Numbers) -> str:
-    """Write the whole page. report: what `reward_report` returns, with `about` (see `save_reward_report`)."""
+def page(report: Numbers, links: Sequence[tuple[str, str]] = ()) -> str:
+    """Write the whole page. report: what `reward_report` returns, with `about` (see `save_reward_report`);
+    links: (label, path) of pages that belong to it."""
     about = report["about"]
     title = f"Report card of {about['reward_model']}"
-    source = " · ".join(f"{name.replace('_', ' ')}: {value}" for name, value in about.items() if value)
-    parts = [
-        html.note(source),
-        html.items(headlines(report), "short"),
-    ]
+    source = " · ".join(
+        f"{name.replace('_', ' ')}: {value}" for name, value in about.items() if value and name != "made"
+    )
+    parts = [html.verdict(verdict(report)), html.links(links), html.note(source)]
+    parts.append(html.items(headlines(report), "short"))
     if found := advice(report):
         parts.append(html.warning("Look at", found))
-    sections = (_accuracy, _groups, _certainty, _surface, _sensitivity, _best_of_n, _most_wrong)
-    return html.page(title, "\n".join(parts + [show(report) for show in sections]))
+    sections = (_accuracy, _groups, _certainty, _surface, _sensitivity, _best_of_n, _most_wrong, _made)
+    return html.page(title, "\n".join(filter(None, parts + [show(report) for show in sections])))
 
 
 # ----------------------------------------------------------------------------------------------- sections
@@ -113,8 +143,9 @@ def _accuracy(report: Numbers) -> str:
         left.append(
             f"A preferred response outscores a rejected one of any prompt in {percent(report['auc'])} of cases."
         )
-    note = "Intervals redraw prompts (bootstrap), leads are paired. In brackets: pairs."
-    body = f"<div class=wide>{plots.forest(rows, first=1)}</div>{html.note(note)}{html.note(' '.join(left))}"
+    note = "Intervals are over prompts, leads are paired."
+    plot = plots.forest(rows, _ends(report), first=1)
+    body = f"<div class=wide>{plot}</div>{html.note(note)}{html.note(' '.join(left))}"
     return f"<h2>Accuracy</h2>{body}"
 
 
@@ -122,7 +153,8 @@ def _groups(report: Numbers) -> str:
     parts = []
     for name, rows in {**report["groups"], **report["labelers"]}.items():
         if rows:
-            parts.append(f"<h3>by {html.text(name.replace('_', ' '))}</h3><div class=wide>{plots.forest(rows)}</div>")
+            plot = plots.forest(rows, _ends(report))
+            parts.append(f"<h3>by {html.text(name.replace('_', ' '))}</h3><div class=wide>{plot}</div>")
     bench = report["rewardbench"]
     if bench:
         table = [[name, percent(value)] for name, value in bench["sections"].items()]
@@ -137,14 +169,14 @@ def _groups(report: Numbers) -> str:
         ),
         ("by length", "by_length_difference", "A model that is right on one side only goes by length."),
     ):
-        plot = plots.forest(report[key])
+        plot = plots.forest(report[key], _ends(report))
         parts.append(f"<h3>{heading}</h3><div class=wide>{plot}</div>{html.note(note)}")
     return "<h2>Where it is right</h2>" + "".join(parts)
 
 
 def _certainty(report: Numbers) -> str:
     numbers, spread, points = report["calibration"], report["spread"], report["points"]
-    temperature = numbers["temperature"]
+    temperature = numbers["temperature"]  # shown even where it does not help, and said so
     columns = [("as it is", numbers)] + ([("with the temperature", numbers["calibrated"])] if temperature else [])
     coin = {"ece": "", "brier": "0.250", "nll": "0.693"}
     names = {"ece": "ECE (points)", "brier": "Brier score", "nll": "loss (nats)"}
@@ -155,12 +187,11 @@ def _certainty(report: Numbers) -> str:
     fitted = numbers["calibrated"] if temperature else None
     curve = plots.reliability(numbers, fitted)
     histogram = plots.differences(points["difference_counts"], points["difference_edges"])
-    found = (
-        f"Temperature {number(temperature)}: score differences divided by it fit these labels best; the middle column "
-        "gives each half of the prompts the temperature of the other half."
-        if temperature
-        else "No temperature makes it better: it is right no more often than wrong, or never wrong."
-    )
+    found = "No temperature makes it better: it is right no more often than wrong, or never wrong."
+    if temperature:
+        found = "In the middle column each half of the prompts has the temperature that fits the other half best. "
+        good = f"Divide score differences by {number(temperature)}, which fits all of these labels best."
+        found += good if helps(numbers) else "It does not make ECE and loss both smaller: leave the scores as they are."
     share = spread["within_prompt_share"]
     lines = [
         f"Scores: mean {number(spread['mean'])}, standard deviation {number(spread['std'])}, "
@@ -253,6 +284,16 @@ def _most_wrong(report: Numbers) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- pieces
+
+
+def _made(report: Numbers) -> str:
+    rows = [[name, value] for name, value in report["about"].get("made", {}).items() if value]
+    return f"<h2>How it was made</h2>{html.table((['', ''], rows))}" if rows else ""
+
+
+def _ends(report: Numbers) -> tuple[float, float]:
+    groups = [row for rows in (*report["groups"].values(), *report["labelers"].values()) for row in rows]
+    return plots.limits([report, *groups, *report["by_margin"], *report["by_length_difference"]])
 
 
 def _biases(features: Sequence[Numbers]) -> list[str]:

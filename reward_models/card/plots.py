@@ -7,33 +7,54 @@ from typing import TYPE_CHECKING
 
 from reward_models.card.pairs import Numbers
 from rlhf.errors import short
-from rlhf.run.page import FIRST, INK, SECOND, WRONG, svg
+from rlhf.run.page import FIRST, INK, SECOND, WRONG, legend, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MODEL, OTHER = FIRST, SECOND
+WIDE = 4.6  # inches: legible on a telephone, too
 
 
-def forest(rows: Sequence[Numbers], first: int = 0) -> str:
-    """Draw accuracies with their intervals, one row each, in per cent; the first `first` rows in the model's colour (0:
-    all rows). A dashed line at 50%."""
+def limits(rows: Sequence[Numbers]) -> tuple[float, float]:
+    """Return the ends, in per cent, of an axis that holds every row's interval: the same for all forests of a page."""
+    ends = [end for row in rows for end in (*row["accuracy_ci"], row.get("length_baseline", 0.5))]
+    low, high = 100 * min(ends), 100 * max(ends)
+    return max(-1.0, min(40.0, low - 3)), min(101.0, max(80.0, high + 3))
+
+
+def forest(rows: Sequence[Numbers], ends: tuple[float, float], first: int = 0) -> str:
+    """Draw accuracies with their intervals, one row each under its name, in per cent from `ends[0]` to `ends[1]`.
+
+    The first `first` rows are in the model's colour (0: all rows); a group's length rule, where it is there, is a
+    diamond. Dashes stand at 50%.
+    """
+    ruled = not first and all("length_baseline" in row for row in rows)
 
     def draw(axes: Axes) -> None:
         for line, row in enumerate(rows):
             low, high = (100 * bound for bound in row["accuracy_ci"])
             color = MODEL if not first or line < first else OTHER
             axes.plot([low, high], [line, line], color=color, linewidth=2, solid_capstyle="butt")
-            axes.plot([100 * row["accuracy"]], [line], "o", color=color, markersize=6)
-        axes.axvline(50, color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
-        axes.set_yticks(range(len(rows)), [f"{_label(row['name'])}  ({row['n']:,})" for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        low = min(100 * row["accuracy_ci"][0] for row in rows)
-        axes.set_xlim(max(-1, min(40, low - 3)), min(101, max(80, 3 + max(100 * r["accuracy_ci"][1] for r in rows))))
+            name = "model" if ruled and not line else None
+            axes.plot([100 * row["accuracy"]], [line], "o", color=color, markersize=6, label=name, clip_on=False)
+            if ruled:
+                name = None if line else "always the longer, or always the shorter"
+                at = [100 * row["length_baseline"]], [line]
+                axes.plot(*at, "D", color=OTHER, markersize=5, label=name, clip_on=False)
+            text = f"{_label(row['name'])}: {100 * row['accuracy']:.1f}% of {row['n']:,}"
+            axes.text(0, line - 0.25, text, transform=axes.get_yaxis_transform(), va="bottom", fontsize=9)
+        for line in range(len(rows)):  # beside the rows only: names stand between them
+            axes.plot([50, 50], [line - 0.16, line + 0.3], color=INK, linewidth=0.9, linestyle="--", alpha=0.6)
+        axes.set_yticks([])
+        axes.set_ylim(len(rows) - 0.6, -0.85)
+        axes.set_xlim(*ends)
         axes.set_xlabel("% of pairs right, 95% interval")
-        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        if ruled:
+            legend(axes)
 
-    return svg(draw, 7.2, 0.85 + 0.3 * len(rows))
+    return svg(draw, WIDE, 0.6 + 0.42 * len(rows) + 0.25 * ruled)
 
 
 def reliability(raw: Numbers, calibrated: Numbers | None) -> str:
@@ -53,9 +74,9 @@ def reliability(raw: Numbers, calibrated: Numbers | None) -> str:
         axes.set_xlim(49, 101)
         axes.set_xlabel("confidence of the model (%)")
         axes.set_ylabel("pairs right (%)")
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+        legend(axes, columns=3)
 
-    return svg(draw, 4.6, 3.6)
+    return svg(draw, WIDE, 3.6)
 
 
 def differences(counts: Sequence[int], edges: Sequence[float]) -> str:
@@ -66,10 +87,10 @@ def differences(counts: Sequence[int], edges: Sequence[float]) -> str:
             color = WRONG if (low + high) / 2 < 0 else MODEL
             axes.bar(low, count, width=0.94 * (high - low), align="edge", color=color)
         axes.axvline(0, color=INK, linewidth=0.9)
-        axes.set_xlabel("score of the preferred response minus the other's (left of 0: wrong)")
+        axes.set_xlabel("score of the preferred response - the other's (left of 0: wrong)")
         axes.set_ylabel("pairs")
 
-    return svg(draw, 4.6, 3.0)
+    return svg(draw, WIDE, 3.0)
 
 
 def score_and_length(characters: Sequence[int], scores: Sequence[float]) -> str:
@@ -80,7 +101,7 @@ def score_and_length(characters: Sequence[int], scores: Sequence[float]) -> str:
         axes.set_xlabel("response length (characters)")
         axes.set_ylabel("score")
 
-    return svg(draw, 4.6, 3.0)
+    return svg(draw, WIDE, 3.0)
 
 
 def preferences(rows: Sequence[Numbers]) -> str:
@@ -97,11 +118,11 @@ def preferences(rows: Sequence[Numbers]) -> str:
         axes.set_yticks(range(len(shown)), [f"{row['feature']}  ({row['n']:,})" for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlim(-2, 102)
-        axes.set_xlabel("% of pairs in which the response with more of it is preferred")
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        axes.set_xlabel("% of pairs in which more of it is preferred")
+        legend(axes)
         axes.grid(visible=False, axis="y")
 
-    return svg(draw, 7.2, 1.2 + 0.3 * len(shown)) if shown else ""
+    return svg(draw, WIDE, 1.2 + 0.3 * len(shown)) if shown else ""
 
 
 def best_of_n(curve: Numbers) -> str:
@@ -120,9 +141,9 @@ def best_of_n(curve: Numbers) -> str:
             axes.annotate(f"n={row['n']}", (row["kl_nats"], axes.get_ylim()[0]), fontsize=8, ha="center", va="bottom")
         axes.set_xlabel("KL of best-of-n from the policy (nats)")
         axes.set_ylabel("score (standard deviations)")
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+        legend(axes)
 
-    return svg(draw, 7.2, 3.8)
+    return svg(draw, WIDE, 3.8)
 
 
 def _label(text: str) -> str:

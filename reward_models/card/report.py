@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 from reward_models.card import page as card_page
 from reward_models.card.baselines import fit_bag_of_words, longer_share
 from reward_models.card.calibration import auc, calibration
+from reward_models.card.lengths import length_rules
 from reward_models.card.pairs import (
     LABELER_COLUMNS,
     Numbers,
@@ -41,7 +43,9 @@ from rlhf.errors import InputError
 from rlhf.intervals import clustered_accuracy
 from rlhf.messages import Messages
 from rlhf.records import Ranking
+from rlhf.run import environment
 from rlhf.run.checkpoint import write_json_atomic
+from rlhf.run.stages import package_versions
 
 Score = Callable[..., Sequence[float | None]]
 QUICK_PAIRS = 50
@@ -89,7 +93,9 @@ def reward_report(
     pairs = scored_pairs(rankings, score_rankings(scorer, rankings))
     normalizer = getattr(scorer, "normalizer", None)
     scale = float(getattr(normalizer, "std", 1.0))
-    groups = {name: by_column(pairs, name, seed) for name in columns}
+    ruled = {name: length_rules(pairs, name, by_column(pairs, name, seed), train, seed) for name in columns}
+    groups = {name: rows for name, (rows, _) in ruled.items() if name not in LABELER_COLUMNS}
+    labelers = {name: rows for name, (rows, _) in ruled.items() if name in LABELER_COLUMNS}
     scores = (pairs.scores[pairs.better], pairs.scores[pairs.worse])
     best_of_n = None
     if second is not None:
@@ -104,8 +110,9 @@ def reward_report(
         "equal_scores": int((pairs.differences == 0).sum()),
         "auc": auc(*scores),
         **_against_baselines(pairs, train, seed),
-        "groups": {name: rows for name, rows in groups.items() if name not in LABELER_COLUMNS},
-        "labelers": {name: rows for name, rows in groups.items() if name in LABELER_COLUMNS},
+        "groups": groups,
+        "labelers": labelers,
+        "length_by_group": {name: ruled[name][1] for name, rows in groups.items() if rows},
         "rewardbench": rewardbench_sections(groups.get("subset", [])),
         "by_margin": by_margin(pairs, seed),
         "by_length_difference": by_length_difference(pairs, seed),
@@ -129,11 +136,27 @@ def save_reward_report(report: Numbers, folder: str | Path, about: Mapping[str, 
     """Write `reward_report.json` and `reward_report.html` into `folder`; return the page's path.
 
     about: names for the page's header: `reward_model`, `data`, `train_data`, `second_model`."""
-    content = {"about": about, **report}
+    content = {"about": {**about, "made": made()}, **report}
     write_json_atomic(Path(folder) / "reward_report.json", content)
-    page = Path(folder) / "reward_report.html"
-    page.write_text(card_page.page(content), encoding="utf-8")
+    return write_page(content, folder)
+
+
+def write_page(content: Numbers, folder: str | Path) -> Path:
+    """Write `reward_report.html` from the content of `reward_report.json`; return its path."""
+    page, above = Path(folder) / "reward_report.html", Path(folder).resolve().parent / "report.html"
+    links = [("the run's report", "../report.html")] if above.is_file() else []
+    page.write_text(card_page.page(content, links), encoding="utf-8")
     return page
+
+
+def made() -> dict[str, str]:
+    """Return when, with which command and versions and on which machine these numbers are computed."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": environment.command(),
+        "versions": ", ".join(f"{name} {version}" for name, version in package_versions().items()),
+        "machine": environment.machine(),
+    }
 
 
 def report_after_training(

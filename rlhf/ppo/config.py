@@ -8,6 +8,7 @@ from typing import Literal
 
 from rlhf.config import require_divides
 from rlhf.errors import InputError
+from rlhf.run.settings import settle
 
 SCHEDULES = ("linear", "cosine", "constant")
 MISSING_EOS = ("replace", "subtract", "off")
@@ -133,7 +134,7 @@ class PPOConfig:
     lora_dropout: float = 0.0
     """Recorded in the adapter; PPO itself runs without dropout."""
     lora_target_modules: list[str] | None = None
-    """Names of the adapted modules; null: every linear layer of the trunk."""
+    """Names of the adapted modules, as in q_proj,v_proj; null or all-linear: every linear layer of the trunk."""
 
     "Memory and speed"
 
@@ -164,11 +165,16 @@ class PPOConfig:
     samples_logged: int = 4
     """Responses written to samples.jsonl per update."""
     report_to: list[str] | None = None
-    """Trackers besides metrics.jsonl: trackio, tensorboard, wandb."""
+    """Trackers besides metrics.jsonl: tensorboard, wandb, trackio, ... or all that are installed; none: no other."""
+    run_name: str | None = None
+    """The run's name in a tracker; null: the last two folders of output_dir, as in toy/ppo."""
+    project: str | None = None
+    """The project in wandb and trackio; null: that of WANDB_PROJECT, else transformers' own name."""
     preflight: bool = True
     """Check model, tokenizer, data and scores before the first update; a failed check ends the run."""
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("updates", "rollout_size", "minibatch_size", "inner_epochs", "tokens_per_microbatch"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("generation_batch_size", "max_prompt_tokens", "max_new_tokens", "kl_horizon", "save_total_limit"):

@@ -34,6 +34,8 @@ NUMBERS = {
 }
 """Column -> (field of the rollout, meaning)."""
 SUMMED = ("logprob", "reference", "KL", "reward")
+PRIORITY = ("KL", "advantage", "reward", "value", "logprob", "entropy", "return", "reference")
+"""What a narrow terminal shows first."""
 ONE_SIDED = ("logprob", "reference", "entropy")  # never on both sides of 0
 
 
@@ -155,8 +157,8 @@ def one_line(text: str) -> str:
 # ---------------------------------------------------------------- terminal
 
 
-def response_lines(view: ResponseView) -> Group:
-    """Show prompt, response, its facts and the table of its tokens; fits 100 columns."""
+def response_lines(view: ResponseView, width: int = 100) -> Group:
+    """Show prompt, response, its facts and the table of its tokens, with as many of its columns as `width` holds."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
@@ -166,14 +168,24 @@ def response_lines(view: ResponseView) -> Group:
         parts += [Text(message["role"], style="bold cyan"), Padding(Text(visible(message["content"])), (0, 0, 0, 2))]
     parts += [Text("response", style="bold cyan"), Padding(Text(visible(view.response)), (0, 0, 0, 2))]
     parts.append(Text("   ".join(view.facts()) + "\n", style="bold"))
-    parts.append(token_table(view))
+    shown = columns_in(width)
+    parts.append(token_table(view, shown))
+    if left := [name for name in NUMBERS if name not in shown]:
+        parts.append(Text(f"too narrow for {', '.join(left)}", style="dim"))
     if view.padding:
         parts.append(Text(f"{view.padding} padding tokens follow (mask 0, every number 0)", style="dim"))
     return Group(*parts)
 
 
-def token_table(view: ResponseView) -> Table:
-    """Return the table of a response's tokens, one line each."""
+def columns_in(width: int) -> list[str]:
+    """Return the numbers of a token that fit into so many terminal columns, the most telling ones first chosen."""
+    room = (width - 20) // 9  # beside a position, eight letters of the token and the mask
+    chosen = PRIORITY if width >= 100 else PRIORITY[: max(1, room)]
+    return [name for name in NUMBERS if name in chosen]
+
+
+def token_table(view: ResponseView, names: Sequence[str] = tuple(NUMBERS)) -> Table:
+    """Return the table of a response's tokens, one line each, with these of their numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -182,13 +194,13 @@ def token_table(view: ResponseView) -> Table:
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("token", footer="sum", max_width=24)  # the only column that may shrink: numbers are never cut
     sums = view.sums()
-    for name in NUMBERS:
+    for name in names:
         footer = number(sums[name]) if name in sums else ""
         table.add_column(name, footer=footer, justify="right", no_wrap=True, min_width=8)
     table.add_column("mask", no_wrap=True, min_width=6)
     for token in view.tokens:
         style = {"stop": "green", "cut": "yellow", "": ""}[token.end]
-        cells = [Text(number(value)) for value in token.numbers.values()]
+        cells = [Text(number(token.numbers[name])) for name in names]
         shown = Text(token.shown, no_wrap=True, overflow="ellipsis")
         table.add_row(str(token.position), shown, *cells, f"1 {token.end}".rstrip(), style=style)
     return table
@@ -203,8 +215,8 @@ def sorted_rows(rollout: ReadyRollout, sort: Sort | None) -> list[int]:
     return sorted(rows, key=lambda row: -float(keys[row]))
 
 
-def rows_table(rollout: ReadyRollout, sort: Sort | None = None) -> Table:
-    """Return a table with a line per response."""
+def rows_table(rollout: ReadyRollout, sort: Sort | None = None, width: int = 100) -> Table:
+    """Return a table with a line per response; below 70 columns without the prompt and the less telling numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -215,26 +227,38 @@ def rows_table(rollout: ReadyRollout, sort: Sort | None = None) -> Table:
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold", expand=True, pad_edge=False,
     )  # fmt: skip
     table.add_column("row", justify="right", no_wrap=True)
-    for name in ("prompt", "response"):
+    texts = ("prompt", "response") if width >= 70 else ("response",)
+    numbers = ("score", "raw score", "KL nats", "tokens", "stopped") if width >= 70 else ("score", "KL nats")
+    for name in texts:
         table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
-    for name in ("score", "raw score", "KL nats", "tokens", "stopped"):
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    kl = rollout.kl.sum(-1)
     for row in sorted_rows(rollout, sort):
-        scores = [number(float(x[row])) for x in (rollout.scores, rollout.raw_scores)]
-        prompt, response = rollout.prompts[row].messages[-1]["content"], rollout.texts[row]
-        texts = [Text(one_line(text[:300])) for text in (prompt, response)]
-        stopped = "yes" if bool(rollout.stopped[row]) else "no"
-        tokens = str(int(rollout.response_tokens[row]))
-        table.add_row(str(row), *texts, *scores, number(float(kl[row])), tokens, stopped)
+        cells = row_cells(rollout, row)
+        shown = [Text(one_line(cells[name][:300])) for name in texts]
+        table.add_row(str(row), *shown, *(cells[name] for name in numbers))
     return table
+
+
+def row_cells(rollout: ReadyRollout, row: int) -> dict[str, str]:
+    """Return what a list of responses shows of one, by column."""
+    return {
+        "prompt": rollout.prompts[row].messages[-1]["content"],
+        "response": rollout.texts[row],
+        "score": number(float(rollout.scores[row])),
+        "raw score": number(float(rollout.raw_scores[row])),
+        "KL nats": number(float(rollout.kl[row].sum())),
+        "tokens": str(int(rollout.response_tokens[row])),
+        "stopped": "yes" if bool(rollout.stopped[row]) else "no",
+    }
 
 
 # ---------------------------------------------------------------- HTML
 
 
-def response_page(view: ResponseView, title: str) -> str:
-    """Return the HTML page: the response coloured by one column, chosen by radio buttons, above its token table."""
+def response_page(view: ResponseView, title: str, links: Sequence[tuple[str, str]] = ()) -> str:
+    """Return the HTML page: the response coloured by one column, chosen by radio buttons, above its token table; links:
+    (label, path) of the pages beside it."""
     prompt = "".join(
         f"<dt>{html.text(message['role'])}</dt><dd>{html.text(message['content'])}</dd>" for message in view.prompt
     )
@@ -250,7 +274,7 @@ def response_page(view: ResponseView, title: str) -> str:
         rules.append(f"#by{i}:checked ~ .legend .l{i} {{ display: inline; }}")
     tokens = "".join(_coloured(token, largest) for token in view.tokens)
     body = (
-        f"<dl>{prompt}</dl>{html.items(view.facts(), 'facts')}<main>{''.join(choices)}"
+        f"{html.links(links)}<dl>{prompt}</dl>{html.items(view.facts(), 'facts')}<main>{''.join(choices)}"
         f'<div class="response">{tokens}</div><p class="legend">{"".join(legends)}</p></main>{_html_table(view)}'
     )
     return html.page(title, body, "\n".join([_STYLE, *rules]))

@@ -9,15 +9,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from rlhf.errors import hidden, visible
-
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.segment import Segment
+    from rich.console import Console
     from rich.text import Text
 
 _LIBRARIES = (
@@ -34,17 +31,10 @@ def console() -> Console:
 def _make_console(quiet: bool = False) -> Console:
     from rich.console import Console
 
-    class Escaping(Console):
-        """A console on which control characters of printed text are escaped: only its own styles reach a terminal."""
-
-        def render(self, renderable: RenderableType, options: Any = None) -> Iterable[Segment]:
-            for segment in super().render(renderable, options):
-                yield segment if segment.control else segment._replace(text=visible(segment.text))
-
     width = None if sys.stdout.isatty() else 110
     notebook = "ipykernel" in sys.modules  # where rich would believe in a terminal, and break a line at every print
     terminal = False if notebook else None
-    return Escaping(width=width, highlight=False, force_jupyter=False, force_terminal=terminal, quiet=quiet)
+    return Console(width=width, highlight=False, force_jupyter=False, force_terminal=terminal, quiet=quiet)
 
 
 def _process() -> int:
@@ -76,7 +66,7 @@ def quiet() -> None:
     if not any(isinstance(handler, RichHandler) for handler in ours.handlers):
         shown = _make_console() if _process() else console()  # a warning of any process matters
         handler = RichHandler(console=shown, show_time=False, show_path=False, markup=False)
-        handler.setFormatter(_WithoutSecrets("%(message)s"))
+        handler.setFormatter(logging.Formatter("%(message)s"))
         for name in ("rlhf", "reward_models"):
             logger = logging.getLogger(name)
             logger.addHandler(handler)
@@ -84,17 +74,10 @@ def quiet() -> None:
             logger.propagate = False
 
 
-class _WithoutSecrets(logging.Formatter):
-    """Log lines that show no password, key or token of an address."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return hidden(super().format(record))
-
-
 def stage_line(stage: str, text: str) -> None:
     """Print one line about a stage: `sft  complete, skipped`."""
     console().print(f"[bold]{stage:<14}[/bold]", end="")
-    console().print(hidden(text), markup=False, soft_wrap=True)
+    console().print(text, markup=False, soft_wrap=True)
 
 
 class StageBar:
@@ -168,23 +151,31 @@ class StageBar:
 
 
 def final_table(summary: Mapping[str, Any]) -> None:
-    """Print the chain's result: evaluation, the reward model's accuracy, who judged, seconds per stage."""
+    """Print the chain's result: evaluation, the reward model's accuracy, who judged, seconds per stage, the verdict."""
     from rich import box
     from rich.table import Table
 
-    from rlhf.run import report
+    from rlhf.run import tables, verdict
 
-    headers, rows = report.headline(summary)
+    headers, rows = tables.headline(summary)
     title, narrow = "Evaluation on held-out prompts", console().width < 110
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for place, header in enumerate(headers):
-        table.add_column(header, justify="left" if place == 0 else "right", no_wrap=place == 0)
-    for row in rows:
-        table.add_row(*(cell.replace(" [", "\n[").replace(", ", ",") if narrow else cell for cell in row))
-    if rows:
+    if rows and console().width < 60:
+        console().print(f"[italic]{title}[/italic]")
+        for name, *cells in rows:
+            console().print(name, style="bold", markup=False)
+            for header, cell in zip(headers[1:], cells, strict=True):
+                console().print(f"  {header}: {cell}" if cell else "", markup=False, end="\n" if cell else "")
+    elif rows:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for place, header in enumerate(headers):
+            table.add_column(header, justify="left" if place == 0 else "right", no_wrap=place == 0)
+        for row in rows:
+            table.add_row(*(cell.replace(" [", "\n[").replace(", ", ",") if narrow else cell for cell in row))
         console().print(table)
-    for line in report.notes(summary):
+    for line in tables.notes(summary):
         console().print(line, markup=False, soft_wrap=True)
+    if rows:
+        console().print(verdict.of_run(summary, {}), style="bold", markup=False, soft_wrap=True)
 
 
 def _short(value: float) -> str:

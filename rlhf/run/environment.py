@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -28,6 +29,23 @@ VARIABLES = (
 def report() -> str:
     """Return the lines to paste into a bug report."""
     return "\n".join(f"{name:<24}{value}" for name, value in _entries())
+
+
+def machine() -> str:
+    """Return the machine in a line: processor, cores, memory, and the GPUs if torch is loaded."""
+    parts = [f"{_processor()}, {_usable()} cores, {_memory()}"]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        parts += [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    return "; ".join(parts)
+
+
+def command() -> str:
+    """Return the command line that started this process, as a user would type it."""
+    script = Path(sys.argv[0])
+    words = [script.name] if script.name == "rlhf" else [Path(sys.executable).name, sys.argv[0]]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def _entries() -> Iterator[tuple[str, str]]:

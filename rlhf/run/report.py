@@ -1,216 +1,241 @@
-"""A run's report: report.html (one file, no network: tables, curves, samples) and a short report.md.
+"""A report of a run or of one stage: report.html (one file, no network: verdict, tables, curves, samples), report.md.
 
-Both are made from the content of ``summary.json``, ``ppo/metrics.jsonl`` and ``evaluation/samples.jsonl``. Parts that a
-run doesn't have are left out. Text from models and users is escaped.
+It is made from what lies in the folder: `summary.json`, the stages' manifests and `metrics.jsonl`, samples. Parts that
+are not there are left out. Text from models and users is escaped.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import InputError
-from rlhf.metrics import METRICS, left_healthy_range, read_metrics
+from rlhf.metrics import left_healthy_range, read_metrics
 from rlhf.run import page as html
-from rlhf.run.page import FIRST, INK, SECOND, Table, svg
+from rlhf.run import verdict
+from rlhf.run.curves import curves, frontier, is_ppo
+from rlhf.run.page import Table
+from rlhf.run.stages import Manifest
+from rlhf.run.tables import (
+    Json,
+    duration,
+    families,
+    gold_parts,
+    headline,
+    notes,
+    number,
+    percent,
+    stage_results,
+    with_interval,
+    words,
+)
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+__all__ = [
+    "families", "gold_parts", "headline", "notes", "number", "percent", "stage_results", "summary_of", "with_interval",
+    "write_report",
+]  # fmt: skip
 
-Json = Mapping[str, Any]
-"""An object of summary.json or samples.jsonl."""
-
-CURVES = ("score", "kl_nats", "entropy_nats", "clip_fraction", "response_tokens", "explained_variance")
-FROM_ZERO = ("kl_nats", "entropy_nats", "clip_fraction", "response_tokens")
 SAMPLES = 12
+ORDER = ("data", "base", "sft", "rankings", "reward_model", "judge", "ppo", "evaluation")
+MEASURES = ("gold_score", "judge_score", "score")
+"""What a sample's gain is measured by: the first of them that it has."""
 
 
-def write_report(run_folder: str | Path, summary: Json) -> Path:
-    """Write ``report.html`` and ``report.md`` into ``run_folder``; return the path of ``report.html``."""
+@dataclass(frozen=True)
+class StageFiles:
+    """What a stage has left in its folder: its manifest, once it is complete, and its logged lines."""
+
+    name: str
+    folder: Path
+    manifest: Manifest | None
+    rows: list[dict[str, float]]
+
+    @classmethod
+    def of(cls, folder: Path) -> StageFiles:
+        manifest = Manifest.read(folder) if (folder / "manifest.json").is_file() else None
+        metrics = folder / "metrics.jsonl"
+        return cls(folder.name, folder, manifest, read_metrics(metrics) if metrics.is_file() else [])
+
+
+def write_report(run_folder: str | Path, summary: Json | None = None) -> Path:
+    """Write ``report.html`` and ``report.md`` into a run's folder or a stage's; return the path of ``report.html``.
+
+    summary: the content of summary.json; None: read it, or gather it from the stages' manifests.
+    """
     folder = Path(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = folder / "ppo" / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.exists() else []
-    title = f"RLHF run {folder.resolve().name}"
-    advice = left_healthy_range(rows)
-    samples = _read_samples(folder / "evaluation" / "samples.jsonl")
-    (folder / "report.md").write_text(_markdown(title, summary, advice), encoding="utf-8")
+    stages = list(find_stages(folder))
+    summary = summary_of(folder, stages) if summary is None else summary
+    title = f"{'Stage' if is_stage(folder) else 'RLHF run'} {folder.resolve().name}"
+    sentence = verdict.of_run(summary, {stage.name: stage.rows for stage in stages})
+    advice = {stage.name: found for stage in stages if (found := left_healthy_range(stage.rows))}
+    (folder / "report.md").write_text(_markdown(title, sentence, summary, stages, advice), encoding="utf-8")
     path = folder / "report.html"
-    path.write_text(_page(title, summary, rows, advice, samples), encoding="utf-8")
+    path.write_text(_page(folder, title, sentence, summary, stages, advice), encoding="utf-8")
     return path
 
 
-# ---------------------------------------------------------------- numbers as text
+def is_stage(folder: Path) -> bool:
+    """Return whether a folder is a stage's own, and not a run of several."""
+    return any((folder / name).is_file() for name in ("manifest.json", "inputs.json", "metrics.jsonl"))
 
 
-def headline(summary: Json) -> Table:
-    """Make the table of the policies' evaluations, a row per policy, without columns that no policy has."""
-    columns: list[tuple[str, Callable[[Json], str]]] = [
-        ("score", lambda entry: number(entry.get("score"))),
-        ("gold score", lambda entry: number(entry.get("gold_score"))),
-        ("win rate vs SFT", lambda entry: with_interval(entry, "win_rate_vs_sft", "win_rate_ci")),
-        ("vs best-of-n", lambda entry: with_interval(entry, "win_rate_vs_best_of_n")),
-        ("KL nats", lambda entry: number(entry.get("kl_nats"))),
-        ("tokens", lambda entry: number(entry.get("response_tokens"))),
-        ("EOS rate", lambda entry: percent(entry.get("eos_rate"))),
-    ]
-    policies = _policies(summary)
-    table = [[_label(name, entry), *(show(entry) for _, show in columns)] for name, entry in policies.items()]
-    return _without_empty(["policy", *(name for name, _ in columns)], table)
+def find_stages(folder: Path) -> Iterator[StageFiles]:
+    """Find the stages of a run in their order, or the stage that a folder is."""
+    if is_stage(folder):
+        yield StageFiles.of(folder)
+        return
+    found = [inner for inner in folder.iterdir() if inner.is_dir() and is_stage(inner)]
+    for inner in sorted(found, key=lambda inner: (ORDER.index(inner.name) if inner.name in ORDER else 99, inner.name)):
+        yield StageFiles.of(inner)
 
 
-def notes(summary: Json) -> list[str]:
-    """Write lines about the judge and its accuracy, the reward model's accuracy, and the time taken."""
-    lines = []
-    judge = _evaluation(summary).get("judge")
-    if judge:
-        kind = {"gold": "gold score", "reward_model": "reward model that PPO never saw"}
-        text = f"Judge: {kind.get(judge.get('kind'), judge.get('kind') or '')}"
-        text += f" ({judge['name']})" if judge.get("name") else ""
-        if judge.get("accuracy") is not None:
-            text += f", right on {with_interval(judge, 'accuracy')} of held-out pairs"
-        lines.append(text + ". Ties count half.")
-    model = summary.get("stages", {}).get("reward_model", {})
-    if model.get("accuracy") is not None:
-        pairs = f" of {model['n']:,} held-out pairs" if model.get("n") else " of held-out pairs"
-        text = f"Reward model: right on {with_interval(model, 'accuracy')}{pairs}"
-        if model.get("length_baseline") is not None:
-            rule = model.get("length_rule", "longer")
-            text += f"; always taking the {rule} response: {with_interval(model, 'length_baseline')}"
-        if model.get("gold_accuracy") is not None:
-            text += f"; against the gold score's sign: {with_interval(model, 'gold_accuracy')}"
-        lines.append(f"{text}.")
-    seconds = summary.get("seconds", {})
-    if seconds:
-        parts = [f"{stage} {_time(value)}" for stage, value in seconds.items()]
-        lines.append(f"Time: {_time(sum(seconds.values()))} ({', '.join(parts)}).")
-    return lines
-
-
-def stage_results(summary: Json) -> Table:
-    """Make the table of all numbers in the summary's stages, a row per stage."""
-    rows = []
-    for stage, result in summary.get("stages", {}).items():
-        shown = [
-            f"{_words(name)} {with_interval(result, name)}"
-            for name, value in result.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        ]
-        if shown:
-            rows.append([_words(stage), " · ".join(shown)])
-    return ["stage", "results"], rows
-
-
-def gold_parts(summary: Json) -> Table:
-    """Make the table of the mean of each part of the gold score, a column per policy."""
-    policies = {name: entry for name, entry in _policies(summary).items() if entry.get("gold_parts")}
-    parts = list(dict.fromkeys(part for entry in policies.values() for part in entry["gold_parts"]))
-    columns = [entry["gold_parts"] for entry in policies.values()]
-    rows = [[_words(part), *(number(column.get(part)) for column in columns)] for part in parts]
-    return ["part of the gold score", *(_label(name, entry) for name, entry in policies.items())], rows
-
-
-def families(summary: Json) -> Table:
-    """Make the table that compares SFT and PPO, a row per family of prompts."""
-    policies = _policies(summary)
-    before, after = (policies.get(name, {}).get("families", {}) for name in ("sft", "ppo"))
-    gold = any(entry.get("gold_score") is not None for entry in after.values())
-    measure, word = ("gold_score", "gold") if gold else ("score", "score")
-    headers = ["family", "prompts", f"{word} SFT", f"{word} PPO", "win rate", "refusals SFT", "refusals PPO"]
-    rows = []
-    for family, entry in after.items():
-        old = before.get(family, {})
-        scores = [number(old.get(measure)), number(entry.get(measure))]
-        refusals = [percent(old.get("refusal_rate")), percent(entry.get("refusal_rate"))]
-        won = percent(entry.get("win_rate_vs_sft"))
-        rows.append([family, number(entry.get("n")), *scores, won, *refusals])
-    return _without_empty(headers, rows)
-
-
-def number(value: float | None) -> str:
-    """Write a number in few digits; "" for None."""
-    if value is None:
-        return ""
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
-
-
-def percent(value: float | None) -> str:
-    """Write a share as a percentage; "" for None."""
-    return "" if value is None else f"{100 * value:.1f}%"
-
-
-def with_interval(entry: Json, name: str, interval: str | None = None) -> str:
-    """Write a value, with its interval where there is one; shares as percentages."""
-    value, bounds = entry.get(name), entry.get(interval or f"{name}_ci")
-    if value is None:
-        return ""
-    shares = ("win_rate", "eos_rate", "refusal_rate", "accuracy", "baseline")
-    show = percent if any(word in name for word in shares) else number
-    low, high = (show(bound).removesuffix("%") for bound in bounds) if bounds else ("", "")
-    return f"{show(value)} [{low}, {high}]" if bounds else show(value)
-
-
-def _without_empty(headers: list[str], rows: list[list[str]]) -> Table:
-    used = [column for column in range(len(headers)) if column == 0 or any(row[column] for row in rows)]
-    return [headers[column] for column in used], [[row[column] for column in used] for row in rows]
-
-
-def _evaluation(summary: Json) -> Json:
-    return dict(summary.get("evaluation") or {})
-
-
-def _policies(summary: Json) -> dict[str, Json]:
-    entries = _evaluation(summary)
-    return {name: entry for name, entry in entries.items() if name != "judge" and isinstance(entry, Mapping)}
-
-
-def _label(name: str, entry: Json) -> str:
-    if name == "best_of_n":
-        return f"best of {entry['n']}" if entry.get("n") else "best of n"
-    return {"sft": "SFT", "ppo": "PPO"}.get(name, name)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
-def _read_samples(path: Path) -> list[Json]:
-    """Read some rows of samples.jsonl, taking the families in turn."""
-    if not path.exists():
-        return []
-    by_family: dict[str, list[Json]] = {}
-    for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def summary_of(folder: Path, stages: Sequence[StageFiles]) -> Json:
+    """Read a run's summary.json; where there is none, gather the same from the stages' manifests."""
+    path = folder / "summary.json"
+    if path.is_file():
         try:
-            row = json.loads(line)
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{path}:{line_number}: broken JSON: {error}") from None
-        by_family.setdefault(str(row.get("family", "")), []).append(row)
-    longest = max(map(len, by_family.values()), default=0)
-    turns = [rows[turn] for turn in range(longest) for rows in by_family.values() if turn < len(rows)]
-    return turns[:SAMPLES]
+            raise InputError(f"{path}: broken JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: is no summary of a run")
+        return content
+    done = [(stage.name, stage.manifest) for stage in stages if stage.manifest]
+    outputs = {name: dict(manifest.outputs) for name, manifest in done}
+    compared = next((outputs.pop(name) for name, manifest in done if manifest.stage == "evaluation"), {})
+    if compared.get("reward_model") and "reward_model" in outputs:
+        outputs["reward_model"] = compared["reward_model"] | outputs["reward_model"]
+    seconds = {name: round(manifest.seconds, 1) for name, manifest in done}
+    return {"stages": outputs, "evaluation": compared.get("evaluation", {}), "seconds": seconds}
+
+
+# ---------------------------------------------------------------- how it was made
+
+
+def origins(stages: Sequence[StageFiles]) -> tuple[Table, Table]:
+    """Make two tables: each stage's state, end, time and seed; and the commands, versions and machines."""
+    rows, about = [], {"command": {}, "versions": {}, "machine": {}}  # type: ignore[var-annotated]
+    for stage in stages:
+        made = stage.manifest
+        if made is None:
+            rows.append([stage.name, "not complete", "", ""])
+            continue
+        rows.append([stage.name, made.created.replace("T", " ")[:16] + " UTC", duration(made.seconds), str(made.seed)])
+        versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+        for name, value in (("command", made.command), ("versions", versions), ("machine", made.machine)):
+            if value:
+                about[name].setdefault(value, []).append(stage.name)
+    facts = [
+        [name if len(values) == 1 else f"{name} ({', '.join(of)})", value]
+        for name, values in about.items()
+        for value, of in values.items()
+    ]
+    return (["stage", "finished", "time", "seed"], rows), (["", ""], facts)
+
+
+def pages_of(folder: Path) -> list[tuple[str, str]]:
+    """Find the other pages of a run: (label, path from the run's folder)."""
+    found = [*folder.glob("*.html"), *folder.glob("*/*.html")]
+    paths = sorted(path.relative_to(folder).as_posix() for path in found if not path.name.startswith("row-"))
+    shown = [(words(path.removesuffix(".html").removesuffix("/index")), path) for path in paths]
+    above = folder.parent / "report.html"
+    up = [("the run's report", "../report.html")] if is_stage(folder) and above.is_file() else []
+    return up + [(text, path) for text, path in shown if path != "report.html"]
+
+
+# ---------------------------------------------------------------- samples
+
+
+def _lines(path: Path) -> list[Json]:
+    """Read a samples.jsonl. Only "\\n" ends a line: a text may hold U+2028."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line_number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line:
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise InputError(f"{path}:{line_number}: broken JSON: {error}") from None
+    return rows
+
+
+def _gain(row: Json) -> float | None:
+    """Return how much better PPO's response is than SFT's."""
+    for measure in MEASURES:
+        before, after = row.get(f"{measure}_sft"), row.get(f"{measure}_ppo")
+        if before is not None and after is not None:
+            return float(after - before)
+    return None
+
+
+def _chosen(rows: Sequence[Json]) -> dict[str, list[Json]]:
+    """Choose samples, the largest gains first, then the largest losses, then others, in the order of the file."""
+    gains = sorted((row for row in rows if (_gain(row) or 0) > 0), key=lambda row: -(_gain(row) or 0))
+    losses = sorted((row for row in rows if (_gain(row) or 0) < 0), key=lambda row: _gain(row) or 0)
+    share = max(SAMPLES // 2, SAMPLES - len(losses))
+    better = gains[:share]
+    worse = losses[: SAMPLES - len(better)]
+    rest = [row for row in rows if not _gain(row)][: SAMPLES - len(better) - len(worse)]
+    return {"Largest gains": better, "Largest losses": worse, "Others": rest}
+
+
+def _sample(row: Json) -> str:
+    answers = []
+    for name in ("sft", "ppo"):
+        scores = {measure: row.get(f"{measure}_{name}") for measure in ("score", "gold_score", "judge_score")}
+        facts = [f"{words(measure)} {number(score)}" for measure, score in scores.items() if score is not None]
+        answers.append(html.Answer(name.upper(), " · ".join(facts), str(row.get(name, ""))))
+    return html.compared(str(row.get("prompt", "")), answers, str(row.get("family") or ""))
+
+
+def _rollout_samples(rows: Sequence[Json]) -> str:
+    """Show the responses of the last logged update, the highest score first."""
+    step = max((row.get("step", 0) for row in rows), default=0)
+    last = [row for row in rows if row.get("step", 0) == step]
+    shown = []
+    for row in sorted(last, key=lambda row: -(row.get("score") or 0.0))[:SAMPLES]:
+        turns = row.get("prompt") or []
+        asked = turns if isinstance(turns, str) else "\n\n".join(f"{t.get('role')}: {t.get('content')}" for t in turns)
+        facts = f"score {number(row.get('score'))} · KL {number(row.get('kl_nats'))} nats"
+        shown.append(html.compared(asked, [html.Answer("PPO", facts, str(row.get("response", "")))]))
+    return f"<h2>Samples of update {number(step)}</h2>{''.join(shown)}" if shown else ""
+
+
+def _samples(folder: Path, stages: Sequence[StageFiles]) -> str:
+    evaluated = next(
+        (s.folder for s in stages if s.manifest and s.manifest.stage == "evaluation"), folder / "evaluation"
+    )
+    rows = _lines(evaluated / "samples.jsonl")
+    if rows:
+        parts = [
+            f"<h3>{heading}</h3>{''.join(map(_sample, chosen))}" for heading, chosen in _chosen(rows).items() if chosen
+        ]
+        return f"<h2>Samples before and after PPO</h2>{''.join(parts)}"
+    own = next((stage.folder for stage in stages if is_ppo(stage.rows)), None)
+    return _rollout_samples(_lines(own / "samples.jsonl")) if own else ""
 
 
 # ---------------------------------------------------------------- report.md
 
 
-def _markdown(title: str, summary: Json, advice: Sequence[str]) -> str:
-    parts = [f"# {title}", _markdown_table(headline(summary))]
+def _markdown(
+    title: str, sentence: str, summary: Json, stages: Sequence[StageFiles], advice: Mapping[str, Sequence[str]]
+) -> str:
+    parts = [f"# {title}", f"**{sentence}**", _markdown_table(headline(summary))]
     parts.append("\n".join(f"- {line}" for line in notes(summary)))
     if advice:
-        parts.append("## Look at these\n" + "\n".join(f"- {line}" for line in advice))
+        lines = [f"- {stage}: {line}" for stage, found in advice.items() for line in found]
+        parts.append("## Look at these\n" + "\n".join(lines))
+    ended, about = origins(stages)
     for heading, table in (("Stages", stage_results(summary)), ("Gold score", gold_parts(summary)),
-                           ("Families of prompts", families(summary))):  # fmt: skip
+                           ("Families of prompts", families(summary)), ("How it was made", ended)):  # fmt: skip
         if table[1]:
             parts.append(f"## {heading}\n{_markdown_table(table)}")
+    parts.append("\n".join(f"- {name}: {value}" for name, value in about[1]))
     parts.append("Curves and samples: report.html")
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -227,91 +252,33 @@ def _markdown_table(table: Table) -> str:
 
 
 def _page(
+    folder: Path,
     title: str,
+    sentence: str,
     summary: Json,
-    rows: Sequence[Mapping[str, float]],
-    advice: Sequence[str],
-    samples: Sequence[Json],
+    stages: Sequence[StageFiles],
+    advice: Mapping[str, Sequence[str]],
 ) -> str:
-    policies = headline(summary)
-    sections = [html.table(policies, "headline") if policies[1] else html.note("No evaluation yet.")]
-    sections += map(html.note, notes(summary))
-    if advice:
-        sections.append(html.warning("Outside the healthy range at the end", advice))
-    if rows:
-        curves = "".join(_curve(name, rows) for name in CURVES)
-        sections.append(f"<h2>PPO, update by update</h2><div class=grid>{curves}</div>")
-        sections.append(html.note("Dashed: the edge of the healthy range."))
-        sections.append(f"<h2>Score against KL</h2><div class=wide>{_frontier(rows, summary)}</div>")
+    compared = headline(summary)
+    parts = [html.verdict(sentence), html.links(pages_of(folder))]
+    parts.append(html.table(compared, "headline") if compared[1] else html.note("No evaluation yet."))
+    parts += map(html.note, notes(summary))
+    for name, found in advice.items():
+        parts.append(html.warning(f"{words(name)}: outside the healthy range at the end", found))
+    for stage in sorted(stages, key=lambda stage: not is_ppo(stage.rows)):
+        judged = summary if stage.name == "ppo" else {}
+        if drawn := curves(stage.rows, judged):
+            heading = html.text({"ppo": "PPO", "sft": "SFT"}.get(stage.name, words(stage.name)))
+            parts.append(f"<h2>{heading}, {'update by update' if is_ppo(stage.rows) else 'step by step'}</h2>{drawn}")
+        if is_ppo(stage.rows):
+            parts.append(html.note("Dashed: the edge of the healthy range."))
+            parts.append(f"<h2>Score against KL</h2>{frontier(stage.rows, judged)}")
+    parts.append(_samples(folder, stages))
     for heading, content in (("Gold score", gold_parts(summary)), ("Families of prompts", families(summary)),
                              ("Stages", stage_results(summary))):  # fmt: skip
         if content[1]:
-            sections.append(f"<h2>{heading}</h2>{html.table(content)}")
-    if samples:
-        sections.append("<h2>Samples before and after PPO</h2>" + "".join(map(_sample, samples)))
-    return html.page(title, "\n".join(sections))
-
-
-def _sample(row: Json) -> str:
-    answers = []
-    for name in ("sft", "ppo"):
-        scores = {measure: row.get(f"{measure}_{name}") for measure in ("score", "gold_score", "judge_score")}
-        facts = [f"{_words(measure)} {number(score)}" for measure, score in scores.items() if score is not None]
-        answers.append(html.Answer(name.upper(), " · ".join(facts), str(row.get(name, ""))))
-    return html.compared(str(row.get("prompt", "")), answers, str(row.get("family") or ""))
-
-
-# ---------------------------------------------------------------- curves
-
-
-def _curve(name: str, rows: Sequence[Mapping[str, float]]) -> str:
-    points = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-    if not points:
-        return ""
-    metric = METRICS[name]
-
-    def draw(axes: Axes) -> None:
-        steps, values = zip(*points, strict=True)
-        marker = "o" if len(points) < 40 else None
-        axes.plot(steps, values, color=FIRST, linewidth=1.6, marker=marker, markersize=2.5, clip_on=False)
-        axes.locator_params("x", integer=True)
-        if name in FROM_ZERO:
-            axes.set_ylim(bottom=min(0.0, *values))
-        low, high = axes.get_ylim()
-        for bound in (metric.healthy_low, metric.healthy_high):
-            if bound is not None and low < bound < high:
-                axes.axhline(bound, color=SECOND, linewidth=1, linestyle="--")
-        axes.set_xlabel("update")
-
-    unit = "" if metric.unit == name else html.text(metric.unit)
-    caption = f"<figcaption><strong>{name}</strong> {unit}<br>{html.text(metric.meaning)}</figcaption>"
-    return f"<figure>{svg(draw, 4.0, 2.4)}{caption}</figure>"
-
-
-def _frontier(rows: Sequence[Mapping[str, float]], summary: Json) -> str:
-    """Draw score against KL, a point per update, with SFT and best-of-n for comparison."""
-    points = [
-        (row["kl_nats"], row["score"])
-        for row in rows
-        if math.isfinite(row.get("kl_nats", math.nan)) and math.isfinite(row.get("score", math.nan))
-    ]
-    if not points:
-        return ""
-
-    def draw(axes: Axes) -> None:
-        kl, score = zip(*points, strict=True)
-        axes.plot(kl, score, color=FIRST, linewidth=1, alpha=0.5)
-        axes.scatter(
-            kl, score, s=16, label="PPO updates, darker is later",
-            c=range(len(points)), cmap="Blues", edgecolors=FIRST, linewidths=0.6,
-        )  # fmt: skip
-        for (name, entry), marker in zip(_policies(summary).items(), "s^Dv*", strict=False):
-            if entry.get("score") is not None and entry.get("kl_nats") is not None:
-                label = f"{_label(name, entry)}, held out"
-                at = [entry["kl_nats"]], [entry["score"]]
-                axes.scatter(*at, color=SECOND, marker=marker, s=42, label=label)
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
-        axes.set_xlabel("KL to the reference (nats per response)")
-        axes.set_ylabel("score")
-
-    return svg(draw, 7.0, 3.6)
+            parts.append(f"<h2>{heading}</h2>{html.table(content)}")
+    ended, about = origins(stages)
+    if ended[1]:
+        parts.append(f"<h2>How it was made</h2>{html.table(ended)}{html.table(about) if about[1] else ''}")
+    return html.page(title, "\n".join(filter(None, parts)))

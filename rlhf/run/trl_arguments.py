@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.errors import require_divides
@@ -45,6 +46,10 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
         values["save_total_limit"] = None  # our callback deletes older ones once the newest is complete
     if "report_to" in values:
         values["report_to"] = list(values["report_to"] or [])
+        values["run_name"] = getattr(config, "run_name", None) or "/".join(Path(config.output_dir).resolve().parts[-2:])
+    if project := getattr(config, "project", None):
+        values["project"] = project  # trackio's
+        os.environ["WANDB_PROJECT"] = project  # the only way to tell wandb's callback
     on_cuda = torch.cuda.is_available()
     values |= {
         "bf16": compute_dtype(getattr(config, "bf16", None)) == torch.bfloat16,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf.errors import InputError, require_divides
+from rlhf.run.settings import settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ class SFTConfig:
     lora_dropout: float = 0.0
     """Dropout on the input of the LoRA layers."""
     lora_target_modules: list[str] | None = None
-    """Names of the layers that get LoRA weights; null: every linear layer but the head."""
+    """Names of the layers that get LoRA weights, as in q_proj,v_proj; null or all-linear: every linear one but the
+    head."""
 
     "Memory and speed"
 
@@ -83,11 +85,16 @@ class SFTConfig:
     """When a metric leaves its healthy range: warn: log it once; save: also write a checkpoint; stop: also end the
     run."""
     report_to: list[str] | None = None
-    """Where metrics go besides metrics.jsonl: trackio, tensorboard, wandb."""
+    """Trackers besides metrics.jsonl: tensorboard, wandb, trackio, ... or all that are installed; none: no other."""
+    run_name: str | None = None
+    """The run's name in a tracker; null: the last two folders of output_dir, as in toy/ppo."""
+    project: str | None = None
+    """The project in wandb and trackio; null: that of WANDB_PROJECT, else transformers' own name."""
     preflight: bool = True
     """Check model, tokenizer and data before the first step, and refuse a run that cannot be right."""
 
     def __post_init__(self) -> None:
+        settle(self)
         require_divides("microbatch_size", self.microbatch_size, "batch_size", self.batch_size)
         for name in ("epochs", "learning_rate", "max_length", "logging_steps", "save_total_limit"):
             if getattr(self, name) <= 0:

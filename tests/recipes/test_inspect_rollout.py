@@ -251,6 +251,51 @@ def test_a_response_as_a_page(run_folder, tmp_path, row, tiny_tokenizer):
     assert "score 0.1250" in page.text if row == 0 else "score -1.0000" in page.text
 
 
+def addresses(file: Path) -> list[str]:
+    """Every link of a page to another one, in its order."""
+    found = [str(a["href"]) for tag, a in Page(file.read_text(encoding="utf-8")).tags if tag == "a"]
+    return [address for address in found if not address.startswith("#")]
+
+
+def test_an_update_as_pages_with_an_index(run_folder, tmp_path):
+    pages = tmp_path / "pages"
+    (run_folder / "report.html").write_text("the report")
+    result = inspect(run_folder, "--update", 7, "--sort", "score", "--html", pages)
+    assert (result.code, result.err) == (0, "")
+    assert addresses(pages / "index.html")[1:] == ["row-2.html", "row-0.html", "row-1.html"]
+    assert addresses(pages / "row-2.html") == ["index.html", "row-0.html"]
+    assert addresses(pages / "row-0.html") == ["row-2.html", "index.html", "row-1.html"]
+    assert addresses(pages / "row-1.html") == ["row-0.html", "index.html"]
+    for file in pages.iterdir():
+        assert all((pages / address).exists() for address in addresses(file))
+        assert "<script" not in file.read_text(encoding="utf-8")
+    shown = Page((pages / "index.html").read_text(encoding="utf-8")).rows
+    assert [row[:1] + row[3:] for row in shown[1:]] == [
+        ["row 2", "2.5000", "-2.0000", *shown[1][5:]],
+        ["row 0", "0.1250", "0.5000", *shown[2][5:]],
+        ["row 1", "-1.0000", "3.2500", *shown[3][5:]],
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_it_fits_a_narrow_terminal(tiny_tokenizer, width):
+    """Fewer numbers, none of them cut, and those left out are named."""
+    chat.prepare_tokenizer(tiny_tokenizer)
+    rollout = hand_made(tiny_tokenizer)
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(response_lines(response_view(rollout, 0, tiny_tokenizer), width))
+    console.print(rows_table(rollout, width=width))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    (left_out,) = re.findall(r"too narrow for ([\w ,\n]+)\n", text)
+    (line,) = [line for line in text.splitlines() if line.rstrip().endswith("1 stop")]
+    place = len(rollout.response_ids[0]) - 1
+    named = [name for name in NUMBERS if name not in re.split(r"[,\s]+", left_out)]
+    assert "KL" in named
+    wanted = [number for name, number in zip(NUMBERS, expected(rollout, 0, place), strict=True) if name in named]
+    assert near(line.split()[2:-2], wanted)
+
+
 def test_the_page_runs_nothing_and_loads_nothing(run_folder, tmp_path):
     file = tmp_path / "row.html"
     inspect(run_folder, "--update", 7, "--row", 1, "--html", file)
@@ -470,6 +515,8 @@ def test_two_processes_replay_theirs(tmp_path, tiny_model, tiny_tokenizer):
         (("RUN", "--update", 7, "--row", 0, "--sort", "kl"), "--row shows one response; leave out --sort"),
         (("RUN", "--update", 7, "--sort", "kl", "--replay"), "leave it out with --replay"),
         (("RUN", "--update", 7, "--html", "x.html"), "--html needs --update N and --row K"),
+        (("RUN", "--html", "pages"), "--html needs --update N"),
+        (("RUN", "--update", 7, "--replay", "--html", "pages"), "--html shows responses; leave it out with --replay"),
         (("RUN", "--update", 7, "--row", 0, "--html", "nowhere/x.html"), "--html nowhere/x.html: cannot be written"),
         (("RUN", "--update", 7, "--model", "x"), "--model is for --replay"),
         (("RUN", "--update", 7, "--replay"), "run.json: no such file"),

@@ -161,7 +161,7 @@ def test_evaluate_policy_of_any_two_folders(
 
 
 def test_rankings_read_from_pairs_are_split_by_prompt(tmp_path: Path) -> None:
-    source, out = write(tmp_path / "pairs.jsonl", pairs(80)), tmp_path / "run"
+    source, out = write(tmp_path / "pairs.jsonl", pairs(80)), tmp_path / "split here"
     run(
         "rankings",
         "--rankings",
@@ -171,11 +171,9 @@ def test_rankings_read_from_pairs_are_split_by_prompt(tmp_path: Path) -> None:
         "--held_out_fraction",
         0.25,
         "--output_dir",
-        out / "data",
+        out,
     )
-    files = {
-        name: out / "rankings" / f"{name}.jsonl" for name in ("train", "held_out", "judge", "prompts", "eval_prompts")
-    }
+    files = {name: out / f"{name}.jsonl" for name in ("train", "held_out", "judge", "prompts", "eval_prompts")}
     found = {name: keys(file) for name, file in files.items()}
     assert [len(found[name]) for name in ("train", "held_out", "judge")] == [15, 10, 15]
     assert not found["train"] & found["judge"]

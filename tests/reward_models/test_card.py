@@ -15,12 +15,13 @@ from reference import recipe, tiny_chain
 
 from reward_models.card import baselines, calibration
 from reward_models.card import pairs as card
-from reward_models.card.page import advice, headlines, page
+from reward_models.card.page import advice, headlines, helps, page
 from reward_models.card.report import report_card, reward_report, save_reward_report, score_rankings
 from reward_models.card.sensitivity import ALONE, PADDING, VARIANTS, sensitivity
 from reward_models.card.surface import FEATURES, spearman, surface
+from reward_models.card.verdict import verdict
 from rlhf.errors import InputError
-from rlhf.records import Ranking
+from rlhf.records import Ranking, read_rankings
 
 
 class Scorer:
@@ -127,6 +128,101 @@ def test_a_paired_difference_by_hand():
 
 
 # --------------------------------------------------------------------------------------------- baselines
+
+
+def by_subset(each: int = 40, seed: int = 0) -> list[Ranking]:
+    """In one subset every better response is the longer one, in the other every better one is the shorter."""
+    rows = []
+    for number in range(2 * each):
+        better, worse = (("q1 and much more of it", "q0"), ("q1", "q0 and much more of it"))[number % 2]
+        subset = ("alpacaeval-easy", "math-prm")[number % 2]
+        rows.append(Ranking(ask(f"{seed}.{number}?"), (better, worse), (1, 2), {"subset": subset}))
+    return rows
+
+
+def test_the_length_rule_of_each_group_by_hand():
+    found = reward_report(PERFECT, by_subset(), sensitivity_pairs=0)
+    assert found["length_baseline"] == 0.5, "over both subsets length says nothing"
+    assert found["length_by_group"]["subset"]["accuracy"] == 1.0
+    easy, mathematics = found["groups"]["subset"]
+    assert (easy["length_rule"], easy["length_baseline"], easy["n"]) == ("longer", 1.0, 40)
+    assert (mathematics["length_rule"], mathematics["length_baseline"], mathematics["difference"]) == (
+        "shorter",
+        1.0,
+        0.0,
+    )
+    (line,) = [line for line in advice(found) if line.startswith("Length alone decides 2 of 2 by subset")]
+    assert "alpacaeval-easy (the longer: 100.0%" in line
+    assert "math-prm (the shorter: 100.0%" in line
+    assert any(line.startswith("The longer or the shorter by subset: 100.0%") for line in headlines(found))
+    assert "the length rule of each subset" in verdict(found)
+
+
+def test_a_group_s_length_rule_is_chosen_on_its_training_rows():
+    turned = [Ranking(r.prompt, r.responses, (2, 1), r.columns) for r in by_subset(seed=1)]
+    easy, mathematics = reward_report(PERFECT, by_subset(), train=turned, sensitivity_pairs=0)["groups"]["subset"]
+    assert (easy["length_rule"], easy["length_baseline"]) == ("shorter", 0.0)
+    assert (mathematics["length_rule"], mathematics["length_baseline"]) == ("longer", 0.0)
+
+
+def test_length_that_decides_nothing_is_not_told():
+    found = reward_report(PERFECT, rankings(200, k=2, subset=["one", "two"]), sensitivity_pairs=0)
+    assert not [line for line in advice(found) if "ength" in line]
+
+
+def test_a_benchmark_whose_subsets_go_by_length():
+    found = [folder / "shared/cases/43/rb_len.jsonl" for folder in Path(__file__).resolve().parents]
+    if not (files := [file for file in found if file.is_file()]):
+        pytest.skip("needs ../shared/cases")
+    rows = read_rankings(files[0])
+    found = reward_report(BY_LENGTH, rows, sensitivity_pairs=0)
+    assert (found["accuracy"], found["length_baseline"]) == (0.5, 0.5)
+    assert any("Length alone decides 2 of 2 by subset" in line for line in advice(found))
+
+
+# ----------------------------------------------------------------------------------------------- verdict
+
+
+def leads(n: int, accuracy: float, interval: list[float], length: float, over: list[float]) -> dict:
+    """Make the part of a report that a verdict reads."""
+    lead = {"difference": accuracy - length, "difference_ci": over}
+    return {
+        "n": n, "accuracy": accuracy, "accuracy_ci": interval, "length_baseline": length, "length_rule": "longer",
+        "over_length_rule": lead, "length_by_group": {}, "bag_of_words": None,
+    }  # fmt: skip
+
+
+def test_few_pairs_say_how_many_are_needed():
+    """A standard error of .1008: (2.8 * .1008 / .083)^2 = 11.56 times 24 pairs are 278; so are (2.8 * .1276 / .125)^2
+    times 24 pairs 196."""
+    found = verdict(leads(24, 0.583, [0.385, 0.78], 0.458, [-0.125, 0.375]))
+    assert found == (
+        "24 pairs: too few to tell this model (58.3% [38.5, 78.0] right) from a coin (about 280 needed) or always "
+        "taking the longer response (about 200 needed)."
+    )
+
+
+def test_many_pairs_say_what_is_beaten():
+    assert verdict(leads(2000, 0.7, [0.68, 0.72], 0.55, [0.12, 0.18])) == (
+        "Right on 70.0% [68.0, 72.0] of 2,000 held-out pairs: better than a coin and always taking the longer response."
+    )
+    mixed = verdict(leads(2000, 0.58, [0.55, 0.61], 0.56, [-0.02, 0.06]))
+    assert mixed.startswith("2,000 pairs: too few to tell this model (58.0% [55.0, 61.0] right) from always taking the")
+    assert mixed.endswith("It is better than a coin.")
+    assert "It is worse than always taking the longer" in verdict(leads(900, 0.58, [0.55, 0.61], 0.7, [-0.15, -0.09]))
+    worse = verdict(leads(900, 0.4, [0.37, 0.43], 0.4, [0.0, 0.0]))
+    assert "always taking the longer response (no lead to be seen)" in worse
+    assert worse.endswith("It is worse than a coin.")
+
+
+def test_twelve_of_twelve_is_not_certain():
+    """Wilson's interval of 12 of 12 begins at 75.8%; (12.1 / 5)^2 times 12 pairs are 70."""
+    found = verdict(leads(12, 1.0, [0.758, 1.0], 0.5, [0.2, 0.8]))
+    assert found.startswith("Right on 100.0% [75.8, 100.0] of 12 held-out pairs: better than a coin and always taking")
+    assert found.endswith("About 70 pairs would narrow that to 5 points on either side.")
+
+
+# ------------------------------------------------------------------------------------ length rule, bag of words
 
 
 def test_the_length_rule_is_chosen_on_the_training_data():
@@ -323,6 +419,27 @@ def test_auc_by_hand():
     assert calibration.auc(np.array([3.0, 1.0]), np.array([2.0, 1.0])) == (1 + 1 + 0 + 0.5) / 4
     assert calibration.auc(np.array([]), np.array([1.0])) is None
     assert calibration.confidence_auc(np.array([3.0, 2.0, -1.0, -2.5])) == 3 / 4
+
+
+def test_a_temperature_is_advised_only_where_it_helps_on_other_prompts():
+    """A model that is too sure by a factor of 3 is mended; two prompts whose temperatures harm each other are not."""
+    draw = np.random.default_rng(0)
+    true = draw.normal(0, 1.5, 4000)
+    signed = np.where(draw.random(4000) < 1 / (1 + np.exp(-np.abs(true))), 1, -1) * np.abs(true)
+    assert helps(calibration.calibration(3 * signed, np.arange(4000), 0))
+    found = calibration.calibration(np.array([1.0] * 9 + [-1.0] * 2 + [1.0]), np.array([0] * 9 + [1] * 3), 0)
+    assert found["temperature"]
+    assert found["calibrated"]["nll"] > found["nll"]
+    assert not helps(found)
+    report = reward_report(PERFECT, rankings(30), sensitivity_pairs=0) | {"calibration": found}
+    told = " ".join(advice(report) + headlines(report))
+    assert "Confidence is off by" in told
+    assert "divide" not in told
+    assert "leave the scores as they are" in page({**report, "about": {"reward_model": "x"}})
+    for ece, nll, expected in ((0.1, 0.5, True), (0.3, 0.5, False), (0.1, 0.7, False)):
+        numbers = {"temperature": 2.0, "ece": 0.2, "nll": 0.6, "calibrated": {"ece": ece, "nll": nll}}
+        assert helps(numbers) == expected
+    assert not helps({"temperature": None, "ece": 0.2, "nll": 0.6, "calibrated": {"ece": 0.1, "nll": 0.5}})
 
 
 # ----------------------------------------------------------------------------------------------- surface

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rlhf.errors import InputError
 from rlhf.run.console import StageBar, console, final_table, stage_line
-from rlhf.run.report import families, gold_parts, headline, notes, number, write_report
+from rlhf.run.report import write_report
+from rlhf.run.stages import Manifest
+from rlhf.run.tables import families, gold_parts, headline, notes, number
+from rlhf.run.verdict import needed, of_run
 
 SUMMARY: dict[str, Any] = {
     "stages": {"reward_model": {"accuracy": 0.648, "accuracy_ci": [0.63, 0.665], "n": 2900, "length_baseline": 0.55}},
@@ -82,9 +88,14 @@ def test_parts_and_families_stand_side_by_side() -> None:
 def test_the_page_fetches_nothing_and_escapes_everything(run: Path) -> None:
     path = write_report(run, SUMMARY)
     page = path.read_text()
+    (run / "reward_model").mkdir()
+    (run / "reward_model" / "reward_report.html").write_text("a card")
+    page = write_report(run, SUMMARY).read_text()
     links = Links()
     links.feed(page)
-    assert [address for address in links.addresses if not address.startswith("#")] == []
+    assert [address for address in links.addresses if not address.startswith("#")] == [
+        "reward_model/reward_report.html"
+    ]
     assert "script" not in links.tags
     assert "link" not in links.tags
     assert "url(http" not in page
@@ -124,6 +135,152 @@ def test_broken_samples_are_named(run: Path) -> None:
         write_report(run, SUMMARY)
 
 
+def test_samples_hold_line_separators(run: Path) -> None:
+    """JSON keeps U+2028 as it is; only a line break ends a line of samples.jsonl."""
+    row = {"prompt": "Hi", "sft": "fine", "ppo": "one\u2028two", "score_ppo": 1.0, "score_sft": 0.0}
+    (run / "evaluation" / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert "one\u2028two" in write_report(run, SUMMARY).read_text(encoding="utf-8")
+
+
+def test_the_largest_gains_and_losses_come_first(run: Path) -> None:
+    """By the judge's score, not by the reward model's, which PPO has optimised."""
+    rows = [
+        {"prompt": f"p{number}", "sft": "a", "ppo": "b", "gold_score_sft": 5.0, "gold_score_ppo": 5.0 + gain,
+         "score_sft": 0.0, "score_ppo": -gain}
+        for number, gain in enumerate([0.5, -3, 1, 4, -1, 0] + [0.25] * 14)
+    ]  # fmt: skip
+    (run / "evaluation" / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = write_report(run, SUMMARY).read_text()
+    shown = re.findall(r"<h3>(.*?)</h3>|class=prompt>(p\d+)<", page)
+    names = [heading or prompt for heading, prompt in shown]
+    assert names[:4] == ["Largest gains", "p3", "p2", "p0"]
+    assert names[names.index("Largest losses") :] == ["Largest losses", "p1", "p4"]
+    assert len(names) == 12 + 2
+
+
+def test_families_are_ordered_by_how_far_they_moved() -> None:
+    def entry(**scores: float) -> dict[str, Any]:
+        return {"families": {name: {"n": 10, "gold_score": score} for name, score in scores.items()}}
+
+    summary = {"evaluation": {"sft": entry(a=5.0, b=5.0, c=5.0), "ppo": entry(a=5.5, b=3.0, c=6.0)}}
+    assert [row[0] for row in families(summary)[1]] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "interval", "says"),
+    [
+        (0.731, [0.701, 0.76], "PPO is better than SFT: the gold score prefers it on 73.1% [70.1, 76.0] of 400 "),
+        (0.4, [0.35, 0.45], "PPO is worse than SFT: "),
+        (0.52, [0.47, 0.57], "No clear difference between PPO and SFT: the gold score prefers it on 52.0% "),
+    ],
+)
+def test_the_verdict_compares_ppo_with_sft(run: Path, rate: float, interval: list[float], says: str) -> None:
+    entry = {"win_rate_vs_sft": rate, "win_rate_ci": interval, "prompts": 400}
+    summary = {"evaluation": {"sft": {}, "ppo": entry, "judge": {"kind": "gold"}}}
+    page = write_report(run, summary).read_text()
+    sentence = re.search("<p class=verdict>(.*?)</p>", page)
+    assert sentence
+    assert sentence[1].startswith(says)
+    assert page.index("<p class=verdict>") < page.index("<table")
+    assert says in (run / "report.md").read_text().splitlines()[2]
+    if rate == 0.52:  # a standard error of .1 / 3.92; (2.8 * .0255 / .02)^2 = 12.76 times 400 prompts
+        assert sentence[1].endswith("; about 5,200 prompts would tell.")
+
+
+def test_the_verdict_doubts_a_judge_that_is_a_coin() -> None:
+    entry = {"win_rate_vs_sft": 0.7, "win_rate_ci": [0.6, 0.8], "prompts": 100}
+    judge = {"kind": "reward_model", "name": "j", "accuracy": 0.52, "accuracy_ci": [0.46, 0.58]}
+    sentence = of_run({"evaluation": {"sft": {}, "ppo": entry, "judge": judge}}, {})
+    assert sentence.endswith("; but this judge is no better than a coin on held-out pairs.")
+
+
+def test_how_many_would_tell_two_values_apart() -> None:
+    """At the number that it names, the gap is 2.8 standard errors: a 95% interval leaves it out 4 times in 5."""
+    for share, n in ((0.55, 100), (0.6, 40), (0.45, 250)):
+        error = math.sqrt(share * (1 - share) / n)
+        count = needed(n, share, 0.5, [share - 1.96 * error, share + 1.96 * error])
+        assert count
+        assert abs(share - 0.5) / math.sqrt(share * (1 - share) / count) == pytest.approx(2.8, rel=0.05)
+        exact = (2.8 / (share - 0.5)) ** 2 * share * (1 - share)
+        assert exact <= count <= 1.1 * exact
+    assert needed(100, 0.5, 0.5, [0.4, 0.6]) is None
+    assert needed(100, 0.501, 0.5, [0.4, 0.6]) is None, "more than anybody has"
+
+
+# ---------------------------------------------------------------- stages and folders
+
+
+def stage(folder: Path, name: str, outputs: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> Path:
+    """Write what a complete stage leaves."""
+    place = folder / name
+    place.mkdir(parents=True)
+    made = {"command": "rlhf chain --config toy.yaml", "machine": "a machine", "versions": {"torch": "9.9"}}
+    when = "2026-01-02T03:04:05+00:00"
+    Manifest(stage=name, inputs={}, seed=7, outputs=outputs, seconds=12.0, created=when, **made).write(place)  # type: ignore[arg-type]
+    if rows:
+        (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+LOSSES = [{"step": step, "loss": 2.0 / step, "token_accuracy": 0.5, "learning_rate": 1e-3} for step in range(1, 9)]
+PAIRS = [{"step": step, "loss": 0.7, "accuracy": 0.6, "margin": 0.1} for step in range(1, 9)]
+
+
+def test_a_stage_has_a_report_of_its_own(tmp_path: Path) -> None:
+    place = stage(tmp_path, "sft", {"loss": 0.4}, [*LOSSES, {"step": 8, "eval_loss": 0.5}])
+    page = write_report(place).read_text()
+    assert "The training loss went from 2.00 to 0.25 nats in 8 steps; on held-out data it ends at 0.50." in page
+    assert page.count("<svg") == 3
+    assert "held out" in page
+    for fact in ("2026-01-02 03:04 UTC", "rlhf chain --config toy.yaml", "torch 9.9", "a machine", ">7<"):
+        assert fact in page, fact
+
+
+def test_a_run_without_a_summary_is_gathered_from_its_manifests(tmp_path: Path) -> None:
+    stage(tmp_path, "sft", {"loss": 0.4}, LOSSES)
+    stage(tmp_path, "reward_model", {"accuracy": 0.64, "accuracy_ci": [0.6, 0.68], "n": 500, "length_baseline": 0.55,
+                                     "length_rule": "longer"}, PAIRS)  # fmt: skip
+    page = write_report(tmp_path).read_text()
+    sentence = (
+        "The reward model is right on 64.0% [60.0, 68.0] of 500 held-out pairs, better than always taking the longer"
+    )
+    assert sentence in page
+    assert "SFT, step by step" in page
+    assert "reward model, step by step" in page
+    assert page.count("<svg") == 3 + 3
+    stage(tmp_path, "evaluation", {"evaluation": SUMMARY["evaluation"], "reward_model": {"gold_accuracy": 0.7}})
+    assert "PPO is better than SFT" in write_report(tmp_path).read_text()
+
+
+def test_a_stage_that_is_not_complete_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "inputs.json").write_text("{}")
+    row = {"score": 0.5, "kl_nats": 1.0}
+    (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps({"step": s, **row}) + "\n" for s in (1, 2)))
+    samples = [
+        {"step": 2, "prompt": [{"role": "user", "content": "Hi"}], "response": EVIL, "score": 1.0, "kl_nats": 0.1}
+    ]
+    (tmp_path / "ppo" / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    for folder in (tmp_path, tmp_path / "ppo"):
+        page = write_report(folder).read_text()
+        assert "in 2 updates, at 1.00 nats of KL; nothing has judged it yet." in page
+        assert "not complete" in page
+        assert "Samples of update 2" in page
+        assert "<script" not in page
+
+
+def test_evaluation_and_gold_are_drawn_on_the_score(tmp_path: Path) -> None:
+    rows = [
+        {"step": s, "score": s / 10, "kl_nats": 0.1 * s, "eval_score": s / 11, "score/gold": 5.0} for s in range(1, 6)
+    ]
+    stage(tmp_path, "ppo", {}, rows)
+    stage(tmp_path, "evaluation", {"evaluation": SUMMARY["evaluation"]})
+    page = write_report(tmp_path).read_text()
+    figure = page[page.index("<figure>") : page.index("</figure>")]
+    for name in ("training prompts", "held out", "evaluation", "gold score", "score/gold", "gold, held out"):
+        assert f">{name}</text>" in figure, name
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(None, ""), (3, "3"), (12345.6, "12,346"), (0.0, "0.00"), (0.0012, "0.0012"), (-0.5, "-0.50")]
 )
@@ -147,6 +304,15 @@ def test_the_final_table_fits_a_log(plain_console: Any) -> None:
     assert "73.1% [70.1, 76.0]" in shown
     assert "right on 62.0% [60.0, 64.0]" in shown
     assert max(map(len, shown.splitlines()[:8])) <= 120
+
+
+def test_the_final_table_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("rlhf.run.console.console", lambda: Console(width=40, highlight=False))
+    final_table(SUMMARY | {"stages": {}, "seconds": {}})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].strip() == "Evaluation on held-out prompts"
+    assert "  win rate vs SFT: 73.1% [70.1, 76.0]" in shown
+    assert max(len(line) for line in shown[:16]) <= 40
 
 
 def test_off_a_terminal_a_bar_is_few_plain_lines(plain_console: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,12 +171,12 @@ def write_all(config: InspectConfig, stage: Path, folder: Path, rollout: Rollout
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from rlhf.ppo.saved import reason
+    from rlhf.run.readable import first_sentence
 
     try:
         return AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'tokenizer'}: holds no tokenizer that loads ({reason(error)})") from None
+        raise InputError(f"{folder / 'tokenizer'}: holds no tokenizer that loads ({first_sentence(error)})") from None
 
 
 # ---------------------------------------------------------------- replay
@@ -200,6 +200,7 @@ def replay(folder: Path, config: InspectConfig) -> bool:
     """Run a saved update again, print the comparison; is every number as it was logged?"""
     import torch
 
+    from rlhf.ppo.run import load_checkpoint
     from rlhf.ppo.saved import Origin, load_rollout, read_logged
 
     origin = Origin.read(folder)
@@ -215,7 +216,7 @@ def replay(folder: Path, config: InspectConfig) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         rollout = load_rollout(folder, int(os.environ.get("RANK", "0")))
         trainer = build_trainer(folder, origin, config, rollout, scratch)
-        load_state(trainer, folder / "state")
+        load_checkpoint(trainer, folder / "state")
         again = trainer.advantages(rollout)
         columns = [largest_difference(name, rollout, again) for name in RECOMPUTED]
         replayed = trainer.update(rollout)
@@ -256,18 +257,6 @@ def build_trainer(folder: Path, origin: Origin, config: InspectConfig, rollout: 
 
 def _no_score(**columns: Any) -> list[float]:
     raise AssertionError("a replay uses the saved scores")
-
-
-def load_state(trainer: PPOTrainer, folder: Path) -> None:
-    from rlhf.ppo import run as ppo_run
-    from rlhf.ppo.saved import BROKEN, reason
-
-    try:
-        ppo_run.load_checkpoint(trainer, folder)
-    except InputError:
-        raise
-    except BROKEN as error:
-        raise InputError(f"{folder}: cut short or of another model ({reason(error)})") from None
 
 
 def largest_difference(name: str, saved: Rollout, again: Rollout) -> Compared:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import drop_checkpoints
+from rlhf.small_files import read_object
 from rlhf_recipes.stage import SECTIONS, Stage, check_model, from_siblings, next_command, open_stage
 
 if TYPE_CHECKING:
@@ -234,8 +234,7 @@ def _once(config: RewardRecipe, folder: Path, train: Callable[[RewardRecipe], di
             write_json_atomic(folder / RESULT, result)
             drop_checkpoints(folder)
         return result
-    found: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    return found
+    return read_object(folder / RESULT)
 
 
 def _about(trainer: RewardTrainer) -> dict[str, Any]:

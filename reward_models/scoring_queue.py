@@ -11,45 +11,36 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from rlhf.errors import InputError, short
+from rlhf.errors import InputError
 from rlhf.messages import Messages
+from rlhf.run.http import HttpConfig, Refused, place_of
 
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[[list[Messages]], Sequence[float]]
 
+PATIENCE = 0.5  # seconds that a request may take to arrive while the queue is full
+
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ServerConfig(HttpConfig):
     """Limits of a scoring server."""
 
     max_queue: int = 256
-    """Requests in the server at a time (being read, waiting or being scored); a further one gets status 503."""
+    """Requests in the server at a time (being read, waiting or being scored); a further one gets status 503. The server
+    may need max_queue times max_body_bytes of memory."""
     max_conversations: int = 1024
     """Conversations in one request."""
-    max_body_bytes: int = 16 * 1024 * 1024
-    """Bytes in one request; the server may need max_queue times as much memory."""
-    max_body_seconds: float = 30.0
-    """Seconds that a client may take to send its request."""
     max_batch_tokens: int = 16384
     """Padded tokens per forward (a memory setting), and so the length of the longest conversation."""
     join_requests: bool = True
     """Score requests of several clients in one forward; false: other requests don't change a score by a single bit."""
 
     def __post_init__(self) -> None:
-        for name in ("max_queue", "max_conversations", "max_body_bytes", "max_batch_tokens"):
+        super().__post_init__()
+        for name in ("max_queue", "max_conversations", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.max_body_seconds > 0:
-            raise InputError(f"max_body_seconds={self.max_body_seconds} must be above 0")
-
-
-class Refused(Exception):
-    """An answer other than status 200: its status and one line of text."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(short(message, 500))
-        self.status = status
 
 
 class _Job:
@@ -68,6 +59,7 @@ class ScoringQueue:
         self._scorer, self._count_tokens, self._config = scorer, count_tokens, config
         self._waiting: list[_Job] = []
         self._news = asyncio.Event()
+        self._arriving: dict[asyncio.Timeout, float] = {}  # the oldest first
         self.taken = 0
 
     @property
@@ -78,13 +70,33 @@ class ScoringQueue:
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
         """Hold one of the `max_queue` slots, taken before a byte of the request is read. Raises Refused (503)."""
-        if self.taken >= self._config.max_queue:
+        if self.taken >= self._config.max_queue and not self._make_room():
             raise Refused(503, f"the queue is full ({self._config.max_queue} requests); try again")
         self.taken += 1
         try:
             yield
         finally:
             self.taken -= 1
+
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[asyncio.Timeout]:
+        """Yield the time-out in which a request must arrive; a full queue may shorten it."""
+        until = asyncio.timeout(self._config.max_body_seconds)
+        self._arriving[until] = asyncio.get_running_loop().time()
+        try:
+            yield until
+        finally:
+            self._arriving.pop(until, None)
+
+    def _make_room(self) -> bool:
+        """Give up the request that has been arriving longest: clients that send nothing must not fill the queue."""
+        now = asyncio.get_running_loop().time()
+        slowest = next(iter(self._arriving), None)
+        if slowest is None or now - self._arriving[slowest] < PATIENCE:
+            return False
+        del self._arriving[slowest]
+        slowest.reschedule(now)
+        return True
 
     async def score(self, conversations: list[Messages]) -> list[float]:
         """Wait for the conversations' scores. A call that is cancelled while it waits is never scored."""
@@ -160,18 +172,16 @@ class ScoringQueue:
         except Exception as error:
             if len(batch) > 1:
                 return [self._score([job])[0] for job in batch]
-            return [_failed(f"scoring failed: {type(error).__name__}: {error}")]
+            # to the client only: the error may quote its text
+            logger.error("scoring failed: %s in %s", type(error).__name__, place_of(error))
+            return [Refused(500, f"scoring failed: {type(error).__name__}: {error}")]
         answers: list[list[float] | Refused] = []
         for job in batch:
             own, scores = scores[: len(job.conversations)], scores[len(job.conversations) :]
             bad = next((n for n, score in enumerate(own) if not math.isfinite(score)), None)
-            answers.append(
-                own if bad is None else _failed(f"conversation {bad + 1} scored {own[bad]}, no finite number")
-            )
+            if bad is None:
+                answers.append(own)
+                continue
+            logger.error("a conversation scored %s, no finite number", own[bad])
+            answers.append(Refused(500, f"conversation {bad + 1} scored {own[bad]}, no finite number"))
         return answers
-
-
-def _failed(message: str) -> Refused:
-    error = Refused(500, message)
-    logger.error("%s", error)
-    return error

@@ -10,23 +10,26 @@ A request is never split. It is joined with others only while all of them fit on
 tokens. A request scored by itself gets the same bits as a local `RewardModel.score` of its list. In a joined request,
 matrix products have another shape and round differently (below 1e-5 in float32). To make scores independent of other
 requests, start the server with `--join_requests false`.
+
+What a server does with strangers (Host, Origin, token, deadlines, limits) is in `rlhf.run.http`; `rlhf.run.connections`
+runs it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from reward_models.functions import conversation
-from reward_models.scoring_queue import Refused, Scorer, ScoringQueue, ServerConfig
+from reward_models.scoring_queue import Scorer, ScoringQueue, ServerConfig
 from rlhf import chat
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.messages import ROLES, Messages
-from rlhf.sources import show
+from rlhf.run.http import Guard, Refused, read_body
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -35,20 +38,30 @@ if TYPE_CHECKING:
 
     from reward_models.scoring import RewardModel
 
+SMALL = 65536  # bytes whose JSON is read in about a millisecond
+
 __all__ = ["Refused", "ServerConfig", "create_app", "read_request", "token_counter"]
 
 
-def token_counter(model: RewardModel) -> Callable[[Messages], int]:
+def token_counter(model: RewardModel, most: int | None = None) -> Callable[[Messages], int]:
     """Make the function that counts a conversation's tokens.
 
     It raises Refused for more tokens than the model has positions (on a GPU, a forward of such a conversation would
-    break the process for good), and InputError where the chat template refuses the roles.
+    break the process for good), for a text of megabytes before it is encoded; and InputError where the chat template
+    refuses the roles. most: the most tokens that the server takes.
     """
     from rlhf.preflight.measure import max_positions
 
     window = max_positions(model.model)
+    per_token = max(map(len, model.tokenizer.get_vocab()), default=1)
+    longest = min(window, most or window) * per_token
 
     def count(messages: Messages) -> int:
+        letters = sum(len(message["content"]) for message in messages)
+        if letters > longest:
+            raise Refused(
+                413, f"{letters} characters; this model reads {window} tokens, of at most {per_token} characters each"
+            )
         tokens = len(chat.encode_conversation(model.tokenizer, messages)[0])
         if tokens > window:
             raise Refused(413, f"{tokens} tokens; this model reads {window}")
@@ -58,6 +71,13 @@ def token_counter(model: RewardModel) -> Callable[[Messages], int]:
 
 
 # ---------------------------------------------------------------- requests
+
+
+def _shown(value: object) -> str:
+    """Show a value of a request without looking at all of it: it may be megabytes."""
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    return short(repr(value[:200] if isinstance(value, str) else value))
 
 
 def read_request(body: bytes, max_conversations: int) -> list[Messages]:
@@ -76,7 +96,7 @@ def _conversations(asked: object, max_conversations: int) -> list[Messages]:
     for name in names:
         rows = asked.get(name)
         if not isinstance(rows, list):
-            raise Refused(400, f"{name}: a list is needed, got {show(rows)}")
+            raise Refused(400, f"{name}: a list is needed, got {_shown(rows)}")
         if len(rows) > max_conversations:
             raise Refused(413, f"{name}: {len(rows)}; this server takes {max_conversations} in one request")
         lists[name] = rows
@@ -96,33 +116,15 @@ def _conversations(asked: object, max_conversations: int) -> list[Messages]:
 
 def _messages(value: object, where: str, ends: bool = False) -> Messages:
     if not isinstance(value, list) or not value:
-        raise Refused(400, f"{where}: a list of messages is needed, got {show(value)}")
+        raise Refused(400, f"{where}: a list of messages is needed, got {_shown(value)}")
     for n, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise Refused(400, f'{where}[{n}]: write {{"role": ..., "content": "text"}}, got {show(message)}')
+            raise Refused(400, f'{where}[{n}]: write {{"role": ..., "content": "text"}}, got {_shown(message)}')
         if message.get("role") not in ROLES:
-            raise Refused(400, f"{where}[{n}]: role {show(message.get('role'))}; use one of {', '.join(ROLES)}")
+            raise Refused(400, f"{where}[{n}]: role {_shown(message.get('role'))}; use one of {', '.join(ROLES)}")
     if ends and value[-1]["role"] != "assistant":
         raise Refused(400, f"{where} ends with {value[-1]['role']}; a score is of an assistant's response")
     return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-async def _body(request: Request, config: ServerConfig) -> bytes:
-    """Read the request's body. Raises Refused where it is too large (413) or too slow (408)."""
-    too_large = Refused(413, f"the body has more than {config.max_body_bytes} bytes; send fewer conversations")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length[:20]) > config.max_body_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(config.max_body_seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > config.max_body_bytes:
-                    raise too_large
-    except TimeoutError:
-        raise Refused(408, f"the body did not arrive in {config.max_body_seconds:g} seconds") from None
-    return bytes(body)
 
 
 async def _unless_gone(request: Request, queue: ScoringQueue, conversations: list[Messages]) -> list[float]:
@@ -163,55 +165,44 @@ def create_app(
     try:
         from fastapi import FastAPI
         from starlette.exceptions import HTTPException
-        from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
     except ImportError as missing:
         raise InputError(f"the scoring server needs {missing.name}: pip install 'rlhf-recipes[server]'") from None
 
     queue = ScoringQueue(scorer, count_tokens, config)
+    reader = ThreadPoolExecutor(1, thread_name_prefix="reading")  # one: JSON of megabytes holds up all threads
 
     @contextlib.asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         worker = asyncio.create_task(queue.work())
         yield
         worker.cancel()
-
-    def error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        return JSONResponse({"error": message}, status, headers)
-
-    async def refused(request: Request, problem: Refused) -> JSONResponse:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
-        return error(problem.status, str(problem), headers.get(problem.status))
+        reader.shutdown(wait=False)
 
     async def no_such_thing(request: Request, problem: HTTPException) -> JSONResponse:
-        return error(problem.status_code, f"{request.method} {request.url.path}: {problem.detail}", problem.headers)
-
-    async def hung_up(request: Request, problem: Exception) -> JSONResponse:
-        return error(400, "the client hung up")  # nobody reads it
-
-    async def broken(request: Request, problem: Exception) -> JSONResponse:
-        return error(500, f"the server failed: {type(problem).__name__}")
+        message = {"error": f"{request.method} {request.url.path}: {problem.detail}"}
+        return JSONResponse(message, problem.status_code, problem.headers)
 
     async def score(request: Request) -> JSONResponse:
-        if token is not None and not _holds(request.headers.get("authorization", ""), token):
-            raise Refused(401, "send the token: Authorization: Bearer TOKEN")
         with queue.slot():
-            body = await _body(request, config)
-            conversations = await asyncio.to_thread(read_request, body, config.max_conversations)
+            with queue.arriving() as until:
+                body = await read_body(request, config, until)
+            if len(body) <= SMALL:  # never waits for others' megabytes
+                conversations = read_request(body, config.max_conversations)
+            else:
+                work = asyncio.get_running_loop().run_in_executor
+                conversations = await work(reader, read_request, body, config.max_conversations)
             return JSONResponse({"scores": await _unless_gone(request, queue, conversations)})
 
     async def health(request: Request) -> JSONResponse:
         counts = {"queue": queue.taken, "waiting": queue.waiting, "max_queue": config.max_queue}
         return JSONResponse({"status": "ok", "model": name} | counts)
 
-    handlers: Any = {Refused: refused, HTTPException: no_such_thing, ClientDisconnect: hung_up, Exception: broken}
-    app = FastAPI(lifespan=running, exception_handlers=handlers, openapi_url=None)
+    # no redirect to a path with or without a slash: it would lead to whatever the Host header names
+    app = FastAPI(
+        lifespan=running, exception_handlers={HTTPException: no_such_thing}, openapi_url=None, redirect_slashes=False
+    )
+    app.add_middleware(Guard, config=config, token=token)
     app.add_route("/score", score, methods=["POST"])
     app.add_route("/health", health, methods=["GET"])
     return app
-
-
-def _holds(header: str, token: str) -> bool:
-    """Check the token in a time that doesn't depend on how much of it is right."""
-    scheme, _, sent = header.partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), token.encode())

@@ -30,6 +30,7 @@ from rlhf.run.functions import import_function
 from rlhf.run.lookup import look_up
 from rlhf.run.settings import split_names
 from rlhf.run.trl_arguments import training_arguments
+from rlhf.urls import require_no_secret
 
 __all__ = [
     "fingerprint",
@@ -227,9 +228,10 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
         converted = parser.parse_object({"value": value}).value
         if isinstance(converted, float) and math.isnan(converted):
             raise ValueError
-        return converted
     except (jsonargparse.ArgumentError, ValueError, TypeError):
         raise InputError(f"{label}: expected {expected(hint)}, got {shown(value)}") from None
+    require_no_secret(converted, label)
+    return converted
 
 
 # ---------------------------------------------------------------- writing

@@ -13,20 +13,49 @@ from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 _LINE_BREAK = re.compile(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_KEY = r"(?:token|secret|password|passwd|api[_-]?key|access[_-]?key|signature|credential|sig|auth)"
+_SECRETS = (
+    re.compile(r"(?<=://)()[^/?#\s]*(?=@)"),  # user:password@
+    re.compile(rf"([?&](?:[\w-]{{0,40}}{_KEY}|key)=)[^&#\s]+", re.IGNORECASE),
+    re.compile(rf"(\s--(?:[\w.-]{{0,40}}[_.-])?{_KEY}[=\s])\S+", re.IGNORECASE),
+)
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters escaped, but for tabs and line breaks.
+
+    Text of data, models and servers then cannot move a terminal's cursor, change its title or reverse its letters.
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def hidden(text: str) -> str:
+    """Return a text in which addresses and flags show no password, key or token."""
+    for secret in _SECRETS:
+        text = secret.sub(r"\1***", text)
+    return text
 
 
 class InputError(ValueError):
     """A mistake in the user's input; its message of one line says where, the value seen, and what to do.
 
-    Recipes print it without a traceback and exit with code 2.
+    Recipes print it without a traceback and exit with code 2. The message has no control characters and no secrets.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(hidden(visible(str(message))))
 
 
 class RunStopped(RuntimeError):
     """A run that cannot continue, with the reason in one line; its files on disk are complete.
 
-    Recipes print it without a traceback and exit with code 1; the same command continues from the last checkpoint.
+    Recipes print it without a traceback and exit with code 1; the same command continues from the last checkpoint. The
+    message has no control characters and no secrets.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(hidden(visible(str(message))))
 
 
 def unknown(name: str, known: Collection[str], where: str, kind: str) -> NoReturn:
@@ -51,9 +80,10 @@ def require_divides(small_name: str, small: int, big_name: str, big: int) -> Non
 
 
 def short(text: str, limit: int = 60) -> str:
-    """Return a text as one line of at most ``limit`` characters; "..." marks a cut."""
-    line = _LINE_BREAK.sub(" ", text)
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+    """Return a text as one line of at most ``limit`` visible characters; "..." marks a cut."""
+    start = text[: 8 * limit]  # of a text of megabytes no more is looked at
+    line = visible(_LINE_BREAK.sub(" ", start))
+    return line if len(line) <= limit and len(start) == len(text) else f"{line[: limit - 3]}..."
 
 
 def reason(error: BaseException, limit: int = 160) -> str:
@@ -84,9 +114,10 @@ def run(main: Callable[[list[str]], Any]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        of = f" of {visible(str(error.filename))}" if error.filename else ""
         print(
-            f"stopped: no space left on the disk{f' of {error.filename}' if error.filename else ''}; completed stages "
-            "and checkpoints are kept: free some space and run the same command again",
+            f"stopped: no space left on the disk{of}; completed stages and checkpoints are kept: free some space and "
+            "run the same command again",
             file=sys.stderr,
         )
         raise SystemExit(1) from None

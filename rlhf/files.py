@@ -273,6 +273,8 @@ def _no_table(path: Path, kind: str, starts: tuple[bytes, ...], error: Exception
             head = file.read(512)
     except OSError as unread:
         return wrong(str(path), f"can't be read: {unread.strerror}", "check its permissions")
+    if not head:
+        return wrong(str(path), "the file is empty", "write it again")
     if not head.startswith(starts):
         try:
             _refuse_foreign(head, path)

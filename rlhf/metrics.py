@@ -269,7 +269,8 @@ def truncate(path: str | Path, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
     writing = path.with_name(f".{path.name}.writing")
-    writing.write_text("")
+    writing.unlink(missing_ok=True)
+    writing.touch(exist_ok=False)  # never through a link that somebody left there
     for row in kept:
         append_metrics(writing, int(row.pop("step")), row)
     os.replace(writing, path)

@@ -171,8 +171,9 @@ def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "wb") as raw:
+        with open(temporary, "xb") as raw:  # never through a link that somebody left there
             # No name and no time in the header, so that equal rows make equal bytes.
             out = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
             for row in rows:

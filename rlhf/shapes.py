@@ -106,6 +106,8 @@ def _read(row: object, wanted: str, read: Callable[[Row], Fields]) -> Fields:
 def _ranking(row: Row) -> RankingFields:
     columns = further_columns(row)
     if row.get("responses") is not None:
+        if row.get("ranks") is None and isinstance(row.get("scores"), list):
+            raise wrong("ranks", "missing, but there are scores", "write ranks, smaller is better: minus the scores")
         responses, ranks = _need(row, "responses"), _need(row, "ranks")
         for name, value in (("responses", responses), ("ranks", ranks)):
             if isinstance(value, str) or not isinstance(value, Sequence):

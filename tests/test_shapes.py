@@ -303,6 +303,11 @@ def test_rows_of_well_known_sets_are_named(row, seen, todo):
         read_rankings([row])
 
 
+def test_scores_are_no_ranks():
+    with pytest.raises(InputError, match=r"ranks: missing, but there are scores; write ranks, .* minus the scores"):
+        read_rankings([{"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}])
+
+
 def test_advice_does_not_hide_the_fault_of_a_row_that_is_read():
     with pytest.raises(InputError, match="completion: got empty text"):
         read_demonstrations([{"prompt": "q", "completion": "", "answer": "4", "text": "x"}])

@@ -167,6 +167,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         ("a.jsonl", b"\x01\x02\x00\x00\x00", "binary data; "),
         ("a.parquet", LINES, "not a Parquet file; take .parquet off its name"),
         ("a.parquet", PARQUET, "a Parquet file that can't be read"),
+        ("a.parquet", b"", "the file is empty"),
+        ("a.arrow", b"", "the file is empty"),
         ("a.arrow", LINES, "not an Arrow file; take .arrow off its name"),
         ("a.jsonl.zst", LINES, "not a zstd file; take .zst off its name or compress it"),
         ("a.jsonl.zst", zstd(LINES)[:-20], "a damaged zstd file"),

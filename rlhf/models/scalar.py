@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, reason
 from rlhf.models import encoders
 from rlhf.models.adapters import backbone, base_model, is_adapter
 from rlhf.models.loading import (
@@ -43,6 +43,7 @@ from rlhf.models.loading import (
     with_adapter,
 )
 from rlhf.padding import position_ids
+from rlhf.small_files import read_object
 
 NORMALIZER_FILE = "score_normalizer.json"
 
@@ -79,7 +80,13 @@ class ScoreNormalizer:
     def load(cls, folder: str | Path) -> ScoreNormalizer:
         """Load the normaliser saved beside a reward model; the identity (count 0) if there is none."""
         path = Path(folder, NORMALIZER_FILE)
-        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+        if not path.is_file():
+            return cls()
+        content = read_object(path)
+        try:
+            return cls(float(content["mean"]), float(content["std"]), int(content.get("count", 0)))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{path}: no normaliser with numbers mean, std and count ({reason(error)})") from None
 
 
 def new_scalar_model(

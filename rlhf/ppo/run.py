@@ -30,6 +30,7 @@ from rlhf.ppo.saved import Save, saving_update, update_folder
 from rlhf.ppo.scoring import raw_scores
 from rlhf.run import distributed
 from rlhf.run.checkpoint import full_disk_explained, mark_complete, random_state, restore_random_state, save_checkpoint
+from rlhf.run.readable import BROKEN, first_sentence
 from rlhf.run.resume import TERMINATED, Termination, resume_point
 
 log = logging.getLogger("rlhf")
@@ -157,13 +158,19 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     """Restore a trainer from a checkpoint. Raises InputError if the folder is not one of a PPO run on these models."""
     if not (folder / "ppo.pt").is_file():
         raise InputError(f"{folder}: no ppo.pt; resume from a checkpoint-<update> folder of a PPO run")
-    state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True)
-    trainer.load_state_dict(state)
-    trainer.loop.load_state(folder / "trainer_state.json")
-    processes, now = len(state["random"]), trainer.accelerator.num_processes
-    if processes == now:
-        restore_random_state(state["random"][trainer.accelerator.process_index])
-    else:
+    processes, now = 0, trainer.accelerator.num_processes
+    try:
+        state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True)
+        trainer.load_state_dict(state)
+        trainer.loop.load_state(folder / "trainer_state.json")
+        processes = len(state["random"])
+        if processes == now:
+            restore_random_state(state["random"][trainer.accelerator.process_index])
+    except InputError:
+        raise
+    except BROKEN as error:
+        raise InputError(f"{folder}: cut short or of another model ({first_sentence(error)})") from error
+    if processes != now:
         log.warning("%s was made by %d processes, now %d: goes on, but not bit for bit", folder, processes, now)
 
 

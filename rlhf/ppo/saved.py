@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -38,14 +37,14 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.rollout import ReadyRollout
 from rlhf.records import Prompt
 from rlhf.run.checkpoint import atomic_folder, write_json_atomic
+from rlhf.run.readable import BROKEN, first_sentence
+from rlhf.small_files import read_object
 
 PER_RESPONSE = ("stopped", "raw_scores", "scores", "used")
 PER_TOKEN = (
     "mask", "logprobs", "reference_logprobs", "engine_logprobs", "entropy", "values", "rewards", "advantages",
     "returns", "importance",
 )  # fmt: skip
-BROKEN = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError)
-"""The errors of reading a file that was cut short or holds something else: from torch.load, or from its content."""
 
 
 # ---------------------------------------------------------------- the rollout
@@ -84,13 +83,9 @@ def _load_file(path: Path) -> ReadyRollout:
         rollout = ReadyRollout(**content)
         _check_shapes(rollout)
     except BROKEN as error:
-        raise InputError(f"{path}: cut short or no saved rollout ({reason(error)}); look at another update") from None
+        what = first_sentence(error)
+        raise InputError(f"{path}: cut short or no saved rollout ({what}); look at another update") from None
     return rollout
-
-
-def reason(error: Exception) -> str:
-    """Return the first sentence of a library's message about a broken file."""
-    return " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
 
 
 def _check_shapes(rollout: ReadyRollout) -> None:
@@ -176,8 +171,11 @@ class Origin:
     @classmethod
     def read(cls, folder: str | Path) -> Origin:
         """Read ``run.json`` of a saved update. Raises InputError."""
+        content = read_object(Path(folder) / "run.json", f"is {folder} the folder of a saved update?")
         try:
-            return cls(**_read_json(Path(folder) / "run.json"))
+            if not isinstance(content.get("config"), dict) or not isinstance(content.get("machine", {}), dict):
+                raise TypeError("config and machine must be objects")
+            return cls(**content)
         except TypeError as error:
             raise InputError(f"{folder}/run.json: was not written by save_rollouts of this version ({error})") from None
 
@@ -222,20 +220,8 @@ def saved_updates(output_dir: str | Path) -> list[int]:
 
 def read_logged(folder: str | Path) -> dict[str, float]:
     """Read ``metrics.json`` of a saved update; null (a NaN or infinity when written) becomes NaN. Raises InputError."""
-    logged = _read_json(Path(folder) / "metrics.json")
+    logged = read_object(Path(folder) / "metrics.json", f"is {folder} the folder of a saved update?")
     return {name: math.nan if value is None else value for name, value in logged.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {path.parent} the folder of a saved update?") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
 
 
 Save = Callable[[ReadyRollout, Mapping[str, float]], None]

@@ -19,11 +19,13 @@ import logging
 import os
 import random
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from rlhf.errors import InputError, RunStopped
+from rlhf.errors import InputError, RunStopped, short
+from rlhf.run.readable import require_readable
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +69,8 @@ def write_json_atomic(path: str | Path, value: object) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = _beside(path, "writing")
-    with writing.open("w", encoding="utf-8") as file:
+    remove(writing)  # of a killed run; or a link that somebody left there
+    with writing.open("x", encoding="utf-8") as file:
         file.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -108,8 +111,15 @@ def _sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush a folder and everything in it to disk."""
+    """Flush a folder and everything in it to disk, and give its files the mode that the umask asks for.
+
+    Files of a run are for whoever the umask lets in. safetensors writes its own for the owner alone.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
     for inner in folder.rglob("*"):
+        if stat.S_IMODE(inner.lstat().st_mode) == 0o600 and inner.is_file() and not inner.is_symlink():
+            inner.chmod(0o666 & ~mask)
         _sync(inner)
     _sync(folder)
 
@@ -164,11 +174,12 @@ def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
     """Raise InputError unless every saved file is unchanged and the run had the same settings."""
     try:
         marker = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-        files, saved = dict(marker["files"]), dict(marker["settings"])
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in marker["files"].items()}
+        saved = dict(marker["settings"])
     except FileNotFoundError:
         raise InputError(f"{checkpoint}: no complete checkpoint (no file {COMPLETE!r} in it)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint}: its file {COMPLETE!r} is damaged: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{checkpoint}: its file {COMPLETE!r} is damaged: {short(str(error), 160)}") from None
     for name, (size, digest) in sorted(files.items()):
         path = checkpoint / name
         if not path.is_file():
@@ -177,6 +188,7 @@ def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
             raise InputError(f"{checkpoint}: {name} has {path.stat().st_size} bytes, {size} were written")
         if _fingerprint(path)[1] != digest:
             raise InputError(f"{checkpoint}: {name} is not what was written (its sha256 differs)")
+    require_readable(checkpoint)
     for name, now in plain(settings).items():
         if saved.get(name) != now:
             raise InputError(

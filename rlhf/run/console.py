@@ -9,12 +9,15 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from rlhf.errors import hidden, visible
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.segment import Segment
     from rich.text import Text
 
 _LIBRARIES = (
@@ -31,10 +34,17 @@ def console() -> Console:
 def _make_console(quiet: bool = False) -> Console:
     from rich.console import Console
 
+    class Escaping(Console):
+        """A console on which control characters of printed text are escaped: only its own styles reach a terminal."""
+
+        def render(self, renderable: RenderableType, options: Any = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=visible(segment.text))
+
     width = None if sys.stdout.isatty() else 110
     notebook = "ipykernel" in sys.modules  # where rich would believe in a terminal, and break a line at every print
     terminal = False if notebook else None
-    return Console(width=width, highlight=False, force_jupyter=False, force_terminal=terminal, quiet=quiet)
+    return Escaping(width=width, highlight=False, force_jupyter=False, force_terminal=terminal, quiet=quiet)
 
 
 def _process() -> int:
@@ -66,7 +76,7 @@ def quiet() -> None:
     if not any(isinstance(handler, RichHandler) for handler in ours.handlers):
         shown = _make_console() if _process() else console()  # a warning of any process matters
         handler = RichHandler(console=shown, show_time=False, show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_WithoutSecrets("%(message)s"))
         for name in ("rlhf", "reward_models"):
             logger = logging.getLogger(name)
             logger.addHandler(handler)
@@ -74,10 +84,17 @@ def quiet() -> None:
             logger.propagate = False
 
 
+class _WithoutSecrets(logging.Formatter):
+    """Log lines that show no password, key or token of an address."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hidden(super().format(record))
+
+
 def stage_line(stage: str, text: str) -> None:
     """Print one line about a stage: `sft  complete, skipped`."""
     console().print(f"[bold]{stage:<14}[/bold]", end="")
-    console().print(text, markup=False, soft_wrap=True)
+    console().print(hidden(text), markup=False, soft_wrap=True)
 
 
 class StageBar:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from rlhf.errors import hidden
+
 PACKAGES = (
     "rlhf-recipes", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "safetensors",
     "huggingface-hub", "numpy", "jsonargparse", "jaxtyping", "matplotlib", "rich", "PyYAML",
@@ -42,10 +44,10 @@ def machine() -> str:
 
 
 def command() -> str:
-    """Return the command line that started this process, as a user would type it."""
+    """Return the command line that started this process, as a user would type it, without passwords and tokens."""
     script = Path(sys.argv[0])
     words = [script.name] if script.name == "rlhf" else [Path(sys.executable).name, sys.argv[0]]
-    return shlex.join([*words, *sys.argv[1:]])
+    return hidden(shlex.join([*words, *sys.argv[1:]]))
 
 
 def _entries() -> Iterator[tuple[str, str]]:

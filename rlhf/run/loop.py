@@ -147,7 +147,9 @@ class CallbackLoop:
         if self.samples.is_file():
             lines = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)
             writing = self.samples.with_name(f".{self.samples.name}.writing")
-            writing.write_text("".join(line for line in lines if _step(line) <= step), encoding="utf-8")
+            writing.unlink(missing_ok=True)
+            with writing.open("x", encoding="utf-8") as file:  # never through a link that somebody left there
+                file.writelines(line for line in lines if _step(line) <= step)
             writing.replace(self.samples)
 
 

@@ -15,6 +15,9 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""The content security policy of a page that is a file."""
+
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Headers, and rows of as many cells."""
 
@@ -31,7 +34,7 @@ class Answer(NamedTuple):
 
 def page(title: str, body: str, style: str = "") -> str:
     """Write a whole page; `style`: CSS rules of this page alone, after the common ones."""
-    return _PAGE.format(title=text(title), style=f"{_STYLE}{style}", body=body)
+    return _PAGE.format(policy=POLICY, title=text(title), style=f"{_STYLE}{style}", body=body)
 
 
 def text(value: object) -> str:
@@ -123,7 +126,7 @@ def legend(axes: Axes, columns: int = 2) -> None:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
 <style>{style}</style></head>
 <body><h1>{title}</h1>

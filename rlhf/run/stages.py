@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf.errors import InputError, short
 from rlhf.run import environment
 from rlhf.run.checkpoint import checkpoints_in, plain, recover, remove, sync_tree, write_json_atomic
+from rlhf.small_files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,23 +134,20 @@ class Manifest:
     def read(cls, folder: str | Path) -> Manifest:
         """Read ``folder/manifest.json``. Raises InputError when it isn't there or is no manifest."""
         path = Path(folder) / "manifest.json"
-        content = _read_json(path)
+        content = _read_json(path, "manifest of a stage")
         names = {item.name for item in dataclasses.fields(cls)}
-        if not isinstance(content, dict) or not {"stage", "inputs", "seed"} <= set(content):
+        if not {"stage", "inputs", "seed"} <= set(content):
             raise InputError(f"{path}: is no manifest of a stage (it must have stage, inputs and seed)")
         content = {key: value for key, value in content.items() if key in names}
+        for name, kind in {"stage": str, "inputs": dict, "outputs": dict, "stop_ids": list, "seconds": float}.items():
+            value = content.get(name)
+            if value is not None and not isinstance(value, (float, int) if kind is float else kind):
+                raise InputError(f"{path}: {name} is {short(repr(value))}; the file is damaged")
         return cls(**content | {"stop_ids": tuple(content.get("stop_ids") or ())})
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {path.parent} is no folder of a complete stage") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: broken JSON: {error}") from None
+def _read_json(path: Path, kind: str) -> dict[str, Any]:
+    return read_object(path, f"{path.parent} is no folder of a complete stage", kind)
 
 
 # ---------------------------------------------------------------- stages
@@ -183,7 +181,7 @@ def _stage_state(folder: Path, inputs: Inputs) -> State:
         _require_same(Manifest.read(folder).inputs, inputs, folder)
         return "complete"
     if (folder / "inputs.json").exists():
-        _require_same(_read_json(folder / "inputs.json"), inputs, folder)
+        _require_same(_read_json(folder / "inputs.json", "list of inputs"), inputs, folder)
         return "interrupted"
     if folder.exists() and any(not item.name.startswith(".") for item in folder.iterdir()):
         raise InputError(f"output_dir {folder}: holds files but no run of ours; choose another --output_dir")

@@ -1,5 +1,6 @@
 """Prompts in, responses out.
 
 `engine` is the interface, `decode` the decode loop that is used by default, `draw` the choice of one token,
-`generate` transformers' own generation for families whose cache that loop cannot use, `vllm` a vLLM server.
+`generate` transformers' own generation for families whose cache that loop cannot use, `vllm` a vLLM server,
+which `vllm_connection` reaches.
 """

@@ -13,27 +13,19 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import requests
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft.tuners.lora import Embedding, Linear
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from requests.adapters import HTTPAdapter
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from trl.generation.vllm_client import VLLMClient
 
 from rlhf.errors import InputError, RunStopped
 from rlhf.models.adapters import base_model
 from rlhf.sampling.engine import Responses
-
-REQUESTS_AT_ONCE = 64  # as many connections as trl's client keeps open
-START = (
-    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
-    "--logprobs-mode processed_logprobs"
-)
+from rlhf.sampling.vllm_connection import REQUESTS_AT_ONCE, START, connect, one_line
 
 
 class VLLMEngine:
@@ -172,42 +164,7 @@ class VLLMEngine:
             )
 
 
-# ---------------------------------------------------------------- the connection
-
-
-def connect(url: str, group_port: int, timeout_seconds: float) -> VLLMClient:
-    """Connect trl's client to the server at `url`, with a time limit on every request. Raises InputError."""
-    advice = f"start it with: {START}; or name another address"
-    try:
-        health = requests.get(f"{url}/health", timeout=min(30.0, timeout_seconds))
-    except requests.RequestException as error:
-        raise InputError(f"{url}: no vLLM server can be reached ({one_line(error)}); {advice}") from None
-    if health.status_code != 200:  # trl's client would repeat the request for ever
-        raise InputError(f"{url}: no vLLM server in good health ({health.status_code} from /health); {advice}")
-    try:
-        client = VLLMClient(base_url=url, group_port=group_port)
-    except ImportError:
-        raise InputError(
-            "vllm is not installed here, and trl's client needs it to send weights; pip install 'trl[vllm]'"
-        ) from None
-    except Exception as error:
-        raise InputError(f"{url}: not a vLLM server ({one_line(error)}); {advice}") from error
-    # trl repeats a request up to 5 times after a read error; once is enough for a stale connection
-    adapter: Any = client.session.get_adapter(url)
-    retries = adapter.max_retries.new(read=1)
-    client.session.mount(url, TimedAdapter(timeout_seconds, max_retries=retries, pool_maxsize=REQUESTS_AT_ONCE))
-    return client
-
-
-class TimedAdapter(HTTPAdapter):
-    """An HTTP adapter with a time limit; trl's client sets none, so a server that hangs would hang the run."""
-
-    def __init__(self, timeout_seconds: float, **kwargs: Any):
-        self.timeout_seconds = timeout_seconds
-        super().__init__(**kwargs)
-
-    def send(self, request: Any, **kwargs: Any) -> requests.Response:  # type: ignore[override]
-        return super().send(request, **(kwargs | {"timeout": kwargs.get("timeout") or self.timeout_seconds}))
+# ---------------------------------------------------------------- errors and answers
 
 
 @contextmanager
@@ -219,13 +176,6 @@ def stopping(what: str) -> Iterator[None]:
         raise RunStopped(
             f"{what} failed: {one_line(error)}; look at the server's log, restart it and run the same command again"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's message on one line, shortened to 240 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = f"it sent no {text}" if isinstance(error, KeyError) else text
-    return text if len(text) <= 240 else f"{text[:237]}..."
 
 
 def read_answer(

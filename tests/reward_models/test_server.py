@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import uvicorn
 from reference import recipe
 from reference.tiny_chain import chain
 
@@ -29,6 +29,8 @@ from reward_models.scoring import conversation
 from reward_models.server import Refused, ServerConfig, create_app, read_request, token_counter
 from rlhf.errors import InputError, RunStopped
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf.run.connections import Server
+from rlhf.run.http import bind
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["What is the capital of France?", "Count to ten", "Hello?", "Say something long, please, and then more"]
@@ -47,9 +49,9 @@ def letters(messages):
 @contextlib.contextmanager
 def serving(scorer=words, token=None, count_tokens=letters, **limits) -> Iterator[str]:
     """Start a server on a port of its own, in a thread; yield its URL."""
-    app = create_app(scorer, ServerConfig(**limits), count_tokens=count_tokens, token=token, name="words")
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-    listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    config = ServerConfig(**limits)
+    app = create_app(scorer, config, count_tokens=count_tokens, token=token, name="words")
+    server, listening = Server(app, config), bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
@@ -326,6 +328,88 @@ def test_nothing_without_the_token(monkeypatch):
         assert RewardClient(url)(["?"], ["one"]) == [1.0]
 
 
+LONG = "w " * 7_500_000
+
+
+def test_texts_of_megabytes_are_refused_by_length_and_nobody_waits(reward_model):
+    """15 MB: as a response, as white space, where messages are expected, in many small values."""
+    hostile = [
+        json.dumps({"prompts": ["?"], "completions": [LONG]}).encode(),
+        json.dumps({"prompts": ["?"], "completions": [" " * 15_000_000]}).encode(),
+        json.dumps({"conversations": " " * 15_000_000}).encode(),
+        json.dumps({"conversations": [[{"role": LONG, "content": "x"}]]}).encode(),
+        json.dumps({"conversations": [{LONG: " \n" * 100}]}).encode(),
+        b'{"conversations": [[' + b"{}," * 4_999_000 + b"{}]]}",
+    ]
+    counted, count = [], token_counter(reward_model)
+
+    def counting(messages):
+        began = time.monotonic()
+        try:
+            return count(messages)
+        finally:
+            counted.append(time.monotonic() - began)
+
+    scorer = {"scorer": lambda rows: [1.0] * len(rows), "count_tokens": counting}
+    with serving(**scorer) as url, ThreadPoolExecutor(len(hostile)) as pool:
+        refused = [pool.submit(call, url, body) for body in hostile]
+        slowest = 0.0
+        while not all(future.done() for future in refused):
+            for ask in (lambda: queued(url), lambda: RewardClient(url)(["?"], ["one"])):
+                before = time.monotonic()
+                ask()
+                slowest = max(slowest, time.monotonic() - before)
+        statuses = [future.result()[0] for future in refused]
+    assert statuses == [413, 413, 400, 400, 400, 400]
+    assert max(counted) < 0.5  # encoding 15 MB takes seconds
+    assert slowest < 3  # a second where nothing else runs on the machine; this test is a client, too
+
+
+def test_requests_that_do_not_arrive_leave_the_queue_to_others():
+    with serving(max_queue=5) as url:
+        host, port = url.removeprefix("http://").split(":")
+        crowd = [socket.create_connection((host, int(port))) for _ in range(20)]
+        for connection in crowd:
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        wait_for(lambda: queued(url) == 5)
+        before = time.monotonic()
+        assert RewardClient(url)(["?"], ["one two"]) == [2.0]
+        assert time.monotonic() - before < 3
+        for connection in crowd:
+            connection.close()
+
+
+def test_no_redirect_to_what_the_host_header_names():
+    with serving() as url:
+        for path in ("/score/", "//evil.example/score", "/health/", "/docs", "/openapi.json"):
+            for method in ("GET", "POST"):
+                status, _, headers = call(url, {}, path=path, method=method)
+                assert (status, headers["Location"]) == (404, None)
+        assert call(url, {"prompts": [], "completions": []}, headers={"Host": "evil.example"})[0] == 403
+        assert call(url, {}, headers={"Origin": "https://evil.example", "Content-Type": "text/plain"})[0] == 403
+
+
+def test_neither_texts_nor_tokens_are_logged(caplog):
+    def scorer(conversations):
+        raise ValueError(conversations[0][-1]["content"])
+
+    def count(messages):
+        if "encode" in messages[-1]["content"]:
+            raise KeyError(messages[-1]["content"])
+        return 1
+
+    with serving(scorer, token="s3cret", count_tokens=count) as url:
+        for text in ("my own words", "encode my own words"):
+            with pytest.raises((RunStopped, InputError), match="my own words"):
+                RewardClient(url, "s3cret")(["?"], [text])
+        with pytest.raises(InputError, match="401"):
+            RewardClient(url, "an0ther")(["?"], ["my own words"])
+        call(url, b"{my own words", headers={"Authorization": "Bearer s3cret"})
+    (record,) = caplog.records
+    assert record.getMessage().startswith("scoring failed: ValueError in test_server.py:")
+    assert record.exc_info is None
+
+
 def test_a_scorer_that_fails_harms_nobody_else():
     def scorer(conversations):
         texts = [messages[-1]["content"] for messages in conversations]
@@ -403,6 +487,8 @@ def reply(text: str, status: str = "200 OK", more: str = "") -> bytes:
         (reply('{"scores": [1.0, Infinity]}'), "score 1 is inf"),
         (reply('{"scores": [null, 1.0]}'), "score 0 is None"),
         (reply('{"scores": [true, 1.0]}'), "score 0 is True"),
+        (reply('{"scores": [1' + "0" * 400 + ", 1.0]}"), r"score 0 is 10000.*; scores must be finite"),
+        (reply("[" * 60000), "no scores in the answer"),
         (reply("<html>\nhello"), "no scores in the answer '<html> hello'"),
         (reply("[]"), "no scores in the answer"),
         (reply("Internal\nError", "500 Oh"), "500: Internal Error"),
@@ -431,7 +517,117 @@ def test_only_a_full_queue_and_broken_connections_are_tried_again():
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "http://", "http://x:port", "http://x:99999"])
+@contextlib.contextmanager
+def sending(pieces, pause: float) -> Iterator[str]:
+    """Start a server that answers every request with these pieces, and waits between two of them."""
+    done = threading.Event()
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.settimeout(0.05)
+
+    def loop():
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    for piece in pieces():
+                        connection.sendall(piece)
+                        if done.wait(pause):
+                            break
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        done.set()
+        thread.join(10)
+        listening.close()
+
+
+def one_by_one(text: bytes):
+    return lambda: (text[n : n + 1] for n in range(len(text)))
+
+
+def endless(start: bytes, piece: bytes):
+    return lambda: itertools.chain([start], itertools.repeat(piece))
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+GO_ON = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "pause", "reason"),
+    [
+        (one_by_one(b"HTTP/1.1 200 OK\r\nX-Drip: " + b"a" * 999), 0.05, "no whole answer within timeout=0.6 seconds"),
+        (endless(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b" "), 0.05, "no whole answer within"),
+        (endless(CHUNKED, b"1\r\n \r\n"), 0.05, "no whole answer within"),
+        (endless(CHUNKED, b"0"), 0.05, "no whole answer within"),
+        (endless(GO_ON, GO_ON), 0.05, "no whole answer within"),
+        (endless(CHUNKED, b"1000\r\n" + b" " * 4096 + b"\r\n"), 0, "the answer has more than 65664 bytes"),
+        (endless(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 65536), 0, "the answer has more than 65664 bytes"),
+    ],
+)
+def test_an_answer_is_bounded_in_time_and_size(pieces, pause, reason):
+    with sending(pieces, pause) as url:
+        before = time.monotonic()
+        with pytest.raises(RunStopped, match=reason):
+            RewardClient(url, timeout=0.6, retries=5)(["a", "b"], ["c", "d"])
+        assert time.monotonic() - before < 2
+
+
+def test_one_time_limit_holds_for_all_attempts():
+    full = reply("{}", "503 Full", "Retry-After: 8\r\n")
+    for answer, reason in [(full, "503"), (b"", "no answer in . attempts")]:
+        with answering(answer) as (url, calls):
+            before = time.monotonic()
+            with pytest.raises(RunStopped, match=reason):
+                RewardClient(url, timeout=0.7, retries=50)(["a"], ["b"])
+            assert time.monotonic() - before < 2
+            assert len(calls) < 8
+
+
+def test_a_redirect_is_not_followed_and_the_token_is_not_shown(monkeypatch):
+    """Also where the server sends the token back."""
+    with answering(reply("{}", "307 Temporary", "Location: http://127.0.0.1:1/score\r\n")) as (url, calls):
+        with pytest.raises(InputError, match=r"307.*no redirect is followed"):
+            RewardClient(url, "s3cret")(["a"], ["b"])
+        assert len(calls) == 1
+    for status in ("400 Bad", "500 Oh", "200 OK"):
+        with answering(reply('{"error": "Bearer s3cret \x1b[2J"}', status)) as (url, _):
+            with pytest.raises((InputError, RunStopped)) as told:
+                RewardClient(url, "s3cret", retries=0)(["a"], ["b"])
+            assert "s3cret" not in str(told.value)
+            assert "\x1b" not in str(told.value)
+    for wrong in ("s3cret\nX-Injected: 1", "s3cr\xe9t", "s3cret and more"):
+        with pytest.raises(InputError, match=r"^token: a token is one word") as told:
+            RewardClient("http://127.0.0.1:1", wrong)
+        assert "s3cr" not in str(told.value)
+    monkeypatch.setenv("RLHF_SERVER_TOKEN", "s3cret\n")
+    assert RewardClient("http://127.0.0.1:1")._token == "s3cret"
+
+
+@pytest.mark.parametrize("url", ["http://me:pw@127.0.0.1:8000", "http://pw@h", "http://h/?token=pw", "http://h:p/pw@h"])
+def test_a_password_in_an_address_is_refused_and_not_shown(url):
+    with pytest.raises(InputError, match="set an environment variable") as told:
+        RewardClient(url)
+    assert "pw" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1",
+        "http://h:8000/?a=b",
+        "http://h h",
+        "127.0.0.1:8000",
+        "ftp://x",
+        "http://",
+        "http://x:port",
+        "http://x:99999",
+    ],
+)
 def test_what_is_no_url(url):
     with pytest.raises(InputError, match="write http://host:port"):
         RewardClient(url)
@@ -443,9 +639,20 @@ def test_what_is_no_url(url):
 
 
 @contextlib.contextmanager
-def recipe_serving(folder: Path, *flags: object) -> Iterator[tuple[str, subprocess.Popen]]:
+def recipe_serving(
+    folder: Path, *flags: object, program: tuple[str, ...] = ()
+) -> Iterator[tuple[str, subprocess.Popen]]:
     """Start recipes/serve_reward_model.py as a process of its own; yield its URL."""
-    command = [sys.executable, "recipes/serve_reward_model.py", "--reward_model", folder, "--port", "0", *flags]
+    command = [
+        sys.executable,
+        *program,
+        "recipes/serve_reward_model.py",
+        "--reward_model",
+        folder,
+        "--port",
+        "0",
+        *flags,
+    ]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -515,3 +722,45 @@ def test_the_recipe_refuses(tmp_path, reward_model, monkeypatch):
             assert result.err.count("\n") == 1
             with pytest.raises(AssertionError, match=reason):
                 raise AssertionError(result.err)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("files", [4096, 300])
+def test_the_recipe_under_attack(reward_model, files):
+    """900 unfinished heads, then 15 MB texts one after the other: an honest request is answered within a second.
+
+    Whether there are few open files or many; nothing of a text is logged, and no more than a line of a kind.
+    """
+    slow = (
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files})); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    with recipe_serving(reward_model.folder, program=("-c", slow)) as (url, server):
+        host, port = url.removeprefix("http://").split(":")
+
+        def honest() -> float:
+            before = time.monotonic()
+            assert RewardClient(url)(["?"], ["one"]) == local
+            return time.monotonic() - before
+
+        local = RewardClient(url)(["?"], ["one"])
+        crowd = []
+        for _ in range(900):
+            crowd.append(socket.create_connection((host, int(port)), timeout=10))
+            crowd[-1].sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nX-A: ")
+        body = json.dumps({"prompts": ["?"], "completions": ["secretive " * 1_500_000]}).encode()
+        with ThreadPoolExecutor(1) as pool:
+            times, texts = [honest()], [pool.submit(call, url, body) for _ in range(5)]
+            while not all(text.done() for text in texts):
+                times.append(honest())
+            assert {text.result()[0] for text in texts} == {413}
+        time.sleep(11)  # past the deadline of the heads
+        times.append(honest())
+        assert queued(url) == 0
+        for connection in crowd:
+            connection.close()
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=20)
+    assert max(times) < 1, times
+    assert "secretive" not in out + err
+    assert len(out + err) < 2000

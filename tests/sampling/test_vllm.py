@@ -8,6 +8,7 @@ sent; NCCL and vLLM's own reading of the weights are not.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -399,6 +401,70 @@ def test_another_server():
         VLLMEngine(url)
     server.shutdown()
     server.server_close()
+
+
+class Misbehaving(BaseHTTPRequestHandler):
+    """In good health, but its list of models is what `models` does."""
+
+    paths: list[str]
+
+    def do_GET(self):
+        self.paths.append(self.path)
+        self.send_response(302 if self.redirects and self.path != "/health" else 200)
+        self.send_header("Location", "/elsewhere")
+        self.end_headers()
+        if self.path == "/v1/models":
+            with contextlib.suppress(OSError):
+                self.models()
+
+    def log_message(self, *args):
+        pass
+
+
+def redirects(handler):
+    pass
+
+
+def floods(handler):
+    while True:
+        handler.wfile.write(b" " * 10000)
+
+
+def drips(handler):
+    while True:
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("models", "reason"),
+    [
+        (redirects, "Exceeded 0 redirects"),
+        (floods, "its answer has more than 100000 bytes"),
+        (drips, "its answer did not end in time"),
+    ],
+)
+def test_redirects_are_not_followed_and_answers_are_bounded(monkeypatch, models, reason):
+    monkeypatch.setattr("rlhf.sampling.vllm_connection.LARGEST_ANSWER", 100_000)
+    attributes = {"models": models, "redirects": models is redirects, "paths": []}
+    handler = type("Handler", (Misbehaving,), attributes)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    before = time.monotonic()
+    with pytest.raises(InputError, match=rf"{url}: not a vLLM server \(.*{reason}") as error:
+        VLLMEngine(url, timeout_seconds=0.7)
+    assert time.monotonic() - before < 3
+    one_line(error)
+    assert "/elsewhere" not in handler.paths
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_password_in_the_address_is_refused():
+    with pytest.raises(InputError, match="set an environment variable") as error:
+        VLLMEngine("http://me:pw@127.0.0.1:8000")
+    assert "pw" not in one_line(error)
 
 
 def test_vllm_is_not_installed(servers, monkeypatch):

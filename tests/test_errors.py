@@ -1,0 +1,146 @@
+"""What errors, log lines and the console show of texts that others wrote, and of secrets."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import sys
+import time
+
+import pytest
+from reference import recipe
+
+from rlhf import errors
+from rlhf.errors import InputError, RunStopped, hidden, short, visible
+from rlhf.run import console
+from rlhf.run.stages import Manifest
+from rlhf.urls import http_address, require_no_secret
+
+HOSTILE = "a\x1b]0;title\x07b\x1b[2J\rc\x9bd\x7f\u202ee\u2066\ud800"
+SHOWN = r"a\x1b]0;title\x07b\x1b[2J\rc\x9bd\x7f\u202ee\u2066\ud800"
+
+
+def test_control_characters_are_shown_escaped():
+    assert visible(HOSTILE) == SHOWN
+    assert visible(visible(HOSTILE)) == SHOWN
+    for text in ("tab\t and\nline", "naïve 你好 नमस्ते שלום \U0001f469\u200d\U0001f680 \u00a0", ""):
+        assert visible(text) == text
+    for kind in (InputError, RunStopped):
+        error = kind(f"row 1: {HOSTILE}")
+        assert str(error) == f"row 1: {SHOWN}"
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert short(HOSTILE, 200) == SHOWN.replace(r"\r", " ")
+    assert short("\x1b" * 100, 20) == r"\x1b\x1b\x1b\x1b\..."
+
+
+def test_of_a_text_of_megabytes_only_the_beginning_is_looked_at():
+    before = time.monotonic()
+    for text in (" " * 15_000_000, "\n" * 15_000_000, "a " * 7_500_000):
+        assert len(short(text, 60)) <= 60
+    assert time.monotonic() - before < 1
+
+
+def test_what_a_recipe_prints(monkeypatch, capsys):
+    def fails(argv):
+        raise InputError(f"{HOSTILE}: http://me:pw@h:1/x?api_key=pw is wrong")
+
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    with pytest.raises(SystemExit, match="2"):
+        errors.run(fails)
+    assert capsys.readouterr().err == f"error: {SHOWN}: http://***@h:1/x?api_key=*** is wrong\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_the_console_prints(monkeypatch, terminal):
+    from rich.table import Table
+
+    out = io.StringIO()
+    made = console._make_console()
+    made.file, made._force_terminal = out, terminal
+    monkeypatch.setattr(console, "console", lambda: made)
+    console.stage_line("sft", f"{HOSTILE} http://me:pw@h")
+    table = Table("a")
+    table.add_row(HOSTILE)
+    made.print(table)
+    printed = out.getvalue()
+    for hostile in ("\x1b]", "\x1b[2J", "\x07", "\r", "\x9b", "\u202e", "\u2066", "\ud800", "pw"):
+        assert hostile not in printed
+    assert r"a\x1b]0;title" in printed
+
+
+def test_what_the_log_prints():
+    shown = console._WithoutSecrets("%(message)s")
+    record = logging.LogRecord("rlhf", logging.WARNING, "", 0, "%s", ("http://me:pw@h/x",), None)
+    assert shown.format(record) == "http://***@h/x"
+    result = recipe.run("ppo", "--train_data", "x", "--output_dir", f"/no/such{HOSTILE[:20]}")
+    assert "\x1b" not in result.out + result.err
+
+
+# -- secrets -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:pw@h:80/x", "http://***@h:80/x"),
+        ("at https://me:p@w@h, and s3://pw@b/c", "at https://***@h, and s3://***@b/c"),
+        ("http://h/?a=1&api_key=pw&b=2#c", "http://h/?a=1&api_key=***&b=2#c"),
+        ("http://h/?X-Amz-Signature=pw", "http://h/?X-Amz-Signature=***"),
+        ("http://h/?key=pw", "http://h/?key=***"),
+        ("run.py --hf_token pw --data d", "run.py --hf_token *** --data d"),
+        ("run.py --api-key=pw", "run.py --api-key=***"),
+        ("run.py --max_new_tokens 24 --token_file t --tokenizer x", None),
+        ("http://h/a@b?monkey=1 me@example.org", None),
+    ],
+)
+def test_secrets_are_hidden(text, shown):
+    assert hidden(text) == (text if shown is None else shown)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://me:pw@h:8000", "https://pw@h/x", "s3://key:pw@bucket/data", "http://h/?access_token=pw",
+        "HTTP://me:pw@h", " http://me:pw@h", "http://me:p/pw@h", ["ok", "http://me:pw@h"], {"a": [{"b": "hf://pw@h"}]},
+    ],
+)  # fmt: skip
+def test_settings_hold_no_secrets(value):
+    with pytest.raises(InputError, match=r"^url.*the address holds a .*set an environment variable") as told:
+        require_no_secret(value, "url")
+    assert "pw" not in str(told.value)
+
+
+def test_what_is_no_secret():
+    for value in ("http://h:8000/a@b", "hf://datasets/x@main/y", "me@example.org", "file.py:f", "see http://a:b@c", 3):
+        require_no_secret(value, "url")
+    assert http_address("https://[::1]:8/a/", "url") == (True, "::1", 8, "/a")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value"),
+    [
+        ("ppo", "vllm_server", "http://me:pw@h:8000"),
+        ("ppo", "reward_functions", "[http://me:pw@h:8000]"),
+        ("ppo", "train_data", "https://me:pw@h/prompts.jsonl"),
+        ("ppo", "model", "https://hub.example/?token=pw"),
+        ("sft", "train_data", "https://pw@h/rows.jsonl"),
+        ("reward_model", "train_data", "s3://me:pw@h/rows.jsonl"),
+    ],
+)
+def test_recipes_refuse_settings_with_secrets_before_anything_is_written(tmp_path, name, flag, value):
+    (tmp_path / "my.yaml").write_text(f"{flag}: {value}\n")
+    for given in ((f"--{flag}", value), ("--config", tmp_path / "my.yaml")):
+        result = recipe.run(name, *given, "--output_dir", tmp_path / "out")
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert "environment variable" in result.err
+        assert "pw" not in result.out + result.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_hides_secrets_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my.py", "--hf_token", "pw", "--url", "http://me:pw@h", "--max_new_tokens", "24"])
+    Manifest(stage="ppo", inputs={}, seed=0).write(tmp_path)
+    text = (tmp_path / "manifest.json").read_text()
+    assert "pw" not in text
+    assert "--max_new_tokens 24" in text

@@ -174,7 +174,7 @@ def load_tokenizer(folder: Path) -> Any:
     from rlhf.ppo.saved import reason
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+        return AutoTokenizer.from_pretrained(str(folder / "tokenizer"), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'tokenizer'}: holds no tokenizer that loads ({reason(error)})") from None
 

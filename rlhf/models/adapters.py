@@ -109,6 +109,13 @@ class _Adapted:
 _ADAPTED: WeakKeyDictionary[PeftModel, _Adapted] = WeakKeyDictionary()
 
 
+def train_in_float32(model: nn.Module) -> None:
+    """Hold every trained weight in float32: a saved module is a copy of a base's, which may be in bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
 def share_base(policy: nn.Module, other: Any) -> int:
     """Let another adapter over the same base (a reward model) use the policy's frozen weights: one copy in memory.
 
@@ -153,6 +160,17 @@ def lora_config(
         modules_to_save=["score"] if task_type == TaskType.SEQ_CLS else None,
         trainable_token_indices=trainable_tokens or None,
     )
+
+
+def trained_tokens(model: PeftModel) -> dict[str, list[int]]:
+    """Return the ids whose embeddings the adapter "default" trains, by the embeddings' name in the model."""
+    config: Any = model.peft_config["default"]
+    tokens = config.trainable_token_indices or {}
+    if isinstance(tokens, dict):
+        return dict(tokens)
+    embeddings = base_model(model).get_input_embeddings()
+    name = next(name for name, module in base_model(model).named_modules() if module is embeddings)
+    return {name.rsplit(".", 1)[-1]: list(tokens)}
 
 
 def is_adapter(path: str | Path) -> bool:

@@ -72,7 +72,7 @@ def _train_tokens(policy: PreTrainedModel | PeftModel, adapter: LoraConfig, ids:
     if getattr(policy.get_output_embeddings(), "bias", None) is not None:
         if len(names) == 1:
             raise InputError(
-                f"{type(policy).__name__}: its tied language head has a bias, which LoRA with new chat tokens would lose; "
+                f"{type(policy).__name__}: its tied language head has a bias, which trained chat tokens would lose; "
                 "train all weights (lora_rank 0)"
             )
         saved.append(names[1])

@@ -33,6 +33,7 @@ from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.models import encoders
+from rlhf.models.adapters import drop_input_hooks
 from rlhf.models.loading import tokenizer_of
 from rlhf.models.scalar import ScoreNormalizer, score_head
 from rlhf.padding import position_ids
@@ -123,6 +124,7 @@ class RewardTrainer(trl.RewardTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        drop_input_hooks(reward_model)
         attach(self, "reward model", ("loss", "accuracy", "margin", "eval_accuracy"), config.output_dir)
         self._settings = resume_settings(config, RewardConfig)
         self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)

@@ -10,16 +10,17 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import InputError, reason
-from rlhf.models.adapters import backbone, base_name
+from rlhf.models.adapters import base_name
 
 HEADS = ("lm_head", "embed_out")
 """The names of the language head in transformers' families."""
@@ -40,8 +41,8 @@ SUPPORTED = {
 
 # What a setting for a new adapter is called here, by peft's name.
 _COMPARED = {
-    "r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target_modules", "use_rslora": "use_rslora", "use_dora": "use_dora",
+    "r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
 }  # fmt: skip
 
 
@@ -74,14 +75,12 @@ def check_config(config: Any, where: str) -> None:
     check_settings(vars(config), where, NEW)
 
 
-def check_held(model: PeftModel) -> LoraConfig:
-    """Return the configuration of a model object's adapter "default". Raises InputError if it is not supported."""
+def check_held(model: PeftModel) -> None:
+    """Raise InputError if a model object's adapter is not named "default", or its configuration is not supported."""
     if "default" not in model.peft_config:
         names = ", ".join(model.peft_config)
         raise InputError(f"the PeftModel has the adapters {names}; load the one to train under peft's name 'default'")
-    config: Any = model.peft_config["default"]
-    check_settings(vars(config), "peft_config of the model")
-    return cast(LoraConfig, config)
+    check_settings(vars(model.peft_config["default"]), "peft_config of the model")
 
 
 def check_settings(settings: Mapping[str, Any], where: str, starts: tuple[bool | str, ...] = LOADED) -> None:
@@ -138,31 +137,45 @@ def _why(start: Any) -> str:
         return "starts at random, so the policy would not be the model that it starts from"
     if start == "eva":
         return "starts from statistics of your data, which only peft's initialize_lora_eva_weights computes"
-    return "rewrites the base's weights, which the other adapters and every later stage share"
+    if str(start).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        return "rewrites the base's weights, which the other adapters and every later stage share"
+    return "is not supported"
 
 
-def check_same(asked: LoraConfig, held: LoraConfig, model: nn.Module, where: str) -> None:
-    """Raise InputError if the settings for a new adapter differ from those of the adapter that `where` already is.
-
-    model: the base, or the adapter over it; "all-linear" is compared as its linear layers."""
-    for name, setting in _COMPARED.items():
-        one, other = getattr(asked, name), getattr(held, name)
-        if one == "all-linear":
-            one = linear_layers(model)
-        if one is not None and one != other:  # None: peft's own choice for the family
-            words = "of rank" if name == "r" else f"with {name}"
+def check_same(asked: LoraConfig, model: PeftModel, where: str) -> None:
+    """Raise InputError if the settings for a new adapter differ from those of the adapter that `where` already is."""
+    held: Any = model.peft_config["default"]
+    pairs = [(setting, getattr(asked, name), getattr(held, name)) for name, setting in _COMPARED.items()]
+    wanted = set(adapted_layers(model)) if asked.target_modules is None else layers_named(asked.target_modules, model)
+    if wanted != set(adapted_layers(model)):
+        pairs.append(("lora_target_modules", _last_parts(wanted), _last_parts(adapted_layers(model))))
+    for setting, one, other in pairs:
+        if one != other or setting == "lora_target_modules":
+            words = "of rank" if setting == "lora_rank" else f"with {setting}"
             raise InputError(
-                f"{setting}={_shown(one)}, but {where} is already an adapter {words} {_shown(other)}; "
+                f"{setting}={one}, but {where} is already an adapter {words} {other}; "
                 "leave lora_rank at 0 to continue that adapter"
             )
 
 
-def linear_layers(model: nn.Module) -> set[str]:
-    """Return the last part of the names of the linear layers under a head: the layers that "all-linear" means."""
-    named = backbone(model).named_modules()
-    linear = [name for name, module in named if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name]
-    return {base_name(name).rsplit(".", 1)[-1] for name in linear}
+def adapted_layers(model: PeftModel) -> list[str]:
+    """Return the names of the layers that have LoRA weights."""
+    return [name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
 
 
-def _shown(value: Any) -> str:
-    return ", ".join(sorted(value)) if isinstance(value, set) else str(value)
+def layers_named(targets: str | Collection[str], model: PeftModel) -> set[str]:
+    """Return the names of the layers that an adapter's target_modules mean in a model, as peft reads them."""
+    plain = model.get_base_model()
+    named = [(name, module) for name, module in plain.named_modules() if "lora_" not in name]
+    if targets == "all-linear":
+        trunk = f"{plain.base_model_prefix}."
+        linear = [n for n, module in named if isinstance(module, nn.Linear | Conv1D) and n.startswith(trunk)]
+        return {base_name(name) for name in linear}
+    names = {base_name(name) for name, module in named if not isinstance(module, nn.ModuleList)}
+    if isinstance(targets, str):
+        return {name for name in names if re.fullmatch(targets, name)}
+    return {name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)}
+
+
+def _last_parts(names: Collection[str]) -> str:
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))

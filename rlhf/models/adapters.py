@@ -116,6 +116,13 @@ def train_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def drop_input_hooks(model: nn.Module) -> None:
+    """Take off the hooks that trl puts on the embeddings for gradient checkpointing.
+
+    Only reentrant checkpointing needs them, which is not used here, and a model with such a hook cannot be pickled."""
+    base_model(model).disable_input_require_grads()
+
+
 def share_base(policy: nn.Module, other: Any) -> int:
     """Let another adapter over the same base (a reward model) use the policy's frozen weights: one copy in memory.
 

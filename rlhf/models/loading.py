@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import utils as hub
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -119,9 +120,9 @@ def load_policy(
         loaded = from_pretrained(AutoModelForCausalLM, model, dtype)
     keep_gradients(loaded)
     if isinstance(loaded, PeftModel):
-        held = check_held(loaded)
+        check_held(loaded)
         if lora is not None:
-            check_same(lora, held, loaded, "the model")
+            check_same(lora, loaded, "the model")
         return loaded
     return with_adapter(loaded, lora, seed) if lora is not None else loaded
 
@@ -145,7 +146,14 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Add a new adapter whose weights depend on the seed alone (peft draws them from the global generator)."""
+    """Add a new adapter whose weights depend on the seed alone (peft draws them from the global generator).
+
+    Raises InputError for the inner model of another adapter, whose layers peft would adapt once more."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError(
+            "the model object already carries an adapter, of an earlier trainer perhaps; pass that trainer's model to "
+            "train it on, or load the model anew"
+        )
     check_config(config, "peft_config")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

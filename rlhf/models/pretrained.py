@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -220,6 +221,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool) 
     where = next((file for name in WEIGHTS if (file := Path(folder, name)).is_file()), None)
     if where is None:
         raise InputError(f"{folder}: {WEIGHTS[0]} is missing; save or copy the adapter again")
+    tied = _tied_head(base)
     try:
         with warnings.catch_warnings(action="ignore"):  # the base's path is written anew
             model = get_peft_model(base, config)
@@ -237,13 +239,31 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, trainable: bool) 
     if result.missing_keys:
         keys = result.missing_keys
         raise InputError(f"{where} lacks {len(keys)} tensors, first {keys[0]}; save or copy the adapter again")
-    if result.unexpected_keys:
-        keys = result.unexpected_keys
+    # trained rows of tied embeddings are saved under both names, and loaded under one
+    twins = (".modules_to_save.", *([f".{tied}."] if tied else []))
+    keys = [key for key in result.unexpected_keys if not any(twin in key for twin in twins)]
+    if keys:
         raise InputError(
             f"{where} holds {len(keys)} tensors that adapter_config.json does not name or the base has no place for, "
             f"first {keys[0]}; copy both files again, and look at base_model_name_or_path"
         )
     return model
+
+
+def adapter_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file, without the second copy of a saved module.
+
+    peft saves a module by its own name, and once more with the embeddings where the vocabulary grew."""
+    weights = load_peft_weights(str(folder), device="cpu")
+    return {name: tensor for name, tensor in weights.items() if ".modules_to_save." not in name}
+
+
+def _tied_head(model: PreTrainedModel) -> str | None:
+    """Return the language head's name if its weight is that of the embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def load_base(

@@ -20,7 +20,6 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -37,6 +36,7 @@ from rlhf.models.adapter_check import check_same, read_adapter
 from rlhf.models.adapters import backbone, base_model, is_adapter
 from rlhf.models.loading import load_tokenizer, with_adapter
 from rlhf.models.pretrained import (
+    adapter_weights,
     base_of,
     check_folder,
     config_of,
@@ -119,9 +119,10 @@ def new_scalar_model(
             scalar = from_pretrained(AutoModelForSequenceClassification, model, dtype, new_modules, num_labels=1)
     encoders.draw_head(_last_linear(scalar), seed)
     if adapter and held:
+        continued = _continued(scalar, held, adapter, seed)
         if lora is not None:
-            check_same(lora, held, scalar, str(adapter))
-        return _continued(scalar, held, adapter, seed)
+            check_same(lora, continued, str(adapter))
+        return continued
     return with_adapter(scalar, lora, seed) if lora is not None else scalar
 
 
@@ -141,7 +142,7 @@ def _continued(scalar: PreTrainedModel, held: LoraConfig, adapter: str | Path, s
     peft_model = with_adapter(scalar, config, seed)
     own = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     parts = {f"base_model.model.{name}" for name, _ in scalar.named_children()}
-    loaded = load_peft_weights(str(adapter), device="cpu")
+    loaded = adapter_weights(adapter)
     loaded = {name: weight for name, weight in loaded.items() if ".".join(name.split(".")[:3]) in parts}
     lacking = [name for name in own if name not in loaded and set(heads).isdisjoint(name.split("."))]
     if lacking:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +27,7 @@ from rlhf.models.adapters import (
 )
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import clone, disable_dropout, is_quantized, load_policy
+from rlhf.models.pretrained import adapter_weights
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.config import PPOConfig
@@ -191,8 +192,15 @@ def _same_base(policy: PeftModel, scalar: PeftModel) -> bool:
 def _copy_adapter(policy: PeftModel, name: str) -> None:
     config: Any = copy.deepcopy(policy.peft_config["default"])
     config.init_lora_weights = True  # the copied weights replace whatever it starts from
-    policy.add_adapter(name, config)
+    _add_adapter(policy, name, config)
     set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="default"), adapter_name=name)
+
+
+def _add_adapter(policy: PeftModel, name: str, config: Any) -> None:
+    """Add an adapter; one of an earlier trainer on the same model object is replaced."""
+    if name in policy.peft_config:
+        policy.delete_adapter(name)
+    policy.add_adapter(name, config)
 
 
 def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> None:
@@ -211,9 +219,9 @@ def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> N
             "set value_model: separate, or train both from one SFT adapter"
         )
     config.trainable_token_indices = tokens | scalar_tokens or None
-    policy.add_adapter("value", config)
+    _add_adapter(policy, "value", config)
     own = get_peft_model_state_dict(policy, adapter_name="value", save_embedding_layers=False)
-    held = load_peft_weights(folder, device="cpu") if folder else get_peft_model_state_dict(scalar)
+    held = adapter_weights(folder) if folder else get_peft_model_state_dict(scalar)
     lacking = [name for name in own if name not in held and "trainable_tokens" not in name]
     if lacking:
         raise InputError(f"value model: its adapter doesn't fit the policy's base, which also has {lacking[0]}")
@@ -258,7 +266,7 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
             continue
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if isinstance(model, PeftModel):
-            kwargs["context_fn"] = _AdapterContexts(model, actor_critic.trained_adapters(model))
+            kwargs["context_fn"] = partial(_adapter_contexts, model, actor_critic.trained_adapters(model))
         plain = base_model(model)
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable(kwargs)  # gradient_checkpointing_enable is the older name, deprecated in transformers 5.23
@@ -275,17 +283,9 @@ def compile_layers(actor_critic: ActorCritic) -> None:
             module.compile(dynamic=True)
 
 
-@dataclass(frozen=True)
-class _AdapterContexts:
-    """Makes the two contexts of a checkpointed layer: its backward computes with the adapter of its forward.
-
-    An object rather than a function, so that the model can be pickled and copied."""
-
-    model: PeftModel
-    trained: list[str]
-
-    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), active_adapter(self.model, str(self.model.active_adapter), self.trained)
+def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> tuple[Any, Any]:
+    """Return the contexts of a forward and of its recomputation (no closure: a model is pickled with it)."""
+    return nullcontext(), active_adapter(model, str(model.active_adapter), trained)
 
 
 def build_optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimizer:

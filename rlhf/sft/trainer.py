@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
-from rlhf.models.adapters import base_model, train_in_float32
+from rlhf.models.adapters import base_model, drop_input_hooks, train_in_float32
 from rlhf.models.loading import tokenizer_of
 from rlhf.padding import IGNORED
 from rlhf.records import HELD_OUT, check_disjoint, read_demonstrations
@@ -106,6 +106,7 @@ class SFTTrainer(trl.SFTTrainer):
             callbacks=callbacks,
         )
         self._uninstall_forward()
+        drop_input_hooks(cast(nn.Module, self.model))
         if peft_config is not None:
             train_in_float32(cast(nn.Module, self.model))
         show_bias(self._base.get_output_embeddings())

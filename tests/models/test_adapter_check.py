@@ -10,7 +10,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rlhf.errors import InputError
-from rlhf.models.adapter_check import check_config, check_same, linear_layers, read_adapter
+from rlhf.models.adapter_check import adapted_layers, check_config, check_same, layers_named, read_adapter
 from rlhf.models.adapters import lora_config
 from rlhf.models.loading import load_policy
 
@@ -80,9 +80,13 @@ def test_settings_for_a_new_adapter_equal_those_of_the_adapter_that_it_is(tiny_m
     """peft's own expansion of "all-linear" is the answer for the layers that it means."""
     held = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model, held)
-    assert linear_layers(model) == held.target_modules
-    check_same(lora_config(4, 8.0), held, model, "the model")
-    check_same(lora_config(4, 8.0, target_modules=sorted(held.target_modules)), held, model, "the model")
+    layers = {name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert len(layers) == 2 * 7
+    assert layers_named("all-linear", model) == set(adapted_layers(model)) == layers
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    check_same(lora_config(4, 8.0), model, "the model")
+    check_same(lora_config(4, 8.0, target_modules=kinds), model, "the model")
+    check_same(LoraConfig(r=4, lora_alpha=8, target_modules=r".*_proj"), model, "the model")
     for asked, word in (
         (lora_config(8, 8.0), "lora_rank=8, but the model is already an adapter of rank 4"),
         (lora_config(4, 16.0), "lora_alpha=16.0, but the model is already an adapter with lora_alpha 8"),
@@ -90,12 +94,15 @@ def test_settings_for_a_new_adapter_equal_those_of_the_adapter_that_it_is(tiny_m
         (lora_config(4, 8.0, dropout=0.1), "lora_dropout=0.1"),
     ):
         with pytest.raises(InputError) as error:
-            check_same(asked, held, model, "the model")
+            check_same(asked, model, "the model")
         assert word in str(error.value)
         assert "leave lora_rank at 0" in str(error.value)
-    narrow = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(InputError, match="lora_target_modules=down_proj, gate_proj"):
-        check_same(lora_config(4, 8.0), narrow, model, "the model")
+
+
+def test_an_adapter_of_fewer_layers_is_not_one_of_all(tiny_model):
+    model = get_peft_model(tiny_model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match=r"lora_target_modules=down_proj, gate_proj.* with lora_target_modules q_proj"):
+        check_same(lora_config(4, 8.0), model, "the model")
 
 
 def test_a_peft_model_object_is_checked_too(tiny_model):

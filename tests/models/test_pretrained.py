@@ -117,7 +117,9 @@ def test_an_encoder_may_lack_head_and_pooler_but_no_layer(tmp_path):
 
 
 def test_a_classifier_of_other_labels_gets_a_new_head_where_one_is_asked_for(tmp_path, tiny_model):
-    model = AutoModelForSequenceClassification.from_config(copy.deepcopy(tiny_model.config), num_labels=3)
+    config = copy.deepcopy(tiny_model.config)
+    config.num_labels = 3
+    model = AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(tmp_path / "three")
     assert new_scalar_model(tmp_path / "three", seed=0).score.weight.shape == (1, 32)
     with refused("num_labels=3"):
@@ -204,7 +206,7 @@ def test_code_in_a_models_folder_never_runs(base, tmp_path, monkeypatch):
     [
         {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "max_length": 4096},
         {"early_stopping": True, "length_penalty": 2.0},
-        {"num_return_sequences": 3, "pad_token_id": -1},
+        {"pad_token_id": -1, "top_k": 3},
     ],
 )
 def test_a_generation_config_that_could_not_be_saved_is_mended(base, tmp_path, wrong, caplog):

@@ -124,7 +124,6 @@ class RewardTrainer(trl.RewardTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        drop_input_hooks(reward_model)
         attach(self, "reward model", ("loss", "accuracy", "margin", "eval_accuracy"), config.output_dir)
         self._settings = resume_settings(config, RewardConfig)
         self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
@@ -227,6 +226,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._seen.clear()
         with self._babysitter.watch():
             output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        drop_input_hooks(cast(nn.Module, self.model))
         if self.config.keep_best:
             self._take_best()
         self.fit_normalizer()

@@ -120,7 +120,10 @@ def drop_input_hooks(model: nn.Module) -> None:
     """Take off the hooks that trl puts on the embeddings for gradient checkpointing.
 
     Only reentrant checkpointing needs them, which is not used here, and a model with such a hook cannot be pickled."""
-    base_model(model).disable_input_require_grads()
+    for module in model.modules():  # transformers' own way off forgets those of a first call after a second one
+        for key, hook in list(module._forward_hooks.items()):
+            if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                del module._forward_hooks[key]
 
 
 def share_base(policy: nn.Module, other: Any) -> int:

@@ -111,7 +111,7 @@ def from_pretrained(
     check_folder(path)
     try:
         with quietly():
-            model, info = cls.from_pretrained(
+            loaded: Any = cls.from_pretrained(
                 os.path.abspath(path) if os.path.isdir(path) else str(path),
                 dtype=dtype or torch.float32,
                 trust_remote_code=False,
@@ -121,9 +121,10 @@ def from_pretrained(
             )
     except UNREADABLE as error:
         raise unreadable(path, "no model", error) from error
+    model: PreTrainedModel = loaded[0]
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(f"{path}: this is an adapter; download it (`hf download {path}`) and name its folder")
-    _check_whole(path, model, info, set(new(model)))
+    _check_whole(path, model, loaded[1], set(new(model)))
     mend_generation_config(model, path)
     if model.device.type == "cpu":
         # safetensors maps weights at unaligned addresses, which change how a CPU's kernels round. Copied to torch's own

@@ -21,6 +21,7 @@ from rlhf.models.adapters import (
     backbone,
     base_model,
     base_name,
+    drop_input_hooks,
     is_adapter,
     lora_config,
     trained_tokens,
@@ -270,6 +271,7 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
         plain = base_model(model)
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable(kwargs)  # gradient_checkpointing_enable is the older name, deprecated in transformers 5.23
+        drop_input_hooks(plain)
 
 
 def compile_layers(actor_critic: ActorCritic) -> None:

@@ -106,7 +106,6 @@ class SFTTrainer(trl.SFTTrainer):
             callbacks=callbacks,
         )
         self._uninstall_forward()
-        drop_input_hooks(cast(nn.Module, self.model))
         if peft_config is not None:
             train_in_float32(cast(nn.Module, self.model))
         show_bias(self._base.get_output_embeddings())
@@ -121,7 +120,9 @@ class SFTTrainer(trl.SFTTrainer):
             check_sft(self)
         self._sums["train"].clear()
         with self._babysitter.watch(), self._trl_forward():
-            return super().train(None if folder is None else str(folder), *args, **kwargs)
+            output = super().train(None if folder is None else str(folder), *args, **kwargs)
+        drop_input_hooks(cast(nn.Module, self.model))
+        return output
 
     def plot(self, *names: str) -> Plot:
         """Draw what was logged: the metrics that are named, or all. A notebook shows it; `.savefig("run.png")`."""

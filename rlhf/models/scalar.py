@@ -191,7 +191,10 @@ def _says_labels(path: str | Path) -> bool:
 
 def new_modules(model: PreTrainedModel) -> Sequence[str]:
     """Return the names of the modules that a new reward model has and its pretrained trunk may lack."""
-    return encoders.new_modules(model) if encoders.is_encoder(model.config) else ["score"]
+    if encoders.is_encoder(model.config):
+        return encoders.new_modules(model)
+    _last_linear(model)  # refuses families with another head
+    return ["score"]
 
 
 def _head_in_float32(scalar: PreTrainedModel) -> None:

@@ -38,18 +38,22 @@ def import_gguf(config: ImportConfig) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf.models.loading import quietly
+    from rlhf.models.pretrained import quietly
 
     try:
         with quietly():
-            loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+            )
     except ImportError as error:
         raise InputError(f"{file}: reading it needs the package gguf: pip install gguf") from error
-    settings = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    settings = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     plain = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)  # the loaded one calls itself quantized
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(config.output_dir)
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(config.output_dir)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False).save_pretrained(
+        config.output_dir
+    )
     console.stage_line(
         "import", f"{sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters in {config.output_dir}"
     )

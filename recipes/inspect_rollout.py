@@ -174,7 +174,7 @@ def load_tokenizer(folder: Path) -> Any:
     from rlhf.run.readable import first_sentence
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+        return AutoTokenizer.from_pretrained(str(folder / "tokenizer"), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'tokenizer'}: holds no tokenizer that loads ({first_sentence(error)})") from None
 

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.config import RewardConfig
 from rlhf.errors import InputError
 from rlhf.models import encoders
+from rlhf.models.adapter_check import check_held
 from rlhf.models.adapters import is_adapter, lora_config
 from rlhf.models.loading import disable_dropout, with_adapter
-from rlhf.models.scalar import freeze_bias, is_scalar, new_scalar_model
+from rlhf.models.scalar import freeze_bias, is_scalar, new_modules, new_scalar_model
+from rlhf.run.precision import compute_dtype
 
 
 def prepare_model(
@@ -36,8 +38,11 @@ def prepare_model(
     continued = not isinstance(model, nn.Module) and is_adapter(model)
     if isinstance(model, nn.Module) and is_scalar(model):
         scalar = model
+        if isinstance(model, PeftModel):
+            check_held(model)
     else:
-        scalar = new_scalar_model(model, seed=config.seed, lora=adapter if continued else None)
+        dtype = compute_dtype(config.bf16) if adapter is not None or continued else None  # of a frozen trunk
+        scalar = new_scalar_model(model, seed=config.seed, dtype=dtype, lora=adapter if continued else None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what the trainer would set, with a warning
         setattr(scalar.config, name, getattr(tokenizer, name))
     new_tokens = _grow_vocabulary(scalar, tokenizer, config.seed)
@@ -71,7 +76,7 @@ def _new_adapter(scalar: PreTrainedModel, adapter: LoraConfig, new_tokens: list[
     if not scalar.name_or_path:
         raise InputError("LoRA needs a base that can be loaded again: save the model and pass its folder")
     adapter.task_type = TaskType.SEQ_CLS
-    heads = encoders.new_modules(scalar) if encoders.is_encoder(scalar.config) else ["score"]
+    heads = new_modules(scalar)
     adapter.modules_to_save = sorted({*heads, *(adapter.modules_to_save or [])})
     if encoders.is_encoder(scalar.config) and adapter.exclude_modules is None:
         adapter.exclude_modules = rf".*\.?({'|'.join(heads)})(\..*)?"  # trained in full, without an adapter

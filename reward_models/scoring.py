@@ -22,6 +22,7 @@ from rlhf.errors import InputError
 from rlhf.messages import Messages
 from rlhf.models import encoders
 from rlhf.models import loading as models
+from rlhf.models.pretrained import check_folder
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, load_scalar_model
 from rlhf.padding import pad
 from rlhf.run import stages
@@ -74,7 +75,7 @@ class RewardModel:
 
         Raises InputError where the folder holds no reward model, no tokenizer, or another stage's output.
         """
-        models.check_folder(path)
+        check_folder(path)
         _check_stage(Path(path))
         tokenizer = models.load_tokenizer(path)
         model, normalizer = load_scalar_model(path, dtype)

@@ -33,6 +33,7 @@ from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.models import encoders
+from rlhf.models.adapters import drop_input_hooks
 from rlhf.models.loading import tokenizer_of
 from rlhf.models.scalar import ScoreNormalizer, score_head
 from rlhf.padding import position_ids
@@ -225,6 +226,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._seen.clear()
         with self._babysitter.watch():
             output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        drop_input_hooks(cast(nn.Module, self.model))
         if self.config.keep_best:
             self._take_best()
         self.fit_normalizer()

@@ -109,6 +109,23 @@ class _Adapted:
 _ADAPTED: WeakKeyDictionary[PeftModel, _Adapted] = WeakKeyDictionary()
 
 
+def train_in_float32(model: nn.Module) -> None:
+    """Hold every trained weight in float32: a saved module is a copy of a base's, which may be in bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def drop_input_hooks(model: nn.Module) -> None:
+    """Take off the hooks that trl puts on the embeddings for gradient checkpointing.
+
+    Only reentrant checkpointing needs them, which is not used here, and a model with such a hook cannot be pickled."""
+    for module in model.modules():  # transformers' own way off forgets those of a first call after a second one
+        for key, hook in list(module._forward_hooks.items()):
+            if "make_inputs_require_grad" in getattr(hook, "__qualname__", ""):
+                del module._forward_hooks[key]
+
+
 def share_base(policy: nn.Module, other: Any) -> int:
     """Let another adapter over the same base (a reward model) use the policy's frozen weights: one copy in memory.
 
@@ -153,6 +170,17 @@ def lora_config(
         modules_to_save=["score"] if task_type == TaskType.SEQ_CLS else None,
         trainable_token_indices=trainable_tokens or None,
     )
+
+
+def trained_tokens(model: PeftModel) -> dict[str, list[int]]:
+    """Return the ids whose embeddings the adapter "default" trains, by the embeddings' name in the model."""
+    config: Any = model.peft_config["default"]
+    tokens = config.trainable_token_indices or {}
+    if isinstance(tokens, dict):
+        return dict(tokens)
+    embeddings = base_model(model).get_input_embeddings()
+    name = next(name for name, module in base_model(model).named_modules() if module is embeddings)
+    return {name.rsplit(".", 1)[-1]: list(tokens)}
 
 
 def is_adapter(path: str | Path) -> bool:

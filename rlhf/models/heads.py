@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +24,9 @@ def head_weight(model: nn.Module) -> Tensor:
             "the language head is sharded as a unit of its own; in accelerate's configuration, set "
             "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and leave fsdp_transformer_layer_cls_to_wrap out"
         )
+    if isinstance(output, ModulesToSaveWrapper):  # an adapter's own copy of the head
+        active = output.active_adapters
+        output = output.modules_to_save[active[0]] if active else output.original_module
     if isinstance(output, nn.Linear):
         return output.weight
     layer = getattr(output, "token_adapter", output)

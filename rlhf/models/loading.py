@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import utils as hub
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -37,7 +29,21 @@ from transformers.utils import logging as transformers_logging
 from rlhf import chat
 from rlhf.errors import InputError, reason
 from rlhf.models import encoders
-from rlhf.models.adapters import base_model, is_adapter
+from rlhf.models.adapter_check import check_config, check_held, check_same, read_adapter
+from rlhf.models.adapters import base_model, is_adapter, train_in_float32
+from rlhf.models.pretrained import (
+    UNREADABLE,
+    base_of,
+    check_folder,
+    config_of,
+    fit_embeddings,
+    from_pretrained,
+    load_adapter,
+    load_base,
+    mend_generation_config,
+    saved_rows,
+    unreadable,
+)
 
 # peft uses transformers' older name of this attribute whenever it wraps a model.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -47,36 +53,35 @@ if _downloads_shown:  # the line above has switched these bars off too
     hub.enable_progress_bars()
 
 
-def check_folder(path: str | Path) -> None:
-    """Raise InputError for a local path without a model, before transformers looks for it on a hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and not is_adapter(folder):
-            raise InputError(f"{path}: no config.json and no adapter_config.json; name a folder with a saved model")
-    elif folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1 or folder.is_file():
-        raise InputError(f"{path}: no such model folder; name a saved model's folder or a hub id")
-
-
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or hub id, with a chat template and a pad token (see rlhf.chat)."""
+    """Load the tokenizer of a model folder or hub id, with a chat template and a pad token (see rlhf.chat).
+
+    It gets no pad token that the model would have no embedding for: any id can pad, since masks decide."""
     check_folder(path)
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise InputError(f"{path}: model folder without a tokenizer; save one there with tokenizer.save_pretrained")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no tokenizer could be loaded ({reason(error, 200)})") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except UNREADABLE as error:
+        raise unreadable(path, "no tokenizer", error) from error
     if not tokenizer.chat_template:
         encoders.prepare_tokenizer(tokenizer, config_of(base_of(path) if is_adapter(path) else path))
+    if needs_new_pad(tokenizer):
+        return tokenizer
     chat.prepare_tokenizer(tokenizer)
     return tokenizer
+
+
+def needs_new_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer that is ready for chat has no token that could pad, so that one would be added."""
+    return chat.prepare_tokenizer(copy.deepcopy(tokenizer)) == ["<|pad|>"]
 
 
 def tokenizer_of(
     model: str | Path | PreTrainedModel | PeftModel, given: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer passed, prepared for chat, else the one in the model's folder."""
+    """Return the tokenizer to train with, prepared for chat: the one passed, else the one in the model's folder."""
     if given is not None:
         if isinstance(model, nn.Module):
             encoders.prepare_tokenizer(given, model.config)
@@ -85,7 +90,9 @@ def tokenizer_of(
     path = str(model.name_or_path if isinstance(model, nn.Module) else model)
     if not path:
         raise InputError("a model object needs its tokenizer: pass processing_class=tokenizer")
-    return load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    chat.prepare_tokenizer(tokenizer)  # with a pad token of its own: the trainers add embeddings
+    return tokenizer
 
 
 def load_policy(
@@ -97,26 +104,25 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model to train: full weights, an adapter to continue, or (`lora`) a new adapter.
 
-    The trained adapter is named "default". A model object is used itself, not copied.
+    The trained adapter is named "default". A model object is used itself, not copied. Raises InputError for an adapter
+    that is not supported, and for `lora` settings that differ from those of the adapter that the model already is.
     """
     if isinstance(model, nn.Module):
         loaded = model
+        mend_generation_config(loaded)
     elif is_adapter(model):
         _refuse_classifier(model)
-        base = from_pretrained(AutoModelForCausalLM, base_of(model), dtype)
-        fit_embeddings(base, load_tokenizer(model))
-        loaded = PeftModel.from_pretrained(base, str(model), is_trainable=True)
+        base = load_base(AutoModelForCausalLM, model, dtype)
+        fit_embeddings(base, max(len(load_tokenizer(model)), saved_rows(model, base)))
+        loaded = load_adapter(base, model, trainable=True)
     else:
         _refuse_classifier(model)
         loaded = from_pretrained(AutoModelForCausalLM, model, dtype)
     keep_gradients(loaded)
     if isinstance(loaded, PeftModel):
-        rank = getattr(loaded.peft_config["default"], "r", None)
-        if lora is not None and lora.r != rank:
-            raise InputError(
-                f"lora_rank={lora.r}, but the model is already an adapter of rank {rank}; "
-                "leave lora_rank at 0 to continue that adapter"
-            )
+        check_held(loaded)
+        if lora is not None:
+            check_same(lora, loaded, "the model")
         return loaded
     return with_adapter(loaded, lora, seed) if lora is not None else loaded
 
@@ -140,14 +146,24 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Add a new adapter whose weights depend on the seed alone (peft draws them from the global generator)."""
+    """Add a new adapter whose weights depend on the seed alone (peft draws them from the global generator).
+
+    Raises InputError for the inner model of another adapter, whose layers peft would adapt once more."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError(
+            "the model object already carries an adapter, of an earlier trainer perhaps; pass that trainer's model to "
+            "train it on, or load the model anew"
+        )
+    check_config(config, "peft_config")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:  # for example layers of a Mamba model, which LoRA cannot adapt
             what = reason(error, 200).split(". ")[0]
             raise InputError(f"LoRA: {what}; name the layers to adapt in lora_target_modules") from error
+    train_in_float32(adapted)
+    return adapted
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -187,69 +203,12 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Silence transformers' table of missing weights inside the context: new heads are drawn or loaded afterwards."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def from_pretrained(
-    cls: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
-    path: str | Path,
-    dtype: torch.dtype | None,
-    **kwargs: Any,
-) -> PreTrainedModel:
-    """Load a model from a folder or hub id, by default in float32. Raises InputError if that fails."""
-    check_folder(path)
-    try:
-        with quietly():
-            model = cls.from_pretrained(str(path), dtype=dtype or torch.float32, **kwargs)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no model could be loaded ({reason(error, 200)})") from error
-    if model.device.type == "cpu":
-        # safetensors maps weights at unaligned addresses, which change how a CPU's kernels round. Copied to torch's own
-        # (aligned) addresses, a model gives the same numbers to the last bit from any file.
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data = tensor.data.clone()
-    return model
-
-
-def config_of(path: str | Path) -> PreTrainedConfig:
-    """Load a model's configuration. Raises InputError if there is none."""
-    try:
-        return AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no model configuration ({reason(error, 200)})") from error
-
-
 def _refuse_classifier(path: str | Path) -> None:
     """Raise InputError for a reward model, which transformers would load as a language model with a random head."""
     check_folder(path)
     if is_adapter(path):
-        what = str(PeftConfig.from_pretrained(str(path)).task_type or "")
+        what = str(read_adapter(path).task_type or "")
     else:
         what = ", ".join(config_of(path).architectures or [])
     if "SEQ_CLS" in what or "SequenceClassification" in what:
         raise InputError(f"{path}: holds a reward model ({what}), not a language model; name the policy's folder")
-
-
-def base_of(adapter: str | Path) -> str:
-    """Return the folder or hub id of an adapter's base model. Raises InputError if the adapter names none."""
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    if not base:
-        raise InputError(
-            f"{adapter}/adapter_config.json: base_model_name_or_path is empty; write the base's path there"
-        )
-    return base
-
-
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Enlarge the embeddings for tokens that were added for chat; never shrink them (bases pad their vocabulary)."""
-    embeddings: Any = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     TaskType,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -32,15 +32,20 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.errors import InputError, reason
 from rlhf.models import encoders
+from rlhf.models.adapter_check import check_same, read_adapter
 from rlhf.models.adapters import backbone, base_model, is_adapter
-from rlhf.models.loading import (
+from rlhf.models.loading import load_tokenizer, with_adapter
+from rlhf.models.pretrained import (
+    adapter_weights,
     base_of,
     check_folder,
     config_of,
     fit_embeddings,
     from_pretrained,
-    load_tokenizer,
-    with_adapter,
+    load_adapter,
+    load_base,
+    saved_rows,
+    unreadable,
 )
 from rlhf.padding import position_ids
 from rlhf.small_files import read_object
@@ -104,34 +109,58 @@ def new_scalar_model(
     own head; weights of it that the folder lacks are drawn with the seed.
     """
     scalar: Any
-    adapter = model if not isinstance(model, nn.Module) and is_adapter(model) else None
     if isinstance(model, PeftModel):
         raise InputError("reward model: got a PeftModel object; save the adapter and pass its folder instead")
+    adapter = model if not isinstance(model, nn.Module) and is_adapter(model) else None
+    held = read_adapter(adapter) if adapter else None
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # for the layers of an encoder's head before the last one, which is drawn below
         if isinstance(model, nn.Module):
             scalar = _with_scalar_head(model)
+        elif adapter:
+            _provide_scalar_class(config_of(base_of(adapter)))
+            scalar = load_base(AutoModelForSequenceClassification, adapter, dtype, new_modules, num_labels=1)
+            fit_embeddings(scalar, max(len(load_tokenizer(adapter)), saved_rows(adapter, scalar)))
         else:
-            source = base_of(adapter) if adapter else model
-            _provide_scalar_class(config_of(source))
-            scalar = from_pretrained(AutoModelForSequenceClassification, source, dtype, num_labels=1)
-            if adapter:
-                fit_embeddings(scalar, load_tokenizer(adapter))
+            _provide_scalar_class(config_of(model))
+            scalar = from_pretrained(AutoModelForSequenceClassification, model, dtype, new_modules, num_labels=1)
     encoders.draw_head(_last_linear(scalar), seed)
-    if adapter:
-        config = copy.deepcopy(PeftConfig.from_pretrained(str(adapter)))
-        if lora is not None and lora.r != config.r:
-            raise InputError(f"lora_rank={lora.r}, but {adapter} is an adapter of rank {config.r}; leave it at 0")
-        config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
-        if isinstance(config.trainable_token_indices, dict):  # a reward model has no causal head
-            kept = {name: ids for name, ids in config.trainable_token_indices.items() if name != "lm_head"}
-            config.trainable_token_indices = kept or None
-        peft_model = with_adapter(scalar, config, seed)
-        own = get_peft_model_state_dict(peft_model)  # set_peft_model_state_dict wants the head's weight too
-        loaded = load_peft_weights(str(adapter), device="cpu")
-        set_peft_model_state_dict(peft_model, own | {name: w for name, w in loaded.items() if name in own})
-        return peft_model
+    if adapter and held:
+        continued = _continued(scalar, held, adapter, seed)
+        if lora is not None:
+            check_same(lora, continued, str(adapter))
+        return continued
     return with_adapter(scalar, lora, seed) if lora is not None else scalar
+
+
+def _continued(scalar: PreTrainedModel, held: LoraConfig, adapter: str | Path, seed: int) -> PeftModel:
+    """Put a copy of an adapter on a reward model: its LoRA weights, trained tokens and saved modules, and the head.
+
+    Left out is what belongs to a language head. Raises InputError if the adapter's file lacks anything else."""
+    config = copy.deepcopy(held)
+    names = {name.rsplit(".", 1)[-1] for name, _ in scalar.named_modules()}
+    heads = list(new_modules(scalar))
+    saved = [name for name in config.modules_to_save or [] if name.rsplit(".", 1)[-1] in names]
+    config.modules_to_save = sorted({*saved, *heads})
+    config.task_type, config.inference_mode, config.init_lora_weights = TaskType.SEQ_CLS, False, True
+    if isinstance(config.trainable_token_indices, dict):
+        kept = {name: ids for name, ids in config.trainable_token_indices.items() if name.rsplit(".", 1)[-1] in names}
+        config.trainable_token_indices = kept or None
+    peft_model = with_adapter(scalar, config, seed)
+    own = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    parts = {f"base_model.model.{name}" for name, _ in scalar.named_children()}
+    loaded = adapter_weights(adapter)
+    loaded = {name: weight for name, weight in loaded.items() if ".".join(name.split(".")[:3]) in parts}
+    lacking = [name for name in own if name not in loaded and set(heads).isdisjoint(name.split("."))]
+    if lacking:
+        raise InputError(f"{adapter}: its adapter lacks {len(lacking)} weights, first {lacking[0]}; copy it again")
+    try:
+        result: Any = set_peft_model_state_dict(peft_model, own | loaded)  # it wants the new head's weights too
+    except RuntimeError as error:
+        raise unreadable(adapter, "no adapter", error) from error
+    if result.unexpected_keys:
+        raise InputError(f"{adapter}: its adapter does not fit the base, first {result.unexpected_keys[0]}")
+    return peft_model
 
 
 def load_scalar_model(
@@ -140,22 +169,45 @@ def load_scalar_model(
     """Load a trained reward model and its normaliser from a full folder, an adapter folder or a hub id."""
     check_folder(path)
     if is_adapter(path):
-        config = PeftConfig.from_pretrained(str(path))
-        if config.task_type != TaskType.SEQ_CLS:
-            raise InputError(f"{path}: an adapter for {config.task_type}, not a reward model (SEQ_CLS)")
+        adapter = read_adapter(path)
+        if adapter.task_type != TaskType.SEQ_CLS:
+            raise InputError(f"{path}: an adapter for {adapter.task_type}, not a reward model (SEQ_CLS)")
         _provide_scalar_class(config_of(base_of(path)))
-        base = from_pretrained(AutoModelForSequenceClassification, base_of(path), dtype, num_labels=1)
-        fit_embeddings(base, load_tokenizer(path))
-        return PeftModel.from_pretrained(base, str(path)).eval(), ScoreNormalizer.load(path)
+        held = {*(adapter.modules_to_save or []), "score", "classifier"}  # peft itself adds the last two
+        base = load_base(AutoModelForSequenceClassification, path, dtype, lambda model: held, num_labels=1)
+        fit_embeddings(base, max(len(load_tokenizer(path)), saved_rows(path, base)))
+        _head_in_float32(base)
+        return load_adapter(base, path, trainable=False).eval(), ScoreNormalizer.load(path)
     config = config_of(path)
     if not any("SequenceClassification" in name or "RewardModel" in name for name in config.architectures or []):
         raise InputError(
             f"{path}: holds {config.architectures}, no reward model; train one with recipes/reward_model.py"
         )
-    if config.num_labels != 1:
+    if config.num_labels != 1 and _says_labels(path):
         raise InputError(f"{path}: num_labels={config.num_labels}; a reward model has one score")
     _provide_scalar_class(config)
-    return from_pretrained(AutoModelForSequenceClassification, path, dtype).eval(), ScoreNormalizer.load(path)
+    model = from_pretrained(AutoModelForSequenceClassification, path, dtype, num_labels=1)
+    return model.eval(), ScoreNormalizer.load(path)
+
+
+def _says_labels(path: str | Path) -> bool:
+    """Return whether a model's config.json gives a number of labels; transformers takes 2 where it gives none."""
+    settings, _ = PreTrainedConfig.get_config_dict(str(path))
+    return not {"num_labels", "id2label"}.isdisjoint(settings)
+
+
+def new_modules(model: PreTrainedModel) -> Sequence[str]:
+    """Return the names of the modules that a new reward model has and its pretrained trunk may lack."""
+    if encoders.is_encoder(model.config):
+        return encoders.new_modules(model)
+    _last_linear(model)  # refuses families with another head
+    return ["score"]
+
+
+def _head_in_float32(scalar: PreTrainedModel) -> None:
+    """Hold a decoder's score head in float32: it is small, trained, and one number decides."""
+    if not encoders.is_encoder(scalar.config):
+        _last_linear(scalar).float()
 
 
 def score_head(model: nn.Module) -> nn.Module:
@@ -199,7 +251,8 @@ def last_token_scores(
     ).last_hidden_state
     indices = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = torch.where(mask.bool(), indices, -1).amax(-1)
-    return score_head(model)(hidden[torch.arange(len(last), device=last.device), last]).squeeze(-1).float()
+    head, states = score_head(model), hidden[torch.arange(len(last), device=last.device), last]
+    return head(states.to(cast(Tensor, head.weight).dtype)).squeeze(-1).float()
 
 
 def _with_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
@@ -230,6 +283,7 @@ def _provide_scalar_class(config: PreTrainedConfig) -> None:
     fields = {"base_model_prefix": trunk.base_model_prefix, "config_class": type(config)}
     fields["__module__"] = trunk.__module__  # transformers looks there for the family's kinds of attention and experts
     scalar: Any = type(name, (GenericForSequenceClassification, family), fields)
+    setattr(sys.modules[trunk.__module__], name, scalar)  # pickle looks there for a model's class
     AutoModelForSequenceClassification.register(type(config), scalar, exist_ok=True)  # else it is silently ignored
 
 

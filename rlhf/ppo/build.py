@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.errors import InputError
-from rlhf.models.adapters import active_adapter, backbone, base_model, is_adapter, lora_config
+from rlhf.errors import InputError, reason
+from rlhf.models.adapters import (
+    active_adapter,
+    backbone,
+    base_model,
+    base_name,
+    drop_input_hooks,
+    is_adapter,
+    lora_config,
+    trained_tokens,
+)
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import clone, disable_dropout, is_quantized, load_policy
+from rlhf.models.pretrained import adapter_weights
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.config import PPOConfig
@@ -129,7 +139,7 @@ def _build_value(
         return value, _zero_head(policy)
     scalar: Any
     if isinstance(source, str | Path):
-        scalar, normalizer = load_scalar_model(source, dtype)
+        scalar, normalizer = load_scalar_model(source, dtype if adapted else None)
         adapter = str(source) if is_adapter(source) else None
     elif isinstance(source, nn.Module):
         scalar, normalizer, adapter = source, ScoreNormalizer(), None
@@ -153,7 +163,12 @@ def _build_value(
 
 
 def _merged_copy(model: PeftModel) -> Any:
-    return copy.deepcopy(model).merge_and_unload()
+    try:
+        return copy.deepcopy(model).float().merge_and_unload()  # in bfloat16 much of a small update would be lost
+    except ValueError as error:
+        raise InputError(
+            f"value_model=separate: the adapter cannot be merged ({reason(error)}); set adapter"
+        ) from error
 
 
 def _head(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -176,26 +191,66 @@ def _same_base(policy: PeftModel, scalar: PeftModel) -> bool:
 
 
 def _copy_adapter(policy: PeftModel, name: str) -> None:
-    config = copy.deepcopy(policy.peft_config["default"])
-    policy.add_adapter(name, config)
+    config: Any = copy.deepcopy(policy.peft_config["default"])
+    config.init_lora_weights = True  # the copied weights replace whatever it starts from
+    _add_adapter(policy, name, config)
     set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="default"), adapter_name=name)
 
 
+def _add_adapter(policy: PeftModel, name: str, config: Any) -> None:
+    """Add an adapter; one of an earlier trainer on the same model object is replaced."""
+    if name in policy.peft_config:
+        policy.delete_adapter(name)
+    policy.add_adapter(name, config)
+
+
 def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> None:
-    """Load the reward model's LoRA weights, without its head, as the adapter "value" on the policy's backbone."""
+    """Load the reward model's adapter, without its head, as the adapter "value" on the policy's backbone.
+
+    Where the policy trains embeddings of chat tokens and the reward model does not, the value model's start as the
+    reward model's. Raises InputError if the two bases or adapters do not fit."""
     config: Any = copy.deepcopy(scalar.peft_config["default"])
-    config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
-    policy_config: Any = policy.peft_config["default"]
-    tokens, scalar_tokens = policy_config.trainable_token_indices, config.trainable_token_indices
-    if isinstance(tokens, dict) and isinstance(scalar_tokens, dict):
-        config.trainable_token_indices = tokens | scalar_tokens  # a reward model has no lm_head with trained tokens
-    policy.add_adapter("value", config)
-    weights = load_peft_weights(folder, device="cpu") if folder else get_peft_model_state_dict(scalar)
-    weights = {name: tensor for name, tensor in weights.items() if ".score." not in name}
-    weights = get_peft_model_state_dict(policy, adapter_name="value") | weights
-    result: Any = set_peft_model_state_dict(policy, weights, adapter_name="value")
-    if result.unexpected_keys:
-        raise InputError(f"value model: its adapter doesn't fit the policy's base, first {result.unexpected_keys[0]}")
+    config.task_type, config.inference_mode, config.init_lora_weights = "CAUSAL_LM", False, True
+    saved = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")]
+    config.modules_to_save = saved or None
+    tokens, scalar_tokens = trained_tokens(policy), trained_tokens(scalar)
+    if scalar_tokens.keys() - tokens.keys():
+        raise InputError(
+            "value model: the reward model's adapter trains embeddings of chat tokens and the policy's does not; "
+            "set value_model: separate, or train both from one SFT adapter"
+        )
+    config.trainable_token_indices = tokens | scalar_tokens or None
+    _add_adapter(policy, "value", config)
+    own = get_peft_model_state_dict(policy, adapter_name="value", save_embedding_layers=False)
+    held = adapter_weights(folder) if folder else get_peft_model_state_dict(scalar)
+    lacking = [name for name in own if name not in held and "trainable_tokens" not in name]
+    if lacking:
+        raise InputError(f"value model: its adapter doesn't fit the policy's base, which also has {lacking[0]}")
+    for name, tensor in held.items():
+        if name not in own and ".score." not in name:
+            own |= _token_rows(policy, name, tensor, config.trainable_token_indices or {})
+    own |= {name: tensor for name, tensor in held.items() if name in own}
+    set_peft_model_state_dict(policy, own, adapter_name="value")
+
+
+def _token_rows(policy: PeftModel, name: str, tensor: Tensor, tokens: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Return the value adapter's token embeddings in the whole embeddings that a reward model's adapter carries.
+
+    It carries them where its vocabulary grew. Raises InputError if the other rows are not those of the policy's base,
+    or the tensor is no such embedding."""
+    base = {base_name(own): parameter.detach() for own, parameter in policy.named_parameters()}
+    path = base_name(name).removesuffix(".weight")
+    mine = base.get(f"{path}.weight")
+    if mine is None or mine.shape != tensor.shape:
+        raise InputError(f"value model: its adapter doesn't fit the policy's base, first {name}")
+    ids = next((ids for module, ids in tokens.items() if path.endswith(module)), [])
+    others = torch.ones(len(tensor), dtype=torch.bool).index_fill(0, torch.tensor(ids, dtype=torch.long), False)
+    if not torch.equal(mine.cpu()[others], tensor.cpu().to(mine.dtype)[others]):
+        raise InputError(
+            f"value model: the reward model was trained over other embeddings than the policy's ({name}); "
+            "set value_model: separate, or train both from one SFT adapter"
+        )
+    return {f"{path}.token_adapter.trainable_tokens_delta": tensor[ids]} if ids else {}
 
 
 def _drop_head(model: PreTrainedModel) -> None:
@@ -212,10 +267,11 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
             continue
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if isinstance(model, PeftModel):
-            kwargs["context_fn"] = _adapter_contexts(model, actor_critic)
+            kwargs["context_fn"] = partial(_adapter_contexts, model, actor_critic.trained_adapters(model))
         plain = base_model(model)
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable(kwargs)  # gradient_checkpointing_enable is the older name, deprecated in transformers 5.23
+        drop_input_hooks(plain)
 
 
 def compile_layers(actor_critic: ActorCritic) -> None:
@@ -229,12 +285,9 @@ def compile_layers(actor_critic: ActorCritic) -> None:
             module.compile(dynamic=True)
 
 
-def _adapter_contexts(model: PeftModel, actor_critic: ActorCritic) -> Callable[[], tuple[Any, Any]]:
-    trained = actor_critic.trained_adapters(model)
-    return lambda: (
-        nullcontext(),
-        active_adapter(model, str(model.active_adapter), trained),
-    )
+def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> tuple[Any, Any]:
+    """Return the contexts of a forward and of its recomputation (no closure: a model is pickled with it)."""
+    return nullcontext(), active_adapter(model, str(model.active_adapter), trained)
 
 
 def build_optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.loading import load_tokenizer, needs_new_pad
 from rlhf.ppo.config import PPOConfig
 from rlhf.records import HELD_OUT, BadRows, OnBadRow, Prompt, check_disjoint, read_prompts
 from rlhf.scores import RewardFunction, check_columns
@@ -106,6 +106,8 @@ def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTr
         if not isinstance(model, str | Path):
             raise InputError("processing_class is missing; with a model object, pass its tokenizer")
         return load_tokenizer(model)
+    if needs_new_pad(given):  # any id can pad
+        return given
     added = chat.prepare_tokenizer(given)
     if added:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import cast
 
@@ -12,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError
-from rlhf.models.adapters import lora_config
+from rlhf.models.adapter_check import check_config
+from rlhf.models.adapters import base_model, is_adapter, lora_config
 from rlhf.models.loading import load_policy
+from rlhf.models.pretrained import fit_embeddings
 from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
 
@@ -30,17 +33,20 @@ def prepare_model(
     A new adapter also trains and saves the embeddings that the base never learned (tokens added for chat). The stop
     tokens and padding are written to generation_config, so that plain ``generate`` stops.
     """
-    adapter = peft_config or lora_config(
+    adapter = copy.deepcopy(peft_config) or lora_config(
         config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules
     )
-    policy = load_policy(model, dtype=torch.float32 if adapter is None else compute_dtype(config.bf16))
+    if adapter is not None:
+        check_config(adapter, "peft_config")
+    frozen_base = adapter is not None or (isinstance(model, str | Path) and is_adapter(model))
+    policy = load_policy(model, dtype=compute_dtype(config.bf16) if frozen_base else torch.float32)
     if isinstance(policy, PeftModel) and adapter is not None:
         raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
     if config.dropout is not None:
         set_dropout(policy, config.dropout)
     new_tokens = grow_vocabulary(policy, tokenizer)
     if isinstance(adapter, LoraConfig) and new_tokens and adapter.trainable_token_indices is None:
-        adapter.trainable_token_indices = dict.fromkeys(_embedding_names(policy), new_tokens)
+        _train_tokens(policy, adapter, new_tokens)
     _set_special_tokens(policy, tokenizer)
     return policy, adapter
 
@@ -49,17 +55,29 @@ def prepare_model(
 def grow_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Add embeddings for tokens that the model has none for; return the ids whose embeddings it never learned.
 
-    New rows start at the mean of the old ones, so that no new token is likelier than the average (Hewitt 2021).
     Rows beyond the tokenizer's vocabulary stay.
     """
     rows = len(_weight(model.get_input_embeddings()))
     if len(tokenizer) <= rows:
         return _chat_tokens(tokenizer)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-        weight = _weight(embeddings)
-        weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+    fit_embeddings(base_model(model), len(tokenizer))
     return sorted({*range(rows, len(tokenizer)), *_chat_tokens(tokenizer)})
+
+
+def _train_tokens(policy: PreTrainedModel | PeftModel, adapter: LoraConfig, ids: list[int]) -> None:
+    """Let a new adapter train the embeddings of some tokens, in the language head too unless it is tied.
+
+    A head with a bias is trained and saved whole, since peft's wrapper of trained rows leaves the bias out (0.21)."""
+    names, saved = _embedding_names(policy), list(adapter.modules_to_save or [])
+    if getattr(policy.get_output_embeddings(), "bias", None) is not None:
+        if len(names) == 1:
+            raise InputError(
+                f"{type(policy).__name__}: its tied language head has a bias, which trained chat tokens would lose; "
+                "train all weights (lora_rank 0)"
+            )
+        saved.append(names[1])
+    adapter.modules_to_save = sorted(set(saved)) or None
+    adapter.trainable_token_indices = dict.fromkeys((name for name in names if name not in saved), ids) or None
 
 
 def _set_special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
-from rlhf.models.adapters import base_model
+from rlhf.models.adapters import base_model, drop_input_hooks, train_in_float32
 from rlhf.models.loading import tokenizer_of
 from rlhf.padding import IGNORED
 from rlhf.records import HELD_OUT, check_disjoint, read_demonstrations
@@ -54,8 +54,8 @@ class SFTTrainer(trl.SFTTrainer):
     gradient.
 
     model: a folder, a hub id or an object; an adapter (folder or PeftModel) is trained on. Datasets: any source that
-    ``read_demonstrations`` reads. processing_class: the tokenizer; by default the model's. peft_config: an adapter of
-    any kind, instead of ``args.lora_rank``.
+    ``read_demonstrations`` reads. processing_class: the tokenizer; by default the model's. peft_config: a LoRA adapter
+    with other settings than ``args`` has, instead of ``args.lora_rank``.
 
     Departs from trl: masks come from ``rlhf.chat`` (the template needs no ``{% generation %}``), demonstrations that
     are too long are left out instead of cut, every metric is a mean over all trained tokens (trl: over batches), with
@@ -106,6 +106,8 @@ class SFTTrainer(trl.SFTTrainer):
             callbacks=callbacks,
         )
         self._uninstall_forward()
+        if peft_config is not None:
+            train_in_float32(cast(nn.Module, self.model))
         show_bias(self._base.get_output_embeddings())
         attach(self, "sft", ("loss", "eval_loss", "token_accuracy"), config.output_dir)
         self._settings = resume_settings(config, SFTConfig)
@@ -118,7 +120,9 @@ class SFTTrainer(trl.SFTTrainer):
             check_sft(self)
         self._sums["train"].clear()
         with self._babysitter.watch(), self._trl_forward():
-            return super().train(None if folder is None else str(folder), *args, **kwargs)
+            output = super().train(None if folder is None else str(folder), *args, **kwargs)
+        drop_input_hooks(cast(nn.Module, self.model))
+        return output
 
     def plot(self, *names: str) -> Plot:
         """Draw what was logged: the metrics that are named, or all. A notebook shows it; `.savefig("run.png")`."""

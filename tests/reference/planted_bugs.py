@@ -468,8 +468,8 @@ PLANTS = (
         bug="the reward model's normaliser is not loaded",
         shipped="OpenRLHF#643, OpenRLHF#1342, OpenRLHF#1343",
         file="rlhf/models/scalar.py",
-        old="from_pretrained(AutoModelForSequenceClassification, path, dtype).eval(), ScoreNormalizer.load(path)",
-        new="from_pretrained(AutoModelForSequenceClassification, path, dtype).eval(), ScoreNormalizer()",
+        old="return model.eval(), ScoreNormalizer.load(path)",
+        new="return model.eval(), ScoreNormalizer()",
         test="tests/reward_models/test_trainer.py::test_a_saved_model_scores_as_it_did_in_training",
     ),
     Plant(

@@ -22,6 +22,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -140,7 +141,14 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Add a new adapter whose weights depend on the seed alone (peft draws them from the global generator)."""
+    """Add a new adapter whose weights depend on the seed alone (peft draws them from the global generator).
+
+    Raises InputError for the inner model of another adapter, whose layers peft would adapt once more."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError(
+            "the model object already carries an adapter, of an earlier trainer perhaps; pass that trainer's model to "
+            "train it on, or load the model anew"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:

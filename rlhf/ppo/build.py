@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -177,8 +178,15 @@ def _same_base(policy: PeftModel, scalar: PeftModel) -> bool:
 
 def _copy_adapter(policy: PeftModel, name: str) -> None:
     config = copy.deepcopy(policy.peft_config["default"])
-    policy.add_adapter(name, config)
+    _add_adapter(policy, name, config)
     set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="default"), adapter_name=name)
+
+
+def _add_adapter(policy: PeftModel, name: str, config: Any) -> None:
+    """Add an adapter; one of an earlier trainer on the same model object is replaced."""
+    if name in policy.peft_config:
+        policy.delete_adapter(name)
+    policy.add_adapter(name, config)
 
 
 def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> None:
@@ -189,7 +197,7 @@ def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> N
     tokens, scalar_tokens = policy_config.trainable_token_indices, config.trainable_token_indices
     if isinstance(tokens, dict) and isinstance(scalar_tokens, dict):
         config.trainable_token_indices = tokens | scalar_tokens  # a reward model has no lm_head with trained tokens
-    policy.add_adapter("value", config)
+    _add_adapter(policy, "value", config)
     weights = load_peft_weights(folder, device="cpu") if folder else get_peft_model_state_dict(scalar)
     weights = {name: tensor for name, tensor in weights.items() if ".score." not in name}
     weights = get_peft_model_state_dict(policy, adapter_name="value") | weights
@@ -212,7 +220,7 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
             continue
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if isinstance(model, PeftModel):
-            kwargs["context_fn"] = _adapter_contexts(model, actor_critic)
+            kwargs["context_fn"] = partial(_adapter_contexts, model, actor_critic.trained_adapters(model))
         plain = base_model(model)
         enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
         enable(kwargs)  # gradient_checkpointing_enable is the older name, deprecated in transformers 5.23
@@ -229,12 +237,9 @@ def compile_layers(actor_critic: ActorCritic) -> None:
             module.compile(dynamic=True)
 
 
-def _adapter_contexts(model: PeftModel, actor_critic: ActorCritic) -> Callable[[], tuple[Any, Any]]:
-    trained = actor_critic.trained_adapters(model)
-    return lambda: (
-        nullcontext(),
-        active_adapter(model, str(model.active_adapter), trained),
-    )
+def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> tuple[Any, Any]:
+    """Return the contexts of a forward and of its recomputation (no closure: a model is pickled with it)."""
+    return nullcontext(), active_adapter(model, str(model.active_adapter), trained)
 
 
 def build_optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimizer:

@@ -9,23 +9,32 @@ stages and goes on where it stopped.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf import config as configs
-from rlhf.errors import InputError
+from rlhf.errors import InputError, unknown
 from rlhf.run import console
+from rlhf.run.changes import Change
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
-from rlhf.run.stages import Manifest
+from rlhf.run.owner import by_main
+from rlhf.run.stages import Manifest, refused, stage_changes, stage_state
 from rlhf.sources import require_there
+from rlhf_recipes import evaluate_policy as evaluation_stage
+from rlhf_recipes import ppo as ppo_stage
+from rlhf_recipes import rankings as rankings_stage
+from rlhf_recipes import reward_model as reward_stage
+from rlhf_recipes import sft as sft_stage
 from rlhf_recipes.evaluate_policy import EvaluationConfig, evaluation
 from rlhf_recipes.ppo import PPORecipe, ppo
 from rlhf_recipes.rankings import DataConfig, rankings
 from rlhf_recipes.report import report
 from rlhf_recipes.reward_model import RewardRecipe, reward_model
 from rlhf_recipes.sft import SFTRecipe, sft
-from rlhf_recipes.stage import is_first, open_stage
+from rlhf_recipes.stage import inputs_of, open_stage
 
 console.quiet()
 
@@ -64,6 +73,8 @@ class ChainConfig:
     """For every stage that names no seed of its own."""
     overwrite: bool = False
     """Replace another run's stages in output_dir."""
+    overwrite_from: str | None = None
+    """Replace them from this stage on (such as ppo); a change of an earlier one is refused."""
     data: DataConfig = field(default_factory=DataConfig)
     base: FunctionConfig | None = None
     sft: SFTRecipe = field(default_factory=SFTRecipe)
@@ -74,38 +85,83 @@ class ChainConfig:
 
 def chain(config: ChainConfig) -> dict[str, Any]:
     """Run every stage that is not complete; the summary."""
-    run = Path(config.output_dir)
-    if config.overwrite:
-        sections = {
-            name: getattr(config, name) for name in ("data", "base", "sft", "reward_model", "ppo", "evaluation")
-        }
-        config = replace(config, **{name: replace(part, overwrite=True) for name, part in sections.items() if part})
+    run, steps = Path(config.output_dir), steps_of(config)
     check(config)
-    stages: dict[str, dict[str, Any]] = {}
-    if config.data.make:
-        stages["data"] = make_data(config.data)
-    if config.base:
-        stages["base"] = make_base(config.base)
-    if config.data.rankings:  # people's rankings come first: without demonstrations of its own, sft learns from them
-        stages["rankings"] = rankings(config.data)
-    stages["sft"] = sft(config.sft)
-    if not config.data.rankings:  # the sft model's own responses are ranked
-        stages["rankings"] = rankings(config.data)
-    stages["reward_model"] = reward_model(config.reward_model)
-    if config.evaluation.judge is None:
-        stages["judge"] = reward_model(judge_config(config), name="judge")
-    stages["ppo"] = ppo(config.ppo)
-    outcome = evaluation(config.evaluation)
+    by_main(lambda: require_same(run, steps))
+    stages = {step.name: step.run(step.config) for step in steps}
+    outcome = stages.pop("evaluation")
     stages["reward_model"] = outcome["reward_model"] | stages["reward_model"]
     seconds = {name: round(Manifest.read(run / name).seconds, 1) for name in (*stages, "evaluation")}
     summary = {"stages": stages, "evaluation": outcome["evaluation"], "seconds": seconds}
-    write_json_atomic(run / "summary.json", summary)
-    page = report(run) if is_first() else run / "report.html"
+    by_main(lambda: write_json_atomic(run / "summary.json", summary))
+    page = by_main(lambda: report(run))
     console.final_table(summary)
     if config.ppo.save_rollouts:
         console.stage_line("next", f"rlhf inspect_rollout {run}")
     console.stage_line("report", str(page))
     return summary
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of the chain: what runs it, and what finds its inputs without running anything."""
+
+    name: str
+    config: Any
+    run: Callable[[Any], dict[str, Any]]
+    inputs: Callable[[Any], tuple[Any, dict[str, Any]]]
+
+
+def steps_of(config: ChainConfig) -> list[Step]:
+    """The chain's stages in their order, each told whether it may replace another run's."""
+    ranked = Step("rankings", config.data, rankings, rankings_stage.inputs)
+    steps = [Step("data", data_config(config.data), make_data, no_inputs)] if config.data.make else []
+    steps += [Step("base", config.base, make_base, base_inputs)] if config.base else []
+    steps += [ranked] if config.data.rankings else []  # first: without demonstrations of its own, sft learns from them
+    steps += [Step("sft", config.sft, sft, sft_stage.inputs)]
+    steps += [] if config.data.rankings else [ranked]  # the sft model's own responses are ranked
+    steps += [Step("reward_model", config.reward_model, reward_model, reward_stage.inputs)]
+    if config.evaluation.judge is None:
+        judge = partial(reward_model, name="judge")
+        steps += [Step("judge", judge_config(config), judge, reward_stage.inputs)]
+    steps += [Step("ppo", config.ppo, ppo, ppo_stage.inputs)]
+    steps += [Step("evaluation", config.evaluation, evaluation, evaluation_stage.inputs)]
+    names = [step.name for step in steps]
+    if config.overwrite_from is not None and config.overwrite_from not in names:
+        unknown(config.overwrite_from, names, "--overwrite_from", "stage")
+    first = names.index(config.overwrite_from) if config.overwrite_from else (0 if config.overwrite else len(steps))
+    return [*steps[:first], *(replace(step, config=replace(step.config, overwrite=True)) for step in steps[first:])]
+
+
+def require_same(run: Path, steps: Sequence[Step]) -> None:
+    """Raise InputError, before anything is trained, where stages of the folder belong to another run: one line that
+    names every change of every stage."""
+    found: dict[str, list[Change]] = {}
+    longer: str | None = None
+    for step in steps:
+        folder = run / step.name
+        try:
+            filled, sources = step.inputs(step.config)
+            inputs = inputs_of(filled, sources)
+        except InputError:  # what an earlier stage is yet to write
+            continue
+        if step.config.overwrite or not (folder / "inputs.json").exists():
+            continue
+        found[step.name] = stage_changes(folder, inputs)
+        if longer and not found[step.name]:
+            found[step.name] = [Change(longer, "shorter", "trained longer")]
+        extended = (folder / "manifest.json").exists() and not found[step.name]
+        if extended and stage_state(folder, inputs) == "interrupted":
+            longer = step.name
+    found = {name: changes for name, changes in found.items() if changes}
+    if not found:
+        return
+    first = next(iter(found))
+    advice = f"pass --overwrite_from {first} to replace it and what follows (earlier stages are kept)"
+    if len(found) == 1:
+        raise InputError(refused(run / first, found[first], advice))
+    named = "; ".join(f"{name}: {', '.join(map(str, changes))}" for name, changes in found.items())
+    raise InputError(f"output_dir {run} belongs to another run: {named}; {advice}, or choose another --output_dir")
 
 
 def check(config: ChainConfig) -> None:
@@ -135,27 +191,42 @@ def require_tokenizer(model: str) -> None:
     load_tokenizer(model)
 
 
-def make_data(config: DataConfig) -> dict[str, Any]:
+def make_data(config: FunctionConfig) -> dict[str, Any]:
     """The data stage: a function of the config writes the files that the other stages read."""
-    part = FunctionConfig(
+    stage = open_stage("data", config, {})
+    if stage.complete:
+        return stage.outputs
+    function = configs.import_function(config.function)
+    stage.begin()
+    return stage.finish(by_main(lambda: function(stage.folder, seed=config.seed, **config.options)))
+
+
+def data_config(config: DataConfig) -> FunctionConfig:
+    """The settings of the data stage, out of its section, which it shares with the rankings."""
+    return FunctionConfig(
         output_dir=config.output_dir,
         seed=config.seed,
         function=str(config.make),
         options=config.options,
         overwrite=config.overwrite,
     )
-    stage = open_stage("data", part, {})
-    if stage.complete:
-        return stage.outputs
-    function = configs.import_function(part.function)
-    stage.begin()
-    return stage.finish(function(stage.folder, seed=part.seed, **part.options))
+
+
+def no_inputs(config: FunctionConfig) -> tuple[FunctionConfig, dict[str, Any]]:
+    """The data stage reads no model and no data."""
+    return config, {}
+
+
+def base_inputs(config: FunctionConfig) -> tuple[FunctionConfig, dict[str, Any]]:
+    """The base stage reads the run's data, if there is any."""
+    data = Path(config.output_dir).parent / "data"
+    return config, {"data": data if data.exists() else None}
 
 
 def make_base(config: FunctionConfig) -> dict[str, Any]:
     """The base stage: a function of the config makes the model that supervised fine-tuning starts from."""
     data = Path(config.output_dir).parent / "data"
-    stage = open_stage("base", config, {"data": data if data.exists() else None})
+    stage = open_stage("base", *base_inputs(config))
     if stage.complete:
         return stage.outputs
     bar: console.StageBar | None = None
@@ -169,7 +240,7 @@ def make_base(config: FunctionConfig) -> dict[str, Any]:
     function = configs.import_function(config.function)
     stage.begin()
     with full_disk_explained(stage.folder):
-        outputs = function(data, stage.folder, seed=config.seed, log=log, **config.options)
+        outputs = by_main(lambda: function(data, stage.folder, seed=config.seed, log=log, **config.options))
     if bar:
         bar.close()
     return stage.finish({name: value for name, value in outputs.items() if name != "seconds"})

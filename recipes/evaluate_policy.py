@@ -23,6 +23,7 @@ from rlhf.errors import InputError
 from rlhf.records import HELD_OUT, Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
+from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import Manifest
 from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
@@ -96,23 +97,14 @@ class EvaluationConfig:
 
 
 def evaluation(config: EvaluationConfig) -> dict[str, Any]:
-    """The stage: sample, score, judge, compare; `summary["evaluation"]` and the reward model's report card."""
-    run = Path(config.output_dir).parent
-    own_prompts = (
-        "data/eval_prompts.jsonl" if (run / "data/eval_prompts.jsonl").exists() else "rankings/eval_prompts.jsonl"
-    )
-    config = from_siblings(
-        config, policy="ppo", baseline="sft", judge="judge", eval_data=own_prompts, reward_model="?reward_model",
-        rankings="?rankings/held_out.jsonl", seen_data="?rankings/prompts.jsonl",
-    )  # fmt: skip
-    for model in (config.policy, config.baseline):
-        check_model(str(model), ("base", "sft", "ppo"))
-    for model in filter(None, (config.reward_model, config.judge)):
-        check_model(model, ("reward_model", "judge"))
-    sources = {
-        name: getattr(config, name)
-        for name in ("policy", "baseline", "reward_model", "judge", "eval_data", "rankings", "seen_data")
-    }
+    """The stage: sample, score, judge, compare; `summary["evaluation"]` and the reward model's report card.
+
+    Of several processes only the first works."""
+    return by_main(lambda: evaluate_alone(config))
+
+
+def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
+    config, sources = inputs(config)
     stage = open_stage("evaluation", config, sources)
     if stage.complete:
         return stage.outputs
@@ -153,6 +145,24 @@ def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     outputs = {"evaluation": result, "reward_model": scorer_card}
     stage.finish(outputs)
     return outputs
+
+
+def inputs(config: EvaluationConfig) -> tuple[EvaluationConfig, dict[str, Any]]:
+    """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
+    run = Path(config.output_dir).parent
+    own_prompts = (
+        "data/eval_prompts.jsonl" if (run / "data/eval_prompts.jsonl").exists() else "rankings/eval_prompts.jsonl"
+    )
+    config = from_siblings(
+        config, policy="ppo", baseline="sft", judge="judge", eval_data=own_prompts, reward_model="?reward_model",
+        rankings="?rankings/held_out.jsonl", seen_data="?rankings/prompts.jsonl",
+    )  # fmt: skip
+    for model in (config.policy, config.baseline):
+        check_model(str(model), ("base", "sft", "ppo"))
+    for model in filter(None, (config.reward_model, config.judge)):
+        check_model(model, ("reward_model", "judge"))
+    names = ("policy", "baseline", "reward_model", "judge", "eval_data", "rankings", "seen_data")
+    return config, {name: getattr(config, name) for name in names}
 
 
 def _prompts(config: EvaluationConfig) -> list[Prompt]:

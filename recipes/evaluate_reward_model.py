@@ -21,6 +21,7 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.records import HELD_OUT, check_disjoint, read_rankings
 from rlhf.run import console
+from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
 from rlhf_recipes.stage import check_model
 
@@ -98,7 +99,8 @@ def _scorer(spec: str, config: ReportConfig) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    report(configs.load(ReportConfig, argv, description=__doc__ or ""))
+    config = configs.load(ReportConfig, argv, description=__doc__ or "")
+    by_main(lambda: report(config))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rlhf.records import read_prompts
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
+from rlhf_recipes.stage import SECTIONS, check_kept, check_model, from_siblings, next_command, open_stage
 
 console.quiet()
 
@@ -56,11 +56,14 @@ class PPORecipe(PPOConfig):
 
     "Run"
 
+    keep_checkpoint: bool = False
+    """Keep the last checkpoint once the stage is complete, to train it longer later; needs save_steps."""
     overwrite: bool = False
     """Replace another run's output in output_dir."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kept(self)
         if (self.grader is None) != (self.rubric is None):
             given, missing = ("grader", "rubric") if self.grader else ("rubric", "grader")
             raise InputError(f"--{given} needs --{missing}: a grader model answers a rubric")
@@ -68,15 +71,7 @@ class PPORecipe(PPOConfig):
 
 def ppo(config: PPORecipe) -> dict[str, Any]:
     """The stage: PPO from the SFT model against the reward model; the last update's metrics."""
-    optional = "?" if config.reward_functions or config.grader else ""
-    config = from_siblings(
-        config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl"
-    )
-    check_model(str(config.model), ("base", "sft", "ppo"))
-    if config.reward_model:
-        check_model(config.reward_model, ("reward_model", "judge"))
-    sources = {"model": config.model, "reward_model": config.reward_model, "train_data": config.train_data}
-    sources |= {"eval_data": config.eval_data, "grader": config.grader, "rubric": config.rubric}
+    config, sources = inputs(config)
     stage = open_stage("ppo", config, sources)
     if stage.complete:
         return stage.outputs
@@ -98,6 +93,19 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
     shown = ("score", "kl_nats", "entropy_nats", "explained_variance", "response_tokens", "eos_rate", "kl_coef")
     outputs = {name: metrics[name] for name in shown if name in metrics} | {"updates": trainer.update_index}
     return stage.finish(outputs, trainer.processing_class, str(config.model))
+
+
+def inputs(config: PPORecipe) -> tuple[PPORecipe, dict[str, Any]]:
+    """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
+    optional = "?" if config.reward_functions or config.grader else ""
+    config = from_siblings(
+        config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl"
+    )
+    check_model(str(config.model), ("base", "sft", "ppo"))
+    if config.reward_model:
+        check_model(config.reward_model, ("reward_model", "judge"))
+    names = ("model", "reward_model", "train_data", "eval_data", "grader", "rubric")
+    return config, {name: getattr(config, name) for name in names}
 
 
 def vllm_engine(url: str | None) -> Any:

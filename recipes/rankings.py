@@ -22,6 +22,7 @@ from rlhf.calls import own
 from rlhf.errors import InputError
 from rlhf.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
 from rlhf.run import console
+from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
 from rlhf.shapes import further_columns
 from rlhf_recipes.stage import SECTIONS, from_siblings, next_command, open_stage
@@ -80,7 +81,41 @@ class DataConfig:
 
 
 def rankings(config: DataConfig, folder: Path | None = None) -> dict[str, Any]:
-    """The stage: get rankings, split them by prompt, write them into a folder; None: rankings/ beside the data's."""
+    """The stage: get rankings, split them by prompt, write them into a folder; None: rankings/ beside the data's.
+
+    Of several processes only the first works."""
+    return by_main(lambda: make_rankings(config, folder))
+
+
+def make_rankings(config: DataConfig, folder: Path | None) -> dict[str, Any]:
+    config, sources = inputs(config, folder)
+    stage = open_stage("rankings", config, sources)
+    if stage.complete:
+        return stage.outputs
+    if config.rankings is not None:
+        ranked = _shortened(read_rankings(config.rankings, on_bad_row=config.on_bad_row), config)
+    else:
+        ranked = sample_rankings(config, str(sources["model"]), stage.begin)
+    rest, held_out = split_by_prompt(ranked, config.held_out_fraction, config.seed)
+    train, judge = (
+        split_by_prompt(rest, config.judge_fraction, config.seed + 1) if config.judge_fraction else (rest, [])
+    )
+    prompts = _ppo_prompts(config, train, held_out + judge)
+    stage.begin()
+    files = {
+        "train": map(_row, train),
+        "held_out": map(_row, held_out),
+        "prompts": [{"prompt": p.messages, **p.columns} for p in prompts],
+        "eval_prompts": [{"prompt": list(r.prompt), **r.columns} for r in _distinct(held_out)],
+    }
+    for name, rows in (files | ({"judge": map(_row, judge)} if judge else {})).items():
+        write_jsonl(stage.folder / f"{name}.jsonl", rows)
+    outputs = {"train": len(train), "held_out": len(held_out), "judge": len(judge), "ppo_prompts": len(prompts)}
+    return stage.finish(outputs | {"pairs": sum(len(r.pairs()) for r in train)})
+
+
+def inputs(config: DataConfig, folder: Path | None = None) -> tuple[DataConfig, dict[str, Any]]:
+    """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
     run = Path(config.output_dir).parent
     config = replace(config, output_dir=str(folder or run / "rankings"))
     model: Path | None = None
@@ -91,29 +126,7 @@ def rankings(config: DataConfig, folder: Path | None = None) -> dict[str, Any]:
             raise InputError(f"no earlier stage left {model}, whose responses would be ranked; run `rlhf sft` first")
         if config.labeler is None:
             raise InputError("data.labeler is missing: name a function that ranks, or give data.rankings")
-    stage = open_stage("rankings", config, {"model": model, "rankings": config.rankings, "prompts": config.prompts})
-    if stage.complete:
-        return stage.outputs
-    if config.rankings is not None:
-        ranked = _shortened(read_rankings(config.rankings, on_bad_row=config.on_bad_row), config)
-    else:
-        ranked = sample_rankings(config, str(model), stage.begin)
-    rest, held_out = split_by_prompt(ranked, config.held_out_fraction, config.seed)
-    train, judge = (
-        split_by_prompt(rest, config.judge_fraction, config.seed + 1) if config.judge_fraction else (rest, [])
-    )
-    prompts = _ppo_prompts(config, train, held_out + judge)
-    stage.begin()
-    write_jsonl(stage.folder / "train.jsonl", map(_row, train))
-    write_jsonl(stage.folder / "held_out.jsonl", map(_row, held_out))
-    write_jsonl(stage.folder / "prompts.jsonl", [{"prompt": p.messages, **p.columns} for p in prompts])
-    write_jsonl(
-        stage.folder / "eval_prompts.jsonl", [{"prompt": list(r.prompt), **r.columns} for r in _distinct(held_out)]
-    )
-    if judge:
-        write_jsonl(stage.folder / "judge.jsonl", map(_row, judge))
-    outputs = {"train": len(train), "held_out": len(held_out), "judge": len(judge), "ppo_prompts": len(prompts)}
-    return stage.finish(outputs | {"pairs": sum(len(r.pairs()) for r in train)})
+    return config, {"model": model, "rankings": config.rankings, "prompts": config.prompts}
 
 
 def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -> list[Ranking]:

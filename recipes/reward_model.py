@@ -22,10 +22,11 @@ from rlhf.errors import InputError
 from rlhf.records import HELD_OUT, Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
+from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import drop_checkpoints
 from rlhf.small_files import read_object
-from rlhf_recipes.stage import SECTIONS, Stage, check_model, from_siblings, next_command, open_stage
+from rlhf_recipes.stage import SECTIONS, Stage, check_kept, check_model, from_siblings, next_command, open_stage
 
 if TYPE_CHECKING:
     from reward_models import RewardTrainer
@@ -61,11 +62,14 @@ class RewardRecipe(RewardConfig):
     """Train once per seed and save the model with the lowest loss on selection_data; null: once, with `seed`."""
     sizes: list[int] | None = None
     """Also train on so many training prompts, each set within the next, and write the accuracies to sizes.json."""
+    keep_checkpoint: bool = False
+    """Keep the last checkpoint once the stage is complete, to train it longer later; needs save_steps."""
     overwrite: bool = False
     """Replace another run's output in output_dir."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kept(self)
         for name in ("seeds", "sizes"):
             values = getattr(self, name)
             if values is not None and (not values or min(values) < (name == "sizes") or len(set(values)) < len(values)):
@@ -87,12 +91,10 @@ class Data:
 
 def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, Any]:
     """The stage: train (once per seed), fit the normaliser, measure held-out accuracy, save."""
-    config = from_siblings(config, model="sft", train_data="rankings/train.jsonl", eval_data="?rankings/held_out.jsonl")
-    check_model(str(config.model), ("base", "sft", "ppo"))
-    names = ("model", "train_data", "eval_data", "selection_data", "normalizer_data")
-    stage = open_stage(name, config, {source: getattr(config, source) for source in names})
+    config, sources = inputs(config)
+    stage = open_stage(name, config, sources)
     if stage.complete:
-        (stage.folder / BEST).unlink(missing_ok=True)  # where it was killed right after the manifest
+        by_main(lambda: clean(stage))  # where it was killed right after the manifest
         return stage.outputs
     data = read_data(config)
     from reward_models import RewardModel
@@ -104,18 +106,34 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
     if config.sizes:
         outputs["sizes"] = accuracy_curve(config, data, stage, name)
     outputs |= best_of_seeds(config, data, stage, name) if config.seeds else train_once(trainer, stage, name)
+    wait_for_all()  # the main process has saved the model
     scorer = RewardModel.load(stage.folder, dtype=compute_dtype(config.bf16))
-    outputs = report_after_training(scorer, data.held_out, data.train, stage.folder, config.seed) | outputs
+    measured = by_main(lambda: report_after_training(scorer, data.held_out, data.train, stage.folder, config.seed))
+    outputs = measured | outputs
     outputs |= {"score_mean": scorer.normalizer.mean, "score_std": scorer.normalizer.std}
     if config.sizes:
         last = {"prompts": _prompts(data.train), "rankings": len(data.train)}
         outputs["sizes"].append(last | {key: outputs[key] for key in ("accuracy", "accuracy_ci", "n")})
-        write_json_atomic(stage.folder / "sizes.json", outputs["sizes"])
+        by_main(lambda: write_json_atomic(stage.folder / "sizes.json", outputs["sizes"]))
     stage.finish(outputs, scorer.tokenizer, str(config.model))
-    (stage.folder / BEST).unlink(missing_ok=True)  # its weights are in the model now
+    by_main(lambda: clean(stage))
+    return outputs
+
+
+def inputs(config: RewardRecipe) -> tuple[RewardRecipe, dict[str, Any]]:
+    """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
+    config = from_siblings(config, model="sft", train_data="rankings/train.jsonl", eval_data="?rankings/held_out.jsonl")
+    check_model(str(config.model), ("base", "sft", "ppo"))
+    names = ("model", "train_data", "eval_data", "selection_data", "normalizer_data")
+    return config, {source: getattr(config, source) for source in names}
+
+
+def clean(stage: Stage) -> None:
+    """Delete what a complete stage needs no more: the best weights are in the model now, the seeds' in its manifest."""
+    if not stage.keep_checkpoint:
+        (stage.folder / BEST).unlink(missing_ok=True)
     for folder in [*stage.folder.glob("seed-*"), *stage.folder.glob("size-*")]:
         shutil.rmtree(folder)
-    return outputs
 
 
 def read_data(config: RewardRecipe) -> Data:
@@ -188,11 +206,9 @@ def best_of_seeds(config: RewardRecipe, data: Data, stage: Stage, name: str) -> 
         seed: _once(replace(config, seed=seed), stage.folder / f"seed-{seed}", train) for seed in config.seeds or []
     }
     seed = min(found, key=lambda number: found[number]["eval_loss"])
-    _barrier()
-    if _is_main():
-        left = shutil.ignore_patterns("checkpoint-*", BEST, RESULT)
-        shutil.copytree(stage.folder / f"seed-{seed}", stage.folder, ignore=left, dirs_exist_ok=True)
-    _barrier()
+    left = shutil.ignore_patterns("checkpoint-*", BEST, RESULT)
+    chosen = stage.folder / f"seed-{seed}"
+    by_main(lambda: str(shutil.copytree(chosen, stage.folder, ignore=left, dirs_exist_ok=True)))
     spread = {}
     for key in ("eval_loss", "accuracy"):
         values = [result[key] for result in found.values()]
@@ -228,11 +244,10 @@ RESULT = "result.json"
 
 def _once(config: RewardRecipe, folder: Path, train: Callable[[RewardRecipe], dict[str, Any]]) -> dict[str, Any]:
     """What `train` says of one of several runs, in a folder of its own; a run that is done is not done again."""
-    if not (folder / RESULT).is_file():
+    if not by_main((folder / RESULT).is_file):
         result = train(replace(config, output_dir=str(folder)))
-        if _is_main():
-            write_json_atomic(folder / RESULT, result)
-            drop_checkpoints(folder)
+        by_main(lambda: write_json_atomic(folder / RESULT, result))
+        by_main(lambda: drop_checkpoints(folder))
         return result
     return read_object(folder / RESULT)
 
@@ -248,19 +263,6 @@ def _card(trainer: RewardTrainer, data: Data, seed: int) -> dict[str, Any]:
 
     scorer = RewardModel(trainer.model, trainer.processing_class, trainer.normalizer)
     return report_card(scorer, data.held_out, seed=seed)
-
-
-def _is_main() -> bool:
-    import torch
-
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _barrier() -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def _prompts(rankings: Sequence[Ranking]) -> int:

@@ -17,7 +17,7 @@ from rlhf.records import read_demonstrations
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.sft.config import SFTConfig
-from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
+from rlhf_recipes.stage import SECTIONS, check_kept, check_model, from_siblings, next_command, open_stage
 
 console.quiet()
 
@@ -45,18 +45,19 @@ class SFTRecipe(SFTConfig):
 
     "Run"
 
+    keep_checkpoint: bool = False
+    """Keep the last checkpoint once the stage is complete, to train it longer later; needs save_steps."""
     overwrite: bool = False
     """Replace another run's output in output_dir."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kept(self)
 
 
 def sft(config: SFTRecipe) -> dict[str, Any]:
     """The stage: train, save, leave a manifest; its numbers."""
-    demonstrations = "data/demonstrations.jsonl"
-    if not (Path(config.output_dir).parent / demonstrations).exists():
-        demonstrations = "rankings/train.jsonl"
-    config = from_siblings(config, model="base", train_data=demonstrations)
-    check_model(str(config.model), ("base", "sft", "ppo"))
-    sources = {"model": config.model, "train_data": config.train_data, "eval_data": config.eval_data}
+    config, sources = inputs(config)
     stage = open_stage("sft", config, sources)
     if stage.complete:
         return stage.outputs
@@ -74,6 +75,16 @@ def sft(config: SFTRecipe) -> dict[str, Any]:
     with full_disk_explained(stage.folder):
         trainer.save_model(str(stage.folder))
     return stage.finish(outputs, trainer.processing_class, str(config.model))
+
+
+def inputs(config: SFTRecipe) -> tuple[SFTRecipe, dict[str, Any]]:
+    """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
+    demonstrations = "data/demonstrations.jsonl"
+    if not (Path(config.output_dir).parent / demonstrations).exists():
+        demonstrations = "rankings/train.jsonl"
+    config = from_siblings(config, model="base", train_data=demonstrations)
+    check_model(str(config.model), ("base", "sft", "ppo"))
+    return config, {"model": config.model, "train_data": config.train_data, "eval_data": config.eval_data}
 
 
 def mean_loss(log: Sequence[Mapping[str, float]]) -> float:

@@ -9,7 +9,7 @@ seconds, and `--help`, a mistyped flag and a stage that is complete need none of
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -19,19 +19,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf import chat
-from rlhf.config import NO_EFFECT, to_dict
+from rlhf.config import to_dict
 from rlhf.errors import InputError
-from rlhf.run import console
+from rlhf.run import console, lock
+from rlhf.run.changes import no_effect
 from rlhf.run.checkpoint import require_disk
-from rlhf.run.stages import (
-    Manifest,
-    begin_stage,
-    data_fingerprint,
-    drop_checkpoints,
-    finish_stage,
-    stage_state,
-    tokenizer_hash,
-)
+from rlhf.run.fingerprint import data_fingerprint, tokenizer_hash
+from rlhf.run.lookup import look_up
+from rlhf.run.owner import by_main
+from rlhf.run.stages import Manifest, State, begin_stage, drop_checkpoints, finish_stage, stage_state
 
 Config = TypeVar("Config")
 SECTIONS = ("data", "base", "sft", "reward_model", "ppo", "evaluation")
@@ -51,14 +47,27 @@ class Stage:
     seconds: float
     started: float
     overwrite: bool = False
+    keep_checkpoint: bool = False
+    begun: bool = False
 
     def begin(self) -> None:
-        """Write down what the stage was given. Called once all of it has been read and found good, right before the
-        work: a mistake in the input leaves nothing behind that the corrected run would trip over."""
-        wait_for_all()  # each has seen the folder as it was
-        if is_first():
+        """Take the folder and write down what the stage was given. Called once all of it has been read and found good,
+        right before the work: a mistake in the input leaves nothing behind that the corrected run would trip over.
+        The folder is this run's until the stage, or its process, ends."""
+        if not self.begun:
+            by_main(self._begin)
+        self.begun = True
+
+    def _begin(self) -> None:
+        lock.hold(self.folder)
+        try:
+            if stage_state(self.folder, self.inputs, self.overwrite) != ("interrupted" if self.resuming else "absent"):
+                seen = "another process has worked in it meanwhile"
+                raise InputError(f"output_dir {self.folder}: {seen}; run the same command again")
             begin_stage(self.folder, self.inputs, self.overwrite)
-        wait_for_all()
+        except BaseException:
+            lock.release(self.folder)
+            raise
 
     def finish(self, outputs: dict[str, Any], tokenizer: Any = None, base_model: str | None = None) -> dict[str, Any]:
         """Write the manifest, which makes the stage complete; returns `outputs`."""
@@ -73,29 +82,16 @@ class Stage:
             stage=self.name, inputs=self.inputs, seed=self.seed, outputs=outputs, seconds=self.seconds,
             base_model=base_model, **about,
         )  # fmt: skip
-        wait_for_all()  # the first has saved the model
-        if is_first():
-            finish_stage(self.folder, manifest)
-        wait_for_all()
+        by_main(lambda: self._finish(manifest))
         console.stage_line(self.name, f"done in {self.seconds:.0f} s  {_shown(outputs)}")
         console.stage_line("", f"saved in {self.folder}")
         for page in sorted(self.folder.glob("*.html")):
             console.stage_line("", f"report {page}")
         return outputs
 
-
-def is_first() -> bool:
-    """Whether this is the only process or the first of several: the one that writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def wait_for_all() -> None:
-    """Wait until every process of the run is here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch
-
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+    def _finish(self, manifest: Manifest) -> None:
+        finish_stage(self.folder, manifest, self.keep_checkpoint)
+        lock.release(self.folder)
 
 
 def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
@@ -105,23 +101,50 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
     sources: the models and data it reads, by name; their fingerprints go into the manifest, and a stage whose
     inputs changed is not taken for complete. Raises InputError where output_dir belongs to another run.
     """
-    folder = Path(config.output_dir)
-    inputs = {
-        "config": to_dict(config, without=(*NO_EFFECT, "overwrite", *sources)),
-        **{source: fingerprint_of(value) for source, value in sources.items() if value is not None},
-    }
-    overwrite = getattr(config, "overwrite", False)
-    state = stage_state(folder, inputs, overwrite)
-    if state == "complete":
-        manifest = Manifest.read(folder)
-        drop_checkpoints(folder)
+    folder, overwrite = Path(config.output_dir), getattr(config, "overwrite", False)
+    keep = bool(getattr(config, "keep_checkpoint", False))
+
+    def look() -> tuple[dict[str, Any], State, Manifest | None]:
+        inputs = inputs_of(config, sources)
+        state = stage_state(folder, inputs, overwrite)
+        if state == "complete":
+            if lock.is_free(folder):  # else the run that has just finished does this
+                drop_checkpoints(folder, keep=int(keep))
+            return inputs, state, Manifest.read(folder)
+        lock.require_free(folder)
+        require_disk(folder, needed_bytes(config, sources.get("model")))
+        return inputs, state, None
+
+    inputs, state, manifest = by_main(look)
+    if manifest is not None:
         console.stage_line(name, "complete, skipped")
-        return Stage(name, folder, inputs, config.seed, True, False, manifest.outputs, manifest.seconds, 0.0)
-    require_disk(folder, needed_bytes(config, sources.get("model")))
+        seconds, done = manifest.seconds, manifest.outputs
+        return Stage(name, folder, inputs, config.seed, True, False, done, seconds, 0.0, keep_checkpoint=keep)
     resuming = state == "interrupted"
     if resuming:
         console.stage_line(name, "was interrupted: going on")
-    return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, time.perf_counter(), overwrite)
+    started = time.perf_counter()
+    return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, started, overwrite, keep)
+
+
+def inputs_of(config: Any, sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides a stage's result: its settings, the models and data that it reads, and the files of the
+    functions that its settings name."""
+    settings = to_dict(config, without=(*no_effect(config), "overwrite", *sources))
+    texts = [text for value in to_dict(config).values() for text in (value if isinstance(value, list) else [value])]
+    code = {text: file for text in texts if isinstance(text, str) and (file := _function_file(text))}
+    given = {source: fingerprint_of(value) for source, value in sources.items() if value is not None}
+    files = {text: data_fingerprint(file) for text, file in code.items()}
+    return {"config": settings, **given} | ({"code": files} if files else {})
+
+
+def _function_file(spec: str) -> Path | None:
+    """Return the file of a function written as file.py:name; one that isn't there is named where it is imported."""
+    found = re.fullmatch(r"(.+\.py):\w+", spec)
+    try:
+        return look_up(found[1], spec) if found else None
+    except InputError:
+        return None
 
 
 def next_command(
@@ -160,13 +183,14 @@ def needed_bytes(config: Any, model: Any) -> int:
 
 
 def fingerprint_of(source: Any) -> Any:
-    """What identifies an input: an earlier stage's manifest, a file's content, else its name."""
-    path = Path(str(source))
-    if (path / "manifest.json").is_file():
-        return Manifest.read(path).fingerprint
-    if path.is_file():
-        return data_fingerprint(path)
-    return str(source)
+    """What identifies an input: the content of a file or folder (with an earlier stage's manifest), else its name."""
+    path = Path(str(source)).expanduser()
+    if not path.exists():
+        return str(source)
+    content = data_fingerprint(path)
+    if not (path / "manifest.json").is_file():
+        return content
+    return {"manifest": Manifest.read(path).fingerprint, "content": content}
 
 
 def from_siblings(config: Config, **places: str) -> Config:
@@ -182,6 +206,12 @@ def from_siblings(config: Config, **places: str) -> Config:
         elif not optional:
             raise InputError(f"--{name} is missing, and no earlier stage left {path}; name it")
     return replace(config, **filled)  # type: ignore[type-var]
+
+
+def check_kept(config: Any) -> None:
+    """Raise InputError where `keep_checkpoint` has no checkpoint to keep."""
+    if config.keep_checkpoint and not config.save_steps:
+        raise InputError("keep_checkpoint needs checkpoints: set save_steps too, say to 100")
 
 
 def check_model(path: str, stages: tuple[str, ...]) -> None:

@@ -40,8 +40,9 @@ from rlhf.padding import position_ids
 from rlhf.records import HELD_OUT, Ranking, check_disjoint, read_demonstrations, read_rankings
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
+from rlhf.run.fingerprint import of_run
+from rlhf.run.owner import by_main
 from rlhf.run.precision import log_choice
-from rlhf.run.resume import resume_point
 from rlhf.sources import Source
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class RewardTrainer(trl.RewardTrainer):
         held_out = None if eval_dataset is None else read_rankings(eval_dataset, HELD_OUT, bad)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
+        given = by_main(lambda: of_run(tokenizer, train, model=model))
         reward_model = prepare_model(model, tokenizer, config, peft_config)
         limit = encoders.position_limit(reward_model) if encoders.is_encoder(reward_model.config) else None
         self._max_length = min(config.max_length, limit or config.max_length)
@@ -125,8 +127,8 @@ class RewardTrainer(trl.RewardTrainer):
             callbacks=callbacks,
         )
         attach(self, "reward model", ("loss", "accuracy", "margin", "eval_accuracy"), config.output_dir)
-        self._settings = resume_settings(config, RewardConfig)
-        self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
+        settings = {**resume_settings(config, RewardConfig), **given}
+        self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)
         self._keeper = KeepBest(config.output_dir)
         if config.keep_best:
             if distributed.is_sharded(reward_model):
@@ -220,12 +222,11 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> TrainOutput:
         """Train, take the best weights (`keep_best`), then measure the normaliser; `resume_from_checkpoint=True`
         resumes from the newest complete checkpoint, if there is one."""
-        folder = resume_point(self.accelerator, self.config.output_dir, resume_from_checkpoint, self._settings)
-        if folder is None:
-            check_reward_model(self)
-        self._seen.clear()
-        with self._babysitter.watch():
-            output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
+            if checkpoint is None:
+                check_reward_model(self)
+            self._seen.clear()
+            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         drop_input_hooks(cast(nn.Module, self.model))
         if self.config.keep_best:
             self._take_best()

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from rlhf.errors import InputError, require_divides, run, unknown
 from rlhf.flags import all_flags, print_help, put, read_flags, unknown_name
 from rlhf.hints import allows_none, expected, field_of, hints_of, is_list, is_required, one_line, sections_of, shown
+from rlhf.run.changes import no_effect
 from rlhf.run.functions import import_function
 from rlhf.run.lookup import look_up
 from rlhf.run.settings import split_names
@@ -51,15 +52,6 @@ Places = dict[tuple[str, ...], str]  # field -> where it was given: "toy.yaml:12
 
 INHERITED = ("seed", "output_dir")
 """Fields that a section takes from the level above it when it has no value of its own."""
-
-NO_EFFECT = (
-    "output_dir", "overwrite", "report_to", "run_name", "project", "logging_steps", "save_steps", "save_rollouts",
-    "samples_logged",
-    "microbatch_size", "tokens_per_microbatch", "generation_batch_size", "gradient_checkpointing",
-    "save_total_limit", "on_alarm", "preflight", "on_score_failure", "score_timeout_seconds", "vllm_server",
-)  # fmt: skip
-"""Fields that don't change what a run computes, or only what it does when something goes wrong: not part of its
-fingerprint, so that an interrupted run may go on with others."""
 
 
 # ---------------------------------------------------------------- reading
@@ -261,8 +253,8 @@ def to_yaml(config: Any) -> str:
 
 
 def fingerprint(config: Any) -> str:
-    """sha256 of the canonical JSON of what a run computes (everything but ``NO_EFFECT``)."""
-    text = json.dumps(to_dict(config, NO_EFFECT), sort_keys=True, separators=(",", ":"))
+    """sha256 of the canonical JSON of what a run computes (see `rlhf.run.changes`)."""
+    text = json.dumps(to_dict(config, no_effect(config)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -271,5 +263,5 @@ def resume_settings(config: Any, cls: type) -> dict[str, Any]:
 
     ``cls`` is the trainer's config; what a recipe's config adds to it (paths) may have moved.
     """
-    names = {item.name for item in dataclasses.fields(cls)} - {*NO_EFFECT, "eval_steps"}
+    names = {item.name for item in dataclasses.fields(cls)} - {*no_effect(config)}
     return {name: value for name, value in to_dict(config).items() if name in names}

@@ -6,7 +6,6 @@ leaves them before you trust it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import InputError, short
+from rlhf.jsonl import read_rows, to_line
 
 
 @dataclass(frozen=True)
@@ -239,28 +238,13 @@ def from_logs(logs: Mapping[str, Any]) -> dict[str, float]:
 def append_metrics(path: str | Path, step: int, numbers: Mapping[str, float]) -> None:
     """Add a line ``{"step": ., "<metric>": .}``; NaN and infinity become null."""
     row = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **row}) + "\n")
+    with Path(path).open("ab") as file:
+        file.write(to_line({"step": step, **row}))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Read the lines of a metrics.jsonl; null becomes NaN, and a last line that a killed run cut is dropped."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"expected an object, got {short(line, 40)}")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number}: broken JSON: {error}") from None
-        rows.append({name: math.nan if value is None else value for name, value in row.items()})
-    return rows
+    return [{name: math.nan if value is None else value for name, value in row.items()} for _, row in read_rows(path)]
 
 
 def truncate(path: str | Path, step: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from rlhf import shapes
 from rlhf.errors import InputError
+from rlhf.jsonl import to_line
 from rlhf.messages import ROLES, Messages, check_messages, check_prompt, check_texts
 from rlhf.shapes import Unusable
 from rlhf.sources import HELD_OUT, Source, name_of, rows, show, wrong
@@ -177,7 +178,7 @@ def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
             # No name and no time in the header, so that equal rows make equal bytes.
             out = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
             for row in rows:
-                out.write((json.dumps(_to_row(row), ensure_ascii=False) + "\n").encode())
+                out.write(to_line(_to_row(row)))
             if out is not raw:
                 out.close()
         os.replace(temporary, path)

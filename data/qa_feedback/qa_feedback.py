@@ -41,7 +41,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: no such file; download it from github.com/allenai/FineGrainedRLHF")
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    yield from json.loads(text) if text.lstrip().startswith("[") else map(json.loads, text.splitlines())
+    yield from json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(None, text.split("\n")))
 
 
 def main(argv: list[str]) -> None:

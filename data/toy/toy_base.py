@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from rlhf.chat import encode_conversation, prepare_tokenizer
+from rlhf.jsonl import read_rows
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIALS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>")
@@ -22,8 +23,7 @@ SPECIALS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>")
 
 def read_documents(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of ``pretraining.jsonl``."""
-    with Path(path).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    return [row for _, row in read_rows(path)]
 
 
 def _texts(document: dict[str, Any]) -> list[str]:

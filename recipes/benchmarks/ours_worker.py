@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from synthetic import make_prompts  # noqa: E402
 from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
+from rlhf.metrics import read_metrics  # noqa: E402
 from rlhf.models.adapters import lora_config  # noqa: E402
 from rlhf.models.scalar import new_scalar_model  # noqa: E402
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer  # noqa: E402
@@ -62,7 +62,7 @@ def train(job: Job) -> Result:
     )
     trainer.engine.stop_ids = ()  # every response has `new_tokens` tokens
     trainer.train()
-    logged = [json.loads(line) for line in Path(job["folder"], "metrics.jsonl").read_text().splitlines()]
+    logged = read_metrics(Path(job["folder"], "metrics.jsonl"))
     updates = [{name: row[f"{name}_seconds"] for name in PHASES} | {"step": row["step_seconds"]} for row in logged]
     tokens = [row["response_tokens"] * case.rollout_size for row in logged]
     return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}

@@ -18,7 +18,7 @@ from torch import nn
 from rlhf import packing
 from rlhf.cpu import attention, drawing, gated, lora, memory, norms, waiting
 
-__all__ = ["draw", "for_sampling", "give_way", "prepare", "release_memory"]
+__all__ = ["draw", "for_sampling", "give_way", "prepare", "release_memory", "restore"]
 
 draw = drawing.draw
 release_memory = memory.release_freed_memory
@@ -48,6 +48,16 @@ def prepare(models: Models) -> None:
         norms.fuse(part)
         gated.fuse(part)
     models.packs = all(attention.uses_short_rows(part) and packing.can_pack(part) for part in parts)
+
+
+def restore(models: Models) -> None:
+    """Undo `prepare`: the models are plain objects again, which can be pickled and run anywhere."""
+    models.packs = False
+    for part in (models.policy, models.reference, models.value):
+        if part is not None:
+            attention.use_sdpa(part)
+            lora.separate(part)
+            norms.lengthen(part)  # and what `gated` changed
 
 
 @contextmanager

@@ -130,6 +130,18 @@ def use_short_rows(model: Any) -> None:
             config._attn_implementation = NAME
 
 
+def use_sdpa(model: Any) -> None:
+    """Let a model that uses `short_rows` use torch's fused kernel again."""
+    if not uses_short_rows(model):
+        return
+    model = base_model(model)
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == NAME:
+            config._attn_implementation = "sdpa"
+
+
 def uses_short_rows(model: Any) -> bool:
     """Return whether a model is on a CPU and computes attention by `short_rows`."""
     plain = base_model(model)

@@ -125,6 +125,14 @@ def fuse(model: nn.Module) -> None:
             module.__class__ = FusedLinear
 
 
+def separate(model: nn.Module) -> None:
+    """Give the layers that `fuse` changed peft's own class back."""
+    for module in model.modules():
+        if type(module) is FusedLinear:
+            vars(module).pop("merged_weight", None)
+            module.__class__ = LoraLinear  # type: ignore[assignment]
+
+
 @contextmanager
 def merged(model: nn.Module) -> Iterator[list[FusedLinear]]:
     """Let every fused layer compute one product with ``W + scaling * B A`` inside the context; yield these layers.

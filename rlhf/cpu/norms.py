@@ -56,10 +56,20 @@ def shorten(model: nn.Module, alike: Callable[[Any], bool], forward: Callable[..
     for module in model.modules():
         kind = type(module)
         if kind not in known:
-            known[kind] = type(kind.__name__, (kind,), {"forward": forward}) if alike(module) else None
+            known[kind] = (
+                type(kind.__name__, (kind,), {"forward": forward, "shortens": kind}) if alike(module) else None
+            )
         short = known[kind]
         if short is not None:
             module.__class__ = short
+
+
+def lengthen(model: nn.Module) -> None:
+    """Give modules that `shorten` changed their own class and forward back."""
+    for module in model.modules():
+        kind = vars(type(module)).get("shortens")
+        if kind is not None:
+            module.__class__ = kind
 
 
 @torch.no_grad()

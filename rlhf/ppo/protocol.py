@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -54,6 +55,8 @@ class Trainer(Protocol):
     pad_id: int
     reference_given: bool
     origin: Origin
+    given: Mapping[str, Any]
+    """Fingerprints of the data, models and reward functions (`rlhf.run.fingerprint.of_run`)."""
     peft_config: LoraConfig | None
     update_index: int
     loop: CallbackLoop

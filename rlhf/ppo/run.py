@@ -24,41 +24,58 @@ from rlhf.errors import InputError
 from rlhf.padding import make_batch
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import samples
+from rlhf.ppo.preflight import check_ppo
 from rlhf.ppo.protocol import State, Trainer
 from rlhf.ppo.rollout import ReadyRollout
 from rlhf.ppo.saved import Save, saving_update, update_folder
 from rlhf.ppo.scoring import raw_scores
 from rlhf.run import distributed
 from rlhf.run.checkpoint import full_disk_explained, mark_complete, random_state, restore_random_state, save_checkpoint
+from rlhf.run.lock import training_in
+from rlhf.run.owner import by_main
 from rlhf.run.readable import BROKEN, first_sentence
-from rlhf.run.resume import TERMINATED, Termination, resume_point
+from rlhf.run.resume import Termination, resume_point, set_aside
 
 log = logging.getLogger("rlhf")
 
 
 class Run:
-    """A run of a trainer, as a context manager around its loop: `while run.goes_on(): ...; run.updated(...)`."""
+    """A run of a trainer, as a context manager around its loop: `while run.goes_on(): ...; run.updated(...)`.
+
+    On entry it takes the folder, restores the checkpoint to continue from, or checks a trainer at its beginning."""
 
     def __init__(self, trainer: Trainer, resume_from_checkpoint: bool | str | Path | None = None):
         self.trainer = trainer
-        self.settings = resume_settings(trainer.args, PPOConfig)
+        self.asked = resume_from_checkpoint
+        self.settings = {**resume_settings(trainer.args, PPOConfig), **trainer.given}
         self.folder = Path(trainer.args.output_dir)
         self.termination = Termination(trainer.accelerator)
         self._around = ExitStack()  # contexts of the whole run
         self._saving = ExitStack()  # contexts of the current update
         self._save: Save | None = None
-        checkpoint = resume_point(trainer.accelerator, self.folder, resume_from_checkpoint, self.settings)
-        self.resumed = checkpoint is not None
-        if checkpoint is not None:
-            load_checkpoint(trainer, checkpoint)
 
     def __enter__(self) -> Run:
-        self.trainer.loop.begin(self.trainer.update_index, self.trainer.args.updates)
-        self.metrics = self.trainer.loop.last_metrics()
-        self._around.enter_context(self.termination)
-        self._around.enter_context(full_disk_explained(self.folder))
-        self._around.enter_context(self._saving)  # ends first, whatever it raises
+        with ExitStack() as around:
+            around.enter_context(training_in(self.folder))
+            self._restore()
+            self.trainer.loop.begin(self.trainer.update_index, self.trainer.args.updates)
+            self.metrics = self.trainer.loop.last_metrics()
+            around.enter_context(self.termination)
+            around.enter_context(full_disk_explained(self.folder))
+            around.enter_context(self._saving)  # ends first, whatever it raises
+            self._around = around.pop_all()
         return self
+
+    def _restore(self) -> None:
+        trainer = self.trainer
+        if not self.asked and trainer.loop.begun:  # the same run, trained on by a second train()
+            by_main(lambda: set_aside(self.folder, trainer.update_index))
+            return
+        checkpoint = resume_point(self.folder, self.asked, self.settings)
+        if checkpoint is not None:
+            load_checkpoint(trainer, checkpoint)
+        else:
+            check_ppo(trainer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -83,7 +100,9 @@ class Run:
         return True
 
     def updated(self, rollout: ReadyRollout, metrics: dict[str, float]) -> None:
-        """Log an update; evaluate and save if that is due. Raises SystemExit(143) after SIGTERM."""
+        """Log an update; evaluate and save if that is due.
+
+        Raises SystemExit(143) after SIGTERM, KeyboardInterrupt after SIGINT."""
         trainer, args = self.trainer, self.trainer.args
         tokens = distributed.total(trainer.accelerator, rollout.response_tokens.sum())
         self.metrics = metrics | trainer.clock.metrics(tokens)
@@ -99,17 +118,17 @@ class Run:
         terminated = self.termination.agreed()
         if self._due(args.save_steps) or trainer.loop.should_save or terminated:
             self.save_checkpoint()
-        if terminated:
-            raise SystemExit(TERMINATED)
+        self.termination.leave()
 
     @contextmanager
     def kept_on_failure(self) -> Iterator[None]:
-        """Write a checkpoint before an error inside (of a reward function, say) ends the run, so no update is lost."""
+        """Write a checkpoint before an error of a reward function inside ends the run, so no update is lost."""
         try:
             yield
         except Exception:
             trainer = self.trainer
             if trainer.args.save_steps and trainer.update_index and trainer.accelerator.num_processes == 1:
+                self.settings.pop("reward_funcs", None)  # a resumed run may have mended them
                 self.save_checkpoint()
             raise
 

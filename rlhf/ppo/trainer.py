@@ -34,7 +34,9 @@ from rlhf.ppo.saved import Origin
 from rlhf.ppo.scoring import raw_scores
 from rlhf.records import Prompt
 from rlhf.run import distributed, precision
+from rlhf.run.fingerprint import of_run
 from rlhf.run.loop import CallbackLoop, callback_arguments
+from rlhf.run.owner import by_main
 from rlhf.run.plot import Plot, plot
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import Engine, Follower, Responses
@@ -85,6 +87,8 @@ class PPOTrainer:
         distributed.configure(self.accelerator)
         start = inputs.value_start(value_model, self.reward_funcs, tokenizer, args)
         self.origin = Origin.of(args, self.accelerator, self.reward_funcs, model, ref_model, start)
+        models_given = {"model": model, "ref_model": ref_model, "value_model": start}
+        self.given = by_main(lambda: of_run(tokenizer, self.prompts, self.reward_funcs, **models_given))
         self.peft_config = peft_config
         self.reference_given = ref_model is not None  # if not, preflight checks that the KL at step 0 is 0
         self.actor_critic = models = build.models_for(args, model, ref_model, start, peft_config, dtype).to(self.device)
@@ -115,20 +119,21 @@ class PPOTrainer:
 
         resume_from_checkpoint: True continues from the newest checkpoint in output_dir, a path from that one. Raises
         RunStopped when the run cannot continue (NaN, a full disk) or an alarm stops it (`args.on_alarm`). On SIGTERM
-        it finishes the current update, writes a checkpoint and raises SystemExit(143).
+        it finishes the current update, writes a checkpoint and raises SystemExit(143); on Ctrl-C KeyboardInterrupt.
         """
-        run = Run(self, resume_from_checkpoint)
-        if not run.resumed:
-            preflight.check_ppo(self)
-        with run:
-            while run.goes_on():
-                rollout = self.collect(self.next_prompts())
-                with run.kept_on_failure():
-                    scored = self.score(rollout)
-                ready = self.advantages(scored)
-                metrics = self.update(ready)
-                run.updated(ready, metrics)
-        return run.metrics
+        cpu.prepare(self.actor_critic)  # again, after an earlier train()
+        try:
+            with Run(self, resume_from_checkpoint) as run:
+                while run.goes_on():
+                    rollout = self.collect(self.next_prompts())
+                    with run.kept_on_failure():
+                        scored = self.score(rollout)
+                    ready = self.advantages(scored)
+                    metrics = self.update(ready)
+                    run.updated(ready, metrics)
+            return run.metrics
+        finally:
+            cpu.restore(self.actor_critic)  # the user's model object is a plain one again
 
     def next_prompts(self) -> list[Prompt]:
         """Return this process's share of the current update's prompts: a pure function of (seed, update), in which

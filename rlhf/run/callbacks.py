@@ -18,7 +18,8 @@ from transformers import ProgressCallback as TqdmCallback
 from rlhf import cpu, metrics
 from rlhf.errors import RunStopped
 from rlhf.run import checkpoint, console
-from rlhf.run.resume import TERMINATED, Termination
+from rlhf.run.lock import training_in
+from rlhf.run.resume import Termination, resume_point
 
 log = logging.getLogger("rlhf")
 
@@ -47,6 +48,7 @@ class Babysitter:
     """What watches a transformers Trainer of ours: whole checkpoints, alarms, finite gradients, SIGTERM."""
 
     def __init__(self, trainer: Any, settings: Mapping[str, Any], keep: int, on_alarm: OnAlarm):
+        self.trainer, self.settings = trainer, settings
         self.alarms = Alarms(on_alarm)
         self.termination = Termination(trainer.accelerator)
         self.device = trainer.accelerator.device
@@ -55,15 +57,23 @@ class Babysitter:
             trainer.add_callback(callback)
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Around `Trainer.train`: leaves with SystemExit(143) after SIGTERM, with RunStopped after an alarm that stops
-        or on a full disk."""
-        cpu.give_way(self.device)
-        with self.termination, checkpoint.full_disk_explained(self.folder):
-            yield
-        if self.termination.received:
-            raise SystemExit(TERMINATED)
-        self.alarms.raise_if_stopped()
+    def watch(self, resume_from_checkpoint: bool | str | Path | None) -> Iterator[Path | None]:
+        """Around `Trainer.train`, while the folder is locked: yields the checkpoint to continue from.
+
+        Leaves with SystemExit(143) after SIGTERM, with KeyboardInterrupt after SIGINT, with RunStopped after an alarm
+        that stops or on a full disk."""
+        with training_in(self.folder):
+            cpu.give_way(self.device)
+            found = resume_point(self.folder, resume_from_checkpoint, self.settings)
+            try:
+                with self.termination, checkpoint.full_disk_explained(self.folder):
+                    yield found
+            finally:
+                for module in self.trainer.model.modules():  # hooks of gradient checkpointing can't be pickled
+                    if hasattr(module, "_require_grads_hooks"):
+                        module.disable_input_require_grads()
+            self.termination.leave()
+            self.alarms.raise_if_stopped()
 
 
 class MarkComplete(TrainerCallback):
@@ -137,7 +147,7 @@ class FiniteGradients(TrainerCallback):
 
 
 class SaveAndStop(TrainerCallback):
-    """After SIGTERM: the step in hand was the last one, and a checkpoint is written."""
+    """After SIGTERM or SIGINT: the step in hand was the last one, and a checkpoint is written."""
 
     def __init__(self, termination: Termination) -> None:
         self.termination = termination

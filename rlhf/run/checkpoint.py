@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from rlhf.errors import InputError, RunStopped, short
+from rlhf.run.changes import MISSING, changes, shown
 from rlhf.run.readable import require_readable
 
 if TYPE_CHECKING:
@@ -189,11 +190,10 @@ def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
         if _fingerprint(path)[1] != digest:
             raise InputError(f"{checkpoint}: {name} is not what was written (its sha256 differs)")
     require_readable(checkpoint)
-    for name, now in plain(settings).items():
-        if saved.get(name) != now:
-            raise InputError(
-                f"{checkpoint}: made with {name}={saved.get(name)}, now {now}; use the same, or another output_dir"
-            )
+    known = {name: now for name, now in plain(settings).items() if name in saved}  # not those of a newer version
+    if found := [change for change in changes(saved, known) if change.now is not MISSING and not change.grown]:
+        named = "; ".join(f"{name}={shown(before)}, now {shown(now)}" for name, before, now in found)
+        raise InputError(f"{checkpoint}: made with {named}; use the same, or another output_dir")
 
 
 def latest_checkpoint(folder: str | Path, settings: Settings) -> Path | None:

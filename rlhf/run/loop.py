@@ -20,6 +20,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
+from rlhf.jsonl import lines_of, to_line
 from rlhf.run.callbacks import PPO_NUMBERS, Alarms, JsonlCallback, with_bar
 from rlhf.run.trl_arguments import training_arguments
 
@@ -53,6 +54,7 @@ class CallbackLoop:
         self.state = TrainerState(is_local_process_zero=self.main, is_world_process_zero=self.main)
         self.control = TrainerControl()
         self.samples = Path(config.output_dir, "samples.jsonl")
+        self.begun = False
         trackers = get_reporting_integration_callbacks(args.report_to)
         metrics = JsonlCallback(Path(config.output_dir, "metrics.jsonl"))
         self.alarms = Alarms(config.on_alarm)
@@ -79,6 +81,7 @@ class CallbackLoop:
 
     def begin(self, step: int, steps: int) -> None:
         """Send on_train_begin after `step` of `steps` updates; drop samples of later updates from samples.jsonl."""
+        self.begun = True
         self.state.global_step, self.state.max_steps = step, steps
         if self.main:
             self._truncate_samples(step)
@@ -101,8 +104,8 @@ class CallbackLoop:
         if self.main and samples:
             columns = {name: values[: len(samples)] for name, values in self._extra_columns.items()}
             rows = [row | {name: values[i] for name, values in columns.items()} for i, row in enumerate(samples)]
-            with self.samples.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            with self.samples.open("ab") as file:
+                file.writelines(to_line(row, default=str) for row in rows)
         self._extra_metrics.clear()
         self._extra_columns.clear()
 
@@ -145,16 +148,15 @@ class CallbackLoop:
         """Drop the samples that a killed run wrote after its last checkpoint: the resumed run writes them again."""
         self.samples.parent.mkdir(parents=True, exist_ok=True)
         if self.samples.is_file():
-            lines = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)
             writing = self.samples.with_name(f".{self.samples.name}.writing")
             writing.unlink(missing_ok=True)
-            with writing.open("x", encoding="utf-8") as file:  # never through a link that somebody left there
-                file.writelines(line for line in lines if _step(line) <= step)
+            with writing.open("xb") as file:  # never through a link that somebody left there
+                file.writelines(line for line in lines_of(self.samples) if _step(line) <= step)
             writing.replace(self.samples)
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
+    except (ValueError, KeyError):  # a line cut short by a kill
         return float("inf")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.errors import InputError
+from rlhf.jsonl import read_rows
 from rlhf.metrics import left_healthy_range, read_metrics
 from rlhf.run import page as html
 from rlhf.run import verdict
@@ -151,16 +152,7 @@ def pages_of(folder: Path) -> list[tuple[str, str]]:
 
 def _lines(path: Path) -> list[Json]:
     """Read a samples.jsonl. Only "\\n" ends a line: a text may hold U+2028."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line_number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line:
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise InputError(f"{path}:{line_number}: broken JSON: {error}") from None
-    return rows
+    return [row for _, row in read_rows(path)] if path.is_file() else []
 
 
 def _gain(row: Json) -> float | None:

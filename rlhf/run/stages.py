@@ -13,71 +13,47 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rlhf.errors import InputError, short
-from rlhf.run import environment
-from rlhf.run.checkpoint import checkpoints_in, plain, recover, remove, sync_tree, write_json_atomic
+from rlhf.run import environment, lock
+from rlhf.run.changes import Change, changes, shown
+from rlhf.run.checkpoint import (
+    COMPLETE,
+    checkpoints_in,
+    plain,
+    prune,
+    recover,
+    remove,
+    sync_tree,
+    write_json_atomic,
+)
+from rlhf.run.fingerprint import canonical, data_fingerprint, tokenizer_hash
 from rlhf.small_files import read_object
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+__all__ = [
+    "Inputs",
+    "Manifest",
+    "State",
+    "begin_stage",
+    "data_fingerprint",
+    "drop_checkpoints",
+    "finish_stage",
+    "is_resumable",
+    "refused",
+    "stage_changes",
+    "stage_state",
+    "tokenizer_hash",
+]
 
 Inputs = Mapping[str, Any]
 """A stage's inputs by name: values that have a JSON form (`rlhf.run.checkpoint.plain`)."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "rlhf-recipes")
-
-
-# ---------------------------------------------------------------- fingerprints
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def data_fingerprint(source: str | Path | Iterable[object]) -> str:
-    """Compute the sha256 of a dataset's content: a file's bytes, a folder's files, or every record of an iterable.
-
-    Of a hub id only the name is hashed, because its content isn't loaded; pass the loaded records to be sure.
-    """
-    digest = hashlib.sha256()
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not path.exists():
-            return hashlib.sha256(f"hub:{source}".encode()).hexdigest()
-        inner = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
-        for file in inner:
-            if path.is_dir():
-                digest.update(f"{file.relative_to(path)}\n".encode())
-            with file.open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "sha256").digest())
-    else:
-        for record in source:
-            digest.update(_canonical(record) + b"\n")
-    return digest.hexdigest()
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Compute the sha256 of what decides a tokenizer's ids: vocabulary, merges, normalisation, special tokens.
-
-    The padding and truncation settings that a fast tokenizer keeps from its last call don't count; nor does the chat
-    template, which has its own field in the manifest.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        core = json.loads(backend.to_str())
-        core = {key: value for key, value in core.items() if key not in ("padding", "truncation")}
-    else:
-        core = {"vocabulary": tokenizer.get_vocab()}
-    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    return hashlib.sha256(_canonical({"core": core, "special": special})).hexdigest()
 
 
 # ---------------------------------------------------------------- manifests
@@ -122,7 +98,7 @@ class Manifest:
         apart = ("seconds", "created", "command", "machine", "versions")
         content = {key: value for key, value in plain(self).items() if key not in apart}
         content["outputs"] = {key: value for key, value in self.outputs.items() if "second" not in key}
-        return hashlib.sha256(_canonical(content)).hexdigest()
+        return hashlib.sha256(canonical(content)).hexdigest()
 
     def write(self, folder: str | Path) -> Path:
         """Write ``manifest.json`` into ``folder``."""
@@ -158,8 +134,9 @@ State = Literal["complete", "interrupted", "absent"]
 def stage_state(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> State:
     """Return whether the stage in ``folder`` is complete, was interrupted, or never began. Changes nothing.
 
-    Raises InputError if the folder holds a run with other inputs (with ``overwrite`` that counts as "absent"), or
-    other files that no run of this library wrote.
+    A complete stage that kept a checkpoint and is to be trained longer counts as interrupted. Raises InputError if the
+    folder holds a run with other inputs (with ``overwrite`` that counts as "absent"), or other files that no run of
+    this library wrote.
     """
     folder = Path(folder)
     try:
@@ -177,12 +154,12 @@ def _is_stage(folder: Path) -> bool:
 def _stage_state(folder: Path, inputs: Inputs) -> State:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder}: is a file; choose another --output_dir")
-    if (folder / "manifest.json").exists():
-        _require_same(Manifest.read(folder).inputs, inputs, folder)
-        return "complete"
-    if (folder / "inputs.json").exists():
-        _require_same(_read_json(folder / "inputs.json", "list of inputs"), inputs, folder)
-        return "interrupted"
+    if _is_stage(folder):
+        if found := stage_changes(folder, inputs):
+            raise InputError(refused(folder, found))
+        complete = (folder / "manifest.json").exists()
+        grown = complete and changes(Manifest.read(folder).inputs, json.loads(canonical(inputs)))
+        return "complete" if complete and not grown else "interrupted"
     if folder.exists() and any(not item.name.startswith(".") for item in folder.iterdir()):
         raise InputError(f"output_dir {folder}: holds files but no run of ours; choose another --output_dir")
     return "absent"
@@ -196,10 +173,14 @@ def begin_stage(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> 
     """
     folder = Path(folder)
     state = stage_state(folder, inputs, overwrite)
-    if state == "absent":
-        if _is_stage(folder):  # a stage of another run, to be replaced
-            shutil.rmtree(folder)
+    if state == "absent" and _is_stage(folder):  # a stage of another run, to be replaced
+        remove(folder / "manifest.json")
+        for inner in folder.iterdir():
+            if inner.name not in ("inputs.json", lock.NAME):  # killed here, it is still a stage; this run has the lock
+                remove(inner)
+    if state != "complete":
         write_json_atomic(folder / "inputs.json", inputs)
+        remove(folder / "manifest.json")  # of a stage that is extended
     for leftover in [*folder.glob(".*.writing"), *folder.glob(".*.replaced")]:
         recover(folder / leftover.name[1:].rpartition(".")[0])
     for leftover in [*folder.glob(".*.tmp"), *folder.glob(".tmp??????")]:  # from a killed write_jsonl or safetensors
@@ -208,42 +189,52 @@ def begin_stage(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> 
 
 
 def finish_stage(folder: str | Path, manifest: Manifest, keep_checkpoints: bool = False) -> None:
-    """Mark a stage complete: fsync what it wrote, write its manifest, then drop its checkpoints."""
+    """Mark a stage complete: fsync what it wrote, write its manifest, then drop its checkpoints (or all but the last,
+    from which it can be extended)."""
     folder = Path(folder)
     sync_tree(folder)
     manifest.write(folder)
-    if not keep_checkpoints:
-        drop_checkpoints(folder)
+    drop_checkpoints(folder, keep=int(keep_checkpoints))
 
 
-def drop_checkpoints(folder: str | Path) -> None:
-    """Delete a complete stage's checkpoints, which a run killed right after writing the manifest leaves behind."""
-    for checkpoint in checkpoints_in(folder):
-        remove(checkpoint)
+def drop_checkpoints(folder: str | Path, keep: int = 0) -> None:
+    """Delete a complete stage's checkpoints but the newest ``keep``, also those that a killed run left."""
+    if keep:
+        prune(folder, keep)
+    else:
+        for checkpoint in checkpoints_in(folder):
+            remove(checkpoint)
 
 
-def _require_same(recorded: Inputs, inputs: Inputs, folder: Path) -> None:
-    differences = list(_differences(recorded, json.loads(_canonical(inputs)), ""))
-    if not differences:
-        return
-    # prefer a readable field to a hash that depends on it
-    name, before, now = min(differences, key=lambda found: "fingerprint" in found[0])
-    raise InputError(
-        f"output_dir {folder} belongs to another run: {name} was {_shown(before)}, now {_shown(now)}; "
-        f"pass --overwrite to replace that run, or choose another --output_dir"
-    )
+def stage_changes(folder: str | Path, inputs: Inputs) -> list[Change]:
+    """Return what changed since the stage in ``folder`` began; [] where there is none, or where it can go on (longer).
+
+    Raises InputError for a damaged record."""
+    folder = Path(folder)
+    record = folder / ("manifest.json" if (folder / "manifest.json").exists() else "inputs.json")
+    if not record.exists():
+        return []
+    began = Manifest.read(folder).inputs if record.name == "manifest.json" else _read_json(record, "list of inputs")
+    if not isinstance(began, dict):
+        raise InputError(f"{record}: expected the inputs of a stage, got {shown(began)}")
+    found = changes(began, json.loads(canonical(inputs)))
+    extended = [change for change in found if change.grown]
+    if record.name == "manifest.json" and not is_resumable(folder):
+        return found
+    return [change for change in found if change not in extended]
 
 
-def _differences(before: object, now: object, name: str) -> Iterator[tuple[str, object, object]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*now, *(key for key in before if key not in now)]:
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield name, before, now
+def is_resumable(folder: Path) -> bool:
+    """Return whether a stage has a complete checkpoint, from which it can be trained on."""
+    return any((checkpoint / COMPLETE).exists() for checkpoint in checkpoints_in(folder))
 
 
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    if re.fullmatch(r'"[0-9a-f]{64}"', text):
-        return text[1:13]
-    return short(text, 80)
+def refused(folder: str | Path, found: Sequence[Change], advice: str = "pass --overwrite to replace that run") -> str:
+    """Write the error, one line, for a stage that belongs to another run: it names every change."""
+    if all(change.grown for change in found):
+        what = "is complete, and kept no checkpoint to go on from (keep_checkpoint keeps it)"
+    else:
+        what = "belongs to another run"
+    readable = [change for change in found if "fingerprint" not in change.name] or found  # no hash of a named field
+    named = ", ".join(map(str, readable))
+    return f"output_dir {folder} {what}: {named}; {advice}, or choose another --output_dir"

@@ -30,8 +30,9 @@ from rlhf.padding import IGNORED
 from rlhf.records import HELD_OUT, check_disjoint, read_demonstrations
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
+from rlhf.run.fingerprint import of_run
+from rlhf.run.owner import by_main
 from rlhf.run.precision import log_choice
-from rlhf.run.resume import resume_point
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sft.config import SFTConfig
 from rlhf.sft.data import Collator, encode_demonstrations, is_accepted
@@ -83,6 +84,7 @@ class SFTTrainer(trl.SFTTrainer):
         held_out = None if eval_dataset is None else read_demonstrations(eval_dataset, HELD_OUT, config.on_bad_row)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
+        given = by_main(lambda: of_run(tokenizer, train, model=model))
         model, peft_config = prepare_model(model, tokenizer, config, peft_config)
         log_choice(config.bf16)
         self.config = config
@@ -110,17 +112,17 @@ class SFTTrainer(trl.SFTTrainer):
             train_in_float32(cast(nn.Module, self.model))
         show_bias(self._base.get_output_embeddings())
         attach(self, "sft", ("loss", "eval_loss", "token_accuracy"), config.output_dir)
-        self._settings = resume_settings(config, SFTConfig)
-        self._babysitter = Babysitter(self, self._settings, config.save_total_limit, config.on_alarm)
+        settings = {**resume_settings(config, SFTConfig), **given}
+        self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; ``resume_from_checkpoint=True`` resumes from the newest complete checkpoint, if there is one."""
-        folder = resume_point(self.accelerator, self.config.output_dir, resume_from_checkpoint, self._settings)
-        if folder is None:
-            check_sft(self)
-        self._sums["train"].clear()
-        with self._babysitter.watch(), self._trl_forward():
-            output = super().train(None if folder is None else str(folder), *args, **kwargs)
+        with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
+            if checkpoint is None:
+                check_sft(self)
+            self._sums["train"].clear()
+            with self._trl_forward():
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         drop_input_hooks(cast(nn.Module, self.model))
         return output
 

@@ -157,3 +157,69 @@ def test_overwrite_redoes_what_changed(copy: Path) -> None:
     after = manifests(copy)
     assert {stage for stage in after if after[stage] != before[stage]} == {"ppo", "evaluation"}
     assert read(copy / "ppo/manifest.json")["inputs"]["config"]["kl_coef"] == 0.2
+
+
+def test_all_changes_of_all_stages_are_named_before_anything_is_trained(copy: Path) -> None:
+    before = manifests(copy)
+    changed = ["--sft.learning_rate", 1e-3, "--ppo.kl_coef", 0.2, "--ppo.lam", 0.9]
+    refused = recipe.run("chain", *SMOKE[1:], "--output_dir", copy, *changed)
+    assert refused.code == 2
+    (line,) = refused.err.splitlines()
+    assert line.startswith(f"error: output_dir {copy} belongs to another run: sft: config.learning_rate was ")
+    assert "; ppo: config.kl_coef was 0.05, now 0.2, config.lam was 0.95, now 0.9; " in line
+    assert "--overwrite_from sft" in line
+    assert manifests(copy) == before
+
+
+def test_overwrite_from_a_stage_keeps_the_earlier_ones(copy: Path) -> None:
+    before = manifests(copy)
+    flags = [*SMOKE[1:], "--output_dir", copy, "--ppo.kl_coef", 0.2]
+    refused = recipe.run("chain", *flags, "--sft.learning_rate", 1e-3, "--overwrite_from", "ppo")
+    assert refused.code == 2
+    assert "sft belongs to another run: config.learning_rate" in refused.err
+    assert "kl_coef" not in refused.err
+    unknown = recipe.run("chain", *flags, "--overwrite_from", "pp0")
+    assert (unknown.code, "did you mean ppo?" in unknown.err) == (2, True)
+    assert manifests(copy) == before
+    done = recipe.run("chain", *flags, "--overwrite_from", "ppo")
+    assert (done.code, done.err) == (0, "")
+    after = manifests(copy)
+    assert {stage for stage in after if after[stage] != before[stage]} == {"ppo", "evaluation"}
+
+
+def test_a_changed_file_or_folder_is_noticed(copy: Path) -> None:
+    """Though its size and its time are the same."""
+    import os
+
+    prompts = copy / "rankings/prompts.jsonl"
+    text, stat = prompts.read_bytes(), prompts.stat()
+    weights = copy / "sft/model.safetensors"
+    for file in (prompts, weights):
+        content = file.read_bytes()
+        file.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        refused = recipe.run("chain", *SMOKE[1:], "--output_dir", copy)
+        assert refused.code == 2
+        assert "belongs to another run: " in refused.err
+        assert ("train_data was" if file == prompts else "model.content was") in refused.err
+        file.write_bytes(content)
+    assert text == prompts.read_bytes()
+
+
+def test_a_finished_stage_is_trained_longer(copy: Path) -> None:
+    flags = [*SMOKE[1:], "--output_dir", copy, "--ppo.save_steps", 1]
+    updates = read(copy / "ppo/manifest.json")["inputs"]["config"]["updates"]
+    longer = [*flags, "--ppo.keep_checkpoint", "true", "--ppo.updates", updates + 1]
+    refused = recipe.run("chain", *longer)
+    assert "ppo is complete, and kept no checkpoint to go on from" in refused.err
+    again = recipe.run("chain", *flags, "--ppo.keep_checkpoint", "true", "--ppo.lam", 0.9, "--overwrite")
+    assert again.code == 0, again.err
+    assert [path.name for path in (copy / "ppo").glob("checkpoint-*")] == [f"checkpoint-{updates}"]
+    stale = recipe.run("chain", *longer, "--ppo.lam", 0.9)
+    assert stale.code == 2
+    assert "evaluation belongs to another run" in stale.err
+    assert len(lines(copy / "ppo/metrics.jsonl")) == updates
+    done = recipe.run("chain", *longer, "--ppo.lam", 0.9, "--overwrite_from", "evaluation")
+    assert done.code == 0, done.err
+    assert [line["step"] for line in lines(copy / "ppo/metrics.jsonl")] == list(range(1, updates + 2))
+    assert read(copy / "ppo/manifest.json")["inputs"]["config"]["updates"] == updates + 1

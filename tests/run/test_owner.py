@@ -1,0 +1,49 @@
+"""Several processes: the main one acts, all get its result or its error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from reference import forked
+
+from rlhf.run.owner import by_main, is_main, processes
+
+CODE = """
+import json, os, pathlib, sys, time
+from rlhf.errors import InputError, RunStopped
+from rlhf.run import lock
+from rlhf.run.owner import by_main, is_main, processes
+folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
+assert processes() == 2 and is_main() == (rank == 0)
+(folder / f"here-{rank}").touch() if time.sleep(rank * 0.5) is None else None
+seen = [by_main(lambda: sorted(path.name for path in folder.glob("here-*")))]  # both are here before it acts
+seen.append(by_main(lambda: by_main(lambda: rank)))  # a stage that only the main process runs
+def fail(error):
+    raise error
+for error in (InputError("a b"), RunStopped("c"), OSError("d")):
+    try:
+        by_main(lambda: fail(error))
+    except Exception as raised:
+        seen.append([type(raised).__name__ if not isinstance(raised, OSError) else "InputError", str(raised)])
+with lock.training_in(folder / "run"):
+    seen.append(by_main(lambda: (folder / "run" / ".lock").exists()))
+seen.append(by_main(lambda: (folder / "run" / ".lock").exists()))
+(folder / f"seen-{rank}.json").write_text(json.dumps(seen))
+"""
+
+
+def test_the_main_process_acts_once_all_are_there(tmp_path: Path) -> None:
+    done = forked.shared().together(["-c", CODE, tmp_path])
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in (0, 1))
+    assert one[:4] == [["here-0", "here-1"], 0, ["InputError", "a b"], ["RunStopped", "c"]]
+    assert two[:4] == one[:4]
+    assert two[4] == ["InputError", "OSError: d"]
+    assert one[5:] == two[5:] == [True, False]
+
+
+def test_one_process_just_acts() -> None:
+    assert processes() == 1
+    assert is_main()
+    assert by_main(lambda: 3) == 3

@@ -27,7 +27,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from rlhf.errors import InputError, RunStopped
 from rlhf.models.adapters import base_model
-from rlhf.sampling.engine import Responses
+from rlhf.sampling.engine import Responses, row_seeds
 
 REQUESTS_AT_ONCE = 64  # as many connections as trl's client keeps open
 START = (
@@ -83,7 +83,7 @@ class VLLMEngine:
     ) -> Responses:
         """Send the policy's weights, then sample one response per prompt."""
         self._send_weights_once()
-        seeds = torch.randint(2**62, (len(prompt_ids),), generator=generator, device=generator.device).tolist()
+        seeds = row_seeds(generator, len(prompt_ids))
 
         def respond(prompt: list[int], seed: int) -> tuple[list[int], list[float]]:
             answer = self.client.generate(

@@ -24,7 +24,7 @@ WORDS = ["count", "two", "three", "red", "big", "small", "the", "yes", "no", "ma
 ROWS = [{"prompt": f"Count to {word}" + ", please" * (i % 3)} for i, word in enumerate(WORDS)]
 EVERYTHING = {
     "updates": 3, "rollout_size": 12, "minibatch_size": 6, "inner_epochs": 2, "learning_rate": 2e-3,
-    "value_learning_rate": 3e-3, "adam_epsilon": 1e-4, "weight_decay": 0.05, "max_grad_norm": 0.5, "kl_coef": 0.2,
+    "value_learning_rate": 3e-3, "adam_epsilon": 1e-4, "weight_decay": 0.05, "max_grad_norm": 0.3, "kl_coef": 0.2,
     "kl_target_nats": 0.5, "kl_horizon": 40, "gamma": 0.98, "lam": 0.9, "clip_ratio": 0.1, "clip_value": 0.1,
     "temperature": 0.7, "missing_eos_penalty": 0.8, "warmup_updates": 1, "reward_weights": [1.0, 0.5],
     "max_new_tokens": 40,
@@ -85,7 +85,8 @@ def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     """By tensor: the norm of the difference, as a share of the norm of what training changed."""
     assert found.keys() == expected.keys() == start.keys()
     return {
-        name: float((found[name] - tensor).norm() / (tensor - start[name]).norm()) for name, tensor in expected.items()
+        name: float((found[name] - tensor).norm() / (tensor - start[name]).norm())
+        for name, tensor in ((name, tensor.detach()) for name, tensor in expected.items())
     }
 
 
@@ -117,11 +118,14 @@ def test_the_trainer_agrees_with_the_reference(tmp_path, tiny_model, tiny_tokeni
     critic = critic or mine
     log = ppo_reference.train(mine, critic, score, args, drawn)
 
-    for row, expected in zip(lines(tmp_path, "metrics.jsonl"), log, strict=True):
+    logged = lines(tmp_path, "metrics.jsonl")
+    for row, expected in zip(logged, log, strict=True):
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-        assert 0.02 < row["clip_fraction"] < 0.6
         assert row["eos_rate"] < 1
+    assert max(row["clip_fraction"] for row in logged) > 0.01
+    assert max(row["value_clip_fraction"] for row in logged) > 0.01
+    assert max(row["policy_grad_norm"] for row in logged) > args.max_grad_norm
     trainer.save_model(tmp_path / "saved")
     found = differences(saved(tmp_path / "saved"), mine.trained, Model(policy).trained)
     own = {name: tensor for name, tensor in weights(trainer).items() if is_value(name)}

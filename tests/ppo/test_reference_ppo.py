@@ -81,6 +81,7 @@ def recorded(trainer: Any) -> list[Drawn]:
     return drawn
 
 
+@torch.no_grad()
 def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor]):
     """By tensor: the norm of the difference, as a share of the norm of what training changed."""
     assert found.keys() == expected.keys() == start.keys()

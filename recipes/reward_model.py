@@ -159,15 +159,19 @@ def read_data(config: RewardRecipe) -> Data:
 
 def build(config: RewardRecipe, train: Sequence[Ranking], data: Data) -> RewardTrainer:
     from reward_models import RewardTrainer
+    from rlhf.run import distributed
 
     watched = data.selection or (data.held_out if config.eval_steps else None)
-    return RewardTrainer(
+    trainer = RewardTrainer(
         str(config.model),
         args=config,
         train_dataset=list(train),
         eval_dataset=watched,
         normalizer_dataset=config.normalizer_data,
     )
+    if (config.seeds or config.sizes) and distributed.shards(trainer.accelerator):
+        raise InputError("seeds, sizes: not where FSDP2 shards the model; leave them out, or train by DDP")
+    return trainer
 
 
 def trained(config: RewardRecipe, train: Sequence[Ranking], data: Data, name: str) -> RewardTrainer:
@@ -262,7 +266,7 @@ def _card(trainer: RewardTrainer, data: Data, seed: int) -> dict[str, Any]:
     from reward_models.card.report import report_card
 
     scorer = RewardModel(trainer.model, trainer.processing_class, trainer.normalizer)
-    return report_card(scorer, data.held_out, seed=seed)
+    return by_main(lambda: report_card(scorer, data.held_out, seed=seed))
 
 
 def _prompts(rankings: Sequence[Ranking]) -> int:

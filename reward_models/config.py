@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf.errors import InputError, require_divides
 from rlhf.run.settings import settle
-from rlhf.run.trl_arguments import training_arguments
+from rlhf.run.trl_arguments import batch_arithmetic, training_arguments
 
 if TYPE_CHECKING:
     import trl
@@ -141,16 +140,11 @@ def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
     """Convert our settings to the TrainingArguments that trl's trainer and the callbacks receive."""
     import trl
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    together = config.microbatch_size * world
-    require_divides("microbatch_size x processes", together, "prompts_per_batch", config.prompts_per_batch)
     schedules = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
     return training_arguments(
         config,
         trl.RewardConfig,
-        per_device_train_batch_size=config.microbatch_size,
-        per_device_eval_batch_size=config.microbatch_size,
-        gradient_accumulation_steps=config.prompts_per_batch // together,
+        **batch_arithmetic(config.prompts_per_batch, config.microbatch_size, "prompts_per_batch"),
         lr_scheduler_type=schedules[config.lr_schedule],
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if config.lr_schedule == "cosine" else {},
         eval_strategy="steps" if evaluate and config.eval_steps else "no",

@@ -7,7 +7,6 @@ each once, and learns from all their pairs (InstructGPT, section 3.5).
 from __future__ import annotations
 
 import math
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,10 +24,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from reward_models import losses
 from reward_models.best import Best, KeepBest
 from reward_models.config import RewardConfig, trl_arguments
-from reward_models.encoding import RankingBatch, RankingCollator, encode_rankings, rankings_of, responses_of
+from reward_models.encoding import RankingBatch, RankingCollator, encode_rankings, rankings_of
 from reward_models.model import prepare_model
+from reward_models.normalizing import sampled_responses, shared_scores
 from reward_models.preflight import check_reward_model
-from reward_models.scoring import score_sequences
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
@@ -131,7 +130,7 @@ class RewardTrainer(trl.RewardTrainer):
         self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)
         self._keeper = KeepBest(config.output_dir)
         if config.keep_best:
-            if distributed.is_sharded(reward_model):
+            if distributed.shards(self.accelerator):
                 raise InputError("keep_best: not where FSDP2 shards the model; turn it off")
             self.add_callback(self._keeper)
 
@@ -299,25 +298,14 @@ class RewardTrainer(trl.RewardTrainer):
         from `normalizer_dataset`."""
         count = self.config.normalizer_samples
         if count:
-            sequences = self._sampled_responses(count, np.random.default_rng(self.config.seed))
-            scalar = cast(PreTrainedModel, self.model).eval()
+            data, pad_id = cast(Dataset, self.train_dataset), chat.pad_id(self._tokenizer)
+            source = (data, self._normalized_on, self._tokenizer, self._max_length, count, self.config.seed)
+            sequences = sampled_responses(*source)
+            self.model_wrapped.eval()
             with self.accelerator.autocast():  # same precision as in training and in PPO's scoring
-                scores = score_sequences(scalar, sequences, chat.pad_id(self._tokenizer), 16384).double()
-            self.normalizer = ScoreNormalizer(scores.mean().item(), scores.std(correction=0).item(), len(scores))
+                raw = shared_scores(self.accelerator, self.model_wrapped, self.scores, sequences, pad_id)
+            self.normalizer = ScoreNormalizer(float(np.mean(raw)), float(np.std(raw)), len(raw))
         return self.normalizer
-
-    def _sampled_responses(self, count: int, generator: np.random.Generator) -> list[list[int]]:
-        if self._normalized_on is None:
-            data = cast(Dataset, self.train_dataset)
-            rows = generator.permutation(len(data))[:count].tolist()  # enough: 2 responses each, or more
-            sequences = [ids for row in data.select(rows) for ids in responses_of(row)]
-            return [sequences[i] for i in generator.permutation(len(sequences))[:count]]
-        order = generator.permutation(len(self._normalized_on)).tolist()
-        encoded = (chat.encode_conversation(self._tokenizer, self._normalized_on[i].messages)[0] for i in order)
-        fitting = list(islice((ids for ids in encoded if len(ids) <= self._max_length), count))
-        if not fitting:
-            raise InputError(f"normalizer_dataset: every row is longer than max_length={self._max_length}; raise it")
-        return fitting
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write model (or adapter), tokenizer and score_normalizer.json: a folder for `RewardModel.load`."""

@@ -24,6 +24,7 @@ install_import_hook("rlhf.ppo.math", "reference.checked")
 TOGETHER = {
     "test_kill.py": "chain",
     "recipes/test_chain.py": "chain",
+    "recipes/test_processes.py": "processes",
     "test_docs.py": "docs",
     "run/test_distributed.py": "distributed",
     "test_invariance.py": "invariance",

@@ -500,16 +500,22 @@ def test_arguments_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_batches_are_shared_out_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf.run.trl_arguments import _batch_arithmetic
+    """Several processes: a micro-batch that doesn't divide their share is made smaller, as it changes no gradient."""
+    from rlhf.run.trl_arguments import batch_arithmetic
+
+    def found(*args: int | None) -> tuple[int, int]:
+        settings = batch_arithmetic(*args)  # type: ignore[arg-type]
+        return settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
 
     monkeypatch.setenv("WORLD_SIZE", "4")
-    found = _batch_arithmetic(32, 4)
-    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (4, 2)
-    assert _batch_arithmetic(32, None)["per_device_train_batch_size"] == 8
-    assert "number of processes=4 must divide batch_size=30" in wrong(_batch_arithmetic, 30, 2)
-    assert "microbatch_size=3 must divide batch_size/4 processes=8; try 2 or 4" in wrong(_batch_arithmetic, 32, 3)
+    assert found(32, 4) == (4, 2)
+    assert found(32, None) == (8, 1)
+    assert found(32, 16) == (8, 1)
+    assert found(24, 4) == (3, 2)
+    assert "number of processes=4 must divide batch_size=30; try 3 or 5" in wrong(batch_arithmetic, 30, 2)
+    assert "must divide prompts_per_batch=30" in wrong(batch_arithmetic, 30, 2, "prompts_per_batch")
     monkeypatch.delenv("WORLD_SIZE")
-    assert "microbatch_size=64 must divide batch_size=32; try 32" in wrong(_batch_arithmetic, 32, 64)
+    assert "microbatch_size=64 must divide batch_size=32; try 32" in wrong(batch_arithmetic, 32, 64)
 
 
 def test_importing_config_brings_no_heavy_library() -> None:

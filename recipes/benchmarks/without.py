@@ -46,10 +46,11 @@ def _no_layers(*args: Any, **kwargs: Any) -> Iterator[list[Any]]:
     yield []
 
 
-def _multinomial(probabilities: Any, generator: Any) -> Any:
+def _plain_draw(probabilities: Any, numbers: Any) -> Any:
     import torch
 
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    ends = probabilities.double().cumsum(-1)
+    return torch.searchsorted(ends, numbers[:, None] * ends[:, -1:], right=True).squeeze(-1)
 
 
 def _as_peft(layer: Any, x: Any, *args: Any, gated: Any = None, **kwargs: Any) -> Any:
@@ -76,7 +77,7 @@ SWITCHES: dict[str, Switch] = {
     "attention": lambda: replaced("rlhf.cpu.attention", "MOST_TOKENS", 0),  # rows go to torch's kernel, one by one
     "large_blocks": lambda: replaced("rlhf.cpu.memory", "keep_large_blocks", _nothing),
     "freed_memory": lambda: replaced("rlhf.cpu.memory", "release_freed_memory", _nothing),
-    "draw": lambda: replaced("rlhf.cpu.drawing", "draw", _multinomial),
+    "draw": lambda: replaced("rlhf.cpu.drawing", "draw", _plain_draw),
 }
 """By a trick's name; see the list in ablation.py."""
 

@@ -1,4 +1,4 @@
-"""Drawing a token with one random number per row."""
+"""Drawing a token by one random number per row, without sums over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 BLOCK = 256  # tokens whose probabilities are summed before a draw
 
 
-def draw(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:
-    """Draw one index per row according to the row's probabilities.
+def draw(probabilities: Float[Tensor, "B V"], numbers: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """Draw one index per row according to the row's probabilities, by the row's number from [0, 1).
 
-    torch.multinomial draws V random numbers per row, which on a CPU takes longer than the language head. Here a single
-    number selects a block of tokens by the blocks' sums, and its remainder selects the token in the block. Raises
-    RuntimeError if a probability is NaN or infinite.
+    On a CPU, the sums over the whole vocabulary take longer than the language head. Here the number selects a block of
+    tokens by the blocks' sums, and its remainder selects the token in the block. Raises RuntimeError if a probability
+    is NaN or infinite.
     """
     rows, vocabulary = probabilities.shape
     short = -vocabulary % BLOCK
@@ -24,7 +24,7 @@ def draw(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int
     ends = sums.cumsum(-1)
     if not bool(ends[:, -1].isfinite().all()):
         raise RuntimeError("sampling: a probability is not a number")
-    level = torch.rand(rows, 1, generator=generator, dtype=torch.float64) * ends[:, -1:]
+    level = numbers[:, None] * ends[:, -1:]
     block = torch.searchsorted(ends, level, right=True).clamp_(max=blocks.shape[1] - 1)
     width = sums.gather(-1, block)
     share = (level - (ends.gather(-1, block) - width)) / width  # the remainder, as a share (below 1) of the block's sum

@@ -109,11 +109,12 @@ class ActorCritic(nn.Module):
         A longer micro-batch would be padded, and the plan of packed rows does not count padding."""
         return min(wanted, packing.MOST_TOKENS) if self.packs else wanted
 
-    def backward_roles(self, processes: int) -> list[tuple[Role, ...]]:
+    def backward_roles(self, prepared: nn.Module) -> list[tuple[Role, ...]]:
         """Return the roles of each backward pass: one pass per model if they share no trained weights.
 
-        With several processes it is one pass for both, because DDP needs one backward of the whole module."""
-        separate = processes == 1 and not self.shared_trunk
+        prepared: what accelerate made of this module. DDP, which may wrap it for one process too, needs one backward
+        of the whole module; FSDP2, which shards it in place, gathers each layer once for one."""
+        separate = prepared is self and not distributed.is_sharded(self) and not self.shared_trunk
         return [("policy",), ("value",)] if separate else [("policy", "value")]
 
     def clipped_together(self) -> dict[str, list[nn.Parameter]]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from rlhf.ppo.rollout import Plan
+from rlhf.sampling.engine import RowGenerator
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,22 @@ class Draws:
             rows.append(orders[epoch][offset])
         return rows
 
-    def generator(
-        self, purpose: Literal["sample", "plan"], update: int, device: torch.device | str = "cpu", extra: int = 0
-    ) -> torch.Generator:
-        """Return the generator for a purpose: sampling (a different one per process) or the plan of minibatches.
+    def sampling(self, update: int, rows: int, device: torch.device | str) -> RowGenerator:
+        """Return the generator for this process's `rows` of an update's rollout.
 
-        All processes draw the same plan, and each takes its own rows of it. extra: a further number, the inner epoch.
-        """
-        purposes = {"sample": 2, "plan": 3}
-        process = 0 if purpose == "plan" else self.process
-        return torch.Generator(device).manual_seed(_mix(self.seed, purposes[purpose], update, process, extra))
+        A row's seed follows from its place in the whole rollout, so the number of processes changes no response."""
+        places = range(self.process, self.process + rows * self.processes, self.processes)
+        seeds = [_mix(self.seed, 2, update, place) for place in places]
+        return RowGenerator.of(seeds, _mix(self.seed, 4, update, self.process), device)
+
+    def evaluation(self, rows: Sequence[int], device: torch.device | str) -> RowGenerator:
+        """Return the generator for some rows of the evaluation prompts, the same at every evaluation."""
+        return RowGenerator.of([_mix(self.seed, 5, row) for row in rows], _mix(self.seed, 6, self.process), device)
+
+    def plan(self, update: int, inner_epoch: int) -> torch.Generator:
+        """Return the generator for an inner epoch's minibatches. All processes draw the same plan, and each takes its
+        own rows of it."""
+        return torch.Generator().manual_seed(_mix(self.seed, 3, update, 0, inner_epoch))
 
 
 def _mix(*parts: int) -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import Clock
+from rlhf.ppo.plan import Draws
 from rlhf.ppo.saved import Origin
 from rlhf.records import Prompt
 from rlhf.run.loop import CallbackLoop
@@ -59,6 +60,7 @@ class Trainer(Protocol):
     """Fingerprints of the data, models and reward functions (`rlhf.run.fingerprint.of_run`)."""
     peft_config: LoraConfig | None
     update_index: int
+    draws: Draws
     loop: CallbackLoop
     clock: Clock
 

@@ -18,17 +18,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError
-from rlhf.padding import make_batch
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import samples
 from rlhf.ppo.preflight import check_ppo
 from rlhf.ppo.protocol import State, Trainer
 from rlhf.ppo.rollout import ReadyRollout
 from rlhf.ppo.saved import Save, saving_update, update_folder
-from rlhf.ppo.scoring import raw_scores
 from rlhf.run import distributed
 from rlhf.run.checkpoint import full_disk_explained, mark_complete, random_state, restore_random_state, save_checkpoint
 from rlhf.run.lock import training_in
@@ -191,24 +188,3 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
         raise InputError(f"{folder}: cut short or of another model ({first_sentence(error)})") from error
     if processes != now:
         log.warning("%s was made by %d processes, now %d: goes on, but not bit for bit", folder, processes, now)
-
-
-@torch.no_grad()
-def evaluate(trainer: Trainer) -> dict[str, float]:
-    """Return mean score, KL, length and stop rate on the evaluation prompts, sampled with the same seed every time."""
-    ids, device = trainer.eval_prompt_ids, trainer.accelerator.device
-    responses = trainer.generate(ids, torch.Generator(device).manual_seed(trainer.args.seed))
-    texts = [chat.decode_response(trainer.processing_class, r) for r in responses.ids]
-    score, _ = raw_scores(trainer, trainer.eval_prompts, texts, responses.ids, prefix="eval_")
-    kl = 0.0
-    for start in range(0, len(ids), 16):
-        rows = slice(start, start + 16)
-        batch = make_batch(ids[rows], responses.ids[rows], trainer.pad_id, device)
-        outputs = trainer.module(batch, trainer.args.temperature, ("policy", "reference"))
-        kl += float((outputs.logprobs - outputs.reference_logprobs).sum())
-    return {
-        "eval_score": float(score.nanmean()),
-        "eval_kl_nats": kl / len(ids),
-        "eval_response_tokens": sum(map(len, responses.ids)) / len(ids),
-        "eval_eos_rate": sum(responses.stopped) / len(ids),
-    }

@@ -1,13 +1,17 @@
-"""Scores of responses by a trainer's reward functions, under its settings for time limits and failures."""
+"""Scores of responses by a trainer's reward functions, in training and on the evaluation prompts."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from rlhf import scores
+from rlhf import chat, scores
+from rlhf.padding import make_batch
 from rlhf.ppo.protocol import Trainer
 from rlhf.records import Prompt
 from rlhf.run import distributed
+
+FORWARD_ROWS = 16  # evaluation's responses in one forward
 
 
 def raw_scores(
@@ -16,22 +20,56 @@ def raw_scores(
     """Return the weighted scores [N] and each function's own; NaN marks a failure when on_score_failure="drop".
 
     prefix: put before the names that reward functions log; with one, their columns of samples are left out.
+    A process without responses calls no reward function.
     """
     args, loop = trainer.args, trainer.loop
     failures: list[str] | None = None if args.on_score_failure == "error" else []
-    raw, by_function = scores.score_responses(
-        trainer.reward_funcs,
-        trainer.reward_weights,
-        prompts,
-        texts,
-        ids,
-        columns=scores.columns_of(trainer.eval_prompts if prefix else trainer.prompts),
-        timeout_seconds=args.score_timeout_seconds,
-        failures=failures,
-        trainer_state=loop.state,
-        log_metric=lambda name, value: loop.log_metric(prefix + name, value),
-        log_extra=(lambda name, values: None) if prefix else loop.log_extra,
-    )
+    raw, by_function = torch.zeros(0), dict[str, Tensor]()
+    if texts:
+        raw, by_function = scores.score_responses(
+            trainer.reward_funcs,
+            trainer.reward_weights,
+            prompts,
+            texts,
+            ids,
+            columns=scores.columns_of(trainer.eval_prompts if prefix else trainer.prompts),
+            timeout_seconds=args.score_timeout_seconds,
+            failures=failures,
+            trainer_state=loop.state,
+            log_metric=lambda name, value: loop.log_metric(prefix + name, value),
+            log_extra=(lambda name, values: None) if prefix else loop.log_extra,
+        )
     if failures is not None:
         scores.require_some(distributed.total(trainer.accelerator, (~raw.isnan()).sum()), failures)
     return raw, by_function
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """Return mean score, KL, length and stop rate on the evaluation prompts, sampled with the same seeds every time.
+
+    The processes share the prompts, each of which is scored once. All must run as many forwards, so a process without
+    a prompt samples the first one, which does not count.
+    """
+    accelerator, device, ids = trainer.accelerator, trainer.accelerator.device, trainer.eval_prompt_ids
+    own = list(range(accelerator.process_index, len(ids), accelerator.num_processes))
+    rows = own or [0]
+    sampled = trainer.generate([ids[i] for i in rows], trainer.draws.evaluation(rows, device))
+    kl, forwards = 0.0, -(-len(ids) // (accelerator.num_processes * FORWARD_ROWS))
+    for part in (slice(start, None, forwards) for start in range(forwards)):
+        batch = make_batch([ids[i] for i in rows[part]], sampled.ids[part], trainer.pad_id, device)
+        outputs = trainer.module(batch, trainer.args.temperature, ("policy", "reference"))
+        kl += float((outputs.logprobs - outputs.reference_logprobs).double().sum())
+    responses, stopped = sampled.ids[: len(own)], sampled.stopped[: len(own)]
+    texts = [chat.decode_response(trainer.processing_class, response) for response in responses]
+    raw, _ = raw_scores(trainer, [trainer.eval_prompts[i] for i in own], texts, responses, prefix="eval_")
+    scored = raw[~raw.isnan()].double()
+    sums = {
+        "eval_kl_nats": kl if own else 0.0,
+        "eval_response_tokens": sum(map(len, responses)),
+        "eval_eos_rate": sum(stopped),
+    }
+    return {
+        "eval_score": distributed.total(accelerator, scored.sum()) / distributed.total(accelerator, scored.numel()),
+        **{name: distributed.total(accelerator, share) / len(ids) for name, share in sums.items()},
+    }

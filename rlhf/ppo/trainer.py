@@ -29,9 +29,9 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import Clock, StepStatistics, engine_metrics, rollout_metrics, update_metrics
 from rlhf.ppo.protocol import State
 from rlhf.ppo.rollout import Plan, ReadyRollout, Rollout, ScoredRollout
-from rlhf.ppo.run import Run, evaluate
+from rlhf.ppo.run import Run
 from rlhf.ppo.saved import Origin
-from rlhf.ppo.scoring import raw_scores
+from rlhf.ppo.scoring import evaluate, raw_scores
 from rlhf.records import Prompt
 from rlhf.run import distributed, precision
 from rlhf.run.fingerprint import of_run
@@ -152,7 +152,7 @@ class PPOTrainer:
         """
         prompt_ids = [chat.encode_prompt(self.processing_class, p.messages) for p in prompts]
         with self.clock("generate"):
-            responses = self.generate(prompt_ids, self.draws.generator("sample", self.update_index, self.device))
+            responses = self.generate(prompt_ids, self.draws.sampling(self.update_index, len(prompt_ids), self.device))
         with self.clock("logprobs"):
             _, mask = pad(responses.ids, 0)
             micro_batches = self.plan([len(p) + len(r) for p, r in zip(prompt_ids, responses.ids, strict=True)])
@@ -241,7 +241,7 @@ class PPOTrainer:
                     if count == 0:  # scoring failed for all of its responses, on every process
                         continue
                     statistics = StepStatistics()
-                    for roles in models.backward_roles(accelerator.num_processes):
+                    for roles in models.backward_roles(self.module):
                         for rows in minibatch:
                             with nullcontext() if rows is minibatch[-1] else accelerator.no_sync(self.module):
                                 old, new = rollout.columns(rows, self.device), self.outputs(rollout, rows, roles)
@@ -296,7 +296,7 @@ class PPOTrainer:
     def plan(self, lengths: Sequence[int], inner_epoch: int = 0) -> Plan:
         """Divide rows into an inner epoch's minibatches and micro-batches; lengths: their prompt + response tokens."""
         args, models = self.args, self.actor_critic
-        generator = self.draws.generator("plan", self.update_index, extra=inner_epoch)
+        generator = self.draws.plan(self.update_index, inner_epoch)
         tokens, launch = models.most_tokens(args.tokens_per_microbatch), plan.launch_tokens(self.device)
         process = (self.draws.process, self.draws.processes)
         cut = plan.plan_minibatches(lengths, args.minibatch_size, tokens, generator, *process, launch, not models.packs)

@@ -7,19 +7,23 @@ sharded modules do nothing for other modules.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from rlhf.errors import InputError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # ---------------------------------------------------------------- numbers over all processes
 
@@ -38,6 +42,17 @@ def mean_and_variance(accelerator: Accelerator, x: Tensor, mask: Tensor) -> tupl
     mean = torch.tensor(total(accelerator, torch.where(mask, x, 0.0).double().sum()) / count)
     spread = torch.where(mask, (x.double() - mean).square(), 0.0).sum()
     return mean.float(), torch.tensor(total(accelerator, spread) / count).float()
+
+
+def shared(accelerator: Accelerator, rows: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+    """Let each process do `work` on its share of the rows; return the results of all rows, in order, on every process.
+
+    `work` returns one result per row of its share, which may be empty."""
+    first, step = accelerator.process_index, accelerator.num_processes
+    results: list[Any] = [None] * len(rows)
+    for process, part in enumerate(gather_object([work(rows[first::step])])):
+        results[process::step] = part
+    return results
 
 
 def joined(accelerator: Accelerator, shares: dict[str, Tensor], largest: Collection[str]) -> dict[str, float]:
@@ -70,13 +85,18 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def shards(accelerator: Accelerator) -> bool:
+    """Return whether accelerate shards the modules that it prepares."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
 def configure(accelerator: Accelerator) -> None:
     """Raise InputError for FSDP settings that would make PPO wrong, and keep the module's outputs in float32.
 
     accelerate's bf16 policy for FSDP2 would round the module's outputs to bfloat16, log-probabilities included (an
     error of 0.03 nats at -8: ratios would be noise), and sum gradients in bfloat16. Call this before `prepare`.
     """
-    if accelerator.distributed_type != DistributedType.FSDP:
+    if not shards(accelerator):
         return
     plugin: Any = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
@@ -217,14 +237,13 @@ def cut(minibatch: list[list[int]], count: int) -> list[list[int]]:
     """Divide a minibatch's rows into `count` micro-batches by halving the largest one until there are enough.
 
     Raises InputError if there are fewer rows than that."""
-    minibatch = list(minibatch)
+    minibatch, responses = list(minibatch), sum(map(len, minibatch))
+    if responses < count:
+        raise InputError(
+            f"{responses} responses on this process, {count} micro-batches on another; raise tokens_per_microbatch"
+        )
     while len(minibatch) < count:
         largest = max(range(len(minibatch)), key=lambda i: len(minibatch[i]))
         rows = minibatch[largest]
-        if len(rows) < 2:
-            raise InputError(
-                f"{sum(map(len, minibatch))} responses on this process, {count} micro-batches on another; raise "
-                "tokens_per_microbatch"
-            )
         minibatch[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     return minibatch

@@ -31,15 +31,15 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
     """Convert our config to TrainingArguments (or trl's SFTConfig, RewardConfig).
 
     ``batch_size`` counts rows per optimizer step over all processes, ``microbatch_size`` rows per forward on one
-    process; their ratio gives the gradient accumulation steps. A ``warmup_fraction`` below 1 is a share of all steps
-    (transformers reads ``warmup_steps`` that way). ``extra`` overrides anything.
+    process; their ratio gives the gradient accumulation steps (`batch_arithmetic`). A ``warmup_fraction`` below 1 is a
+    share of all steps (transformers reads ``warmup_steps`` that way). ``extra`` overrides anything.
     """
     import torch
 
     values = {name: getattr(config, name) for name in _SAME_NAME if hasattr(config, name)}
     values |= {new: getattr(config, name) for name, new in _RENAMED.items() if hasattr(config, name)}
     if hasattr(config, "batch_size"):
-        values |= _batch_arithmetic(config.batch_size, getattr(config, "microbatch_size", None))
+        values |= batch_arithmetic(config.batch_size, getattr(config, "microbatch_size", None))
     if "save_steps" in values:
         values["save_strategy"] = "steps" if values["save_steps"] else "no"
         values["save_steps"] = values["save_steps"] or 500
@@ -67,16 +67,21 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
     return cls(**(values | extra))
 
 
-def _batch_arithmetic(batch_size: int, microbatch_size: int | None) -> dict[str, int]:
+def batch_arithmetic(batch_size: int, microbatch_size: int | None, name: str = "batch_size") -> dict[str, int]:
+    """Divide an optimizer step's rows over processes and micro-batches.
+
+    With several processes a micro-batch may get smaller than asked for, so that it divides a process's share: that
+    changes memory and speed only. name: the setting that holds the step's rows."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    require_divides("number of processes", processes, "batch_size", batch_size)
+    require_divides("number of processes", processes, name, batch_size)
     share = batch_size // processes
-    if microbatch_size is None:
-        microbatch_size = share
-    big_name = "batch_size" if processes == 1 else f"batch_size/{processes} processes"
-    require_divides("microbatch_size", microbatch_size, big_name, share)
+    rows = share if microbatch_size is None else microbatch_size
+    if processes == 1:
+        require_divides("microbatch_size", rows, name, batch_size)
+    while share % rows:
+        rows -= 1
     return {
-        "per_device_train_batch_size": microbatch_size,
-        "per_device_eval_batch_size": microbatch_size,
-        "gradient_accumulation_steps": share // microbatch_size,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": share // rows,
     }

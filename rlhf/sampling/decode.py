@@ -16,8 +16,8 @@ from rlhf import cpu
 from rlhf.errors import InputError
 from rlhf.models.adapters import base_model
 from rlhf.padding import pad
-from rlhf.sampling.draw import sample
-from rlhf.sampling.engine import Responses
+from rlhf.sampling.draw import row_numbers, sample
+from rlhf.sampling.engine import Responses, row_seeds
 from rlhf.sampling.generate import generate_agrees, generate_alike, most_apart, total_variation
 
 log = logging.getLogger("rlhf")
@@ -26,8 +26,9 @@ log = logging.getLogger("rlhf")
 class TransformersEngine:
     """An engine that samples with a transformers model: left-padded prompts, a KV cache, finished rows leave the batch.
 
-    rows_per_batch bounds memory; rows are grouped by prompt length. A hub model's generation_config is ignored, so the
-    tokens come from the distribution that the trainer scores. The first call checks that the loop works for the model's
+    rows_per_batch bounds memory; rows are grouped by prompt length. Each row has random numbers of its own, so the rows
+    beside it change a response by rounding only. A hub model's generation_config is ignored, so the tokens come
+    from the distribution that the trainer scores. The first call checks that the loop works for the model's
     family (`can_decode`). If not, transformers' `generate` samples (`rlhf.sampling.generate`); if that differs from the
     model's own logits too, the call raises InputError.
     """
@@ -63,13 +64,14 @@ class TransformersEngine:
             if self._own_loop is None:
                 self._own_loop = can_decode(self.model, self.pad_id)
             with cpu.for_sampling(self.model):
+                numbers = row_numbers(row_seeds(generator, len(prompt_ids)), max_new_tokens, self.model.device)
                 if not self._own_loop:
                     settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
                     ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
                     order = []
                 for start in range(0, len(order), self.rows_per_batch):
                     rows = order[start : start + self.rows_per_batch]
-                    batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, generator)
+                    batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, numbers[rows])
                     for row, response in zip(rows, batch, strict=True):
                         ids[row] = response
         finally:
@@ -77,7 +79,7 @@ class TransformersEngine:
         return Responses(ids, [response[-1] in self.stop_ids for response in ids])
 
     def _decode(
-        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
+        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, numbers: Float[Tensor, "B T"]
     ) -> list[list[int]]:
         device = self.model.device
         input_ids, mask = pad(prompts, self.pad_id, device, side="left")
@@ -90,7 +92,7 @@ class TransformersEngine:
         written = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.long, device=device)
         for step in range(max_new_tokens):
             logits = next_logits(self.model, input_ids, attention, positions, cache)
-            token = sample(logits, temperature, generator)
+            token = sample(logits, temperature, numbers[alive, step])
             written[alive, step] = torch.where(done, -1, token)
             done = done | torch.isin(token, stop)
             if (step + 1) % self.check_every == 0:

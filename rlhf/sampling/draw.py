@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,18 +12,29 @@ from torch.overrides import handle_torch_function, has_torch_function
 from rlhf import cpu
 
 
-def sample(logits: Float[Tensor, "B V"], temperature: float, generator: torch.Generator) -> Int[Tensor, "B"]:
-    """Sample one token per row from ``softmax(logits / temperature)``; temperature 0 takes the most likely one."""
+def row_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Float[Tensor, "B count"]:
+    """Return `count` uniform numbers from [0, 1) for each row, which depend on the row's seed alone."""
+    numbers = torch.empty(len(seeds), count, dtype=torch.float64)
+    for row, seed in zip(numbers, seeds, strict=True):
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
+    return numbers.to(device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+def sample(logits: Float[Tensor, "B V"], temperature: float, numbers: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """Sample one token per row from ``softmax(logits / temperature)``, by the row's number from [0, 1); temperature 0
+    takes the most likely one."""
     if temperature == 0:
         return logits.argmax(-1)
     scaled = logits if temperature == 1 else logits.float() / temperature
-    return draw(scaled.softmax(-1, dtype=torch.float32), generator)  # softmax casts itself, without an extra pass
+    return draw(scaled.softmax(-1, dtype=torch.float32), numbers)  # softmax casts itself, without an extra pass
 
 
-def draw(probabilities: Float[Tensor, "B V"], generator: torch.Generator) -> Int[Tensor, "B"]:
-    """Draw one index per row according to its probabilities. A `TorchFunctionMode` sees the call, as of multinomial."""
+def draw(probabilities: Float[Tensor, "B V"], numbers: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """Draw one index per row according to its probabilities: the first whose cumulative probability exceeds the row's
+    number. A `TorchFunctionMode` sees the call, as of multinomial."""
     if has_torch_function((probabilities,)):
-        return handle_torch_function(draw, (probabilities,), probabilities, generator)
+        return handle_torch_function(draw, (probabilities,), probabilities, numbers)
     if probabilities.device.type == "cpu":
-        return cpu.draw(probabilities, generator)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        return cpu.draw(probabilities, numbers)
+    ends = probabilities.to(numbers.dtype).cumsum(-1)
+    return torch.searchsorted(ends, numbers[:, None] * ends[:, -1:], right=True).clamp_(max=ends.shape[1] - 1)[:, 0]

@@ -30,6 +30,30 @@ class Responses:
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in self.logprobs], batch_first=True)
 
 
+class RowGenerator(torch.Generator):
+    """A generator that brings a seed of its own for each row, so that a response depends on no other row.
+
+    Engines read the seeds with `row_seeds`; to an engine that doesn't, it is a plain generator."""
+
+    seeds: list[int]
+
+    @classmethod
+    def of(cls, seeds: list[int], seed: int, device: torch.device | str) -> RowGenerator:
+        """Make one for rows with these seeds; `seed` is the generator's own."""
+        generator = cls(device)
+        generator.manual_seed(seed)
+        generator.seeds = seeds
+        return generator
+
+
+def row_seeds(generator: torch.Generator, rows: int) -> list[int]:
+    """Return a seed for each row: those that a `RowGenerator` brings, or numbers drawn from another generator."""
+    if isinstance(generator, RowGenerator):
+        return generator.seeds
+    drawn: list[int] = torch.randint(2**62, (rows,), generator=generator, device=generator.device).tolist()
+    return drawn
+
+
 class Engine(Protocol):
     """An engine: it samples one response per prompt from the full softmax (no top-k, no top-p, no penalties)."""
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.errors import InputError, RunStopped
 from rlhf.models.adapters import base_model
-from rlhf.sampling.engine import Responses
+from rlhf.sampling.engine import Responses, row_seeds
 from rlhf.sampling.vllm_connection import REQUESTS_AT_ONCE, START, connect, one_line
 
 
@@ -75,7 +75,7 @@ class VLLMEngine:
     ) -> Responses:
         """Send the policy's weights, then sample one response per prompt."""
         self._send_weights_once()
-        seeds = torch.randint(2**62, (len(prompt_ids),), generator=generator, device=generator.device).tolist()
+        seeds = row_seeds(generator, len(prompt_ids))
 
         def respond(prompt: list[int], seed: int) -> tuple[list[int], list[float]]:
             answer = self.client.generate(

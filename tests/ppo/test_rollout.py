@@ -13,6 +13,7 @@ from rlhf.padding import make_batch, pad
 from rlhf.ppo.plan import plan_minibatches, split_by_tokens
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.draw import draw, sample
+from rlhf.sampling.engine import RowGenerator, row_seeds
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26], [30, 31], [9, 8, 7, 6]]
 
@@ -135,24 +136,24 @@ def test_sampling_follows_the_full_softmax_at_its_temperature(sharp_model):
 
 def test_sample_by_hand():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(30000, 3)
-    seen = torch.bincount(sample(logits, 0.5, generator()), minlength=3) / 30000
+    numbers = torch.rand(30000, generator=generator(), dtype=torch.float64)
+    seen = torch.bincount(sample(logits, 0.5, numbers), minlength=3) / 30000
     expected = np.exp([0, 2, 4]) / np.exp([0, 2, 4]).sum()
     np.testing.assert_allclose(seen.numpy(), expected, atol=0.01)
-    assert sample(logits[:2], 0.0, generator()).tolist() == [2, 2]
+    assert sample(logits[:2], 0.0, numbers[:2]).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("vocabulary", [3, 256, 700, 1024])
-def test_a_draw_is_the_inverse_of_the_cumulative_probabilities(vocabulary, monkeypatch):
+def test_a_draw_is_the_inverse_of_the_cumulative_probabilities(vocabulary):
     """At 2,000 levels, against a binary search in float64."""
     p = torch.rand(vocabulary, generator=generator()).pow(6)
     p[torch.rand(vocabulary, generator=generator(1)) < 0.3] = 0.0
     p = p / p.sum()
-    levels = torch.rand(2000, 1, generator=generator(2), dtype=torch.float64)
-    monkeypatch.setattr(torch, "rand", lambda *shape, **given: levels)
-    seen = draw(p.expand(2000, -1).contiguous(), generator()).numpy()
+    levels = torch.rand(2000, generator=generator(2), dtype=torch.float64)
+    seen = draw(p.expand(2000, -1).contiguous(), levels).numpy()
     ends = np.cumsum(p.double().numpy())
-    expected = np.searchsorted(ends / ends[-1], levels[:, 0].numpy(), side="right")
-    near = np.abs(ends[:, None] / ends[-1] - levels[:, 0].numpy()).min(0) < 1e-6  # sums in float32 may decide those
+    expected = np.searchsorted(ends / ends[-1], levels.numpy(), side="right")
+    near = np.abs(ends[:, None] / ends[-1] - levels.numpy()).min(0) < 1e-6  # sums in float32 may decide those
     assert near.mean() < 0.05
     np.testing.assert_array_equal(seen[~near], expected[~near])
     assert (p[torch.from_numpy(seen)] > 0).all()
@@ -160,16 +161,45 @@ def test_a_draw_is_the_inverse_of_the_cumulative_probabilities(vocabulary, monke
 
 @pytest.mark.parametrize("place", [0, 255, 256, 699])
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0 - 2.0**-53])
-def test_a_token_without_probability_is_never_drawn(place, level, monkeypatch):
+def test_a_token_without_probability_is_never_drawn(place, level):
     p = torch.zeros(2, 700)
     p[:, place] = 0.1
-    monkeypatch.setattr(torch, "rand", lambda *shape, **given: torch.full((2, 1), level, dtype=torch.float64))
-    assert draw(p, generator()).tolist() == [place, place]
+    assert draw(p, torch.full((2,), level, dtype=torch.float64)).tolist() == [place, place]
 
 
 def test_a_draw_from_what_is_not_a_number_stops():
     with pytest.raises(RuntimeError, match="a probability is not a number"):
-        draw(torch.tensor([[0.5, 0.5], [float("nan"), 0.5]]), generator())
+        draw(torch.tensor([[0.5, 0.5], [float("nan"), 0.5]]), torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_a_response_depends_on_its_own_seed_alone(tiny_model):
+    """Not on the rows beside it, their order, how many are sampled at once, or which of them have ended."""
+    stops = list(range(0, 400, 9))
+    seeds = [100 + i for i in range(len(PROMPTS))]
+
+    def run(rows, at_once=256):
+        engine, own = engine_of(tiny_model, stops, rows_per_batch=at_once), [seeds[i] for i in rows]
+        return engine.generate([PROMPTS[i] for i in rows], 12, 1.0, RowGenerator.of(own, 7, "cpu")).ids
+
+    together = run(range(len(PROMPTS)))
+    assert len({len(row) for row in together}) > 2
+    assert run(range(len(PROMPTS)), 2) == together
+    assert run(range(len(PROMPTS) - 1, -1, -1)) == together[::-1]
+    assert [run([i])[0] for i in range(len(PROMPTS))] == together
+    sizes = (256, 2)
+    plain = [
+        engine_of(tiny_model, stops, rows_per_batch=size).generate(PROMPTS, 12, 1.0, generator()).ids for size in sizes
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_a_plain_engine_reads_a_row_generator_as_any_other():
+    first, second = RowGenerator.of([1, 2], 5, "cpu"), torch.Generator().manual_seed(5)
+    assert torch.equal(torch.rand(3, generator=first), torch.rand(3, generator=second))
+    assert row_seeds(first, 2) == [1, 2]
+    drawn = row_seeds(torch.Generator().manual_seed(5), 2)
+    assert len(set(drawn)) == 2
+    assert drawn == row_seeds(torch.Generator().manual_seed(5), 2)
 
 
 def test_the_generator_alone_decides(tiny_model):

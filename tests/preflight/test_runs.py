@@ -217,8 +217,8 @@ def test_the_setting(tmp_path, config):
 
 
 class Colder(TransformersEngine):
-    def _decode(self, prompts, max_new_tokens, temperature, generator):
-        return super()._decode(prompts, max_new_tokens, temperature * 0.7, generator)
+    def _decode(self, prompts, max_new_tokens, temperature, numbers):
+        return super()._decode(prompts, max_new_tokens, temperature * 0.7, numbers)
 
 
 class LiesAboutStops(TransformersEngine):
@@ -347,11 +347,9 @@ def test_a_fault_in_ppo_is_refused_by_its_name(tmp_path, full, plant):
 
 
 def test_a_filter_in_sampling_is_refused(tmp_path, full, monkeypatch):
-    def top_two(logits, temperature, generator):
+    def top_two(logits, temperature, numbers):
         least = logits.topk(2).values[:, -1:]
-        return torch.multinomial(logits.masked_fill(logits < least, -torch.inf).softmax(-1), 1, generator=generator)[
-            :, 0
-        ]
+        return torch.multinomial(logits.masked_fill(logits < least, -torch.inf).softmax(-1), 1)[:, 0]
 
     monkeypatch.setattr(decode, "sample", top_two)
     assert "filters (top-k" in failed(ppo_findings(ppo(tmp_path, full[0])))["sampled log-probs"]

@@ -94,10 +94,10 @@ class Forker:
 
     def together(
         self, argv: Sequence[object], processes: int = 2, limit: float = LIMIT, env: Mapping[str, str] | None = None,
-        **options: Any,
+        until: Callable[[], bool] = lambda: False, **options: Any,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         """The command in several processes on gloo, as `torchrun --nproc_per_node` starts them; none is left behind
-        where one fails or the limit passes."""
+        where one fails or the limit passes. All are killed once `until` holds."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -110,7 +110,7 @@ class Forker:
         deadline = time.monotonic() + limit
         while any(one.running() for one in started):
             failed = [one for one in started if not one.running() and one.end()[0]]
-            if failed or time.monotonic() > deadline:
+            if failed or until() or time.monotonic() > deadline:
                 for one in started:
                     one.signal(signal.SIGKILL)
             time.sleep(0.005)

@@ -526,11 +526,9 @@ PLANTS = (
         bug="a resumed run draws its responses from the beginning of the random stream",
         shipped="NeMo-RL#3171, verl#2653",
         file="rlhf/ppo/plan.py",
-        old="        return torch.Generator(device).manual_seed("
-        "_mix(self.seed, purposes[purpose], update, process, extra))\n",
-        new="        seed = _mix(self.seed, purposes[purpose], process)\n"
-        '        streams = self.__dict__.setdefault("_streams", {})\n'
-        "        return streams.setdefault(purpose, torch.Generator(device).manual_seed(seed))\n",
+        old="        seeds = [_mix(self.seed, 2, update, place) for place in places]\n",
+        new='        asked = self.__dict__.setdefault("_sampled", [-1])\n        asked[0] += 1\n'
+        "        seeds = [_mix(self.seed, 2, asked[0], place) for place in places]\n",
         test="tests/ppo/test_trainer.py::test_resume_is_exact_and_logs_every_update_once",
         here="sampling and minibatches are drawn by generators that are pure functions of seed and update",
     ),
@@ -558,9 +556,9 @@ PLANTS = (
         name="steps_per_process",
         bug="the reward model's optimizer steps, and so its schedule, are counted per process",
         shipped="LLaMA-Factory#424",
-        file="reward_models/config.py",
-        old="gradient_accumulation_steps=config.prompts_per_batch // together",
-        new="gradient_accumulation_steps=config.prompts_per_batch // config.microbatch_size",
+        file="rlhf/run/trl_arguments.py",
+        old="share = batch_size // processes",
+        new="share = batch_size",
         test="tests/test_invariance.py::test_two_processes[forked-reward_model-full]",
     ),
     # -- engine and trainer disagree, and the correction is wrong

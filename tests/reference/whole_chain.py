@@ -140,12 +140,12 @@ def being_saved(stage: Path, since: int = 0) -> bool:
     return any(fresh(folder, since) for folder in [*stage.glob(".checkpoint-*.writing"), *half])
 
 
-def _untimed(value: Any) -> Any:
+def untimed(value: Any) -> Any:
     """Without what differs from run to run: seconds, and tokens per second."""
     if isinstance(value, dict):
         kept = {name: inner for name, inner in value.items() if "second" not in name}
-        return {name: _untimed(inner) for name, inner in kept.items()}
-    return [_untimed(inner) for inner in value] if isinstance(value, list) else value
+        return {name: untimed(inner) for name, inner in kept.items()}
+    return [untimed(inner) for inner in value] if isinstance(value, list) else value
 
 
 def differences(folder: Path, other: Path) -> Iterator[str]:
@@ -153,7 +153,7 @@ def differences(folder: Path, other: Path) -> Iterator[str]:
     finished stage does not leave behind."""
     ours, theirs = read(folder / "summary.json"), read(other / "summary.json")
     for part in ("evaluation", "stages"):
-        if _untimed(ours[part]) != _untimed(theirs[part]):
+        if untimed(ours[part]) != untimed(theirs[part]):
             yield f"summary.json: {part}"
     for stage in STAGES:
         for path in sorted((other / stage).iterdir()):
@@ -161,9 +161,9 @@ def differences(folder: Path, other: Path) -> Iterator[str]:
             if path.suffix == ".safetensors" or (path.suffix == ".jsonl" and path.name != "metrics.jsonl"):
                 if not mine.is_file() or mine.read_bytes() != path.read_bytes():
                     yield f"{stage}/{path.name}"
-            elif path.name == "metrics.jsonl" and _untimed(lines(mine)) != _untimed(lines(path)):
+            elif path.name == "metrics.jsonl" and untimed(lines(mine)) != untimed(lines(path)):
                 yield f"{stage}/metrics.jsonl"
-        outputs = [_untimed(read(run / stage / "manifest.json")["outputs"]) for run in (folder, other)]
+        outputs = [untimed(read(run / stage / "manifest.json")["outputs"]) for run in (folder, other)]
         if outputs[0] != outputs[1]:
             yield f"{stage}/manifest.json: outputs"
         names = [{path.name for path in (run / stage).iterdir()} for run in (folder, other)]

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import get_peft_model
 from reference import forked
 from reference import fsdp_worker as worker
-from reference.tiny_chain import TARGETS, save_base, save_reward_model, shake
-from reference.two_processes import GivenResponses
+from reference.tiny_chain import TARGETS, chain, save_base, save_reward_model, shake
+from reference.two_processes import RANKINGS, GivenResponses
 from safetensors.torch import load_file
 from torch import nn
 
+from reward_models import RewardConfig, RewardTrainer
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
 from rlhf.models.heads import head_weight
@@ -269,3 +271,14 @@ def test_a_head_that_is_sharded_by_itself_is_refused(monkeypatch, tiny_model):
     monkeypatch.setattr("rlhf.models.heads.DTensor", nn.Parameter)
     with pytest.raises(InputError, match="TRANSFORMER_BASED_WRAP"):
         head_weight(tiny_model)
+
+
+# -- the reward model -------------------------------------------------------------------------------------
+
+
+def test_keep_best_is_refused_where_the_model_is_sharded(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    policy = chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)[0]
+    config = RewardConfig(output_dir=str(tmp_path / "run"), keep_best=True, eval_steps=1, bf16=False)
+    with pytest.raises(InputError, match="keep_best: not where FSDP2 shards the model"):
+        RewardTrainer(str(policy), config, train_dataset=RANKINGS[:12], eval_dataset=RANKINGS[12:])

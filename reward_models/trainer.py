@@ -92,6 +92,7 @@ class RewardTrainer(trl.RewardTrainer):
         if not isinstance(config, RewardConfig):
             raise TypeError(f"args: expected a reward_models.RewardConfig, got a {type(config).__module__} one")
         tokenizer = tokenizer_of(model, processing_class)
+        chat.set_template_kwargs(tokenizer, config.chat_template_kwargs)
         bad = config.on_bad_row
         train = read_rankings(train_dataset, on_bad_row=bad)
         held_out = None if eval_dataset is None else read_rankings(eval_dataset, HELD_OUT, bad)
@@ -313,7 +314,8 @@ class RewardTrainer(trl.RewardTrainer):
             sequences = [ids for row in data.select(rows) for ids in responses_of(row)]
             return [sequences[i] for i in generator.permutation(len(sequences))[:count]]
         order = generator.permutation(len(self._normalized_on)).tolist()
-        encoded = (chat.encode_conversation(self._tokenizer, self._normalized_on[i].messages)[0] for i in order)
+        rows = (self._normalized_on[i] for i in order)
+        encoded = (chat.encode_conversation(self._tokenizer, row.messages, row=row.columns)[0] for row in rows)
         fitting = list(islice((ids for ids in encoded if len(ids) <= self._max_length), count))
         if not fitting:
             raise InputError(f"normalizer_dataset: every row is longer than max_length={self._max_length}; raise it")

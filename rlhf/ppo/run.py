@@ -198,7 +198,7 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     """Return mean score, KL, length and stop rate on the evaluation prompts, sampled with the same seed every time."""
     ids, device = trainer.eval_prompt_ids, trainer.accelerator.device
     responses = trainer.generate(ids, torch.Generator(device).manual_seed(trainer.args.seed))
-    texts = [chat.decode_response(trainer.processing_class, r) for r in responses.ids]
+    texts = [chat.decode_response(trainer.processing_class, r, trainer.stop_ids) for r in responses.ids]
     score, _ = raw_scores(trainer, trainer.eval_prompts, texts, responses.ids, prefix="eval_")
     kl = 0.0
     for start in range(0, len(ids), 16):

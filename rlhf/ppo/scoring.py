@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-from rlhf import scores
+from rlhf import chat, scores
 from rlhf.ppo.protocol import Trainer
 from rlhf.records import Prompt
 from rlhf.run import distributed
@@ -26,6 +29,8 @@ def raw_scores(
         texts,
         ids,
         columns=scores.columns_of(trainer.eval_prompts if prefix else trainer.prompts),
+        answers=answers_of(trainer, prompts, texts),
+        processing_class=trainer.processing_class,
         timeout_seconds=args.score_timeout_seconds,
         failures=failures,
         trainer_state=loop.state,
@@ -35,3 +40,9 @@ def raw_scores(
     if failures is not None:
         scores.require_some(distributed.total(trainer.accelerator, (~raw.isnan()).sum()), failures)
     return raw, by_function
+
+
+def answers_of(trainer: Trainer, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Parse responses' raw texts into messages: the answer, and the thinking before it."""
+    tokenizer = trainer.processing_class
+    return [chat.parse_response(tokenizer, text, p.columns) for p, text in zip(prompts, texts, strict=True)]

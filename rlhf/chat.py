@@ -133,7 +133,8 @@ def structural_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 def end_of_turn_id(tokenizer: Tokenizer) -> int:
     """Return the token that ends a plain last turn: the template's own; eos where it writes none."""
-    return int(tokenizer.convert_tokens_to_ids(spans.last_end(template_of(tokenizer))))
+    template = template_of(tokenizer)
+    return template.tokens.ids[spans.last_end(template)]
 
 
 def stop_ids(tokenizer: Tokenizer, generation_config_eos: int | list[int] | None = None) -> tuple[int, ...]:

@@ -145,8 +145,8 @@ def choose_best(samples: PolicySamples) -> PolicySamples:
     def chosen(values: Any) -> Any:
         return None if values is None else tuple(values[row] for row in rows)
 
-    names = ("responses", "ids", "stopped", "kl_nats", "scores", "gold_scores", "judge_scores", "refused")
-    names += ("thoughts", "raw")
+    names = ["responses", "ids", "stopped", "kl_nats", "scores", "gold_scores", "judge_scores", "refused"]
+    names += ["thoughts", "raw"]
     columns = {name: chosen(getattr(samples, name)) for name in names}
     parts = {name: chosen(values) for name, values in samples.gold_parts.items()}
     return replace(samples, n=1, gold_parts=parts, **columns)

@@ -97,8 +97,8 @@ def conversation(
     own = _tools(tools) if tools else None
     if own is None and not kwargs and _is_plain(turns, tokens.inert):
         return Conversation(turns, None, {}, replaced)
-    parted = [inert(value, tokens.inert, replaced) for value in (turns, own, dict(kwargs))]
-    return Conversation(*parted, replaced)
+    marked, marked_tools, settings = (inert(value, tokens.inert, replaced) for value in (turns, own, dict(kwargs)))
+    return Conversation(marked, marked_tools, settings, replaced)
 
 
 def _is_plain(turns: list[dict[str, Any]], pattern: re.Pattern) -> bool:

@@ -63,7 +63,7 @@ def encode_finished(
     _check_thought(messages[last], chat.restored(own), last)
     ids, mask = rendered[:final], mask[:final]
     if added:
-        ids, mask = [*ids, int(tokenizer.convert_tokens_to_ids(added))], [*mask, trained[last]]
+        ids, mask = [*ids, template.tokens.ids[added]], [*mask, trained[last]]
     return Encoded(ids, mask, first, rendered, turns.sampled[last] and whole)
 
 
@@ -272,7 +272,7 @@ def refused_start(
     def helps(kwargs: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> bool:
         try:
             return encode_finished(
-                tokenizer, template_of(tokenizer, template.kwargs | kwargs), turns, on, tools
+                tokenizer, template_of(tokenizer, {**template.kwargs, **kwargs}), turns, on, tools
             ).sampled
         except InputError:
             return False

@@ -110,7 +110,8 @@ def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None, args: PP
         added = chat.prepare_tokenizer(given)
         if added:
             raise InputError(
-                f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
+                f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer "
+                "first"
             )
     chat.set_template_kwargs(given, args.chat_template_kwargs)
     return given

@@ -224,8 +224,9 @@ def _sample(
 
     from rlhf import evaluate
     from rlhf.sampling.decode import TransformersEngine
+    from rlhf.sampling.engine import model_stop_ids
 
-    engine = TransformersEngine(model, chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
+    engine = TransformersEngine(model, model_stop_ids(model, tokenizer), chat.pad_id(tokenizer))
     generator = torch.Generator(model.device).manual_seed(seed)
     return evaluate.sample_policy(
         prompts, tokenizer, engine, max_new_tokens=config.max_new_tokens, generator=generator,
@@ -243,7 +244,7 @@ def sequence_kl(
     from rlhf.padding import make_batch
     from rlhf.ppo.plan import split_by_tokens
 
-    prompt_ids = [chat.encode_prompt(tokenizer, prompt.messages) for prompt in samples.repeated_prompts]
+    prompt_ids = [chat.encode_prompt(tokenizer, prompt.messages, prompt.columns) for prompt in samples.repeated_prompts]
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, samples.ids, strict=True)]
     kl = [0.0] * len(lengths)
     for rows in split_by_tokens(range(len(lengths)), lengths, config.tokens_per_microbatch):
@@ -279,7 +280,7 @@ def _call(spec: str, samples: PolicySamples) -> Any:
     names = sorted({name for prompt in prompts for name in prompt.columns})
     arguments = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     arguments["prompts"] = [prompt.messages for prompt in prompts]
-    arguments["completions"] = [[{"role": "assistant", "content": text}] for text in samples.responses]
+    arguments["completions"] = [[answer] for answer in samples.answers]
     return call(configs.import_function(spec), arguments)
 
 

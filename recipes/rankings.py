@@ -136,6 +136,7 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     from rlhf import evaluate
     from rlhf.models import loading as models
     from rlhf.sampling.decode import TransformersEngine
+    from rlhf.sampling.engine import model_stop_ids
 
     prompts = read_prompts(config.prompts, on_bad_row=config.on_bad_row)
     random.Random(config.seed).shuffle(prompts)
@@ -145,7 +146,7 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     label = configs.import_function(str(config.labeler))
     begin()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = TransformersEngine(policy.to(device), chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
+    engine = TransformersEngine(policy.to(device), model_stop_ids(policy, tokenizer), chat.pad_id(tokenizer))
     samples = evaluate.sample_policy(
         prompts,
         tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.errors import InputError, require_divides
 from rlhf.run.settings import settle
@@ -38,6 +38,9 @@ class RewardConfig:
     on_bad_row: Literal["refuse", "drop"] = "refuse"
     """A row that can't be read, or that the chat template refuses: refuse: stop and name it; drop: leave it out, and
     count it in the log."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Settings that the chat template gets wherever it is used, such as {enable_thinking: false}; they are saved with
+    the tokenizer. null: those in the model's folder."""
 
     "Optimization"
 

@@ -84,7 +84,7 @@ def encode_rankings(
             continue
         turns = [[*ranking.prompt, {"role": "assistant", "content": text}] for text in ranking.responses]
         try:
-            encoded = [chat.encode_conversation(tokenizer, messages)[0] for messages in turns]
+            encoded = [chat.encode_conversation(tokenizer, turn, len(turn) - 1, ranking.columns)[0] for turn in turns]
         except InputError as error:
             refused.add(ranking.where, error)
             continue

@@ -18,7 +18,15 @@ RewardFunction = Callable[..., list[float | None]]
 Texts = Sequence[str | Messages]
 """Prompts or completions, each as text or as messages."""
 
-NOT_COLUMNS = ("completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
+NOT_COLUMNS = (
+    "completion_ids",
+    "raw_completions",
+    "processing_class",
+    "trainer_state",
+    "log_metric",
+    "log_extra",
+    "environments",
+)
 """Keywords that trainers pass to a reward function besides the dataset's columns."""
 
 

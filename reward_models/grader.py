@@ -213,10 +213,7 @@ class LocalModel:
     @torch.no_grad()
     def __call__(self, questions: Sequence[str], letters: Sequence[str]) -> list[Answered]:
         before, tokens = letter_tokens(self.tokenizer, letters)
-        asked = [
-            chat.encode_prompt(self.tokenizer, [{"role": "user", "content": question}]) + before
-            for question in questions
-        ]
+        asked = [self._asked(question, letters[0], len(before)) for question in questions]
         self._check_length(max(map(len, asked), default=0))
         device, pad_id = next(self.model.parameters()).device, chat.pad_id(self.tokenizer)
         answers: dict[int, Answered] = {}
@@ -231,6 +228,12 @@ class LocalModel:
                 together = float(share.sum())
                 answers[row] = (share / share.sum(), together) if together > 0 else _no_answer(together)
         return [answers[row] for row in range(len(asked))]
+
+    def _asked(self, question: str, letter: str, before: int) -> list[int]:
+        """Encode a question and what a finished answer has before its letter: `before` tokens."""
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": letter}]
+        encoded = chat.encode(self.tokenizer, turns, trained_from=1)
+        return encoded.ids[: encoded.answer_from + before]
 
     def _check_length(self, tokens: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)

@@ -40,8 +40,8 @@ def sampled_responses(
         rows = generator.permutation(len(data))[:count].tolist()  # enough: 2 responses each, or more
         sequences = [ids for row in data.select(rows) for ids in responses_of(row)]
         return [sequences[i] for i in generator.permutation(len(sequences))[:count]]
-    order = generator.permutation(len(demonstrations)).tolist()
-    encoded = (chat.encode_conversation(tokenizer, demonstrations[i].messages)[0] for i in order)
+    shuffled = (demonstrations[i] for i in generator.permutation(len(demonstrations)).tolist())
+    encoded = (chat.encode_conversation(tokenizer, row.messages, row=row.columns)[0] for row in shuffled)
     fitting = list(islice((ids for ids in encoded if len(ids) <= max_length), count))
     if not fitting:
         raise InputError(f"normalizer_dataset: every row is longer than max_length={max_length}; raise it")

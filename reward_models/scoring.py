@@ -7,8 +7,9 @@ trl's reward-function signature: pass it to PPOTrainer or trl's GRPOTrainer as i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from rlhf.messages import Messages
 from rlhf.models import encoders
 from rlhf.models import loading as models
 from rlhf.models.pretrained import check_folder
-from rlhf.models.scalar import ScoreNormalizer, last_token_scores, load_scalar_model
+from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, last_token_scores, load_scalar_model
 from rlhf.padding import pad
 from rlhf.run import stages
 
@@ -36,9 +37,10 @@ STAGES = ("reward_model", "judge")
 class RewardModel:
     """A trained reward model that scores whole responses, normalised by the normaliser in its folder.
 
-    Scores are float32 and depend on the conversation alone: the other conversations in a micro-batch change them by
-    rounding only (below 1e-5 in float32). An encoder reads a limited number of tokens (BERT: 512); of a longer
-    conversation it reads the end, with one warning.
+    Scored is the answer: thinking (`reasoning_content`) is left out unless `score_reasoning`. Scores are float32 and
+    depend on the conversation alone: the other conversations in a micro-batch change them by rounding only (below 1e-5
+    in float32). An encoder reads a limited number of tokens (BERT: 512); of a longer conversation it reads the end,
+    with one warning.
     """
 
     def __init__(
@@ -48,14 +50,21 @@ class RewardModel:
         normalizer: ScoreNormalizer | None = None,
         *,
         tokens_per_microbatch: int = 16384,
+        score_reasoning: bool = False,
+        reads_rendered: bool = False,
         name: str = "reward_model",
     ) -> None:
+        """reads_rendered: read the last token of the template's whole rendering that is no padding, as transformers
+        does and trl's RewardTrainer trained it; default: the last end of turn, as our trainer trains it."""
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.normalizer = normalizer or ScoreNormalizer()
         self.tokens_per_microbatch = tokens_per_microbatch
+        self.score_reasoning = score_reasoning
+        self.reads_rendered = reads_rendered
         self.folder: str | None = None  # the path that `load` read
         self._warned = False
+        self._compared: tuple[PreTrainedTokenizerBase, bool] | None = None
         self._limit = encoders.position_limit(model) if encoders.is_encoder(model.config) else None
         self.__name__ = name  # trl logs a reward function under this name
 
@@ -66,12 +75,17 @@ class RewardModel:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         tokens_per_microbatch: int = 16384,
+        score_reasoning: bool = False,
     ) -> RewardModel:
         """Load the reward model of a folder (full weights or a LoRA adapter) or hub id.
+
+        One that our trainer did not save (it has no normaliser) is read as transformers reads it, at the last token of
+        the template's whole rendering.
 
         device: by default the accelerator, where there is one.
         dtype: by default float32. bfloat16 halves the memory and moves scores by about a percent of their spread.
         tokens_per_microbatch: padded tokens per forward; a memory setting.
+        score_reasoning: score an answer's thinking with it.
 
         Raises InputError where the folder holds no reward model, no tokenizer, or another stage's output.
         """
@@ -81,15 +95,36 @@ class RewardModel:
         model, normalizer = load_scalar_model(path, dtype)
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         nn.Module.to(model, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
-        scorer = cls(model, tokenizer, normalizer, tokens_per_microbatch=tokens_per_microbatch, name=Path(path).name)
+        foreign = not (Path(path) / NORMALIZER_FILE).is_file() and not encoders.is_encoder(model.config)
+        scorer = cls(
+            model, tokenizer, normalizer, tokens_per_microbatch=tokens_per_microbatch, score_reasoning=score_reasoning,
+            reads_rendered=foreign, name=Path(path).name,
+        )  # fmt: skip
         scorer.folder = str(path)
         return scorer
 
-    def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
-        """Return normalised scores. A plain-text prompt is one user turn."""
+    def __call__(
+        self,
+        prompts: Texts,
+        completions: Texts,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **columns: object,
+    ) -> list[float]:
+        """Return normalised scores. A plain-text prompt is one user turn.
+
+        processing_class: the policy's tokenizer. Where it is this model's, too, an answer without thinking is read as
+        the ids that were sampled."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
-        return self.score([conversation(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
+        talks = [conversation(p, c) for p, c in zip(prompts, completions, strict=True)]
+        rows = rows_of(columns, len(talks))
+        sampled = completion_ids if self._same_tokenizer(processing_class) else None
+        sequences = [
+            self._encoded(talk, row, number, None if sampled is None else sampled[number - 1])
+            for number, (talk, row) in enumerate(zip(talks, rows, strict=True), start=1)
+        ]
+        return self.normalizer(self._scores(sequences)).tolist()
 
     def score(self, conversations: Sequence[Messages]) -> Float[Tensor, " B"]:
         """Return normalised scores of conversations that end with an assistant turn, on the CPU in float32."""
@@ -97,15 +132,43 @@ class RewardModel:
 
     def raw_scores(self, conversations: Sequence[Messages]) -> Float[Tensor, " B"]:
         """Return the scalar head's outputs, before the normaliser."""
-        sequences = []
-        for number, messages in enumerate(conversations, start=1):
-            if not messages or messages[-1]["role"] != "assistant":
-                last = messages[-1]["role"] if messages else "nothing"
-                raise InputError(f"conversation {number} ends with {last}; a score is of an assistant's response")
-            sequences.append(chat.encode_conversation(self.tokenizer, messages)[0])
+        return self._scores([self._encoded(messages, {}, n) for n, messages in enumerate(conversations, start=1)])
+
+    def _scores(self, sequences: list[list[int]]) -> Float[Tensor, " B"]:
         return score_sequences(
             self.model, self._fitting(sequences), chat.pad_id(self.tokenizer), self.tokens_per_microbatch
         )
+
+    def _encoded(
+        self, messages: Messages, row: Mapping[str, object], number: int, sampled: Sequence[int] | None = None
+    ) -> list[int]:
+        """Encode a conversation as this model reads it. sampled: the ids of its response, from the same tokenizer."""
+        if not messages or messages[-1]["role"] != "assistant":
+            last = messages[-1]["role"] if messages else "nothing"
+            raise InputError(f"conversation {number} ends with {last}; a score is of an assistant's response")
+        answer = messages[-1]
+        if not self.score_reasoning and "reasoning_content" in answer:
+            answer = {name: value for name, value in answer.items() if name != "reasoning_content"}
+            messages, sampled = [*messages[:-1], answer], None
+        if sampled is not None and not self.reads_rendered:
+            ids, stops = list(sampled), chat.stop_ids(self.tokenizer)
+            ids = ids[:-1] if ids and ids[-1] in stops else ids
+            return [*chat.encode_prompt(self.tokenizer, messages[:-1], row), *ids, chat.end_of_turn_id(self.tokenizer)]
+        encoded = chat.encode(self.tokenizer, messages, len(messages) - 1, row)
+        return self._until_padding(encoded.rendered) if self.reads_rendered else encoded.ids
+
+    def _until_padding(self, ids: list[int]) -> list[int]:
+        """Cut a sequence behind the token that transformers' classes read: the last that is no padding."""
+        pad_id = self.model.config.get_text_config().pad_token_id
+        return ids[: max((n for n, i in enumerate(ids) if i != pad_id), default=len(ids) - 1) + 1]
+
+    def _same_tokenizer(self, other: PreTrainedTokenizerBase | None) -> bool:
+        if other is None or other is self.tokenizer:
+            return other is not None
+        if self._compared is None or self._compared[0] is not other:
+            same = other.get_vocab() == self.tokenizer.get_vocab()
+            self._compared = other, same and chat.template_hash(other) == chat.template_hash(self.tokenizer)
+        return self._compared[1]
 
     def _fitting(self, sequences: list[list[int]]) -> list[list[int]]:
         """Shorten the sequences to the positions that an encoder has."""
@@ -117,6 +180,12 @@ class RewardModel:
             logger.warning(text, self.__name__, self._limit, longest)
         self._warned = True
         return [encoders.shortened(ids, self._limit) for ids in sequences]
+
+
+def rows_of(columns: Mapping[str, object], count: int) -> list[dict[str, object]]:
+    """Return, for each of `count` responses, the columns that its chat template reads."""
+    names = [name for name in ("tools", "chat_template_kwargs") if isinstance(columns.get(name), list | tuple)]
+    return [{name: cast(Sequence[object], columns[name])[n] for name in names} for n in range(count)]
 
 
 def _check_stage(folder: Path) -> None:

@@ -91,8 +91,8 @@ class RewardTrainer(trl.RewardTrainer):
         if not isinstance(config, RewardConfig):
             raise TypeError(f"args: expected a reward_models.RewardConfig, got a {type(config).__module__} one")
         tokenizer = tokenizer_of(model, processing_class)
-        bad = config.on_bad_row
-        train = read_rankings(train_dataset, on_bad_row=bad)
+        chat.set_template_kwargs(tokenizer, config.chat_template_kwargs)
+        train = read_rankings(train_dataset, on_bad_row=(bad := config.on_bad_row))
         held_out = None if eval_dataset is None else read_rankings(eval_dataset, HELD_OUT, bad)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.chat import decode_response, encode_prompt
+from rlhf.chat import decode_response, encode_prompt, parse_response
 from rlhf.intervals import (
     best_of_n,
     best_of_n_kl,
@@ -66,6 +66,19 @@ class PolicySamples:
     judge_scores: tuple[float, ...] | None = None
     gold_parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     refused: tuple[bool, ...] | None = None
+    thoughts: tuple[str, ...] | None = None
+    """The thinking before each response, which `responses` leave out."""
+    raw: tuple[str, ...] | None = None
+    """The responses as they were written, thinking and all."""
+
+    @property
+    def answers(self) -> list[Entry]:
+        """The responses as messages."""
+        thoughts = self.thoughts or ("",) * len(self.responses)
+        return [
+            {"role": "assistant", "content": text} | ({"reasoning_content": thought} if thought else {})
+            for text, thought in zip(self.responses, thoughts, strict=True)
+        ]
 
     @property
     def response_tokens(self) -> tuple[int, ...]:
@@ -92,16 +105,22 @@ def sample_policy(
     n: int = 1,
 ) -> PolicySamples:
     """Sample ``n`` responses to every prompt from an engine."""
-    prompt_ids = [encode_prompt(tokenizer, prompt.messages) for prompt in prompts for _ in range(n)]
+    prompt_ids = [encode_prompt(tokenizer, prompt.messages, prompt.columns) for prompt in prompts for _ in range(n)]
     answers = engine.generate(prompt_ids, max_new_tokens, temperature, generator)
     if not len(answers.ids) == len(answers.stopped) == len(prompt_ids):
         raise ValueError(f"the engine returned {len(answers.ids)} responses to {len(prompts)} prompts, n={n}")
+    stops = getattr(engine, "stop_ids", None) or None
+    raw = tuple(decode_response(tokenizer, ids, stops) for ids in answers.ids)
+    rows = [prompt.columns for prompt in prompts for _ in range(n)]
+    messages = [parse_response(tokenizer, text, row) for text, row in zip(raw, rows, strict=True)]
     return PolicySamples(
         prompts=tuple(prompts),
-        responses=tuple(decode_response(tokenizer, ids) for ids in answers.ids),
+        responses=tuple(message["content"] for message in messages),
         ids=tuple(tuple(ids) for ids in answers.ids),
         stopped=tuple(bool(stop) for stop in answers.stopped),
         n=n,
+        thoughts=tuple(message.get("reasoning_content", "") for message in messages),
+        raw=raw,
     )
 
 
@@ -112,7 +131,8 @@ def judge_samples(samples: PolicySamples, judge: RewardFunction) -> tuple[float,
     policies would be compared on different prompts.
     """
     ids = [list(row) for row in samples.ids]
-    scores, _ = score_responses([judge], [1.0], samples.repeated_prompts, samples.responses, ids)
+    texts = samples.raw or samples.responses
+    scores, _ = score_responses([judge], [1.0], samples.repeated_prompts, texts, ids, answers=samples.answers)
     return tuple(scores.tolist())
 
 
@@ -125,7 +145,8 @@ def choose_best(samples: PolicySamples) -> PolicySamples:
     def chosen(values: Any) -> Any:
         return None if values is None else tuple(values[row] for row in rows)
 
-    names = ("responses", "ids", "stopped", "kl_nats", "scores", "gold_scores", "judge_scores", "refused")
+    names = ["responses", "ids", "stopped", "kl_nats", "scores", "gold_scores", "judge_scores", "refused"]
+    names += ["thoughts", "raw"]
     columns = {name: chosen(getattr(samples, name)) for name in names}
     parts = {name: chosen(values) for name, values in samples.gold_parts.items()}
     return replace(samples, n=1, gold_parts=parts, **columns)

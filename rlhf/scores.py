@@ -91,6 +91,7 @@ def score_responses(
     response_ids: Sequence[list[int]],
     *,
     columns: Iterable[str] = (),
+    answers: Sequence[Mapping[str, Any]] | None = None,
     timeout_seconds: float | None = None,
     failures: list[str] | None = None,
     **extra: Any,
@@ -99,9 +100,10 @@ def score_responses(
 
     Functions are called as by trl's GRPOTrainer: ``f(prompts=, completions=, completion_ids=, **columns)``, with
     strings where the prompt was a string and message lists where it was one. Each gets copies of its own, and only what
-    its signature names. columns: names of the dataset's columns, None for prompts that lack one. A function returns a
-    number per response, or an awaitable of them. None means "not applicable" and leaves the sum (NaN in the function's
-    own scores); a response for which every function returns None is an error, or dropped.
+    its signature names. columns: names of the dataset's columns, None for prompts that lack one. answers: the
+    responses as parsed messages (content, reasoning_content), beside which the raw texts are ``raw_completions``. A
+    function returns a number per response, or an awaitable of them. None means "not applicable" and leaves the sum (NaN
+    in the function's own scores); a response for which every function returns None is an error, or dropped.
 
     A function fails on a response where its score is not a finite float32, or is an exception (as from
     ``asyncio.gather(..., return_exceptions=True)``). It fails on all responses where it raises one or is not done after
@@ -110,19 +112,19 @@ def score_responses(
     of a failed response are NaN. A wrong number of scores or of values to log, and an InputError that a function
     raises, always raise InputError.
     """
+    parsed = answers or [{"role": "assistant", "content": text} for text in texts]
     inputs = {
         "prompts": [p.messages[-1]["content"] if p.text else p.messages for p in prompts],
-        "completions": [
-            text if p.text else [{"role": "assistant", "content": text}] for p, text in zip(prompts, texts, strict=True)
-        ],
+        "completions": [a["content"] if p.text else [dict(a)] for p, a in zip(prompts, parsed, strict=True)],
         "completion_ids": list(response_ids),
     }
+    inputs |= {} if answers is None else {"raw_completions": list(texts)}
     named = {name: [p.columns.get(name) for p in prompts] for name in {*columns, *columns_of(prompts)}}
     table = torch.full((len(prompts), len(functions)), math.nan)
     dropped = torch.zeros(len(prompts), dtype=torch.bool)
     for j, function in enumerate(functions):
-        answers = _answers(function, {**named, **extra, **inputs}, len(prompts), timeout_seconds)
-        table[:, j], failed = _numbers(answers)
+        returned = _answers(function, {**named, **extra, **inputs}, len(prompts), timeout_seconds)
+        table[:, j], failed = _numbers(returned)
         if failed:
             row, error = next(iter(failed.items()))
             failure = _failure(function, row, error, len(failed), prompts)

@@ -14,6 +14,7 @@ from rlhf import config as configs
 from rlhf.records import Prompt, read_prompts
 from rlhf.run.lookup import look_up
 from rlhf.sampling.decode import TransformersEngine
+from rlhf.sampling.engine import model_stop_ids
 
 TOY = look_up("toy.yaml", "toy.yaml: no such file", "configs")
 
@@ -35,7 +36,7 @@ def held_out(run: Path) -> list[Prompt]:
 
 def sampled(model: Any, tokenizer: Any, prompts: list[Prompt], seed: int, n: int = 1) -> evaluate.PolicySamples:
     """n responses of a policy to every prompt."""
-    engine = TransformersEngine(model, chat.stop_ids(tokenizer), chat.pad_id(tokenizer))
+    engine = TransformersEngine(model, model_stop_ids(model, tokenizer), chat.pad_id(tokenizer))
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = settings()["evaluation"]["max_new_tokens"]
     return evaluate.sample_policy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.config import require_divides
 from rlhf.errors import InputError
@@ -50,6 +50,9 @@ class PPOConfig:
     count it in the log."""
     max_new_tokens: int = 128
     """Longest response, its stop token included."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Settings that the chat template gets wherever it is used, such as {enable_thinking: false}; they are saved with
+    the tokenizer. null: those in the model's folder."""
     temperature: float = 1.0
     """Divides every logit: in sampling, the policy, the reference and the entropy alike."""
 

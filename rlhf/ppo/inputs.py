@@ -40,7 +40,7 @@ def prompts_of(
     long: list[tuple[int, Prompt]] = []
     for prompt in prompts:
         try:
-            encoded = chat.encode_prompt(tokenizer, prompt.messages)
+            encoded = chat.encode_prompt(tokenizer, prompt.messages, prompt.columns)
         except InputError as error:
             refused.add(prompt.where, error)
             continue
@@ -98,19 +98,20 @@ def value_start(value_model: Any, functions: Sequence[Any], tokenizer: PreTraine
     return None
 
 
-def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer passed, else the one in the policy's folder.
+def policy_tokenizer(model: Any, given: PreTrainedTokenizerBase | None, args: PPOConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer passed, else the one in the policy's folder, with the run's chat_template_kwargs.
 
     Raises InputError if the passed one lacks chat tokens, since the policy never learned them."""
     if given is None:
         if not isinstance(model, str | Path):
             raise InputError("processing_class is missing; with a model object, pass its tokenizer")
-        return load_tokenizer(model)
-    if needs_new_pad(given):  # any id can pad
-        return given
-    added = chat.prepare_tokenizer(given)
-    if added:
-        raise InputError(
-            f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer first"
-        )
+        given = load_tokenizer(model)
+    elif not needs_new_pad(given):  # any id can pad
+        added = chat.prepare_tokenizer(given)
+        if added:
+            raise InputError(
+                f"processing_class: the policy never learned the chat tokens {added}; fine-tune it with SFTTrainer "
+                "first"
+            )
+    chat.set_template_kwargs(given, args.chat_template_kwargs)
     return given

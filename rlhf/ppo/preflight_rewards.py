@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf import scores
 from rlhf.ppo.preflight_trial import Trial
 from rlhf.ppo.protocol import Trainer
+from rlhf.ppo.scoring import answers_of
 from rlhf.preflight.measure import (
     COPIED,
     Finding,
@@ -79,6 +80,8 @@ def _scores(trainer: Trainer, trial: Trial, functions: Any, weights: Any) -> tup
         trial.texts,
         trial.responses.ids,
         columns=scores.columns_of(trainer.prompts),
+        answers=answers_of(trainer, trial.prompts, trial.texts),
+        processing_class=trainer.processing_class,
         timeout_seconds=trainer.args.score_timeout_seconds,
         failures=failures,
         trainer_state=trainer.loop.state,

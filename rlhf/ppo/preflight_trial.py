@@ -64,7 +64,7 @@ def sample_trial(trainer: Trainer) -> Trial:
         [trainer.prompts[i] for i in rows],
         prompt_ids,
         responses,
-        [chat.decode_response(trainer.processing_class, ids) for ids in responses.ids],
+        [chat.decode_response(trainer.processing_class, ids, trainer.stop_ids) for ids in responses.ids],
         make_batch(prompt_ids, responses.ids, trainer.pad_id, trainer.device),
         _drawn(draws, responses.ids),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +36,8 @@ def raw_scores(
             texts,
             ids,
             columns=scores.columns_of(trainer.eval_prompts if prefix else trainer.prompts),
+            answers=answers_of(trainer, prompts, texts),
+            processing_class=trainer.processing_class,
             timeout_seconds=args.score_timeout_seconds,
             failures=failures,
             trainer_state=loop.state,
@@ -42,6 +47,12 @@ def raw_scores(
     if failures is not None:
         scores.require_some(distributed.total(trainer.accelerator, (~raw.isnan()).sum()), failures)
     return raw, by_function
+
+
+def answers_of(trainer: Trainer, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Parse responses' raw texts into messages: the answer, and the thinking before it."""
+    tokenizer = trainer.processing_class
+    return [chat.parse_response(tokenizer, text, p.columns) for p, text in zip(prompts, texts, strict=True)]
 
 
 @torch.no_grad()
@@ -61,7 +72,7 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
         outputs = trainer.module(batch, trainer.args.temperature, ("policy", "reference"))
         kl += float((outputs.logprobs - outputs.reference_logprobs).double().sum())
     responses, stopped = sampled.ids[: len(own)], sampled.stopped[: len(own)]
-    texts = [chat.decode_response(trainer.processing_class, response) for response in responses]
+    texts = [chat.decode_response(trainer.processing_class, response, trainer.stop_ids) for response in responses]
     raw, _ = raw_scores(trainer, [trainer.eval_prompts[i] for i in own], texts, responses, prefix="eval_")
     scored = raw[~raw.isnan()].double()
     sums = {

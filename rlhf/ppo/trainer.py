@@ -39,7 +39,7 @@ from rlhf.run.loop import CallbackLoop, callback_arguments
 from rlhf.run.owner import by_main
 from rlhf.run.plot import Plot, plot
 from rlhf.sampling.decode import TransformersEngine
-from rlhf.sampling.engine import Engine, Follower, Responses
+from rlhf.sampling.engine import Engine, Follower, Responses, model_stop_ids
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -73,7 +73,7 @@ class PPOTrainer:
         self.args = args = args or PPOConfig()
         self.reward_funcs = scores.check_functions(reward_funcs)
         self.reward_weights = args.weights_for(len(self.reward_funcs))
-        self.processing_class = tokenizer = inputs.policy_tokenizer(model, processing_class)
+        self.processing_class = tokenizer = inputs.policy_tokenizer(model, processing_class, args)
         read = partial(inputs.prompts_of, tokenizer=tokenizer, args=args, on_bad_row=args.on_bad_row)
         self.prompts, self.prompt_ids = read("train_dataset", train_dataset)
         self.eval_prompts, self.eval_prompt_ids = read("eval_dataset", eval_dataset)
@@ -99,7 +99,7 @@ class PPOTrainer:
             build.compile_layers(models)
         preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
         self.module, self.optimizer = self.accelerator.prepare(models, build.build_optimizer(models, args))
-        self.stop_ids = chat.stop_ids(tokenizer)
+        self.stop_ids = model_stop_ids(models.policy, tokenizer)
         self.pad_id = chat.pad_id(tokenizer)
         builtin = TransformersEngine(models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
         self.engine = engine or builtin
@@ -150,7 +150,7 @@ class PPOTrainer:
         The micro-batches are those of the first inner epoch, so that in fp32 the first ratio is 1 (and the KL of
         the first update is 0) to the last bit.
         """
-        prompt_ids = [chat.encode_prompt(self.processing_class, p.messages) for p in prompts]
+        prompt_ids = [chat.encode_prompt(self.processing_class, p.messages, p.columns) for p in prompts]
         with self.clock("generate"):
             responses = self.generate(prompt_ids, self.draws.sampling(self.update_index, len(prompt_ids), self.device))
         with self.clock("logprobs"):
@@ -167,7 +167,7 @@ class PPOTrainer:
             prompts=list(prompts),
             prompt_ids=prompt_ids,
             response_ids=responses.ids,
-            texts=[chat.decode_response(self.processing_class, ids) for ids in responses.ids],
+            texts=[chat.decode_response(self.processing_class, ids, self.stop_ids) for ids in responses.ids],
             stopped=torch.tensor(responses.stopped),
             mask=mask,
             plan=micro_batches,

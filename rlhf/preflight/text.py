@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -35,18 +35,18 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> Finding:
-    """Check that prompt and response encoded apart equal the conversation encoded whole, and that most responses decode
-    to their text.
+    """Check that a prompt and its response are the beginning and the end of the conversation, and that most responses
+    decode to their text.
 
     (Not all must: a vocabulary without bytes loses characters that it never saw.)
     """
     changed, shown = 0, ""
     for messages in conversations[:8]:
-        text = messages[-1]["content"]
-        response = chat.encode_response(tokenizer, text)
+        text, own = messages[-1]["content"], chat.encode(tokenizer, messages)
+        response = own.ids[own.answer_from :]
         apart = chat.encode_prompt(tokenizer, messages[:-1]) + response
         whole = chat.encode_conversation(tokenizer, messages)[0]
-        if apart != whole:
+        if own.sampled and apart != whole:
             return Finding(
                 "template",
                 f"prompt + response gives {len(apart)} tokens, the conversation {len(whole)} others "
@@ -56,7 +56,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[M
                 "use a template that renders each turn by itself",
             )
         back = chat.decode_response(tokenizer, response)
-        if back.strip() != text.strip():
+        if _answer(text) not in back:
             changed, shown = changed + 1, f"{short(text, 40)!r} comes back as {short(back, 40)!r}"
     count = min(8, len(conversations))
     return Finding(
@@ -68,10 +68,15 @@ def check_template(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[M
     )
 
 
+def _answer(content: str) -> str:
+    """Return a content without white space around it and without thinking of its own, which templates write anew."""
+    return content.rpartition("</think>")[2].strip()
+
+
 def check_injection(tokenizer: PreTrainedTokenizerBase) -> Finding:
     """Check that a control token's name in a message stays text: it can't end a turn or forge a role."""
-    added = tokenizer.added_tokens_decoder.items()
-    wanted = {i: token.content for i, token in added if token.special and i != tokenizer.unk_token_id}
+    tokens = chat.structural_tokens(tokenizer).items()
+    wanted = {i: name for name, i in tokens if i != tokenizer.unk_token_id}
     wanted |= {i: str(tokenizer.convert_ids_to_tokens(i)) for i in chat.stop_ids(tokenizer)}
     prompt, response = _encoded(tokenizer, "a"), chat.encode_response(tokenizer, "a")
     for i, name in list(wanted.items())[:32]:
@@ -114,21 +119,23 @@ def check_trained(
     demonstrations: Sequence[Demonstration],
     max_length: int,
 ) -> Finding:
-    """Check that the tokens with loss, decoded, are the demonstration's answers, and end with the end of turn."""
-    fitting = (d for d in demonstrations if len(chat.encode_conversation(tokenizer, d.messages)[0]) <= max_length)
-    checked = 0
-    for number, (demonstration, row) in enumerate(zip(fitting, islice(rows, 8), strict=False), 1):
+    """Check that the tokens with loss, decoded, hold the demonstration's answers, and end with an end of turn."""
+    stops, checked = chat.stop_ids(tokenizer), 0
+    for number, (demonstration, row) in enumerate(
+        zip(_fitting(tokenizer, demonstrations, max_length), islice(rows, 8), strict=False), 1
+    ):
         spans = trained_spans(row["input_ids"], row["labels"])
         wanted = [
-            message["content"]
+            _answer(message["content"])
             for index, message in enumerate(demonstration.messages)
-            if message["role"] == "assistant" and index >= demonstration.trained_from
+            if message["role"] == "assistant" and index >= demonstration.trained_from and chat.is_trained(message)
         ]
         got = [chat.decode_response(tokenizer, span).strip() for span in spans]
         # encoded and decoded, since the tokenizer may lose characters
-        right = [chat.decode_response(tokenizer, chat.encode_response(tokenizer, text)).strip() for text in wanted]
-        ends = bool(spans) and spans[-1][-1] == chat.end_of_turn_id(tokenizer)
-        if got != right or not ends:
+        right = [_answer(chat.decode_response(tokenizer, chat.encode_response(tokenizer, text))) for text in wanted]
+        ends = bool(spans) and spans[-1][-1] in stops
+        same = len(got) == len(right) and all(text in span for text, span in zip(right, got, strict=True))
+        if not same or not ends:
             seen = f"row {number} trains {short(' / '.join(got))!r}{'' if ends else ' without its end of turn'}"
             return Finding(
                 "trained tokens",
@@ -139,6 +146,16 @@ def check_trained(
             )
         checked += 1
     return Finding("trained tokens", f"{checked} rows train their answers and end of turn, nothing else", checked > 0)
+
+
+def _fitting(
+    tokenizer: PreTrainedTokenizerBase, demonstrations: Sequence[Demonstration], max_length: int
+) -> Iterator[Demonstration]:
+    """Yield the demonstrations that became rows of the encoded dataset."""
+    for d in demonstrations:
+        ids, mask = chat.encode_conversation(tokenizer, d.messages, d.trained_from, d.columns)
+        if len(ids) <= max_length and any(mask):
+            yield d
 
 
 def trained_spans(ids: Sequence[int], labels: Sequence[int]) -> list[list[int]]:

@@ -1,14 +1,29 @@
-"""The interface of an engine that samples responses, and the record that it returns."""
+"""The interface of an engine that samples responses, the record that it returns, and the tokens that stop it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf import chat
+from rlhf.models.adapters import base_model
+
+
+def model_stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that end a response of this model: the chat template's, eos, and those at which the model's own
+    `generate` stops. Ids beyond its embeddings, which it cannot write, are left out."""
+    generation = getattr(base_model(model), "generation_config", None)
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    own = getattr(generation, "eos_token_id", None)
+    listed = [own] if isinstance(own, int) else list(own or [])
+    return chat.stop_ids(tokenizer, [i for i in listed if 0 <= i < rows])
 
 
 @dataclass(frozen=True)

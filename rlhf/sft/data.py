@@ -41,7 +41,7 @@ class Collator:
 def is_accepted(tokenizer: PreTrainedTokenizerBase, demonstration: Demonstration) -> bool:
     """Return whether the chat template accepts a demonstration."""
     try:
-        chat.encode_conversation(tokenizer, demonstration.messages)
+        chat.encode_demonstration(tokenizer, demonstration.messages, demonstration.trained_from, demonstration.columns)
     except InputError:
         return False
     return True
@@ -54,28 +54,34 @@ def encode_demonstrations(
     name: str,
     on_bad_row: OnBadRow = "refuse",
 ) -> Dataset:
-    """Encode demonstrations as columns ``input_ids`` and ``labels`` (-100 outside the assistant's tokens and their end
-    of turn).
+    """Encode demonstrations as columns ``input_ids`` and ``labels`` (-100 outside what the assistant writes itself).
 
-    Demonstrations of more than ``max_length`` tokens are left out, since a cut one would teach never to stop; the log
-    counts and names them. on_bad_row: what becomes of those that the chat template refuses. Raises InputError when none
-    remains.
+    Left out, counted and named in the log are demonstrations of more than ``max_length`` tokens, since a cut one would
+    teach never to stop, and those whose turns all say ``train: False``. on_bad_row: what becomes of those that the chat
+    template refuses. Raises InputError when none remains.
     """
     rows: list[EncodedDemonstration] = []
     too_long: dict[int, int] = {}
+    untrained = []
     refused = BadRows(name, on_bad_row)
     for index, demonstration in enumerate(demonstrations):
         try:
-            ids, mask = chat.encode_conversation(tokenizer, demonstration.messages, demonstration.trained_from)
+            ids, mask = chat.encode_demonstration(
+                tokenizer, demonstration.messages, demonstration.trained_from, demonstration.columns
+            )
         except InputError as error:
             refused.add(demonstration.where, error)
             continue
         if len(ids) > max_length:
             too_long[index] = len(ids)
+        elif not any(mask):
+            untrained.append(index)
         else:
             rows.append({"input_ids": ids, "labels": [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]})
-    refused.tell(len(rows) + len(too_long))
+    refused.tell(len(rows) + len(too_long) + len(untrained))
     if not rows:
+        if untrained:
+            raise InputError(f"{name}: no turn is trained (train, weight); let the answers be trained")
         if not too_long:
             raise InputError(f"{name}: no demonstrations; give at least one")
         raise InputError(
@@ -88,5 +94,11 @@ def encode_demonstrations(
             f"{name}: {len(too_long)} of {len(demonstrations)} demonstrations are longer than "
             f"max_length={max_length} tokens and left out; the longest has {max(too_long.values())}; "
             f"demonstrations {named}{', ...' if len(too_long) > 10 else ''} (counted from 1)"
+        )
+    if untrained:
+        numbers = ", ".join(str(index + 1) for index in untrained[:10])
+        logger.warning(
+            f"{name}: left out {len(untrained)} of {len(demonstrations)} demonstrations without a trained turn "
+            f"(train, weight): {numbers}{', ...' if len(untrained) > 10 else ''}"
         )
     return Dataset.from_list(rows)

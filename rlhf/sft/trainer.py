@@ -80,6 +80,7 @@ class SFTTrainer(trl.SFTTrainer):
         if train_dataset is None:
             raise InputError("train_dataset is missing; give a JSONL file, a dataset or a list of rows")
         tokenizer = tokenizer_of(model, processing_class)
+        chat.set_template_kwargs(tokenizer, config.chat_template_kwargs)
         train = read_demonstrations(train_dataset, on_bad_row=config.on_bad_row)
         held_out = None if eval_dataset is None else read_demonstrations(eval_dataset, HELD_OUT, config.on_bad_row)
         if held_out is not None:

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from reward_models import RewardModel
 from reward_models.preflight import reward_model_findings
 from reward_models.trainer import RewardConfig, RewardTrainer
-from rlhf import chat
+from rlhf import chat, rendering
 from rlhf.config import fingerprint, load
 from rlhf.errors import InputError
 from rlhf.models.scalar import ScoreNormalizer
@@ -434,10 +434,7 @@ def test_a_decoder_that_loses_text(tmp_path, full, monkeypatch):
 
 def test_a_template_that_can_be_injected(tmp_path, full, monkeypatch):
     trainer = ppo(tmp_path, full[0])
-    monkeypatch.setattr(
-        chat, "_encode_content",
-        lambda tokenizer, known, slot, content: tokenizer.encode(content, add_special_tokens=False),
-    )  # fmt: skip
+    monkeypatch.setattr(rendering, "inert", lambda value, *_: value)
     found = failed(ppo_findings(trainer))
     assert found.keys() == {"injection"}
     assert "the text '<|endoftext|>' inside a message becomes control token 0" in found["injection"]

@@ -293,7 +293,7 @@ PLANTS = (
         bug="the tokenizer's eos is looked for, while the chat template ends a turn with another token",
         shipped="trl#5338",
         file="rlhf/chat.py",
-        old="ids = [end_of_turn_id(tokenizer), tokenizer.eos_token_id]",
+        old="ids = [end_of_turn_id(tokenizer), *ends, tokenizer.eos_token_id]",
         new="ids = [tokenizer.eos_token_id]",
         test="tests/test_chat.py::test_stop_ids_and_template_hash",
     ),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference.templates import tokenizer_for
 from transformers import AutoModelForSequenceClassification
 
 from reward_models.scoring import RewardModel, conversation, length_batches, score_sequences
@@ -158,3 +159,59 @@ def test_a_classifier_is_no_reward_model(tmp_path, tiny_model, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(tmp_path / "classes")
     with pytest.raises(InputError, match="num_labels=3"):
         RewardModel.load(tmp_path / "classes")
+
+
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|im_end|>", "<|endoftext|>"])
+def test_a_reward_model_that_trl_trained_is_read_where_it_was_trained(tmp_path, tiny_model, tiny_tokenizer, pad):
+    """As transformers' class reads a padded batch of trl's tokens: with what the template appends, without padding."""
+    chat.prepare_tokenizer(tiny_tokenizer)
+    tiny_tokenizer.pad_token = pad
+    model = new_scalar_model(tiny_model, seed=0)
+    model.config.pad_token_id = tiny_tokenizer.pad_token_id
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    talks = [conversation(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    batch = tiny_tokenizer.pad(
+        {"input_ids": [tiny_tokenizer.apply_chat_template(talk, return_dict=False) for talk in talks]},
+        return_tensors="pt", padding_side="right",
+    )  # fmt: skip
+    with torch.no_grad():
+        wanted = plain(**batch).logits[:, 0].tolist()
+    foreign = RewardModel.load(tmp_path, device="cpu")
+    assert foreign.score(talks).tolist() == pytest.approx(wanted, abs=1e-5)
+    ScoreNormalizer(count=1).save(tmp_path)  # ours
+    assert RewardModel.load(tmp_path, device="cpu").score(talks).tolist() != pytest.approx(wanted, abs=1e-3)
+
+
+def test_thinking_is_scored_on_request_only(tiny_model):
+    tokenizer = tokenizer_for("qwen3")
+    tiny_model.resize_token_embeddings(len(tokenizer))
+    model = new_scalar_model(tiny_model, seed=0)
+    answer = [{"role": "assistant", "content": "Paris"}]
+    thought = [answer[0] | {"reasoning_content": "It is the capital."}]
+    scores = RewardModel(model, tokenizer)([PROMPTS[0]] * 2, [answer, thought])
+    assert scores[0] == scores[1]
+    with_thinking = RewardModel(model, tokenizer, score_reasoning=True)([PROMPTS[0]] * 2, [answer, thought])
+    assert with_thinking[0] == pytest.approx(scores[0], abs=1e-5)
+    assert abs(with_thinking[1] - scores[1]) > 1e-3
+
+
+def test_sampled_ids_are_not_encoded_anew(reward_folder):
+    """A policy may write a text in other tokens than the tokenizer would."""
+    model = RewardModel.load(reward_folder, device="cpu")
+    tokenizer, end = model.tokenizer, chat.end_of_turn_id(model.tokenizer)
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "Paris"]
+    assert chat.encode_response(tokenizer, "Paris") != [*letters, end]
+    talk = [{"role": "user", "content": PROMPTS[0]}]
+    ids = [*chat.encode_prompt(tokenizer, talk), *letters, end]
+    wanted = model.normalizer(score_sequences(model.model, [ids], 0, 9999)).item()
+    other = RewardModel.load(reward_folder).tokenizer
+    for stop in ([end], []):
+        got = model([PROMPTS[0]], ["Paris"], completion_ids=[[*letters, *stop]], processing_class=other)
+        assert got[0] == pytest.approx(wanted, abs=1e-6)
+    assert model([PROMPTS[0]], ["Paris"], completion_ids=[letters])[0] != pytest.approx(wanted, abs=1e-4)
+    stranger = tokenizer_for("qwen2_5")
+    assert model([PROMPTS[0]], ["Paris"], completion_ids=[letters], processing_class=stranger)[0] == pytest.approx(
+        model([PROMPTS[0]], ["Paris"])[0]
+    )

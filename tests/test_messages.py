@@ -1,0 +1,114 @@
+"""Messages as rows bring them: names of roles and fields, parts, tool calls, marks of what is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.errors import InputError
+from rlhf.messages import as_messages, as_prompt
+
+CASES = Path(__file__).resolve().parent.parent.parent / "shared/cases"
+USER, ANSWER = {"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("role", "known"),
+    [("developer", "system"), ("human", "user"), ("gpt", "assistant"), ("model", "assistant"),
+     ("Assistant", "assistant"), ("function", "tool"), ("ipython", "tool")],
+)  # fmt: skip
+def test_roles_under_other_names(role, known):
+    assert as_messages([{"role": role, "content": "x"}], "messages") == [{"role": known, "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["An apple.", ["An apple."], [{"type": "text", "text": "An apple.", "image": None}],
+     [{"type": "output_text", "text": "An "}, {"text": "apple."}]],
+)  # fmt: skip
+def test_contents_in_parts(content):
+    assert as_messages([ANSWER | {"content": content, "id": 3, "tool_calls": None}], "messages") == [ANSWER]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_under_its_names(name):
+    wanted = [ANSWER | {"reasoning_content": "Hm."}]
+    assert as_messages([ANSWER | {name: "Hm."}], "messages") == wanted
+    assert as_messages([ANSWER | {"reasoning_content": None, name: "Hm.", "thinking": "Hm."}], "messages") == wanted
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "An apple."}]
+    assert as_messages([ANSWER | {"content": parts}], "messages") == wanted
+    with pytest.raises(InputError, match=r"messages\[0\].*different texts"):
+        as_messages([ANSWER | {name: "Hm.", "content": [{"type": "thinking", "thinking": "Oh."}, "x"]}], "messages")
+
+
+@pytest.mark.parametrize(
+    ("mark", "trained"),
+    [({"weight": 0}, False), ({"train": False}, False), ({"loss": False}, False), ({"weight": 0.0}, False),
+     ({"weight": 1}, True), ({"train": True}, True), ({"weight": None}, True), ({}, True)],
+)  # fmt: skip
+def test_marks_of_what_is_trained(mark, trained):
+    assert as_messages([ANSWER | mark], "messages") == [ANSWER if trained else ANSWER | {"train": False}]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"train": "no"}, {"loss": 2}])
+def test_other_marks_are_refused(mark):
+    with pytest.raises(InputError, match=f"messages\\[0\\].{next(iter(mark))}: got .*; write 0 or 1"):
+        as_messages([ANSWER | mark], "messages")
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [{"tool_calls": [CALL]}, {"tool_calls": [CALL["function"]]}, {"function_call": CALL["function"]},
+     {"tool_calls": json.dumps([CALL])}],
+)  # fmt: skip
+def test_tool_calls(calls):
+    row = [
+        USER,
+        {"role": "assistant", "content": None, **calls},
+        {"role": "tool", "name": "add", "content": ""},
+        ANSWER,
+    ]
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert as_messages(row, "messages") == [USER, called, row[2], ANSWER]
+    assert as_messages(json.dumps(row), "messages") == [USER, called, row[2], ANSWER]
+    assert as_prompt(row[:3]) == [USER, called, row[2]]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([{"type": "image", "image": "x.png", "text": None}], r"\[0\]: got a part of type 'image'; only text is read"),
+        ([{"type": "image_url", "image_url": {}}], "'image_url'"),
+        ([{"type": "text", "text": None}], "only text is read"),
+        (None, "got None; write text"),
+        ([], "got empty text"),
+    ],
+)
+def test_contents_that_are_refused(row, said):
+    with pytest.raises(InputError, match=r"^messages\[0\].content.*" + said):
+        as_messages([{"role": "user", "content": row}], "messages")
+
+
+def test_fields_of_another_role_and_broken_json():
+    with pytest.raises(InputError, match=r"messages\[0\].reasoning_content: the role is 'user'"):
+        as_messages([USER | {"thinking": "Hm."}], "messages")
+    with pytest.raises(InputError, match=r"messages\[0\].tool_calls\[0\]: got .*write"):
+        as_messages([ANSWER | {"tool_calls": [{"function": {}}]}], "messages")
+    with pytest.raises(InputError, match="write a list, or JSON text of one"):
+        as_messages('[{"role": "user"', "messages")
+    with pytest.raises(InputError, match="use one of system, user, assistant, tool"):
+        as_messages([{"role": "critic", "content": "x"}], "messages")
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="needs ../shared/cases")
+@pytest.mark.parametrize("name", ["05/reasoning_content", "05/thinking_key", "31/developer", "31/empty_system",
+                                  "31/gemma_roles", "31/human_gpt_roles", "31/parts_strings", "31/tools",
+                                  "31/tools_str", "31/uuid_row"])  # fmt: skip
+def test_cases_are_read(name):
+    for line in (CASES / f"{name}.jsonl").read_text("utf-8").splitlines():
+        turns = as_messages(json.loads(line)["messages"], "messages")
+        assert turns[-1]["role"] == "assistant"
+        assert bool(turns[-1].get("reasoning_content")) == name.startswith("05")

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 from rlhf import shapes
 from rlhf.errors import InputError
 from rlhf.messages import ROLES, Messages, check_messages, check_prompt, check_texts
+from rlhf.run.checkpoint import plain
 from rlhf.shapes import Unusable
 from rlhf.sources import HELD_OUT, Source, name_of, rows, show, wrong
 
@@ -166,8 +167,8 @@ def read_rankings(source: Source, split: str = "train", on_bad_row: OnBadRow = "
 
 
 def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
-    """Write records or dicts, one JSON object per line (gzip if the name ends in .gz). A failed write leaves no
-    file."""
+    """Write records or dicts, one JSON object per line (gzip if the name ends in .gz). NaN becomes null. A failed write
+    leaves no file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -177,7 +178,7 @@ def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
             # No name and no time in the header, so that equal rows make equal bytes.
             out = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
             for row in rows:
-                out.write((json.dumps(_to_row(row), ensure_ascii=False) + "\n").encode())
+                out.write((json.dumps(plain(_to_row(row)), ensure_ascii=False, allow_nan=False) + "\n").encode())
             if out is not raw:
                 out.close()
         os.replace(temporary, path)

@@ -39,7 +39,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "r
 
 
 def _canonical(value: object) -> bytes:
-    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def data_fingerprint(source: str | Path | Iterable[object]) -> str:

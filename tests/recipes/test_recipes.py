@@ -213,7 +213,7 @@ def test_responses_are_sampled_so_many_at_once(tmp_path: Path, base: Path, judge
 def test_no_row_of_a_large_file_is_dropped_silently(tmp_path: Path) -> None:
     source = write(tmp_path / "pairs.jsonl", pairs(7200))
     assert "drawn" not in run("rankings", "--rankings", source, "--output_dir", tmp_path / "all/data").out
-    outputs = manifest(tmp_path / "all/rankings")["outputs"]
+    outputs = manifest(tmp_path / "all/data")["outputs"]
     assert outputs["train"] + outputs["held_out"] == 7200
     some = run("rankings", "--rankings", source, "--output_dir", tmp_path / "some/data", "--comparisons", 100).out
     assert "comparisons=100 of 7,200 rankings drawn" in some

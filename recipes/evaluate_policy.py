@@ -11,6 +11,7 @@ Measures scores, win rate, KL, length and stops, and writes samples side by side
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 console.quiet()
 
+GREEDY = "temperature 0: each policy's most likely answer; no KL, and no best-of-n (all n would be the same)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -49,7 +52,7 @@ class EvaluationConfig:
     output_dir: str = "runs/evaluation"
     """Where summary and samples go."""
     seed: int = 0
-    """Decides every sample and every bootstrap."""
+    """Decides every sample and bootstrap."""
     policy: str | None = None
     """The trained policy; default: the run's `ppo`."""
     baseline: str | None = None
@@ -77,7 +80,9 @@ class EvaluationConfig:
     max_new_tokens: int = 128
     """Longest response."""
     temperature: float = 1.0
-    """Of every sample."""
+    """Of every sample; 0: each policy's most likely answer, without KL and without best-of-n."""
+    generation_batch_size: int = 256
+    """Responses sampled at once."""
     tokens_per_microbatch: int = 16384
     """Memory only."""
     bf16: bool | None = None
@@ -88,11 +93,13 @@ class EvaluationConfig:
     """Replace another run's output in output_dir."""
 
     def __post_init__(self) -> None:
-        for name in ("max_prompts", "max_prompt_tokens", "max_new_tokens", "tokens_per_microbatch"):
+        for name in (
+            "max_prompts", "max_prompt_tokens", "max_new_tokens", "generation_batch_size", "tokens_per_microbatch",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("best_of", "samples", "temperature"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
 
 
@@ -108,8 +115,8 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     stage = open_stage("evaluation", config, sources)
     if stage.complete:
         return stage.outputs
-    from reward_models import RewardModel
     from rlhf import evaluate
+    from rlhf.models.positions import check_responses
     from rlhf.ppo.inputs import same_tokenizer
 
     dtype = compute_dtype(config.bf16)
@@ -118,27 +125,31 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     policy_lm, policy_tokenizer = _load(str(config.policy), dtype)
     for spec in filter(None, (config.parts, config.refused)):
         configs.import_function(spec)
+    for lm, its in ((baseline_lm, tokenizer), (policy_lm, policy_tokenizer)):
+        check_responses(lm, [chat.encode_prompt(its, prompt.messages) for prompt in prompts], config.max_new_tokens)
     judge, card, scorer_card = _judge(config)
     stage.begin()
-    bar = console.StageBar("evaluation", 3 if config.best_of else 2)
+    greedy = config.temperature == 0
+    if greedy:
+        console.stage_line("evaluation", GREEDY)
+    n = 0 if greedy else config.best_of
+    bar = console.StageBar("evaluation", 3 if n else 2)
     ours = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed)
     bar.update(1)
     theirs = _sample(config, prompts, policy_lm, policy_tokenizer, seed=config.seed + 1)
-    if same_tokenizer(tokenizer, policy_tokenizer):
+    if same_tokenizer(tokenizer, policy_tokenizer) and not greedy:
         theirs = replace(theirs, kl_nats=sequence_kl(policy_lm, baseline_lm, theirs, tokenizer, config))
     bar.update(2)
-    many = (
-        _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=config.best_of)
-        if config.best_of
-        else None
-    )
-    scorer = RewardModel.load(config.reward_model, dtype=dtype) if config.reward_model else judge
+    many = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=n) if n else None
+    scorer = _reward_model(config.reward_model, config) if config.reward_model else judge
     ours, theirs, many = (_scored(config, s, scorer, judge, card.kind) for s in (ours, theirs, many))
     bar.update(bar.total)
     bar.close()
     assert ours is not None
     assert theirs is not None
     result = evaluate.compare(ours, {"ppo": theirs}, card, candidates=many, seed=config.seed)
+    if greedy:
+        result["note"] = GREEDY
     rows = evaluate.side_by_side({"sft": ours, "ppo": theirs}, config.samples)
     write_jsonl(stage.folder / "samples.jsonl", rows)
     write_json_atomic(stage.folder / "evaluation.json", result)
@@ -173,31 +184,39 @@ def _prompts(config: EvaluationConfig) -> list[Prompt]:
     if config.seen_data:
         check_disjoint(read_prompts(config.seen_data), prompts, ("seen_data", "eval_data"))
     tokenizer = models.load_tokenizer(str(config.baseline))
-    return prompts_of("eval_data", prompts, tokenizer, config)[0][: config.max_prompts]
+    fitting = prompts_of("eval_data", prompts, tokenizer, config)[0]
+    if len(fitting) > config.max_prompts:
+        console.stage_line("evaluation", f"the first {config.max_prompts:,} of {len(fitting):,} prompts (max_prompts)")
+    return fitting[: config.max_prompts]
 
 
 def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[str, Any]]:
     """The judge, its accuracy on held-out rankings, and the scoring reward model's report card."""
-    from reward_models import RewardModel
     from reward_models.card.report import report_card
     from rlhf.evaluate import JudgeCard
 
-    dtype = compute_dtype(config.bf16)
     spec = str(config.judge)
     is_gold = ":" in spec and not Path(spec).exists()
-    judge = configs.import_function(spec) if is_gold else RewardModel.load(spec, dtype=dtype)
+    judge = configs.import_function(spec) if is_gold else _reward_model(spec, config)
     kind = "gold" if is_gold else "reward_model"
     measured = {} if is_gold else _measured(spec)
     held_out = read_rankings(config.rankings, HELD_OUT) if config.rankings and not measured else []
     scorer_card: dict[str, Any] = {}
     if held_out and config.reward_model and is_gold:
-        scorer = RewardModel.load(config.reward_model, dtype=dtype)
+        scorer = _reward_model(config.reward_model, config)
         scorer_card = report_card(scorer, held_out, seed=config.seed, gold=judge)
     card = report_card(judge, held_out, seed=config.seed) if held_out else measured
     if not card:
         return judge, JudgeCard(kind, spec), scorer_card
     low, high = card["accuracy_ci"]
     return judge, JudgeCard(kind, spec, card["accuracy"], (low, high)), scorer_card
+
+
+def _reward_model(folder: str, config: EvaluationConfig) -> RewardFunction:
+    from reward_models import RewardModel
+
+    dtype = compute_dtype(config.bf16)
+    return RewardModel.load(folder, dtype=dtype, tokens_per_microbatch=config.tokens_per_microbatch)
 
 
 def _measured(folder: str) -> dict[str, Any]:
@@ -226,7 +245,8 @@ def _sample(
     from rlhf.sampling.decode import TransformersEngine
     from rlhf.sampling.engine import model_stop_ids
 
-    engine = TransformersEngine(model, model_stop_ids(model, tokenizer), chat.pad_id(tokenizer))
+    stops, rows = model_stop_ids(model, tokenizer), config.generation_batch_size
+    engine = TransformersEngine(model, stops, chat.pad_id(tokenizer), rows)
     generator = torch.Generator(model.device).manual_seed(seed)
     return evaluate.sample_policy(
         prompts, tokenizer, engine, max_new_tokens=config.max_new_tokens, generator=generator,
@@ -237,7 +257,12 @@ def _sample(
 def sequence_kl(
     policy: Any, baseline: Any, samples: PolicySamples, tokenizer: Any, config: EvaluationConfig
 ) -> tuple[float, ...]:
-    """Per response of the policy, the summed log-probability difference to the baseline, in nats."""
+    """Per response of the policy, the summed log-probability difference to the baseline, in nats.
+
+    InputError at temperature 0, where the policy writes one answer with certainty and nearly every other policy never:
+    no number says how far apart the two are."""
+    if config.temperature == 0:
+        raise InputError("temperature=0: greedy answers have no KL; sample, or leave the KL out")
     import torch
 
     from rlhf.models.forward import response_logprobs

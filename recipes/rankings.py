@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rlhf import chat
 from rlhf import config as configs
@@ -28,6 +28,8 @@ from rlhf.shapes import further_columns
 from rlhf_recipes.stage import SECTIONS, from_siblings, next_command, open_stage
 
 console.quiet()
+
+Record = TypeVar("Record", Prompt, Ranking)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,14 @@ class DataConfig:
     """A function(prompts, responses, seed, **columns) -> ranks, as file.py:name; only where rankings is null."""
     prompts: str | None = None
     """Prompts to compare on and for PPO; default: the run's data/prompts.jsonl, or those of the rankings."""
-    comparisons: int = 3400
-    """Prompts that get ranked responses, or (rankings given) are used of it."""
+    comparisons: int | None = None
+    """Prompts that get ranked responses, or (rankings given) rows that are used, drawn with the seed; null: all."""
     responses_per_prompt: int = 4
     """Sampled responses that are ranked together."""
     max_new_tokens: int = 128
     """Longest sampled response."""
+    generation_batch_size: int = 256
+    """Responses sampled at once."""
     bf16: bool | None = None
     """Sample in bfloat16; null: where the hardware is fast at it."""
     max_row_chars: int | None = None
@@ -69,8 +73,10 @@ class DataConfig:
     """Replace another run's output in output_dir."""
 
     def __post_init__(self) -> None:
-        for name, least in (("comparisons", 2), ("responses_per_prompt", 2), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
+        for name, least in (
+            ("comparisons", 2), ("responses_per_prompt", 2), ("max_new_tokens", 1), ("generation_batch_size", 1),
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
         for name, where in (
             ("held_out_fraction", 0 < self.held_out_fraction < 1),
@@ -135,18 +141,19 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
 
     from rlhf import evaluate
     from rlhf.models import loading as models
+    from rlhf.models.positions import check_responses
     from rlhf.sampling.decode import TransformersEngine
     from rlhf.sampling.engine import model_stop_ids
 
-    prompts = read_prompts(config.prompts, on_bad_row=config.on_bad_row)
-    random.Random(config.seed).shuffle(prompts)
-    prompts = prompts[: config.comparisons]
+    prompts = _drawn(read_prompts(config.prompts, on_bad_row=config.on_bad_row), "prompts", config)
     tokenizer = models.load_tokenizer(model)
     policy = models.load_policy(model, dtype=compute_dtype(config.bf16))
     label = configs.import_function(str(config.labeler))
+    check_responses(policy, [chat.encode_prompt(tokenizer, p.messages) for p in prompts], config.max_new_tokens)
     begin()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = TransformersEngine(policy.to(device), model_stop_ids(policy, tokenizer), chat.pad_id(tokenizer))
+    stops, rows_at_once = model_stop_ids(policy, tokenizer), config.generation_batch_size
+    engine = TransformersEngine(policy.to(device), stops, chat.pad_id(tokenizer), rows_at_once)
     samples = evaluate.sample_policy(
         prompts,
         tokenizer,
@@ -181,8 +188,15 @@ def _shortened(ranked: list[Ranking], config: DataConfig) -> list[Ranking]:
         )
     if not kept:
         raise InputError(f"{config.rankings}: every row has more than max_row_chars={limit} characters; raise it")
-    random.Random(config.seed).shuffle(kept)
-    return kept[: config.comparisons]
+    return _drawn(kept, "rankings", config)
+
+
+def _drawn(records: list[Record], what: str, config: DataConfig) -> list[Record]:
+    """Shuffle with the seed and take the first `comparisons`; the log counts what is left out."""
+    random.Random(config.seed).shuffle(records)
+    if config.comparisons is not None and len(records) > config.comparisons:
+        console.stage_line("rankings", f"comparisons={config.comparisons:,} of {len(records):,} {what} drawn")
+    return records[: config.comparisons]
 
 
 def _chars(ranking: Ranking) -> int:

@@ -44,8 +44,8 @@ class RewardConfig:
 
     "Optimization"
 
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW (InstructGPT: 9e-6 at 6B). LoRA wants about ten times as much."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; null: 1e-5, or 1e-4 where an adapter is trained. InstructGPT: 9e-6 (6B)."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to 0 (`constant`: it does not)."""
     warmup_fraction: float = 0.03
@@ -99,7 +99,12 @@ class RewardConfig:
     logging_steps: int = 10
     """Optimizer steps between two logged lines."""
     save_steps: int = 500
-    """Optimizer steps between two checkpoints to resume from; 0: write one only after SIGTERM."""
+    """Optimizer steps between two checkpoints to resume from; 0: write one only after SIGTERM, or where
+    a callback ends the run early."""
+    metric_for_best_model: str | None = None
+    """Held-out metric that transformers' EarlyStoppingCallback watches; null: eval_loss."""
+    greater_is_better: bool | None = None
+    """Whether more of metric_for_best_model is better; null: yes, unless its name ends in loss."""
     save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     on_alarm: Literal["warn", "save", "stop"] = "warn"
@@ -117,10 +122,10 @@ class RewardConfig:
     def __post_init__(self) -> None:
         settle(self)
         for name in ("epochs", "learning_rate", "max_length", "logging_steps", "save_total_limit"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:  # NaN is refused too
                 raise InputError(f"{name}={getattr(self, name)} must be positive")
         for name in ("weight_decay", "max_grad_norm", "lora_rank", "eval_steps", "save_steps", "normalizer_samples"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
         for name, limit in (("label_smoothing", 0.5), ("warmup_fraction", 1), ("lora_dropout", 1)):
             if not 0 <= getattr(self, name) < limit:
@@ -128,7 +133,7 @@ class RewardConfig:
         for name, weight in (self.labeler_weights or {}).items():
             if not 0 <= weight < math.inf:
                 raise InputError(f"labeler_weights: {name}: {weight} must be a number from 0 up")
-        if self.center_rewards_coefficient < 0:
+        if not self.center_rewards_coefficient >= 0:
             raise InputError(
                 f"center_rewards_coefficient={self.center_rewards_coefficient} must be 0 or more, say 0.01"
             )
@@ -143,13 +148,12 @@ def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
     """Convert our settings to the TrainingArguments that trl's trainer and the callbacks receive."""
     import trl
 
-    schedules = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+    schedules = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
     return training_arguments(
         config,
         trl.RewardConfig,
         **batch_arithmetic(config.prompts_per_batch, config.microbatch_size, "prompts_per_batch"),
         lr_scheduler_type=schedules[config.lr_schedule],
-        lr_scheduler_kwargs={"min_lr_rate": 0.1} if config.lr_schedule == "cosine" else {},
         eval_strategy="steps" if evaluate and config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
         max_length=None,  # over-long rankings are counted and left out by encode_rankings

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError, short
+from rlhf.models.positions import Positions
 from rlhf.padding import pad
 from rlhf.records import BadRows, OnBadRow, Ranking
 
@@ -67,12 +68,13 @@ def encode_rankings(
     name: str,
     labeler_weights: Mapping[str, float] | None = None,
     on_bad_row: OnBadRow = "refuse",
+    positions: Positions | None = None,
 ) -> Dataset:
     """Encode rankings, one row each, with the columns of `EncodedRanking`.
 
     Leaves out, and counts in the log, rankings without a pair and rankings in which prompt and response exceed
     `max_length` tokens. on_bad_row: what becomes of those that the chat template refuses. Raises InputError when
-    nothing remains.
+    nothing remains, or a response that remains is longer than `positions`.
     """
     rows: list[EncodedRanking] = []
     ties, too_long = 0, {}
@@ -92,6 +94,9 @@ def encode_rankings(
         if longest > max_length:
             too_long[number] = longest
             continue
+        if positions is not None:
+            what, remedy = f"{name}: ranking {number + 1} has", f"max_length={positions.limit} leaves such out"
+            positions.check(longest, what, remedy)
         order = [*pairs[0], *(i for i in range(len(encoded)) if i not in pairs[0])]
         ids = [_compact(encoded[i]) for i in order]
         rows.append(

@@ -23,6 +23,7 @@ from rlhf.errors import InputError
 from rlhf.messages import Messages
 from rlhf.models import encoders
 from rlhf.models import loading as models
+from rlhf.models.positions import positions_of
 from rlhf.models.pretrained import check_folder
 from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, last_token_scores, load_scalar_model
 from rlhf.padding import pad
@@ -66,6 +67,7 @@ class RewardModel:
         self._warned = False
         self._compared: tuple[PreTrainedTokenizerBase, bool] | None = None
         self._limit = encoders.position_limit(model) if encoders.is_encoder(model.config) else None
+        self._positions = positions_of(model)
         self.__name__ = name  # trl logs a reward function under this name
 
     @classmethod
@@ -171,8 +173,11 @@ class RewardModel:
         return self._compared[1]
 
     def _fitting(self, sequences: list[list[int]]) -> list[list[int]]:
-        """Shorten the sequences to the positions that an encoder has."""
+        """Shorten the sequences to the positions that an encoder has; InputError where another model has too few."""
         longest = max(map(len, sequences), default=0)
+        if self._positions is not None:
+            remedy = "lower max_new_tokens, or leave out such rows"
+            self._positions.check(longest, f"{self.__name__}: the longest conversation has", remedy)
         if self._limit is None or longest <= self._limit:
             return sequences
         if not self._warned:

@@ -34,6 +34,7 @@ from rlhf.errors import InputError, RunStopped, short
 from rlhf.models import encoders
 from rlhf.models.adapters import drop_input_hooks
 from rlhf.models.loading import tokenizer_of
+from rlhf.models.positions import positions_of
 from rlhf.models.scalar import ScoreNormalizer, score_head
 from rlhf.padding import position_ids
 from rlhf.records import HELD_OUT, Ranking, check_disjoint, read_demonstrations, read_rankings
@@ -42,6 +43,7 @@ from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
 from rlhf.run.precision import log_choice
+from rlhf.run.trl_arguments import with_learning_rate
 from rlhf.sources import Source
 
 if TYPE_CHECKING:
@@ -98,20 +100,20 @@ class RewardTrainer(trl.RewardTrainer):
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
         given = by_main(lambda: of_run(tokenizer, train, model=model))
         reward_model = prepare_model(model, tokenizer, config, peft_config)
+        config = with_learning_rate(config, adapter=isinstance(reward_model, PeftModel))
         limit = encoders.position_limit(reward_model) if encoders.is_encoder(reward_model.config) else None
         self._max_length = min(config.max_length, limit or config.max_length)
+        self._positions = positions_of(reward_model)
+        self.config = config
+        self._tokenizer = tokenizer
         if held_out is not None:
-            held_out = encode_rankings(
-                tokenizer, _sample(held_out, config), self._max_length, "eval_dataset", config.labeler_weights, bad
-            )
-        encoded = encode_rankings(tokenizer, train, self._max_length, "train_dataset", config.labeler_weights, bad)
+            held_out = self._encoded(_sample(held_out, config), "eval_dataset")
+        encoded = self._encoded(train, "train_dataset")
         if config.keep_best and held_out is None:
             raise InputError("keep_best needs held-out losses to choose by: give an eval_dataset")
         if config.label_smoothing and any(encoded["margin"]):
             raise InputError(f"label_smoothing={config.label_smoothing}: not with a `margin` column")
         log_choice(config.bf16)
-        self.config = config
-        self._tokenizer = tokenizer
         self.normalizer = ScoreNormalizer()
         self.best: Best | None = None  # set by `keep_best`
         self._normalized_on = None if normalizer_dataset is None else read_demonstrations(normalizer_dataset)
@@ -133,6 +135,10 @@ class RewardTrainer(trl.RewardTrainer):
             if distributed.shards(self.accelerator):
                 raise InputError("keep_best: not where FSDP2 shards the model; turn it off")
             self.add_callback(self._keeper)
+
+    def _encoded(self, rankings: list[Ranking], name: str) -> Dataset:
+        settings = (self.config.labeler_weights, self.config.on_bad_row, self._positions)
+        return encode_rankings(self._tokenizer, rankings, self._max_length, name, *settings)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """Return one optimizer step's micro-batches and the number of prompts in them over all processes."""
@@ -249,11 +255,8 @@ class RewardTrainer(trl.RewardTrainer):
         `eval_pairs` and `eval_prompts`, on the trainer's eval_dataset or on any source that `read_rankings` reads."""
         encoded = isinstance(eval_dataset, Dataset) and "chosen_ids" in eval_dataset.column_names
         if eval_dataset is not None and not encoded:
-            bad = self.config.on_bad_row
-            rankings = _sample(read_rankings(eval_dataset, HELD_OUT, bad), self.config)
-            eval_dataset = encode_rankings(
-                self._tokenizer, rankings, self._max_length, "eval_dataset", self.config.labeler_weights, bad
-            )
+            rankings = read_rankings(eval_dataset, HELD_OUT, self.config.on_bad_row)
+            eval_dataset = self._encoded(_sample(rankings, self.config), "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @torch.no_grad()

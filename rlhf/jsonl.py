@@ -12,11 +12,20 @@ from typing import Any
 
 from rlhf.errors import InputError
 
+NOT_FINITE = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
+
 
 def to_line(row: object, default: Callable[[Any], Any] | None = None) -> bytes:
-    """Return a value as one line of UTF-8; ``default`` converts what JSON cannot hold."""
+    """Return a value as one line of UTF-8; ``default`` converts what JSON cannot hold.
+
+    JSON has no NaN, which becomes null, and no infinity, which becomes the text "inf" or "-inf"."""
     try:
-        return (json.dumps(row, ensure_ascii=False, default=default) + "\n").encode()
+        text = json.dumps(row, ensure_ascii=False, default=default, allow_nan=False)
+    except ValueError:
+        row = json.loads(json.dumps(row, default=default), parse_constant=NOT_FINITE.get)
+        text = json.dumps(row, ensure_ascii=False)
+    try:
+        return (text + "\n").encode()
     except UnicodeEncodeError:  # half a surrogate pair, which only an escape can hold
         return (json.dumps(row, default=default) + "\n").encode()
 

@@ -167,8 +167,8 @@ def read_rankings(source: Source, split: str = "train", on_bad_row: OnBadRow = "
 
 
 def write_jsonl(path: str | Path, rows: Iterable[object]) -> None:
-    """Write records or dicts, one JSON object per line (gzip if the name ends in .gz). A failed write leaves no
-    file."""
+    """Write records or dicts, one JSON object per line (gzip if the name ends in .gz). NaN becomes null. A failed write
+    leaves no file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -50,9 +50,9 @@ def samples(asked: tuple[Prompt, ...], lengths: list[int], n: int = 1, **measure
 def test_bootstrap_covers_the_true_mean_about_95_times_in_100():
     draw, hits = np.random.default_rng(0), 0
     for trial in range(200):
-        found = bootstrap_interval(draw.exponential(2.0, 80), seed=trial, samples=400)
+        found = bootstrap_interval(draw.exponential(2.0, 120), seed=trial, samples=400)
         hits += found.low <= 2.0 <= found.high
-    assert 0.89 <= hits / 200 <= 0.98  # skewed data: the percentile bootstrap falls a little short of 0.95
+    assert 0.89 <= hits / 200 <= 0.98
 
 
 def test_bootstrap_width_is_that_of_the_normal_approximation():
@@ -65,7 +65,7 @@ def test_bootstrap_width_is_that_of_the_normal_approximation():
 
 
 def test_bootstrap_depends_on_the_seed_alone():
-    values = list(range(30))
+    values = list(range(200))
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
     assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
 
@@ -86,7 +86,7 @@ def test_win_rate_counts_ties_half():
     found = win_rate([2.0, 1.0, 5.0, 0.0], [1.0, 1.0, 7.0, 0.0], seed=0)
     assert found.value == 0.5
     assert found.low < 0.5 < found.high
-    assert win_rate([1.0, 3.0], [0.0, 2.0]).interval == [1.0, 1.0]
+    assert win_rate([1.0, 3.0], [0.0, 2.0]).interval == pytest.approx([0.342, 1.0], abs=1e-3)  # Wilson: 2 of 2
 
 
 def test_win_rate_over_several_responses_is_the_mean_over_all_meetings():
@@ -108,12 +108,12 @@ def test_accuracy_is_over_pairs_and_its_interval_over_prompts():
     # prompt x has three pairs, y one: 3.5 of 4 right
     found = clustered_accuracy([1, 1, 1, 0.5], ["x", "x", "x", "y"])
     assert found.value == pytest.approx(3.5 / 4)
-    assert found.interval == [0.5, 1.0]  # redrawing gives xx, xy, yx or yy
+    assert found.interval == [0.0, 1.0], "two prompts say next to nothing"
     # 40 prompts whose 10 pairs agree entirely: as uncertain as 40 pairs, not as 400
     right = [float(i % 2) for i in range(40)]
     together = clustered_accuracy(np.repeat(right, 10), np.repeat(np.arange(40), 10).tolist())
     alone = clustered_accuracy(right, range(40))
-    assert together.high - together.low == pytest.approx(alone.high - alone.low)
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.08)  # t instead of z
     assert together.high - together.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.1)
 
 

@@ -1,7 +1,7 @@
 """Scored pairs, and numbers of the report card: accuracy overall and by group, spread, the worst pairs, best-of-n.
 
 Everything works on `ScoredPairs`: flat arrays over R responses and n pairs, made once from rankings and their scores.
-An interval is a 95% bootstrap that redraws prompts, since the pairs of one prompt are not independent.
+An interval is a 95% one over prompts (`rlhf.intervals`), since the pairs of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.errors import InputError
-from rlhf.intervals import best_of_n_kl, bootstrap_interval, clustered_accuracy
+from rlhf.intervals import best_of_n_kl, bootstrap_interval, clustered_accuracy, clustered_mean
 from rlhf.records import Ranking, prompt_key
 
 Numbers = dict[str, Any]
@@ -67,7 +67,7 @@ class ScoredPairs:
 
     @property
     def prompts(self) -> np.ndarray:
-        """[n] number of each pair's prompt: the clusters of every bootstrap."""
+        """[n] number of each pair's prompt: the clusters of every interval."""
         return self.prompt_of[self.better]
 
 
@@ -115,9 +115,9 @@ def accuracy(right: np.ndarray, prompts: np.ndarray, seed: int) -> Numbers:
 
 
 def difference(right: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: int) -> Numbers:
-    """Compute how much more often one scorer is right than another on the same pairs, by a paired bootstrap over
-    prompts."""
-    estimate = clustered_accuracy((right - other).tolist(), prompts.tolist(), seed)
+    """Compute how much more often one scorer is right than another on the same pairs, with the interval of the paired
+    difference over prompts. `seed`: as in `rlhf.intervals.win_rate`."""
+    estimate = clustered_mean(right - other, prompts.tolist(), bounds=(-1.0, 1.0))
     return {"difference": estimate.value, "difference_ci": estimate.interval}
 
 
@@ -293,8 +293,8 @@ def best_of_n_curve(
     prompt's own (different) responses; the largest n is one that half of the prompts have responses for, and only
     prompts with as many responses are used. `pool`: the best of n out of all responses, each minus its prompt's mean,
     so that no prompt wins by being easy; n can be larger than any prompt's number of responses, but the fit of prompt
-    and response plays no part. A row: `n`, `kl_nats` (ln n - (n-1)/n), `proxy`, `second`, and in `per_prompt` the
-    interval of `second`.
+    and response plays no part. A row: `n`, `kl_nats` (ln n - (n-1)/n), `proxy`, `second`, and in `per_prompt`, with
+    two prompts or more, the interval of `second`.
     """
     proxy, other = (_standard(values) for values in (pairs.scores, second))
     groups: dict[int, dict[str, int]] = {}
@@ -306,8 +306,9 @@ def best_of_n_curve(
     rows = []
     for n in (n for n in sizes if n <= largest):
         picked = [[expected_best_of_n(proxy[m], values[m], n) for m in enough] for values in (proxy, other)]
-        interval = bootstrap_interval(picked[1], seed).interval
-        means = {"proxy": float(np.mean(picked[0])), "second": float(np.mean(picked[1])), "second_ci": interval}
+        means: Numbers = {"proxy": float(np.mean(picked[0])), "second": float(np.mean(picked[1]))}
+        if len(enough) > 1:  # one prompt says nothing about others
+            means["second_ci"] = bootstrap_interval(picked[1], seed).interval
         rows.append({"n": n, "kl_nats": best_of_n_kl(n), **means})
     several = [m for m in members if len(m) > 1]
     centred = [np.concatenate([values[m] - values[m].mean() for m in several]) for values in (proxy, other)]

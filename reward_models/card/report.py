@@ -56,7 +56,7 @@ def report_card(score: Score, rankings: Sequence[Ranking], *, seed: int = 0, gol
     """Compute how often `score` orders a held-out pair as its label does; equal scores count half.
 
     score, gold: functions of trl's reward signature, or objects with `.score(conversations)` (a RewardModel is both).
-    Returns `accuracy`, `accuracy_ci` (95%, bootstrap over prompts), `n` pairs, `prompts`, and `length_baseline` with
+    Returns `accuracy`, `accuracy_ci` (95%, over prompts), `n` pairs, `prompts`, and `length_baseline` with
     its interval: the better of always choosing the longer and always the shorter response, on the same pairs
     (`length_rule` names it). With `gold`, also `gold_accuracy`, `gold_accuracy_ci` and `gold_n`, the agreement with the
     sign of the gold difference over all pairs whose gold scores differ, and `label_gold_accuracy`, how often the labels

@@ -62,9 +62,8 @@ def restore(models: Models) -> None:
 
 @contextmanager
 def for_sampling(model: nn.Module) -> Iterator[None]:
-    """Let the LoRA layers that `prepare` has changed use one merged weight inside the context.
-
-    Decoding spends most of its time in these products."""
+    """Let the LoRA layers that `prepare` has changed use one merged weight inside the context, where they compute in
+    float32. Decoding spends most of its time in these products."""
     for weight in model.parameters():
         give_way(weight.device)
         break

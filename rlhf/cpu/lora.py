@@ -1,4 +1,4 @@
-"""LoRA layers with few passes over memory, and with merged weights while the policy samples. The weights stay peft's.
+"""LoRA layers with few passes over memory, and in float32 with merged weights while the policy samples.
 
 peft computes ``x W^T + (x A^T) B^T * scaling`` as written: under autocast it casts the input to float32 and back for
 every adapted layer, and each addition is a pass of its own. `fuse` gives the layers a forward and a backward that
@@ -101,15 +101,15 @@ class FusedLinear(LoraLinear):
         return name if plain and whole else None
 
     def merge_for_sampling(self) -> None:
-        """Keep ``W + scaling * B A`` beside the weights if the layer's output is that product; see `merged`."""
+        """Keep ``W + scaling * B A`` beside the weights if the layer's output is that product in float32.
+
+        Not in bfloat16, whose unit in the last place is 0.4 to 0.8% of a weight: most of a small update would be
+        rounded away, and the responses would come from a policy that lacks it."""
         base: Any = self.get_base_layer()
         name = self._fusable((), {})
-        if name is not None:
-            dtype = computed_in(base.weight)
-            with torch.autocast(base.weight.device.type, enabled=False):  # rounds once, not B A first and the sum again
-                a, b = (t[name].weight.detach().float() for t in (self.lora_A, self.lora_B))  # type: ignore[operator]
-                whole = torch.addmm(base.weight.float(), b, a, alpha=self.scaling[name])
-            self.merged_weight = whole.to(dtype)
+        if name is not None and computed_in(base.weight) == torch.float32:
+            a, b = (t[name].weight.detach().float() for t in (self.lora_A, self.lora_B))  # type: ignore[operator]
+            self.merged_weight = torch.addmm(base.weight, b, a, alpha=self.scaling[name])
 
 
 def computed_in(x: Tensor) -> torch.dtype:
@@ -137,8 +137,9 @@ def separate(model: nn.Module) -> None:
 def merged(model: nn.Module) -> Iterator[list[FusedLinear]]:
     """Let every fused layer compute one product with ``W + scaling * B A`` inside the context; yield these layers.
 
-    The merged weight is a copy in the precision of the products; W, A and B never change, so nothing has to be undone.
-    Use it only without gradients and with the active adapter. Decoding spends most of its time in these products.
+    Products in bfloat16 stay as in training (`FusedLinear.merge_for_sampling`). The merged weight is a copy; W, A and B
+    never change, so nothing has to be undone. Use it only without gradients and with the active adapter. Decoding
+    spends most of its time in these products.
     """
     layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from typing import Any, Literal
 from rlhf.config import require_divides
 from rlhf.errors import InputError
 from rlhf.run.settings import settle
+
+log = logging.getLogger("rlhf")
 
 SCHEDULES = ("linear", "cosine", "constant")
 MISSING_EOS = ("replace", "subtract", "off")
@@ -153,7 +156,11 @@ class PPOConfig:
     eval_steps: int = 0
     """Evaluate every so many updates and at the end; 0: never."""
     save_steps: int = 0
-    """Checkpoint every so many updates and at the end; 0: never (but after SIGTERM)."""
+    """Checkpoint every so many updates and at the end; 0: only after SIGTERM, or where the run ends early."""
+    metric_for_best_model: str | None = None
+    """Held-out metric that transformers' EarlyStoppingCallback watches; null: eval_score."""
+    greater_is_better: bool | None = None
+    """Whether more of metric_for_best_model is better; null: yes, unless its name ends in loss."""
     save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     on_alarm: Literal["warn", "save", "stop"] = "warn"
@@ -217,13 +224,23 @@ class PPOConfig:
         """Return the value model's peak learning rate."""
         return self.learning_rate if self.value_learning_rate is None else self.value_learning_rate
 
+    def learning_rates(self, update: int) -> tuple[float, float]:
+        """Return the learning rates of policy and value model at an update, counted from 0."""
+        factor = self.lr_factor(update)
+        if factor == 0:
+            log.warning(
+                "update %d of %d: the learning rate has fallen to 0 and nothing is learned; raise updates, or set "
+                "lr_schedule=constant", update + 1, self.updates,
+            )  # fmt: skip
+        return self.learning_rate * factor, self.value_lr * factor
+
     def lr_factor(self, update: int) -> float:
-        """Return the share of the peak learning rate at an update, counted from 0."""
+        """Return the share of the peak learning rate at an update, counted from 0; after the last one, still 0."""
         if update < self.warmup_updates:
             return (update + 1) / self.warmup_updates
         if self.lr_schedule == "constant":
             return 1.0
-        done = (update - self.warmup_updates) / max(1, self.updates - self.warmup_updates)
+        done = min(1.0, (update - self.warmup_updates) / max(1, self.updates - self.warmup_updates))
         return 1.0 - done if self.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     def weights_for(self, functions: int) -> list[float]:

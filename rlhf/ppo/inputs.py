@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.loading import load_tokenizer, needs_new_pad
+from rlhf.models.positions import check_responses
+from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
 from rlhf.records import HELD_OUT, BadRows, OnBadRow, Prompt, check_disjoint, read_prompts
 from rlhf.scores import RewardFunction, check_columns
@@ -70,6 +72,14 @@ def check_prompts(functions: Sequence[RewardFunction], train: Sequence[Prompt], 
     if held_out:
         check_columns(functions, held_out, "eval_dataset")
         check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
+
+
+def check_positions(models: ActorCritic, prompt_ids: Sequence[Sequence[int]], args: PPOConfig) -> None:
+    """Raise InputError where one of the models lacks positions: a run would fail, or go on with garbage, as soon as a
+    response gets that long."""
+    for role, model in (("policy", models.policy), ("reference", models.reference), ("value model", models.value)):
+        if model is not None:
+            check_responses(model, prompt_ids, args.max_new_tokens, role)
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

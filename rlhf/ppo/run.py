@@ -93,6 +93,7 @@ class Run:
                 folder, trainer.accelerator, write, trainer.origin, trainer.processing_class, trainer.peft_config
             )
             self._save = self._saving.enter_context(saving)
+        self.trainer.loop.step_begin()
         self.trainer.clock.restart()  # the update's seconds begin here
         return True
 
@@ -103,17 +104,22 @@ class Run:
         trainer, args = self.trainer, self.trainer.args
         tokens = distributed.total(trainer.accelerator, rollout.response_tokens.sum())
         self.metrics = metrics | trainer.clock.metrics(tokens)
-        if trainer.eval_prompts and self._due(args.eval_steps):
-            self.metrics |= trainer.evaluate()
-        trainer.loop.step(
+        trainer.loop.step_end(trainer.update_index)
+        evaluates = self._due(args.eval_steps) or trainer.loop.should_evaluate
+        evaluated = trainer.evaluate() if evaluates and trainer.eval_prompts else {}
+        self.metrics |= evaluated
+        trainer.loop.log(
             trainer.update_index, self.metrics, samples(rollout, trainer.update_index, args.samples_logged)
         )
+        if evaluated:
+            trainer.loop.evaluated(evaluated)
         if self._save is not None:
             self._save(rollout, trainer.loop.state.log_history[-1])
             self._save = None
             self._saving.close()
         terminated = self.termination.agreed()
-        if self._due(args.save_steps) or trainer.loop.should_save or terminated:
+        early = trainer.update_index < args.updates and (self._finished() or trainer.loop.should_stop)
+        if self._due(args.save_steps) or trainer.loop.should_save or early or terminated:
             self.save_checkpoint()
         self.termination.leave()
 

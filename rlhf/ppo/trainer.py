@@ -80,7 +80,8 @@ class PPOTrainer:
         inputs.check_prompts(self.reward_funcs, self.prompts, self.eval_prompts)
         dtype = precision.compute_dtype(args.bf16)
         precision.log_choice(args.bf16)
-        callback_args = callback_arguments(args)  # before Accelerator: transformers resets its state
+        # Before Accelerator, whose state transformers resets.
+        callback_args = callback_arguments(args, evaluate=bool(self.eval_prompts))
         self.accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
         self.device = self.accelerator.device
         args.check_processes(self.accelerator.num_processes)
@@ -89,9 +90,9 @@ class PPOTrainer:
         self.origin = Origin.of(args, self.accelerator, self.reward_funcs, model, ref_model, start)
         models_given = {"model": model, "ref_model": ref_model, "value_model": start}
         self.given = by_main(lambda: of_run(tokenizer, self.prompts, self.reward_funcs, **models_given))
-        self.peft_config = peft_config
-        self.reference_given = ref_model is not None  # if not, preflight checks that the KL at step 0 is 0
+        self.peft_config, self.reference_given = peft_config, ref_model is not None  # else step 0's KL must be 0
         self.actor_critic = models = build.models_for(args, model, ref_model, start, peft_config, dtype).to(self.device)
+        inputs.check_positions(models, self.prompt_ids + self.eval_prompt_ids, args)
         for function in self.reward_funcs:  # a reward model's adapter over the same base
             adapters.share_base(models.policy, getattr(function, "model", None))
         cpu.prepare(models)
@@ -229,8 +230,8 @@ class PPOTrainer:
         if not isinstance(rollout, ReadyRollout):
             raise TypeError("update: the rollout has no advantages; call advantages(rollout) first")
         args, models, accelerator = self.args, self.actor_critic, self.accelerator
-        for group, peak in zip(self.optimizer.param_groups, (args.learning_rate, args.value_lr), strict=True):
-            group["lr"] = peak * args.lr_factor(self.update_index)
+        for group, rate in zip(self.optimizer.param_groups, args.learning_rates(self.update_index), strict=True):
+            group["lr"] = rate
         steps: list[dict[str, float]] = []
         with self.clock("update"):
             for inner_epoch in range(args.inner_epochs):
@@ -268,7 +269,8 @@ class PPOTrainer:
                     if rollout.update < args.value_warmup_updates:  # Adam skips a parameter without a gradient
                         for parameter in models.policy_parameters():
                             parameter.grad = None
-                    self.optimizer.step()
+                    with self.loop.optimizer_step():
+                        self.optimizer.step()
                     self.optimizer.zero_grad()
                     steps.append(statistics.over(accelerator) | norms)
                 approx_kl = sum(step["approx_kl_nats"] for step in steps[first:]) / len(steps[first:])

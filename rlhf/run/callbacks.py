@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, IntervalStrategy, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers import ProgressCallback as TqdmCallback
 
 from rlhf import cpu, metrics
-from rlhf.errors import RunStopped
+from rlhf.errors import InputError, RunStopped
 from rlhf.run import checkpoint, console
 from rlhf.run.lock import training_in
 from rlhf.run.resume import Termination, resume_point
@@ -64,6 +64,7 @@ class Babysitter:
         that stops or on a full disk."""
         with training_in(self.folder):
             cpu.give_way(self.device)
+            prepare_early_stopping(self.trainer.callback_handler.callbacks, self.trainer.args, "eval_loss")
             found = resume_point(self.folder, resume_from_checkpoint, self.settings)
             try:
                 with self.termination, checkpoint.full_disk_explained(self.folder):
@@ -146,17 +147,56 @@ class FiniteGradients(TrainerCallback):
                 )
 
 
+def prepare_early_stopping(callbacks: Sequence[TrainerCallback], args: TrainingArguments, metric: str) -> None:
+    """Let transformers' EarlyStoppingCallback, if there is one, watch `metric` where the settings name none.
+
+    Raises InputError where nothing is evaluated."""
+    if not any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks):
+        return
+    if args.eval_strategy == IntervalStrategy.NO:
+        raise InputError("EarlyStoppingCallback: nothing is evaluated; give an eval_dataset, and set eval_steps")
+    args.metric_for_best_model = args.metric_for_best_model or metric
+    if args.greater_is_better is None:
+        args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+
+
+def watched(args: TrainingArguments) -> str:
+    """Return the full name of the metric by which the best step is chosen; transformers takes it without eval_, too."""
+    return f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+
+
+def check_watched(args: TrainingArguments, metrics: Mapping[str, float]) -> None:
+    """Raise InputError where the settings name a metric that an evaluation does not give."""
+    if args.metric_for_best_model is not None and watched(args) not in metrics:
+        names = ", ".join(metrics)
+        raise InputError(f"metric_for_best_model={args.metric_for_best_model}: the evaluation gives {names}; name one")
+
+
 class SaveAndStop(TrainerCallback):
-    """After SIGTERM or SIGINT: the step in hand was the last one, and a checkpoint is written."""
+    """After SIGTERM or SIGINT, or where a callback ends the run early: the step in hand was the last one, and a
+    checkpoint is written."""
 
     def __init__(self, termination: Termination) -> None:
         self.termination = termination
+        self.saved: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.termination.agreed():
             control.should_save = control.should_training_stop = True
         if control.should_save:  # a line of the log never reaches over a checkpoint: a resumed run couldn't write it
             control.should_log = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        early = control.should_training_stop and state.global_step < state.max_steps
+        if early and self.saved != state.global_step:  # comes after every other event of a run's last step
+            control.should_save = control.should_log = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if any(name.startswith("eval_") for name in metrics):
+            check_watched(args, metrics)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = state.global_step
 
 
 class JsonlCallback(TrainerCallback):

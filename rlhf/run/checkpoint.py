@@ -16,6 +16,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -72,7 +73,7 @@ def write_json_atomic(path: str | Path, value: object) -> None:
     writing = _beside(path, "writing")
     remove(writing)  # of a killed run; or a link that somebody left there
     with writing.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+        file.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     writing.replace(path)
@@ -126,13 +127,17 @@ def sync_tree(folder: Path) -> None:
 
 
 def plain(value: object) -> Any:
-    """Return the JSON form of records, configs, paths and numbers of NumPy or torch. Raises TypeError for others."""
+    """Return the JSON form of records, configs, paths and numbers of NumPy or torch. Raises TypeError for others.
+
+    JSON has no NaN, which becomes null, and no infinity, which becomes the text "inf" or "-inf"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(float(value))
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     if isinstance(value, Path):

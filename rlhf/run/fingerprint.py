@@ -50,7 +50,7 @@ SPEED = ("tokens_per_microbatch", "timeout", "retries", "at_once", "name")
 
 def canonical(value: object) -> bytes:
     """Return the JSON form of a value in which equal values are equal bytes."""
-    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode(errors="surrogatepass")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,12 +12,18 @@ from rlhf.errors import require_divides
 from rlhf.run.precision import compute_dtype
 
 Arguments = TypeVar("Arguments")
+Config = TypeVar("Config", bound=Any)
 
+log = logging.getLogger("rlhf")
+
+LEARNING_RATE, ADAPTERS_LEARNING_RATE = 1e-5, 1e-4
+"""Where a config says none: at the first, an adapter's weights, half of which start at 0, hardly move."""
 
 _SAME_NAME = (
     "output_dir", "seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "max_steps", "max_grad_norm", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "logging_steps", "save_steps", "report_to", "gradient_checkpointing",
+    "logging_steps", "save_steps", "report_to", "gradient_checkpointing", "metric_for_best_model",
+    "greater_is_better",
 )  # fmt: skip
 
 
@@ -25,6 +32,15 @@ _RENAMED = {
     "lr_schedule": "lr_scheduler_type",
     "warmup_fraction": "warmup_steps",
 }
+
+
+def with_learning_rate(config: Config, adapter: bool) -> Config:
+    """Return a config with its learning rate; where it has none, the default of what is trained, which is logged."""
+    if config.learning_rate is not None:
+        return config
+    rate = ADAPTERS_LEARNING_RATE if adapter else LEARNING_RATE
+    log.info("learning_rate: %g, the default of %s", rate, "an adapter" if adapter else "full weights")
+    return dataclasses.replace(config, learning_rate=rate)
 
 
 def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Arguments:

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from rlhf import cpu
 from rlhf.errors import InputError
 from rlhf.models.adapters import base_model
+from rlhf.models.positions import check_responses
 from rlhf.padding import pad
 from rlhf.sampling.draw import row_numbers, sample
 from rlhf.sampling.engine import Responses, row_seeds
@@ -55,7 +56,8 @@ class TransformersEngine:
     def generate(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
     ) -> Responses:
-        """Sample one response per prompt, in the prompts' order."""
+        """Sample one response per prompt, in the prompts' order. Raises InputError where the model lacks positions."""
+        check_responses(self.model, prompt_ids, max_new_tokens)
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
         ids: list[list[int]] = [[] for _ in prompt_ids]
         training = self.model.training

@@ -40,8 +40,8 @@ class SFTConfig:
 
     "Optimization"
 
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW. InstructGPT: 9.65e-6 (1.3B). LoRA wants about ten times more."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; null: 1e-5, or 1e-4 where an adapter is trained. InstructGPT: 9.65e-6 (1.3B)."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak: cosine: to 10% of it, as in InstructGPT; linear: to 0; constant: not
     at all."""
@@ -81,7 +81,12 @@ class SFTConfig:
     eval_steps: int = 0
     """Optimizer steps between two evaluations; 0: after every epoch."""
     save_steps: int = 200
-    """Optimizer steps between two checkpoints to resume from; 0: write one only after SIGTERM."""
+    """Optimizer steps between two checkpoints to resume from; 0: write one only after SIGTERM, or where
+    a callback ends the run early."""
+    metric_for_best_model: str | None = None
+    """Held-out metric that transformers' EarlyStoppingCallback watches; null: eval_loss."""
+    greater_is_better: bool | None = None
+    """Whether more of metric_for_best_model is better; null: yes, unless its name ends in loss."""
     save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     on_alarm: Literal["warn", "save", "stop"] = "warn"
@@ -100,10 +105,10 @@ class SFTConfig:
         settle(self)
         require_divides("microbatch_size", self.microbatch_size, "batch_size", self.batch_size)
         for name in ("epochs", "learning_rate", "max_length", "logging_steps", "save_total_limit"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:  # NaN is refused too
                 raise InputError(f"{name}={getattr(self, name)} must be positive")
         for name in ("weight_decay", "max_grad_norm", "lora_rank", "eval_steps", "save_steps"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
         for name in ("warmup_fraction", "lora_dropout", "dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:

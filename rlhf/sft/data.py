@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError
+from rlhf.models.positions import Positions
 from rlhf.padding import IGNORED, pad
 from rlhf.records import BadRows, Demonstration, OnBadRow
 
@@ -53,12 +54,13 @@ def encode_demonstrations(
     max_length: int,
     name: str,
     on_bad_row: OnBadRow = "refuse",
+    positions: Positions | None = None,
 ) -> Dataset:
     """Encode demonstrations as columns ``input_ids`` and ``labels`` (-100 outside what the assistant writes itself).
 
     Left out, counted and named in the log are demonstrations of more than ``max_length`` tokens, since a cut one would
     teach never to stop, and those whose turns all say ``train: False``. on_bad_row: what becomes of those that the chat
-    template refuses. Raises InputError when none remains.
+    template refuses. Raises InputError when none remains, or one that remains is longer than `positions`.
     """
     rows: list[EncodedDemonstration] = []
     too_long: dict[int, int] = {}
@@ -77,6 +79,9 @@ def encode_demonstrations(
         elif not any(mask):
             untrained.append(index)
         else:
+            if positions is not None:
+                what, remedy = f"{name}: demonstration {index + 1} has", f"max_length={positions.limit} leaves such out"
+                positions.check(len(ids), what, remedy)
             rows.append({"input_ids": ids, "labels": [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]})
     refused.tell(len(rows) + len(too_long) + len(untrained))
     if not rows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,14 +26,15 @@ from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.models.adapters import base_model, drop_input_hooks, train_in_float32
 from rlhf.models.loading import tokenizer_of
+from rlhf.models.positions import positions_of
 from rlhf.padding import IGNORED
-from rlhf.records import HELD_OUT, check_disjoint, read_demonstrations
+from rlhf.records import HELD_OUT, Demonstration, check_disjoint, read_demonstrations
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
 from rlhf.run.precision import log_choice
-from rlhf.run.trl_arguments import training_arguments
+from rlhf.run.trl_arguments import training_arguments, with_learning_rate
 from rlhf.sft.config import SFTConfig
 from rlhf.sft.data import Collator, encode_demonstrations, is_accepted
 from rlhf.sft.model import prepare_model, show_bias
@@ -87,7 +88,9 @@ class SFTTrainer(trl.SFTTrainer):
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
         given = by_main(lambda: of_run(tokenizer, train, model=model))
         model, peft_config = prepare_model(model, tokenizer, config, peft_config)
+        config = with_learning_rate(config, adapter=peft_config is not None or isinstance(model, PeftModel))
         log_choice(config.bf16)
+        self._positions = positions_of(model)
         self.config = config
         self._tokenizer = tokenizer
         # preflight compares a few with the encoded rows
@@ -98,12 +101,8 @@ class SFTTrainer(trl.SFTTrainer):
             model=model,
             args=trl_arguments(config, evaluate=held_out is not None),
             data_collator=Collator(chat.pad_id(tokenizer)),
-            train_dataset=encode_demonstrations(
-                tokenizer, train, config.max_length, "train_dataset", config.on_bad_row
-            ),
-            eval_dataset=None
-            if held_out is None
-            else encode_demonstrations(tokenizer, held_out, config.max_length, "eval_dataset", config.on_bad_row),
+            train_dataset=self._encoded(train, "train_dataset"),
+            eval_dataset=None if held_out is None else self._encoded(held_out, "eval_dataset"),
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=callbacks,
@@ -115,6 +114,10 @@ class SFTTrainer(trl.SFTTrainer):
         attach(self, "sft", ("loss", "eval_loss", "token_accuracy"), config.output_dir)
         settings = {**resume_settings(config, SFTConfig), **given}
         self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)
+
+    def _encoded(self, demonstrations: Sequence[Demonstration], name: str) -> Dataset:
+        limits = (self.config.max_length, name, self.config.on_bad_row, self._positions)
+        return encode_demonstrations(self._tokenizer, demonstrations, *limits)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; ``resume_from_checkpoint=True`` resumes from the newest complete checkpoint, if there is one."""
@@ -145,9 +148,7 @@ class SFTTrainer(trl.SFTTrainer):
         encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
         if eval_dataset is not None and not encoded:
             records = read_demonstrations(eval_dataset, HELD_OUT, self.config.on_bad_row)
-            eval_dataset = encode_demonstrations(
-                self._tokenizer, records, self.config.max_length, "eval_dataset", self.config.on_bad_row
-            )
+            eval_dataset = self._encoded(records, "eval_dataset")
         self._sums["eval"].clear()
         with self._trl_forward():
             return super().evaluate(eval_dataset, *args, **kwargs)

@@ -160,6 +160,65 @@ def test_evaluate_policy_of_any_two_folders(
     assert len(lines(out / "samples.jsonl")) == 6
 
 
+def no_nan(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_greedy_answers_have_no_kl_and_no_best_of_n(tmp_path: Path, base: Path, judge_file: str) -> None:
+    prompts, out = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(6)]), tmp_path / "my/eval"
+    result = run("evaluate_policy", "--policy", base, "--baseline", base, "--judge", judge_file, "--eval_data", prompts,
+                 "--output_dir", out, "--max_new_tokens", 6, "--temperature", 0, "--max_prompts", 4)  # fmt: skip
+    assert "temperature 0: each policy's most likely answer; no KL, and no best-of-n" in result.out
+    assert "the first 4 of 6 prompts (max_prompts)" in result.out
+    found = no_nan((out / "evaluation.json").read_text())
+    assert found["note"].startswith("temperature 0")
+    assert "best_of_n" not in found
+    assert found["ppo"]["kl_nats"] is None
+    assert found["ppo"]["win_rate_vs_sft"] == 0.5, "a policy against itself: the same answers"
+    assert all(row["sft"] == row["ppo"] for row in lines(out / "samples.jsonl"))
+
+
+def test_a_kl_of_greedy_answers_is_refused() -> None:
+    from rlhf.errors import InputError
+    from rlhf_recipes.evaluate_policy import EvaluationConfig, sequence_kl
+
+    nothing: Any = None
+    with pytest.raises(InputError, match="temperature=0: greedy answers have no KL"):
+        sequence_kl(nothing, nothing, nothing, nothing, EvaluationConfig(temperature=0.0))
+    with pytest.raises(InputError, match="temperature=nan must be 0 or more"):
+        EvaluationConfig(temperature=math.nan)
+
+
+def test_responses_are_sampled_so_many_at_once(tmp_path: Path, base: Path, judge_file: str, monkeypatch) -> None:
+    from rlhf.sampling.decode import TransformersEngine
+
+    seen: list[int] = []
+    decode = TransformersEngine._decode
+
+    def counted(self, prompts, *rest):
+        seen.append(len(prompts))
+        return decode(self, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "_decode", counted)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(7)])
+    run("evaluate_policy", "--policy", base, "--baseline", base, "--judge", judge_file, "--eval_data", prompts,
+        "--output_dir", tmp_path / "my/eval", "--max_new_tokens", 2, "--best_of", 0,
+        "--generation_batch_size", 3)  # fmt: skip
+    assert seen == [3, 3, 1] * 2
+
+
+def test_no_row_of_a_large_file_is_dropped_silently(tmp_path: Path) -> None:
+    source = write(tmp_path / "pairs.jsonl", pairs(7200))
+    assert "drawn" not in run("rankings", "--rankings", source, "--output_dir", tmp_path / "all/data").out
+    outputs = manifest(tmp_path / "all/data")["outputs"]
+    assert outputs["train"] + outputs["held_out"] == 7200
+    some = run("rankings", "--rankings", source, "--output_dir", tmp_path / "some/data", "--comparisons", 100).out
+    assert "comparisons=100 of 7,200 rankings drawn" in some
+
+
 def test_rankings_read_from_pairs_are_split_by_prompt(tmp_path: Path) -> None:
     source, out = write(tmp_path / "pairs.jsonl", pairs(80)), tmp_path / "split here"
     run(

@@ -104,10 +104,8 @@ class RewardTrainer(trl.RewardTrainer):
         limit = encoders.position_limit(reward_model) if encoders.is_encoder(reward_model.config) else None
         self._max_length = min(config.max_length, limit or config.max_length)
         self._positions = positions_of(reward_model)
-        self.config = config
-        self._tokenizer = tokenizer
-        if held_out is not None:
-            held_out = self._encoded(_sample(held_out, config), "eval_dataset")
+        self.config, self._tokenizer = config, tokenizer
+        held_out = None if held_out is None else self._encoded(_sample(held_out, config), "eval_dataset")
         encoded = self._encoded(train, "train_dataset")
         if config.keep_best and held_out is None:
             raise InputError("keep_best needs held-out losses to choose by: give an eval_dataset")

@@ -91,8 +91,7 @@ class RewardTrainer(trl.RewardTrainer):
         config = args if args is not None else RewardConfig()
         if not isinstance(config, RewardConfig):
             raise TypeError(f"args: expected a reward_models.RewardConfig, got a {type(config).__module__} one")
-        tokenizer = tokenizer_of(model, processing_class)
-        chat.set_template_kwargs(tokenizer, config.chat_template_kwargs)
+        tokenizer = chat.set_template_kwargs(tokenizer_of(model, processing_class), config.chat_template_kwargs)
         train = read_rankings(train_dataset, on_bad_row=(bad := config.on_bad_row))
         held_out = None if eval_dataset is None else read_rankings(eval_dataset, HELD_OUT, bad)
         if held_out is not None:
@@ -313,8 +312,8 @@ class RewardTrainer(trl.RewardTrainer):
             sequences = [ids for row in data.select(rows) for ids in responses_of(row)]
             return [sequences[i] for i in generator.permutation(len(sequences))[:count]]
         order = generator.permutation(len(self._normalized_on)).tolist()
-        rows = (self._normalized_on[i] for i in order)
-        encoded = (chat.encode_conversation(self._tokenizer, row.messages, row=row.columns)[0] for row in rows)
+        encode, rows = chat.encode_conversation, (self._normalized_on[i] for i in order)
+        encoded = (encode(self._tokenizer, row.messages, row=row.columns)[0] for row in rows)
         fitting = list(islice((ids for ids in encoded if len(ids) <= self._max_length), count))
         if not fitting:
             raise InputError(f"normalizer_dataset: every row is longer than max_length={self._max_length}; raise it")

@@ -92,8 +92,7 @@ class RewardTrainer(trl.RewardTrainer):
         config = args if args is not None else RewardConfig()
         if not isinstance(config, RewardConfig):
             raise TypeError(f"args: expected a reward_models.RewardConfig, got a {type(config).__module__} one")
-        tokenizer = tokenizer_of(model, processing_class)
-        chat.set_template_kwargs(tokenizer, config.chat_template_kwargs)
+        tokenizer = chat.set_template_kwargs(tokenizer_of(model, processing_class), config.chat_template_kwargs)
         train = read_rankings(train_dataset, on_bad_row=(bad := config.on_bad_row))
         held_out = None if eval_dataset is None else read_rankings(eval_dataset, HELD_OUT, bad)
         if held_out is not None:

@@ -151,11 +151,12 @@ def pad_id(tokenizer: Tokenizer) -> int:
     return end_of_turn_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-def set_template_kwargs(tokenizer: Tokenizer, kwargs: Mapping[str, Any] | None) -> None:
-    """Give a tokenizer the settings that its template gets wherever it is used; they are saved with it. None: as it
-    is."""
+def set_template_kwargs(tokenizer: Tokenizer, kwargs: Mapping[str, Any] | None) -> Tokenizer:
+    """Give a tokenizer the settings that its template gets wherever it is used, and return it; they are saved with it.
+    None: as it is."""
     if kwargs is not None:
         tokenizer.init_kwargs["chat_template_kwargs"] = dict(kwargs)
+    return tokenizer
 
 
 def template_kwargs(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -25,7 +25,18 @@ from typing import Any, TypeVar
 
 from rlhf.errors import InputError, require_divides, run, unknown
 from rlhf.flags import all_flags, print_help, put, read_flags, unknown_name
-from rlhf.hints import allows_none, expected, field_of, hints_of, is_list, is_required, one_line, sections_of, shown
+from rlhf.hints import (
+    allows_none,
+    choices_of,
+    expected,
+    field_of,
+    hints_of,
+    is_list,
+    is_required,
+    one_line,
+    sections_of,
+    shown,
+)
 from rlhf.run.changes import no_effect
 from rlhf.run.functions import import_function
 from rlhf.run.lookup import look_up
@@ -217,6 +228,8 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
     try:
         if value is None and not allows_none(hint):
             raise ValueError
+        if value in ("inf", "-inf") and float in choices_of(hint):  # as our JSON writes infinity
+            value = float(value)
         converted = parser.parse_object({"value": value}).value
         if isinstance(converted, float) and math.isnan(converted):
             raise ValueError

@@ -38,7 +38,7 @@ def positions_of(model: Any) -> Positions | None:
     """
     plain = base_model(model)
     config = plain.config.get_text_config()
-    limit = next((getattr(config, name) for name in NAMES if getattr(config, name, None)), None)
+    limit = next((getattr(config, name) for name in NAMES if (getattr(config, name, None) or 0) > 0), None)
     if limit is None or getattr(config, "alibi", False):
         return None
     family = type(plain).__name__

@@ -522,7 +522,7 @@ def test_ppo_learns_and_the_kl_coefficient_holds_it_back(tmp_path, full):
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"temperature": 0.0}, r"temperature=0.0 must be positive"),
         ({"learning_rate": -1e-5}, "learning_rate=-1e-05 must be positive"),
-        ({"learning_rate": math.nan}, "learning_rate=nan must be positive"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be a number"),
         ({"clip_ratio": 0.0}, "clip_ratio=0.0 must be positive"),
         ({"kl_coef": -0.1}, "kl_coef=-0.1 must be 0 or more"),
         ({"gamma": 1.1}, "gamma=1.1 must be between 0 and 1"),

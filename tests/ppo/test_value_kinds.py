@@ -242,7 +242,7 @@ def test_combinations_that_cannot_be(tmp_path, folders):
 def test_a_name_that_is_none():
     with pytest.raises(InputError) as error:
         PPOConfig(value_model="shared")  # type: ignore[arg-type]
-    one_line(error, "value_model='shared' must be one of separate, adapter, shared_trunk, null")
+    one_line(error, "value_model='shared' must be one of separate, adapter, shared_trunk or None")
     with pytest.raises(InputError) as error:
         PPOConfig(value_loss_coef=-0.1)
     one_line(error, "value_loss_coef=-0.1 must be 0 or more")

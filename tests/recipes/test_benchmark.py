@@ -358,7 +358,8 @@ def graph(tensor: torch.Tensor) -> set[str]:
 
 def used_tricks(job: dict, monkeypatch) -> tuple[set[str], dict[str, float]]:
     """The tricks that a run of ours has used, each seen from outside; and what it logged."""
-    from rlhf.cpu import attention, gated, lora, memory, norms
+    from rlhf import cpu
+    from rlhf.cpu import attention, drawing, gated, lora, memory, norms
     from rlhf.ppo.trainer import PPOTrainer
 
     used: Counter = Counter()
@@ -369,7 +370,8 @@ def used_tricks(job: dict, monkeypatch) -> tuple[set[str], dict[str, float]]:
 
     watch(attention, "_products", "attention")
     watch(lora.FusedLinear, "merge_for_sampling", "merged_lora")
-    watch(torch, "multinomial", "torch's own draw")
+    watch(drawing, "draw", "draw")
+    monkeypatch.setattr(cpu, "draw", drawing.draw)
     monkeypatch.setattr(memory, "_libc", lambda: Allocator(used))
     train = PPOTrainer.train
 
@@ -385,8 +387,6 @@ def used_tricks(job: dict, monkeypatch) -> tuple[set[str], dict[str, float]]:
     monkeypatch.setattr(PPOTrainer, "train", look)
     load("ours_worker").work(job)
     monkeypatch.undo()
-    if used.pop("torch's own draw", 0) == 0:
-        used.update(["draw"])
     return set(used), json.loads(Path(job["folder"], "metrics.jsonl").read_text().splitlines()[-1])
 
 

@@ -177,7 +177,8 @@ def test_ppo_through_the_server_is_ppo_with_the_model_to_the_last_bit(tmp_path, 
         states.append(trainer.accelerator.unwrap_model(trainer.module).trained_state())
 
     model = RewardModel.load(folder, device="cpu")
-    run("local", model)
+    # As texts, which is what a server gets: a random policy's ids are not those of its decoded text.
+    run("local", lambda prompts, completions, **columns: model(prompts, completions))
     with serving(**of(RewardModel.load(folder, device="cpu"))) as url:
         run("remote", RewardClient(url))
     assert metrics[0] == metrics[1] != 0

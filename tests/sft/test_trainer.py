@@ -332,7 +332,7 @@ def test_dropout_is_set_without_touching_the_saved_config(tiny_tokenizer, tiny_m
     ("changes", "message"),
     [
         ({"batch_size": 8, "microbatch_size": 3}, "microbatch_size=3 must divide batch_size=8; try 2 or 4"),
-        ({"epochs": 0}, "epochs=0 must be positive"),
+        ({"epochs": 0}, "epochs=0.0 must be positive"),
         ({"dropout": 1.0}, "dropout=1.0 must lie in"),
         ({"save_steps": -1}, "save_steps=-1 must be 0 or more"),
     ],

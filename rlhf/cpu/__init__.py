@@ -31,6 +31,7 @@ class Models(Protocol):
     policy: Any
     reference: Any
     value: Any
+    packable: bool | None
     packs: bool
 
 
@@ -47,7 +48,9 @@ def prepare(models: Models) -> None:
         lora.fuse(part)
         norms.fuse(part)
         gated.fuse(part)
-    models.packs = all(attention.uses_short_rows(part) and packing.can_pack(part) for part in parts)
+    if models.packable is None:  # asked once, before their weights may be spread over processes
+        models.packable = all(attention.uses_short_rows(part) and packing.can_pack(part) for part in parts)
+    models.packs = models.packable
 
 
 def restore(models: Models) -> None:

@@ -75,9 +75,11 @@ def lengthen(model: nn.Module) -> None:
 @torch.no_grad()
 def _as_llamas(module: Any) -> bool:
     """Return whether a module computes the same as Llama's RMSNorm: it has the same names and gives equal outputs."""
+    if not type(module).__name__.endswith("RMSNorm"):
+        return False
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    named = type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and isinstance(weight, nn.Parameter)
-    if not named or len(list(module.parameters())) != 1 or weight is None or weight.dim() != 1:
+    known = isinstance(eps, float) and isinstance(weight, nn.Parameter)
+    if not known or len(list(module.parameters())) != 1 or weight is None or weight.dim() != 1:
         return False
     if type(module).forward is _forward or weight.device.type == "meta":
         return False

@@ -51,6 +51,7 @@ class ActorCritic(nn.Module):
         self.reference = reference  # None: the adapter "reference" on the policy's backbone
         self.value = value  # None: the adapter "value" on the policy's backbone, or the policy itself
         self.value_head = head
+        self.packable: bool | None = None  # whether all models compute packed rows alike; None: not asked yet
         self.packs = False  # True: rows of different lengths are computed as one long row; `rlhf.cpu.prepare` sets it
         # accelerate's FSDP2 reads a module's layer classes from this attribute
         self._no_split_modules = distributed.layer_classes([m for m in (policy, reference, value) if m is not None])

@@ -99,8 +99,8 @@ class PPOTrainer:
         if args.compile:
             build.compile_layers(models)
         preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
-        self.module, self.optimizer = self.accelerator.prepare(models, build.build_optimizer(models, args))
         self.stop_ids = model_stop_ids(models.policy, tokenizer)
+        self.module, self.optimizer = self.accelerator.prepare(models, build.build_optimizer(models, args))
         self.pad_id = chat.pad_id(tokenizer)
         builtin = TransformersEngine(models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
         self.engine = engine or builtin

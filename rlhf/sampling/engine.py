@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ def model_stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     """Return the ids that end a response of this model: the chat template's, eos, and those at which the model's own
     `generate` stops. Ids beyond its embeddings, which it cannot write, are left out."""
     generation = getattr(base_model(model), "generation_config", None)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     own = getattr(generation, "eos_token_id", None)
     listed = [own] if isinstance(own, int) else list(own or [])
     return chat.stop_ids(tokenizer, [i for i in listed if 0 <= i < rows])

@@ -28,6 +28,7 @@ from rlhf.errors import InputError
 from rlhf.flags import first_word
 from rlhf.ppo.view import Sort, number, response_lines, response_page, response_view, rows_table
 from rlhf.run import console
+from rlhf.run import page as html
 
 if TYPE_CHECKING:
     from rlhf.ppo.rollout import Rollout
@@ -147,7 +148,7 @@ def show_row(config: InspectConfig, folder: Path, rollout: Rollout, row: int) ->
         return
     page = response_page(view, f"{Path(config.run).resolve().name}: update {view.update}, row {row}")
     try:
-        Path(config.html).write_text(page, encoding="utf-8")
+        html.write(config.html, page)
     except OSError as error:
         raise InputError(f"--html {config.html}: cannot be written ({error.strerror})") from None
     console.stage_line("inspect", f"wrote {config.html}")

@@ -49,7 +49,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, got a {type(row).__name__}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not line.endswith(b"\n"):
                 return
             raise InputError(f"{path}:{number}: broken JSON: {error}") from None

@@ -40,6 +40,17 @@ def test_a_cut_last_line_is_left_out_and_another_broken_one_is_named(tmp_path: P
         list(read_rows(file))
 
 
+def test_a_row_nested_too_deep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{" + '"a":{' * 100_000 + "}" * 100_001 + "\n")
+    with pytest.raises(InputError, match=r"rows.jsonl:1: broken JSON"):
+        list(read_rows(tmp_path / "rows.jsonl"))
+
+
+def test_not_a_number_becomes_null_and_infinity_text() -> None:
+    row = {"a": float("nan"), "b": [float("inf"), -float("inf"), 1.0], "c": "NaN"}
+    assert to_line(row) == b'{"a": null, "b": ["inf", "-inf", 1.0], "c": "NaN"}\n'
+
+
 def test_a_report_shows_such_texts_and_a_resumed_run_keeps_them(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "evaluation" / "samples.jsonl", [{"prompt": "Hi", "sft": "a", "ppo": f"one{BREAKS}two"}])
     page = write_report(tmp_path, {"evaluation": {"sft": {"score": 0.0}, "ppo": {"score": 1.0}}}).read_text("utf-8")

@@ -44,6 +44,7 @@ from rlhf.intervals import clustered_accuracy
 from rlhf.messages import Messages
 from rlhf.records import Ranking
 from rlhf.run import environment
+from rlhf.run import page as html
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.stages import package_versions
 
@@ -143,10 +144,9 @@ def save_reward_report(report: Numbers, folder: str | Path, about: Mapping[str, 
 
 def write_page(content: Numbers, folder: str | Path) -> Path:
     """Write `reward_report.html` from the content of `reward_report.json`; return its path."""
-    page, above = Path(folder) / "reward_report.html", Path(folder).resolve().parent / "report.html"
+    above = Path(folder).resolve().parent / "report.html"
     links = [("the run's report", "../report.html")] if above.is_file() else []
-    page.write_text(card_page.page(content, links), encoding="utf-8")
-    return page
+    return html.write(Path(folder) / "reward_report.html", card_page.page(content, links))
 
 
 def made() -> dict[str, str]:

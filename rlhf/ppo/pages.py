@@ -33,11 +33,9 @@ def write_pages(
         after = [("next", _name(order[place + 1]))] if place + 1 < len(order) else []
         links = [*before, ("index", "index.html"), *after]
         page = response_page(response_view(rollout, row, tokenizer), f"{title}, row {row}", links)
-        (folder / _name(row)).write_text(page, encoding="utf-8")
-    index = folder / "index.html"
+        html.write(folder / _name(row), page)
     above = [("the run's report", os.path.relpath(report, folder))] if report is not None and report.is_file() else []
-    index.write_text(html.page(title, html.links(above) + _index(rollout, order, sort), _STYLE), encoding="utf-8")
-    return index
+    return html.write(folder / "index.html", html.page(title, html.links(above) + _index(rollout, order, sort), _STYLE))
 
 
 def _index(rollout: ReadyRollout, order: list[int], sort: Sort | None) -> str:

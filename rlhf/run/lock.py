@@ -119,7 +119,13 @@ def require_free(folder: str | Path) -> None:
 def _locked(path: Path) -> int | None:
     """Open and lock a file; None if another holds it. A look at it (`_is_locked`) takes the lock for a moment."""
     for _ in range(20):
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            path.unlink(missing_ok=True)  # a link that somebody left there, whose target is none of ours
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _same(file, path):
@@ -135,7 +141,7 @@ def _locked(path: Path) -> int | None:
 
 def _is_locked(path: Path) -> bool:
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:

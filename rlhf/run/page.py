@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
@@ -35,6 +36,16 @@ class Answer(NamedTuple):
 def page(title: str, body: str, style: str = "") -> str:
     """Write a whole page; `style`: CSS rules of this page alone, after the common ones."""
     return _PAGE.format(policy=POLICY, title=text(title), style=f"{_STYLE}{style}", body=body)
+
+
+def write(path: str | Path, content: str) -> Path:
+    """Write a page in one step and return its path: nobody reads half of it, and a link of its name is replaced."""
+    path = Path(path)
+    writing = path.with_name(f".{path.name}.writing")
+    writing.unlink(missing_ok=True)
+    with writing.open("x", encoding="utf-8") as file:  # never through a link that somebody left there
+        file.write(content)
+    return writing.replace(path)
 
 
 def text(value: object) -> str:

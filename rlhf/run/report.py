@@ -72,10 +72,8 @@ def write_report(run_folder: str | Path, summary: Json | None = None) -> Path:
     title = f"{'Stage' if is_stage(folder) else 'RLHF run'} {folder.resolve().name}"
     sentence = verdict.of_run(summary, {stage.name: stage.rows for stage in stages})
     advice = {stage.name: found for stage in stages if (found := left_healthy_range(stage.rows))}
-    (folder / "report.md").write_text(_markdown(title, sentence, summary, stages, advice), encoding="utf-8")
-    path = folder / "report.html"
-    path.write_text(_page(folder, title, sentence, summary, stages, advice), encoding="utf-8")
-    return path
+    html.write(folder / "report.md", _markdown(title, sentence, summary, stages, advice))
+    return html.write(folder / "report.html", _page(folder, title, sentence, summary, stages, advice))
 
 
 def is_stage(folder: Path) -> bool:

@@ -44,6 +44,17 @@ def test_a_second_run_is_refused_in_one_line_that_names_the_first(tmp_path: Path
         lock.require_free(tmp_path / "run" / "other")
 
 
+def test_a_link_in_the_locks_place_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
+    other, folder = tmp_path / "other.txt", tmp_path / "run"
+    other.write_text("precious")
+    folder.mkdir()
+    (folder / lock.NAME).symlink_to(other)
+    lock.hold(folder)
+    assert not (folder / lock.NAME).is_symlink()
+    lock.release(folder)
+    assert other.read_text() == "precious"
+
+
 def test_it_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
     with another_run(tmp_path) as pid:
         os.kill(pid, signal.SIGKILL)

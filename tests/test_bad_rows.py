@@ -71,15 +71,17 @@ def test_a_row_that_the_template_refuses(tmp_path, strict, stage, caplog):
     trainer.train()  # with its preflight
 
 
-def test_ppo_refuses_prompts_of_both_datasets(tmp_path, strict):
+def test_ppo_warns_of_prompts_in_both_datasets(tmp_path, strict, caplog):
     train = [{"prompt": f"Count to {n}.", "answer": n} for n in range(4)]
 
     def make(held_out, function=lambda completions: [0.5] * len(completions)):
         config = PPOConfig(output_dir=str(tmp_path / "run"), bf16=False, rollout_size=4, minibatch_size=4)
         return PPOTrainer(str(strict), function, config, train, held_out)
 
-    with pytest.raises(InputError, match=r"eval_dataset: prompt: 1 in both, the first is 'Count to 3\. '"):
+    with caplog.at_level(logging.WARNING, "rlhf"):
         make([{"prompt": "Count to 3. ", "answer": 3}, {"prompt": "Who?", "answer": 1}])
+    (line,) = [record.message for record in caplog.records if "in both" in record.message]
+    assert line.startswith("train_dataset, eval_dataset: prompt: 1 in both, the first is 'Count to 3. '")
 
     def graded(completions, answer):
         return [float(a) for a in answer]

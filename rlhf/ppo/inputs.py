@@ -67,11 +67,16 @@ def prompts_of(
 
 
 def check_prompts(functions: Sequence[RewardFunction], train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    """Raise InputError where a prompt is in both datasets, or one of them lacks a column that a function requires."""
+    """Raise InputError where a dataset lacks a column that a function requires; warn of prompts in both datasets.
+
+    Those are no error, unlike in SFT: PPO learns from scores, not from the rows' own answers."""
     check_columns(functions, train, "train_dataset")
     if held_out:
         check_columns(functions, held_out, "eval_dataset")
-        check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
+        try:
+            check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
+        except InputError as error:
+            log.warning("%s", error)
 
 
 def check_positions(models: ActorCritic, prompt_ids: Sequence[Sequence[int]], args: PPOConfig) -> None:

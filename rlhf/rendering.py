@@ -12,6 +12,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -165,10 +166,8 @@ def render(tokenizer: Tokenizer, chat: Conversation, turns: int, generation_prom
         return apply(messages)
     except Exception as error:  # Jinja's raise_exception, or whatever a template does with what it doesn't know
         if any(message.get("tool_calls") for message in messages):
-            try:  # DeepSeek's templates want a call's arguments as text
+            with suppress(Exception):  # DeepSeek's templates want a call's arguments as text; else the first one counts
                 return apply([_calls_as_text(message) for message in messages])
-            except Exception:
-                pass
         roles = ", ".join(str(message["role"]) for message in messages)
         raise InputError(
             f"messages: the chat template refuses the roles {roles}: {reason(error)}; merge or drop turns"

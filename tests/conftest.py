@@ -109,19 +109,21 @@ def tiny_model(tiny_tokenizer):
         return LlamaForCausalLM(config).to(torch.float32)
 
 
+def _shared(name: str) -> Path:
+    """Return a folder beside the checkout, which is not part of the repository; skip where it is missing."""
+    folder = Path(__file__).resolve().parent.parent.parent / "shared" / name
+    if not folder.is_dir():
+        pytest.skip(f"nothing at {folder}")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_cases() -> Path:
-    """The folder of small inputs that failed once, beside the checkout; it is not part of the repository."""
-    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "cases"
-    if not folder.is_dir():
-        pytest.skip(f"no cases at {folder}")
-    return folder
+    """The small inputs that failed once."""
+    return _shared("cases")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data beside the checkout; it is not part of the repository."""
-    folder = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}")
-    return folder
+    """The real data."""
+    return _shared("data")

@@ -33,8 +33,9 @@ LAUNCHERS = {
                      "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
 }  # fmt: skip
 FLAGS = {
+    # A checkpoint, and with it a line of the log, after every step: SIGTERM then adds none, wherever it arrives.
     "sft": "--epochs 2 --batch_size 8 --microbatch_size 4 --max_length 256 --learning_rate 1e-3 --save_steps 1",
-    "reward_model": "--epochs 2 --prompts_per_batch 4 --max_length 256 --save_steps 2 --normalizer_samples 20",
+    "reward_model": "--epochs 2 --prompts_per_batch 4 --max_length 256 --save_steps 1 --normalizer_samples 20",
     "ppo": "--updates 3 --rollout_size 8 --minibatch_size 4 --inner_epochs 2 --max_new_tokens 8 --save_steps 1"
     " --eval_steps 3 --learning_rate 1e-4",
 }

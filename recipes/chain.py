@@ -17,12 +17,12 @@ from typing import Any
 
 from rlhf import config as configs
 from rlhf.errors import InputError, unknown
+from rlhf.rows.sources import require_there
 from rlhf.run import console
 from rlhf.run.changes import Change
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.stages import Manifest, refused, stage_changes, stage_state
-from rlhf.sources import require_there
 from rlhf_recipes import evaluate_policy as evaluation_stage
 from rlhf_recipes import ppo as ppo_stage
 from rlhf_recipes import rankings as rankings_stage

@@ -21,7 +21,7 @@ from rlhf import chat
 from rlhf import config as configs
 from rlhf.calls import call
 from rlhf.errors import InputError
-from rlhf.records import HELD_OUT, Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
+from rlhf.rows.records import HELD_OUT, Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main

@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf.records import HELD_OUT, check_disjoint, read_rankings
+from rlhf.rows.records import HELD_OUT, check_disjoint, read_rankings
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.ppo.config import PPOConfig
-from rlhf.records import read_prompts
+from rlhf.rows.records import read_prompts
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.precision import compute_dtype

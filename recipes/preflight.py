@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf.records import read_demonstrations, read_prompts, read_rankings
+from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
 from rlhf_recipes.chain import ChainConfig

@@ -20,11 +20,11 @@ from rlhf import chat
 from rlhf import config as configs
 from rlhf.calls import own
 from rlhf.errors import InputError
-from rlhf.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
+from rlhf.rows.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
+from rlhf.rows.shapes import further_columns
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf.shapes import further_columns
 from rlhf_recipes.stage import SECTIONS, from_siblings, next_command, open_stage
 
 console.quiet()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from reward_models.config import RewardConfig
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf.records import HELD_OUT, Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
+from rlhf.rows.records import HELD_OUT, Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main, wait_for_all

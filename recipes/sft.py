@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import config as configs
-from rlhf.records import read_demonstrations
+from rlhf.rows.records import read_demonstrations
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.sft.config import SFTConfig

@@ -20,7 +20,7 @@ from typing import Any
 
 from reward_models.functions import Texts
 from rlhf.errors import InputError, RunStopped, short
-from rlhf.messages import Messages
+from rlhf.rows.messages import Messages
 from rlhf.run.http import TOKEN_VARIABLE, checked_token
 from rlhf.urls import http_address
 

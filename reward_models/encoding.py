@@ -18,7 +18,7 @@ from rlhf import chat
 from rlhf.errors import InputError, short
 from rlhf.models.positions import Positions
 from rlhf.padding import pad
-from rlhf.records import BadRows, OnBadRow, Ranking
+from rlhf.rows.records import BadRows, OnBadRow, Ranking
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from rlhf.errors import InputError
-from rlhf.messages import Messages
+from rlhf.rows.messages import Messages
 
 RewardFunction = Callable[..., list[float | None]]
 Texts = Sequence[str | Messages]

@@ -39,9 +39,9 @@ from reward_models.functions import Texts, response_text
 from reward_models.scoring import length_batches
 from rlhf import chat, config
 from rlhf.errors import InputError, short
-from rlhf.messages import Messages
 from rlhf.models import loading as models
 from rlhf.padding import pad, position_ids
+from rlhf.rows.messages import Messages
 
 log = logging.getLogger("rlhf")
 

@@ -17,7 +17,7 @@ from reward_models.scoring import length_batches, score_sequences
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.padding import pad
-from rlhf.records import Demonstration
+from rlhf.rows.records import Demonstration
 from rlhf.run import distributed
 
 if TYPE_CHECKING:

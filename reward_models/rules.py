@@ -31,7 +31,7 @@ from typing import Any, Literal, NoReturn
 from reward_models.functions import Texts, column_values, response_text
 from rlhf.calls import call
 from rlhf.errors import InputError
-from rlhf.messages import Messages
+from rlhf.rows.messages import Messages
 
 Rule = Callable[..., Sequence[float | None]]
 

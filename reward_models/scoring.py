@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.functions import Texts, conversation
 from rlhf import chat
 from rlhf.errors import InputError
-from rlhf.messages import Messages
 from rlhf.models import encoders
 from rlhf.models import loading as models
 from rlhf.models.positions import positions_of
 from rlhf.models.pretrained import check_folder
 from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, last_token_scores, load_scalar_model
 from rlhf.padding import pad
+from rlhf.rows.messages import Messages
 from rlhf.run import stages
 
 logger = logging.getLogger("rlhf")

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rlhf.errors import InputError
-from rlhf.messages import Messages
+from rlhf.rows.messages import Messages
 from rlhf.run.http import HttpConfig, Refused, place_of
 
 logger = logging.getLogger(__name__)

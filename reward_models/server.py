@@ -28,7 +28,7 @@ from reward_models.functions import conversation
 from reward_models.scoring_queue import Scorer, ScoringQueue, ServerConfig
 from rlhf import chat
 from rlhf.errors import InputError, short
-from rlhf.messages import ROLES, Messages
+from rlhf.rows.messages import ROLES, Messages
 from rlhf.run.http import Guard, Refused, read_body
 
 if TYPE_CHECKING:

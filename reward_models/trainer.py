@@ -37,14 +37,14 @@ from rlhf.models.loading import tokenizer_of
 from rlhf.models.positions import positions_of
 from rlhf.models.scalar import ScoreNormalizer, score_head
 from rlhf.padding import position_ids
-from rlhf.records import HELD_OUT, Ranking, check_disjoint, read_demonstrations, read_rankings
+from rlhf.rows.records import HELD_OUT, Ranking, check_disjoint, read_demonstrations, read_rankings
+from rlhf.rows.sources import Source
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
 from rlhf.run.precision import log_choice
 from rlhf.run.trl_arguments import with_learning_rate
-from rlhf.sources import Source
 
 if TYPE_CHECKING:
     from rlhf.run.plot import Plot

@@ -38,13 +38,13 @@ _PUBLIC = {
     "SFTTrainer": "rlhf.sft.trainer",
     "PPOConfig": "rlhf.ppo.config",
     "PPOTrainer": "rlhf.ppo.trainer",
-    "Prompt": "rlhf.records",
-    "Demonstration": "rlhf.records",
-    "Ranking": "rlhf.records",
-    "StepLabels": "rlhf.records",
-    "read_prompts": "rlhf.records",
-    "read_demonstrations": "rlhf.records",
-    "read_rankings": "rlhf.records",
+    "Prompt": "rlhf.rows.records",
+    "Demonstration": "rlhf.rows.records",
+    "Ranking": "rlhf.rows.records",
+    "StepLabels": "rlhf.rows.records",
+    "read_prompts": "rlhf.rows.records",
+    "read_demonstrations": "rlhf.rows.records",
+    "read_rankings": "rlhf.rows.records",
 }
 
 __all__ = [
@@ -67,7 +67,7 @@ __all__ = [
 if TYPE_CHECKING:
     from rlhf.ppo.config import PPOConfig
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.records import (
+    from rlhf.rows.records import (
         Demonstration,
         Prompt,
         Ranking,

@@ -24,7 +24,7 @@ from rlhf.intervals import (
     win_rate,
     wins,
 )
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 from rlhf.sampling.engine import Engine
 from rlhf.scores import RewardFunction, score_responses
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.jsonl import read_rows, to_line
+from rlhf.rows.jsonl import read_rows, to_line
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlhf.calls import TRAINERS, call, check_arguments, function_name
 from rlhf.errors import InputError, RunStopped, short
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 
 log = logging.getLogger("rlhf")
 

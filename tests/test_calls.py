@@ -17,7 +17,7 @@ from reward_models.rules import Rules
 from rlhf import scores
 from rlhf.calls import call, check_arguments
 from rlhf.errors import InputError
-from rlhf.records import Prompt, read_prompts
+from rlhf.rows.records import Prompt, read_prompts
 
 TURN = {"role": "user", "content": "Question?"}
 SHARED = Prompt([TURN], {"answer": [1, {"a": [2]}], "array": np.zeros(2), "lock": threading.Lock()})

@@ -22,7 +22,7 @@ from rlhf.intervals import (
     win_rate,
     wins,
 )
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 
 
 def prompts(*texts: str, families: tuple[str, ...] = ()) -> tuple[Prompt, ...]:

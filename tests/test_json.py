@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.records import write_jsonl
+from rlhf.rows.records import write_jsonl
 from rlhf.run.checkpoint import plain, write_json_atomic
 from rlhf.run.stages import Manifest
 

@@ -31,7 +31,7 @@ from rlhf.errors import InputError, RunStopped
 from rlhf.ppo.logged import samples
 from rlhf.ppo.saved import load_rollout
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 
 CHAT = [Prompt([{"role": "user", "content": f"Question {i}?"}], {"answer": i}) for i in range(3)]
 TEXT = [Prompt([{"role": "user", "content": f"Question {i}?"}], {"answer": i}, text=True) for i in range(3)]

@@ -17,7 +17,7 @@ from reference.documents import GUIDES, ROOT
 
 PAGE = ROOT / "recipes" / "guides" / "api.md"
 WHOLE = [
-    "rlhf", "reward_models", "rlhf.ppo.math", "rlhf.ppo.rollout", "rlhf.records", "rlhf.chat", "rlhf.evaluate",
+    "rlhf", "reward_models", "rlhf.ppo.math", "rlhf.ppo.rollout", "rlhf.rows.records", "rlhf.chat", "rlhf.evaluate",
     "rlhf.sampling.engine", "reward_models.functions", "reward_models.rules", "reward_models.grader",
     "reward_models.losses",
 ]  # fmt: skip

@@ -23,15 +23,18 @@ RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if '__name__ ==
 PACKAGES = {"recipes": "rlhf_recipes"}  # folders whose package has another name
 
 # What each room of rlhf may import from the other rooms. Every room may import the files that stand in rlhf/ itself.
-CORE = {"ppo", "sft", "models", "sampling", "preflight", "run"}
+TEXT = {"chat", "rows"}  # what every room above them may use
+CORE = TEXT | {"ppo", "sft", "models", "sampling", "preflight", "run"}
 ROOMS = {
-    "models": set(),
-    "run": {"cpu"},
+    "rows": set(),
+    "chat": {"rows"},
+    "models": TEXT,
+    "run": TEXT | {"cpu"},
     "cpu": {"models"},
-    "sampling": {"models", "cpu"},
-    "preflight": {"models", "sampling", "run"},
-    "sft": {"models", "preflight", "run"},
-    "ppo": {"models", "sampling", "preflight", "run", "cpu"},
+    "sampling": TEXT | {"models", "cpu"},
+    "preflight": TEXT | {"models", "sampling", "run"},
+    "sft": TEXT | {"models", "preflight", "run"},
+    "ppo": TEXT | {"models", "sampling", "preflight", "run", "cpu"},
     "collection": CORE,
     "serving": CORE | {"collection"},
     "evals": CORE | {"collection"},

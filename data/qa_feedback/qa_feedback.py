@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.records import write_jsonl
+from rlhf.rows.records import write_jsonl
 
 ANSWERS = [f"prediction {number}" for number in (1, 2, 3, 4)]
 

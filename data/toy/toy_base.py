@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from rlhf.chat import encode_conversation, prepare_tokenizer
-from rlhf.jsonl import read_rows
+from rlhf.rows.jsonl import read_rows
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIALS = (END_OF_TEXT, PAD, "<|im_start|>", "<|im_end|>")

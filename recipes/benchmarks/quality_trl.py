@@ -25,7 +25,7 @@ from rlhf.config import from_dict, to_dict
 from rlhf.models import loading as models
 from rlhf.models.scalar import ScoreNormalizer
 from rlhf.ppo.config import PPOConfig
-from rlhf.records import read_prompts
+from rlhf.rows.records import read_prompts
 
 
 def work(job: Job) -> Result:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from rlhf import chat, evaluate
 from rlhf import config as configs
-from rlhf.records import Prompt, read_prompts
+from rlhf.rows.records import Prompt, read_prompts
 from rlhf.run.lookup import look_up
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import model_stop_ids

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.records import Ranking, prompt_key, split_by_prompt
+from rlhf.rows.records import Ranking, prompt_key, split_by_prompt
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 RIDGES = (1.0, 10.0, 100.0, 1000.0)

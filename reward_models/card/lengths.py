@@ -9,7 +9,7 @@ import numpy as np
 
 from reward_models.card.baselines import longer_share
 from reward_models.card.pairs import Numbers, ScoredPairs, accuracy, difference, length_differences, outcomes
-from rlhf.records import Ranking
+from rlhf.rows.records import Ranking
 
 DECIDES = 0.75
 """Length decides a group whose length rule is right on more than this share, by the interval's lower end."""

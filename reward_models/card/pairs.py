@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf.errors import InputError
 from rlhf.intervals import best_of_n_kl, bootstrap_interval, clustered_accuracy, clustered_mean
-from rlhf.records import Ranking, prompt_key
+from rlhf.rows.records import Ranking, prompt_key
 
 Numbers = dict[str, Any]
 """A part of reward_report.json: numbers, texts and further parts by name."""

@@ -41,8 +41,8 @@ from reward_models.card.surface import surface
 from rlhf.calls import call
 from rlhf.errors import InputError
 from rlhf.intervals import clustered_accuracy
-from rlhf.messages import Messages
-from rlhf.records import Ranking
+from rlhf.rows.messages import Messages
+from rlhf.rows.records import Ranking
 from rlhf.run import environment
 from rlhf.run import page as html
 from rlhf.run.checkpoint import write_json_atomic

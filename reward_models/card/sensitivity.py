@@ -9,7 +9,7 @@ import numpy as np
 
 from reward_models.card.pairs import Numbers, ScoredPairs
 from rlhf.errors import InputError
-from rlhf.messages import Messages
+from rlhf.rows.messages import Messages
 
 Score = Callable[[list[Messages]], np.ndarray]
 ALONE = 32

@@ -16,7 +16,7 @@ from rlhf.models.loading import load_tokenizer, needs_new_pad
 from rlhf.models.positions import check_responses
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
-from rlhf.records import HELD_OUT, BadRows, OnBadRow, Prompt, check_disjoint, read_prompts
+from rlhf.rows.records import HELD_OUT, BadRows, OnBadRow, Prompt, check_disjoint, read_prompts
 from rlhf.scores import RewardFunction, check_columns
 
 log = logging.getLogger("rlhf")

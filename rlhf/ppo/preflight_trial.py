@@ -15,7 +15,7 @@ from rlhf.padding import Batch, make_batch
 from rlhf.ppo.actor_critic import ActorCritic, Outputs
 from rlhf.ppo.protocol import Trainer
 from rlhf.preflight.measure import PROMPT_TOKENS, RESPONSE_TOKENS, ROWS, is_exact, spread
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 from rlhf.sampling.draw import draw
 from rlhf.sampling.engine import Responses
 

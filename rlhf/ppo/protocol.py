@@ -16,7 +16,7 @@ from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import Clock
 from rlhf.ppo.plan import Draws
 from rlhf.ppo.saved import Origin
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 from rlhf.run.loop import CallbackLoop
 from rlhf.sampling.engine import Engine, Responses
 from rlhf.scores import RewardFunction

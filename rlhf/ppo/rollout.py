@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.padding import Batch, make_batch
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 
 Grown = TypeVar("Grown", bound="Rollout")
 Plan = list[list[list[int]]]

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf import chat, scores
 from rlhf.padding import make_batch
 from rlhf.ppo.protocol import Trainer
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 from rlhf.run import distributed
 
 FORWARD_ROWS = 16  # evaluation's responses in one forward

@@ -32,7 +32,7 @@ from rlhf.ppo.rollout import Plan, ReadyRollout, Rollout, ScoredRollout
 from rlhf.ppo.run import Run
 from rlhf.ppo.saved import Origin
 from rlhf.ppo.scoring import evaluate, raw_scores
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 from rlhf.run import distributed, precision
 from rlhf.run.fingerprint import of_run
 from rlhf.run.loop import CallbackLoop, callback_arguments
@@ -49,7 +49,7 @@ class PPOTrainer:
 
     model: a folder, hub id or object (full weights or a LoRA adapter). reward_funcs: one or several callables
     with the signature of trl's GRPOTrainer; a `reward_models.RewardModel` is one. train_dataset: anything that
-    `rlhf.records.read_prompts` reads. value_model: a reward model's folder or object to start from; default: the
+    `rlhf.rows.records.read_prompts` reads. value_model: a reward model's folder or object to start from; default: the
     first reward model in `reward_funcs` with the policy's tokenizer, else the policy with a zero head.
     ref_model: default: a frozen copy of the initial policy. Raises InputError for arguments that cannot work.
 

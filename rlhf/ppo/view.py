@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.messages import Messages
+from rlhf.rows.messages import Messages
 from rlhf.run import page as html
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf import chat
 from rlhf.errors import InputError, short
-from rlhf.messages import Messages
 from rlhf.padding import IGNORED
 from rlhf.preflight.measure import Finding
-from rlhf.records import Demonstration
+from rlhf.rows.messages import Messages
+from rlhf.rows.records import Demonstration
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Finding:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from rlhf.jsonl import lines_of, to_line
+from rlhf.rows.jsonl import lines_of, to_line
 from rlhf.run.callbacks import (
     PPO_NUMBERS,
     Alarms,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.errors import InputError
-from rlhf.jsonl import read_rows
 from rlhf.metrics import left_healthy_range, read_metrics
+from rlhf.rows.jsonl import read_rows
 from rlhf.run import page as html
 from rlhf.run import verdict
 from rlhf.run.curves import curves, frontier, is_ppo

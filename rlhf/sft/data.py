@@ -15,7 +15,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.positions import Positions
 from rlhf.padding import IGNORED, pad
-from rlhf.records import BadRows, Demonstration, OnBadRow
+from rlhf.rows.records import BadRows, Demonstration, OnBadRow
 
 logger = logging.getLogger("rlhf")
 

@@ -26,7 +26,7 @@ from rlhf.preflight.measure import (
 )
 from rlhf.preflight.measure import check_gradients as gradients_of
 from rlhf.preflight.run import Checked, conclude, run_checks, untouched
-from rlhf.records import Demonstration
+from rlhf.rows.records import Demonstration
 from rlhf.sft.config import SFTConfig
 from rlhf.sft.data import EncodedDemonstration
 

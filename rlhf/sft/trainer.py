@@ -28,7 +28,8 @@ from rlhf.models.adapters import base_model, drop_input_hooks, train_in_float32
 from rlhf.models.loading import tokenizer_of
 from rlhf.models.positions import positions_of
 from rlhf.padding import IGNORED
-from rlhf.records import HELD_OUT, Demonstration, check_disjoint, read_demonstrations
+from rlhf.rows.records import HELD_OUT, Demonstration, check_disjoint, read_demonstrations
+from rlhf.rows.sources import Source
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
@@ -39,7 +40,6 @@ from rlhf.sft.config import SFTConfig
 from rlhf.sft.data import Collator, encode_demonstrations, is_accepted
 from rlhf.sft.model import prepare_model, show_bias
 from rlhf.sft.preflight import check_sft
-from rlhf.sources import Source
 
 if TYPE_CHECKING:
     from rlhf.run.plot import Plot

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.records import read_rankings
+from rlhf.rows.records import read_rankings
 
 FILE = Path(__file__).resolve().parents[2] / "data/qa_feedback/qa_feedback.py"
 

@@ -30,7 +30,7 @@ from rlhf.models.scalar import last_token_scores, new_scalar_model
 from rlhf.padding import pad
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.inputs import value_start
-from rlhf.records import Ranking
+from rlhf.rows.records import Ranking
 
 TEXT = "user assistant system : ? . what is the capital of france paris dog good bad one two three long"
 WORDS = TEXT.split()

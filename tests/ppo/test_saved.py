@@ -21,7 +21,7 @@ from rlhf.errors import InputError
 from rlhf.ppo.rollout import ReadyRollout
 from rlhf.ppo.saved import Origin, load_rollout, read_logged, save_rollout, saved_updates, update_folder
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 
 
 @pytest.fixture

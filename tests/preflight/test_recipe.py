@@ -16,7 +16,7 @@ from rlhf.models.scalar import ScoreNormalizer, new_scalar_model
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.inputs import prompts_of, value_start
 from rlhf.ppo.preflight import check_logits
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 IDS = list(range(5, 25))

@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from reward_models import RewardModel
 from reward_models.preflight import reward_model_findings
 from reward_models.trainer import RewardConfig, RewardTrainer
-from rlhf import chat, rendering
+from rlhf import chat
+from rlhf.chat import rendering
 from rlhf.config import fingerprint, load
 from rlhf.errors import InputError
 from rlhf.models.scalar import ScoreNormalizer
@@ -26,7 +27,7 @@ from rlhf.ppo import preflight_checks as preflight_models
 from rlhf.ppo.preflight import check_ppo, ppo_findings
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.preflight import run as preflight
-from rlhf.records import write_jsonl
+from rlhf.rows.records import write_jsonl
 from rlhf.sampling import decode
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import Responses

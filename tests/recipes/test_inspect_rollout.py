@@ -25,7 +25,7 @@ from rlhf.ppo.rollout import ReadyRollout
 from rlhf.ppo.saved import load_rollout, save_rollout, update_folder
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.ppo.view import NUMBERS, number, response_lines, response_page, response_view, rows_table, token_text
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 
 ATTACK = "<script>alert('x')</script> & <b>bold</b> [red]markup[/red]"
 RESPONSES = [" two\n\tlines", ATTACK, "plain"]

@@ -9,7 +9,7 @@ import pytest
 from reference import recipe
 
 from reward_models.card.report import reward_report, save_reward_report
-from rlhf.records import Ranking
+from rlhf.rows.records import Ranking
 from rlhf.run.stages import Manifest
 
 

@@ -82,7 +82,7 @@ def test_the_best_of_several_seeds_is_saved_and_the_spread_told(tmp_path: Path, 
 
 def write_split(tmp_path: Path, selection: Path) -> None:
     """The recipe's own split of train.jsonl, once more."""
-    from rlhf.records import read_rankings, split_by_prompt, write_jsonl
+    from rlhf.rows.records import read_rankings, split_by_prompt, write_jsonl
 
     rest, chosen_by = split_by_prompt(read_rankings(tmp_path / "train.jsonl"), 0.1, 1)
     for file, rows in ((tmp_path / "rest.jsonl", rest), (selection, chosen_by)):

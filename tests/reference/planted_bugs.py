@@ -292,10 +292,10 @@ PLANTS = (
         name="end_of_turn_is_no_stop",
         bug="the tokenizer's eos is looked for, while the chat template ends a turn with another token",
         shipped="trl#5338",
-        file="rlhf/chat.py",
+        file="rlhf/chat/encoding.py",
         old="ids = [end_of_turn_id(tokenizer), *ends, tokenizer.eos_token_id]",
         new="ids = [tokenizer.eos_token_id]",
-        test="tests/test_chat.py::test_stop_ids_and_template_hash",
+        test="tests/chat/test_encoding.py::test_stop_ids_and_template_hash",
     ),
     Plant(
         name="penalty_of_those_that_stopped",

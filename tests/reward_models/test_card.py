@@ -21,7 +21,7 @@ from reward_models.card.sensitivity import ALONE, PADDING, VARIANTS, sensitivity
 from reward_models.card.surface import FEATURES, spearman, surface
 from reward_models.card.verdict import verdict
 from rlhf.errors import InputError
-from rlhf.records import Ranking, read_rankings
+from rlhf.rows.records import Ranking, read_rankings
 
 
 class Scorer:

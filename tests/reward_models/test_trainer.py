@@ -15,7 +15,7 @@ from reward_models.scoring import RewardModel
 from reward_models.trainer import RewardConfig, RewardTrainer
 from rlhf import chat
 from rlhf.errors import InputError
-from rlhf.records import Ranking, read_rankings
+from rlhf.rows.records import Ranking, read_rankings
 
 GOOD, BAD = "The capital is Paris.", "dog dog dog"
 

@@ -20,7 +20,7 @@ from reward_models import RewardModel
 from rlhf.errors import InputError
 from rlhf.metrics import truncate
 from rlhf.ppo.saved import Origin, read_logged
-from rlhf.records import write_jsonl
+from rlhf.rows.records import write_jsonl
 from rlhf.run.checkpoint import (
     COMPLETE,
     atomic_folder,

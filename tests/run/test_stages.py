@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf.errors import InputError
-from rlhf.records import Prompt
+from rlhf.rows.records import Prompt
 from rlhf.run.checkpoint import latest_checkpoint, save_checkpoint
 from rlhf.run.stages import Manifest, begin_stage, data_fingerprint, finish_stage, stage_state, tokenizer_hash
 

@@ -10,7 +10,7 @@ from reference.templates import CONVERSATIONS, Q, tokenizer_for
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.padding import IGNORED
-from rlhf.records import Demonstration, read_demonstrations
+from rlhf.rows.records import Demonstration, read_demonstrations
 from rlhf.sft.data import encode_demonstrations
 
 ANSWER = {"role": "assistant", "content": "An apple."}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from rlhf.chat import prepare_tokenizer
 from rlhf.errors import InputError
 from rlhf.models.loading import load_policy
-from rlhf.records import Demonstration
+from rlhf.rows.records import Demonstration
 from rlhf.sft.data import Collator, encode_demonstrations
 from rlhf.sft.model import prepare_model, set_dropout
 from rlhf.sft.trainer import SFTConfig, SFTTrainer

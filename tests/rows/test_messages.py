@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.messages import as_messages, as_prompt
+from rlhf.rows.messages import as_messages, as_prompt
 
 CASES = Path(__file__).resolve().parent.parent.parent / "shared/cases"
 USER, ANSWER = {"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."}

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf import rendering
+from rlhf.chat import rendering
+from rlhf.chat.template import Template, prepared, source, word
 from rlhf.errors import InputError
-from rlhf.template import Template, prepared, source, word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -112,7 +112,7 @@ def test_a_chain(tmp_path, name, thinks):
 
 def test_the_models_own_stops_are_stops_wherever_one_samples(tmp_path, tiny_model, tiny_tokenizer):
     from rlhf.evaluate import sample_policy
-    from rlhf.records import Prompt
+    from rlhf.rows.records import Prompt
     from rlhf.sampling.decode import TransformersEngine
     from rlhf.sampling.engine import model_stop_ids
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from rlhf.sources import show, wrong
+from rlhf.rows.sources import show, wrong
 
 Messages = list[dict[str, Any]]
 """A conversation, a message per turn."""

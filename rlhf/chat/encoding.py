@@ -2,8 +2,8 @@
 
 A finished conversation is what the template itself renders, token for token, wherever contents hold no structural
 token. Trained is what the assistant must write itself: from the end of the generation prompt up to and including the
-end of turn. `rlhf.rendering` renders and encodes, `rlhf.template` learns what a template does, `rlhf.spans` finds the
-assistant's own tokens.
+end of turn. `rendering` renders and encodes, `template` learns what a template does, `spans` finds the assistant's own
+tokens.
 
 Intended consequences:
 
@@ -26,12 +26,12 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from rlhf import answers, spans
-from rlhf import template as templates
+from rlhf.chat import answers, spans
+from rlhf.chat import template as templates
+from rlhf.chat.spans import Encoded
+from rlhf.chat.template import Template, template_of
 from rlhf.errors import InputError
-from rlhf.messages import Messages
-from rlhf.spans import Encoded
-from rlhf.template import Template, template_of
+from rlhf.rows.messages import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.jsonl import lines_of, read_rows, to_line
-from rlhf.records import read_prompts, write_jsonl
+from rlhf.rows.jsonl import lines_of, read_rows, to_line
+from rlhf.rows.records import read_prompts, write_jsonl
 from rlhf.run.loop import CallbackLoop
 from rlhf.run.report import write_report
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from rlhf import rendering
+from rlhf.chat import rendering
+from rlhf.chat.rendering import Conversation, Offsets, shared
+from rlhf.chat.template import Template, call, opening_of, prepared, template_of, tool, word
 from rlhf.errors import InputError, short
-from rlhf.rendering import Conversation, Offsets, shared
-from rlhf.template import Template, call, opening_of, prepared, template_of, tool, word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from rlhf.errors import reason
-from rlhf.files import KINDS, file_rows, kind_of, show, wrong
+from rlhf.rows.files import KINDS, file_rows, kind_of, show, wrong
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset

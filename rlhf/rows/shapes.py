@@ -8,7 +8,7 @@ Accepted shapes of a row (extra columns are kept):
 * demonstrations: `messages`; `prompt`/`completion`; with a `label` (KTO), those that are true.
 * prompts: `prompt`; the prompt of any row above.
 
-`rlhf.asked` finds the prompt where it has another column, and a system text beside it. Every mistake raises an
+`asked` finds the prompt where it has another column, and a system text beside it. Every mistake raises an
 `InputError` of one line: field: what was seen; what to do.
 """
 
@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeVar
 
-from rlhf import asked, foreign
 from rlhf.errors import InputError
-from rlhf.messages import Messages, as_messages, as_prompt, check_messages, check_text, is_hh, parse_hh
-from rlhf.sources import show, wrong
+from rlhf.rows import asked, foreign
+from rlhf.rows.messages import Messages, as_messages, as_prompt, check_messages, check_text, is_hh, parse_hh
+from rlhf.rows.sources import show, wrong
 
 _FIELDS = ("prompt", "chosen", "rejected", "responses", "ranks", "completion", "messages")
 

@@ -1,4 +1,4 @@
-"""rlhf.records: rows in the shapes of common data sets, one-line errors for bad rows, splits by prompt."""
+"""rlhf.rows.records: rows in the shapes of common data sets, one-line errors for bad rows, splits by prompt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from rlhf import records
 from rlhf.errors import InputError
-from rlhf.records import (
+from rlhf.rows import records
+from rlhf.rows.records import (
     Demonstration,
     Prompt,
     Ranking,

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.records import BadRows, read_demonstrations, read_prompts, read_rankings
+from rlhf.rows.records import BadRows, read_demonstrations, read_prompts, read_rankings
 
 
 def user(text):

@@ -15,9 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from rlhf import rendering
+from rlhf.chat import rendering
+from rlhf.chat.rendering import Conversation, Tokens, shared
 from rlhf.errors import InputError
-from rlhf.rendering import Conversation, Tokens, shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -52,7 +52,7 @@ class Template:
     ending: str = ""  # the last characters of a prompt
     lead: str = ""  # white space that a finished turn has before its content
     tail: str = ""  # what it writes between the content and the end of turn
-    thinking: Any = None  # how it writes thinking (`rlhf.answers`); None: not yet known
+    thinking: Any = None  # how it writes thinking (`rlhf.chat.answers`); None: not yet known
     shapes: dict[tuple, bool] = field(default_factory=dict)  # of conversations of which nothing is left out;
     # True: the last turn's own text begins behind the last `opening`
 

@@ -1,7 +1,7 @@
 """Prompts, demonstrations and rankings as frozen records: reading, writing, and splitting by prompt.
 
-`rlhf.shapes` lists the accepted rows; extra columns are kept in `.columns`, and `.where` says where a row came from. A
-demonstration read from a ranking is its best response. A source is a file (`rlhf.files` lists the kinds), a folder of
+`shapes` lists the accepted rows; extra columns are kept in `.columns`, and `.where` says where a row came from. A
+demonstration read from a ranking is its best response. A source is a file (`files` lists the kinds), a folder of
 such files, one written by datasets' `save_to_disk` or a hub data set's snapshot, a name on the hub ("name", or
 "name:part" with a configuration or folder of it), a `datasets` object, or a list of rows; "@split" after a name chooses
 a split. Every mistake raises an `InputError` of one line: file:line: field: what was seen; what to do.
@@ -21,12 +21,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rlhf import shapes
 from rlhf.errors import InputError
-from rlhf.jsonl import to_line
-from rlhf.messages import ROLES, Messages, check_messages, check_prompt, check_texts
-from rlhf.shapes import Unusable
-from rlhf.sources import HELD_OUT, Source, name_of, rows, show, wrong
+from rlhf.rows import shapes
+from rlhf.rows.jsonl import to_line
+from rlhf.rows.messages import ROLES, Messages, check_messages, check_prompt, check_texts
+from rlhf.rows.shapes import Unusable
+from rlhf.rows.sources import HELD_OUT, Source, name_of, rows, show, wrong
 
 __all__ = [
     "HELD_OUT",

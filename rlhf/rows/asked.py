@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.messages import Messages, as_messages, as_prompt, check_text, is_hh
-from rlhf.sources import show, wrong
+from rlhf.rows.messages import Messages, as_messages, as_prompt, check_text, is_hh
+from rlhf.rows.sources import show, wrong
 
 QUESTIONS = ("question", "instruction", "query", "problem", "input", "request")
 """Columns of which one may hold the whole prompt, where there is no `prompt`."""

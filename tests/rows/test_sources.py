@@ -18,8 +18,8 @@ import pyarrow.parquet
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.records import HELD_OUT, read_demonstrations, read_prompts, read_rankings
-from rlhf.sources import path_of, require_there
+from rlhf.rows.records import HELD_OUT, read_demonstrations, read_prompts, read_rankings
+from rlhf.rows.sources import path_of, require_there
 
 ROWS = [
     {"prompt": "Name a fruit.", "chosen": "An apple,\nred.", "rejected": 'A "pear"', "margin": 0.5},

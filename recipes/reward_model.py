@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from reward_models.config import RewardConfig
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.rows.jsonl import read_object
 from rlhf.rows.records import HELD_OUT, Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import drop_checkpoints
-from rlhf.small_files import read_object
 from rlhf_recipes.stage import SECTIONS, Stage, check_kept, check_model, from_siblings, next_command, open_stage
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ FORMER = {
     "rlhf.ppo_config": ("rlhf.ppo.config",),
     "rlhf.ppo_math": ("rlhf.ppo.math",),
     "rlhf.sft_config": ("rlhf.sft.config",),
+    "rlhf.packing": ("rlhf.models.packing",),
     "rlhf.records": ("rlhf.rows.records",),
     "rlhf.shapes": ("rlhf.rows.shapes",),
     "rlhf.sources": ("rlhf.rows.sources",),

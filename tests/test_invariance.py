@@ -22,7 +22,7 @@ from reference.tiny_chain import chain
 from reference.two_processes import KINDS, STAGES, GivenResponses
 
 from reward_models import RewardTrainer
-from rlhf import packing
+from rlhf.models import packing
 from rlhf.models.loading import load_tokenizer
 from rlhf.ppo import rollout
 from rlhf.ppo import trainer as ppo_trainer

@@ -17,6 +17,7 @@ NAMES = {
     "rlhf.ppo_math": ("gae", "policy_loss", "token_logprobs"),
     "rlhf.ppo_config": ("PPOConfig",),
     "rlhf.sft_config": ("SFTConfig",),
+    "rlhf.packing": ("Rows", "packed_hidden"),
     "rlhf.records": ("Prompt", "read_rankings"),
     "rlhf.shapes": ("ranking_fields",),
     "rlhf.sources": ("rows",),

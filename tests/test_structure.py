@@ -40,7 +40,6 @@ ROOMS = {
     "evals": CORE | {"collection"},
     "safety": CORE | {"collection", "evals"},
 }
-PARTS = {"rlhf.packing": "rlhf.models"}  # files beside the rooms that are a part of one: of its forward
 DOORS_TO_CPU = {"rlhf.ppo.trainer", "rlhf.sampling.decode", "rlhf.sampling.draw", "rlhf.run.callbacks"}
 
 FILE_LINES, FUNCTION_LINES = (
@@ -85,7 +84,7 @@ def imports(path: Path) -> frozenset[str]:
 def room_of(module: str) -> str:
     """Return the room of a module: its folder, such as rlhf.ppo, or the file itself, such as rlhf.chat, in rlhf/."""
     parts = module.split(".")
-    return PARTS.get(module) or (".".join(parts[:2]) if parts[0] == "rlhf" else parts[0])
+    return ".".join(parts[:2]) if parts[0] == "rlhf" else parts[0]
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:

@@ -1,4 +1,5 @@
-"""What each of our tricks for CPUs is worth: our runs again with one of them switched off, all in turn (--ablate)."""
+"""Measure what each of our tricks for CPUs is worth: run ours again with one of them switched off, in turn
+(--ablate)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ WORSE = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What a trick takes off an update's seconds, and off the peak, in one run; below 0 what it adds."""
+    """Hold the share that a trick takes off an update's seconds and off the peak in one run; negative where it adds."""
 
     run: str
     seconds: float
@@ -43,13 +44,13 @@ class Share:
 
 
 def stays(shares: Sequence[Share]) -> bool:
-    """Does a trick take enough off one of them in some run, and worsen neither in any?"""
+    """Return whether a trick takes enough off time or peak in some run and worsens neither in any."""
     gains = any(share.seconds >= SECONDS or share.peak >= PEAK for share in shares)
     return gains and all(min(share.seconds, share.peak) > -WORSE for share in shares)
 
 
 def ablate(board: Board, cases: Sequence[str], runs: Sequence[str], tricks: Sequence[str], job: Job) -> None:
-    """Measure and show. job: `model`, `updates` and `threads` of every run."""
+    """Measure every case, and show its tables. job: `model`, `updates` and `threads` of every run."""
     shares: dict[str, list[Share]] = {trick: [] for trick in tricks}
     results: dict[str, Any] = {}
     for name in cases:
@@ -81,7 +82,7 @@ def ablate(board: Board, cases: Sequence[str], runs: Sequence[str], tricks: Sequ
 
 
 def shares_of(run: str, summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Share]:
-    """By trick: 1 - with / without."""
+    """Return each trick's share: 1 - with / without."""
     first = summaries[WITH]
     return {
         trick: Share(
@@ -93,7 +94,7 @@ def shares_of(run: str, summaries: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 
 def verdicts(shares: Mapping[str, Sequence[Share]]) -> str:
-    """One row per trick: its share of time and peak in every run, and whether it stays."""
+    """Return a table with one row per trick: its share of time and peak in every run, and whether it stays."""
     runs = list(dict.fromkeys(share.run for of_one in shares.values() for share in of_one))
     rows = []
     for trick, of_one in shares.items():

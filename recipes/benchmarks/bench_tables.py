@@ -1,4 +1,4 @@
-"""The benchmark's numbers as Markdown tables. Numbers in, text out."""
+"""Write the benchmark's numbers as Markdown tables."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ GIB = 2**30
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others right."""
+    """Return a Markdown table; the first column is left-aligned, the others right-aligned."""
     lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def summarize(result: Mapping[str, Any], warmup: int = 1) -> dict[str, Any]:
-    """Medians over the updates after the warm-up: seconds by phase, response tokens/s, peak memory in GiB; beside them
-    the shortest and the longest update, and the precision."""
+    """Return medians over the updates after the warm-up: seconds by phase, response tokens/s, peak memory in GiB;
+    beside them the shortest and the longest update, and the precision."""
     measured = result["updates"][warmup:] or result["updates"]
     tokens = result["response_tokens"][warmup:] or result["response_tokens"]
     summary: dict[str, Any] = {name: median(update[name] for update in measured) for name in PHASES}
@@ -31,7 +31,7 @@ def summarize(result: Mapping[str, Any], warmup: int = 1) -> dict[str, Any]:
 
 
 def speed_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row per run: its precision, seconds per update and by phase, tokens/s, peak memory."""
+    """Return a table with one row per run: its precision, seconds per update and by phase, tokens/s, peak memory."""
     headers = ["run", "precision", "s/update", "generate", "score", "log-probs", "update", "tokens/s", "peak GiB"]
     rows = [
         [name, r["precision"], f"{r['step']:.2f}", *(f"{r[phase]:.2f}" for phase in PHASES[:-1]),
@@ -42,7 +42,8 @@ def speed_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def ratio_table(runs: Mapping[str, Mapping[str, float]]) -> str:
-    """One row per run of ours: how many times faster, and what share of the memory, against each of trl's."""
+    """Return a table with one row per run of ours: how many times faster, and what share of the memory, against each of
+    trl's."""
     theirs = [name for name in runs if name.startswith("trl")]
     headers = ["run", *(f"x faster than {name}" for name in theirs), *(f"memory / {name}" for name in theirs)]
     rows = [
@@ -54,8 +55,8 @@ def ratio_table(runs: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def comparison_table(runs: Mapping[str, Mapping[str, Any]], base: str) -> str:
-    """One row per run: seconds per update with the shortest and the longest, and peak memory; each also as a multiple
-    of the run `base`'s."""
+    """Return a table with one row per run: seconds per update with the shortest and the longest, and peak memory; each
+    also as a multiple of the run `base`'s."""
     first = runs[base]
     rows = [
         [name, f"{r['step']:.2f}", "{:.2f}-{:.2f}".format(*r["range"]), f"{r['step'] / first['step']:.3f}",
@@ -66,8 +67,8 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]], base: str) -> str:
 
 
 def limit_table(runs: Mapping[str, Mapping[str, float]], limits: Mapping[str, Mapping[str, float]]) -> str:
-    """One row per run of ours and phase: measured seconds, the limit's, their ratio, and the phase's share of what
-    lies between the update and its limit."""
+    """Return a table with one row per run of ours and phase: measured seconds, the limit's, their ratio, and the
+    phase's share of what lies between the update and its limit."""
     rows = []
     for name, limit in limits.items():
         gap = runs[name]["step"] - limit["step"]

@@ -1,4 +1,4 @@
-"""What a benchmark has measured so far: on disk after every run, so that an interrupted one loses nothing."""
+"""Keep what a benchmark has measured on disk after every run, so that an interrupted one loses nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf.errors import InputError
 
 @dataclass
 class Board:
-    """Results, tables and failures, kept in `folder`."""
+    """Hold results, tables and failures, and write them to `folder`."""
 
     folder: Path
     results: dict[str, Any] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Board:
     failures: list[str] = field(default_factory=list)
 
     def attempt(self, name: str, run: Callable[[], Any]) -> Any:
-        """What a run gives; None, and a line, where it fails."""
+        """Return what a run gives; where it fails, print one line and return None."""
         print(f"{name} ...", flush=True)
         try:
             return run()
@@ -46,14 +46,15 @@ class Board:
             (self.folder / "tables.md").write_text("\n".join(self.tables))
 
     def made(self, name: str, case: Case, model: str | None) -> Job | None:
-        """A job on this case, without settings: its model and tokenizer are written, where the case brings none."""
+        """Return a job on this case, without settings; write the model and tokenizer that the case does not bring."""
         job = {"case": case.as_job(), "model": model}
         folder = self.folder / name / "made"
         made = self.attempt(f"{name}: model", partial(run_job, "synthetic.py", job, folder))
         return None if made is None else job | made
 
     def in_turns(self, title: str, workers: Mapping[str, Worker], updates: int) -> dict[str, Result]:
-        """What the workers report, after an update of each in turn, so many times; those that fail are left out."""
+        """Let the workers compute one update each in turn, `updates` times; return the reports of those that did not
+        fail."""
         print(f"{title}: {', '.join(workers)}: {updates} updates ...", flush=True)
         for _ in range(updates):
             for worker in workers.values():

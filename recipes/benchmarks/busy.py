@@ -1,4 +1,4 @@
-"""Each stage alone and beside one process that never stops computing (--busy): how much slower does that make it?
+"""Measure each stage alone and beside one process that never stops computing (--busy).
 
 A thread that waits by spinning holds a core that the thread it waits for may need: then a stage is many times slower.
 """
@@ -24,7 +24,8 @@ MOST = 2.0
 
 
 def measure(board: Board, stages: Sequence[str], rounds: int, threads: int | None) -> dict[str, Result]:
-    """Seconds of a turn of each stage: {stage: {"alone": [...], "busy": [...]}}, after a turn that warms up."""
+    """Return the seconds of every turn of each stage: {stage: {"alone": [...], "busy": [...]}}, after a turn that warms
+    up."""
     measured: dict[str, Result] = {}
     made = {"toy": board.made("toy", TOY, None), "tiny": board.made("tiny", CASES["tiny"], None)}
     for stage in stages:
@@ -55,7 +56,8 @@ def _turns(board: Board, stage: str, job: Job, rounds: int, threads: int | None)
 
 @contextmanager
 def busy_process() -> Iterator[subprocess.Popen[bytes]]:
-    """Inside, one process computes all the time, on whatever core the system gives it; it ends with this one, too."""
+    """Keep one process computing inside the block, on whatever core the system gives it; it ends with this process,
+    too."""
     code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -67,7 +69,8 @@ def busy_process() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def table(measured: Mapping[str, Result]) -> str:
-    """One row per stage: seconds alone, beside the busy process, their ratio, and whether that is allowed."""
+    """Return a table with one row per stage: seconds alone, beside the busy process, their ratio, and whether that is
+    allowed."""
     rows = []
     for stage, seconds in measured.items():
         alone, busy = median(seconds["alone"]), median(seconds["busy"])

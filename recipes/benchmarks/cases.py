@@ -1,4 +1,4 @@
-"""What is measured: the cases (model, batch, lengths) and the runs (ours and trl's, each with its settings).
+"""List what is measured: the cases (model, batch, lengths) and the runs (ours and trl's, each with its settings).
 
 Every run of a case has the same model, prompts, reward, batch sizes and inner epochs. Responses never stop early:
 ours samples without stop ids and trl without a stop token, so both always write `new_tokens` tokens per response.
@@ -15,7 +15,8 @@ from rlhf.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model and one update's size. `shape` makes a model with random weights; None: the benchmark's --model."""
+    """Describe a model and one update's size. `shape` makes a model with random weights; None: the benchmark's
+    --model."""
 
     shape: dict[str, int] | None
     rollout_size: int
@@ -48,7 +49,7 @@ class Case:
 
 
 def llama_shape(hidden: int, layers: int, heads: int, vocabulary: int, intermediate: int | None = None) -> dict:
-    """The sizes of a Llama with tied embeddings and one key-value head per head."""
+    """Return the sizes of a Llama with tied embeddings and one key-value head per head."""
     return {
         "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate or 4 * hidden,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
@@ -94,7 +95,7 @@ value model is always trained whole: trl has no adapter for it. `ours_full` and 
 
 
 def settings_here(run: str, hardware: str | None) -> dict[str, Any]:
-    """A run's settings on this machine: bfloat16 only where its `hardware` multiplies it fast, on both sides alike."""
+    """Return a run's settings on this machine; both sides use bfloat16 only where the hardware multiplies it fast."""
     settings = (OURS | TRL)[run]
     if hardware is not None:
         return settings
@@ -103,7 +104,7 @@ def settings_here(run: str, hardware: str | None) -> dict[str, Any]:
 
 
 def runs_here(runs: list[str], hardware: str | None) -> dict[str, dict[str, Any]]:
-    """The settings of these runs here; of those that come to the same without bfloat16, the first alone."""
+    """Return the settings of these runs here; of runs that are equal without bfloat16, only the first."""
     chosen: dict[str, dict[str, Any]] = {}
     for run in runs:
         settings = settings_here(run, hardware)
@@ -113,7 +114,7 @@ def runs_here(runs: list[str], hardware: str | None) -> dict[str, dict[str, Any]
 
 
 def precision(settings: dict[str, Any]) -> str:
-    """What a run computes its matrix products in."""
+    """Return the precision in which a run computes its matrix products."""
     return "bfloat16" if settings.get("bf16") or settings.get("autocast") else "float32"
 
 
@@ -125,7 +126,7 @@ SPEED_SETTINGS = {
 
 
 def trl_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of our PPOConfig under trl's names; what trl's PPO has no setting for is left out."""
+    """Translate settings of our PPOConfig to trl's names; leave out what trl's PPO has no setting for."""
     renamed = {
         "clip_ratio": "cliprange", "clip_value": "cliprange_value", "inner_epochs": "num_ppo_epochs",
         "max_new_tokens": "response_length", "lr_schedule": "lr_scheduler_type",

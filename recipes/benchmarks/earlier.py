@@ -1,4 +1,4 @@
-"""Another checkout of this project beside this one: the same runs of the same cases, all in turn (--before DIR)."""
+"""Run another checkout of this project beside this one: the same runs of the same cases, in turn (--before DIR)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Variants = Mapping[str, Mapping[str, Any]]
 
 
 def check(folder: str, variants: Variants) -> None:
-    """Raises InputError where `folder` is no checkout of this project."""
+    """Raise InputError where `folder` is no checkout of this project."""
     if not worker_of(Path(folder)).is_file():
         raise InputError(f"before={folder}: {worker_of(Path(folder))} is missing; name a checkout of this project")
     for name in variants:
@@ -33,7 +33,7 @@ def worker_of(checkout: Path) -> Path:
 def compare(
     board: Board, checkout: Path, variants: Variants, cases: Sequence[str], runs: Sequence[str], job: Job
 ) -> None:
-    """Measure and show. job: `model`, `updates` and `threads` of every run.
+    """Measure every case, and show its tables. job: `model`, `updates` and `threads` of every run.
 
     variants: further runs of the other checkout, each by what it changes: its settings, or by a dotted name what a
     module of the other checkout holds (`rlhf.packing.MOST_TOKENS: 512`).

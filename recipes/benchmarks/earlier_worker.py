@@ -1,4 +1,4 @@
-"""Another checkout's `ours_worker.py`, on a job file, with what the job names replaced in that checkout's modules.
+"""Run another checkout's `ours_worker.py` on a job file, after replacing what the job names in that checkout's modules.
 
 Started by the benchmark, with the other checkout before this one on the path; nothing of this one is imported.
 """

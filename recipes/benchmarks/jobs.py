@@ -1,8 +1,8 @@
-"""One measurement, one process: its peak memory is then its own, and trl's version is its own too.
+"""Give every measurement a process of its own, with its own peak memory and its own version of trl.
 
 The benchmark writes a job as JSON, starts a worker script on it, and reads the result that the worker leaves. This
-file is both ends: `Worker` and `run_job` for the benchmark, `serve`, turns and memory readings for a worker. It imports
-nothing heavy, so that the benchmark itself stays out of the way of what it measures.
+file serves both ends: `Worker` and `run_job` for the benchmark, `serve`, turns and memory readings for a worker. It
+imports nothing heavy, so that the benchmark itself does not disturb what it measures.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TURNS = "RLHF_BENCHMARK_TURNS"  # the ends of two pipes, for a worker that takes
 
 
 class Worker:
-    """A script of this folder at work on a job, in a process of its own.
+    """Run a script of this folder on a job, in a process of its own.
 
     folder: the job's own: holds job.json, log.txt and result.json. site: put before every installed package. in_turns:
-    it stops after every update until it is told to go on (`update`), so that several can share a machine's moods.
+    it stops after every update until `update` lets it go on, so that a machine's slow minutes fall on all of them.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Worker:
         return process
 
     def update(self) -> None:
-        """Let it compute one update (at first: start, too), and wait for its end, or for the worker's."""
+        """Let the worker compute one update (the first includes its start), and wait until the update or the worker
+        ends."""
         if self.process is None:
             self.process = self._start()
         else:
@@ -79,7 +80,7 @@ class Worker:
         os.read(self.done, 1)
 
     def result(self) -> Result:
-        """Wait for the end; what it reports. Raises InputError with the end of the log where the worker fails."""
+        """Wait for the end, and return the report. Raises InputError with the end of the log where the worker fails."""
         self.process = self.process or self._start()
         os.close(self.go)
         code = self.process.wait()
@@ -92,12 +93,12 @@ class Worker:
 
 
 def run_job(script: str, job: Job, folder: Path, **settings: Any) -> Result:
-    """A `Worker` from start to end; what it reports."""
+    """Run a `Worker` from start to end, and return its report."""
     return Worker(script, job, folder, **settings).result()
 
 
 def wait_for_turn() -> None:
-    """A worker's, after every update: says that it is done, and waits until it may go on, where turns are taken."""
+    """Report an update as done and, where turns are taken, wait for permission to go on. Called in a worker."""
     ends = os.environ.get(TURNS)
     if ends:
         told, heard = map(int, ends.split(","))
@@ -106,21 +107,21 @@ def wait_for_turn() -> None:
 
 
 def serve(work: Callable[[Job], Result]) -> None:
-    """A worker's main: read the job named on the command line, do it, write its result."""
+    """Read the job named on the command line, do it, and write its result: a worker's main function."""
     job = json.loads(Path(sys.argv[1]).read_text())
     result = work(job)
     Path(job["folder"], "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def resident_bytes() -> int:
-    """Memory of this process right now."""
+    """Return this process's memory now."""
     return _status("VmRSS") or peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had.
+    """Return the most memory that this process has had.
 
-    Linux's VmHWM: getrusage, which is asked elsewhere, counts what the parent held when it started this process too.
+    On Linux this is VmHWM, since getrusage, used elsewhere, also counts what the parent held when it started this one.
     """
     unit = 1 if sys.platform == "darwin" else 1024
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -135,7 +136,7 @@ def _status(field: str) -> int:
 
 
 def memory() -> dict[str, int]:
-    """Peak memory, for a result: of the process, and on a GPU of its allocator."""
+    """Return peak memory for a result: the process's, and on a GPU its allocator's."""
     import torch
 
     peaks = {"peak_bytes": peak_resident_bytes()}

@@ -1,4 +1,4 @@
-"""The least time that one PPO update can take on a machine: counted, not timed.
+"""Count the least time that one PPO update can take on a machine.
 
 Floating-point operations of matrix products and of attention over the machine's measured GEMM peak, plus bytes over
 its measured bandwidth, phase by phase, for the algorithm that ours runs. Left out, so that the limit stays below what
@@ -25,7 +25,7 @@ both moments written."""
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A decoder with gated MLPs (Llama and its kin), by the names of its configuration."""
+    """Describe a decoder with gated MLPs (Llama and similar), by the names of its configuration."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -49,7 +49,7 @@ class Sizes:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of one layer's products: query, key, value, output, gate, up, down."""
+        """Return (inputs, outputs) of one layer's products: query, key, value, output, gate, up, down."""
         h, i, q, k = self.hidden_size, self.intermediate_size, self.query_width, self.key_width
         return [(h, q), (h, k), (h, k), (q, h), (h, i), (h, i), (i, h)]
 
@@ -67,7 +67,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, and bytes moved."""
+    """Hold floating-point operations and bytes moved."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -84,7 +84,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one PPO update is given: its lengths, and how its models are made."""
+    """Describe one PPO update: its lengths, and how its models are made."""
 
     sizes: Sizes
     prompts: Sequence[int]  # tokens of every prompt
@@ -101,7 +101,7 @@ class Update:
 
     @property
     def trained_weights(self) -> int:
-        """Of policy and value model together; a full model's embeddings are its head."""
+        """Return the trained weights of policy and value model together; a full model's embeddings are its head."""
         s, trunks = self.sizes, 1 if self.value_model == "shared_trunk" else 2
         if self.lora_rank:
             return trunks * s.adapter_weights(self.lora_rank)
@@ -109,23 +109,24 @@ class Update:
 
 
 def causal_pairs(lengths: Sequence[int]) -> int:
-    """Query-key pairs of causal attention: 1 + 2 + ... + n for every row."""
+    """Return the query-key pairs of causal attention: 1 + 2 + ... + n for every row."""
     return sum(n * (n + 1) // 2 for n in lengths)
 
 
 def attention_flops(sizes: Sizes, pairs: int) -> int:
-    """Scores and their weighted sum, all layers: 2 + 2 operations per pair and channel."""
+    """Return the operations of attention scores and their weighted sum in all layers: 2 + 2 per pair and channel."""
     return 4 * sizes.num_hidden_layers * sizes.query_width * pairs
 
 
 def trunk_forward(sizes: Sizes, lengths: Sequence[int], lora_rank: int = 0) -> int:
-    """Operations of a forward pass through all layers, without the head."""
+    """Return the operations of a forward pass through all layers, without the head."""
     weights = sizes.trunk_weights + sizes.adapter_weights(lora_rank)
     return 2 * weights * sum(lengths) + attention_flops(sizes, causal_pairs(lengths))
 
 
 def trunk_backward(sizes: Sizes, lengths: Sequence[int], lora_rank: int = 0) -> int:
-    """Operations of its backward pass: gradients of inputs and weights; with LoRA, of inputs and adapter weights.
+    """Return the operations of its backward pass: gradients of inputs and weights; with LoRA, of inputs and adapter
+    weights.
 
     Attention has two products forward and four backward. Under LoRA nothing is trained below the first layer's query,
     key and value: their inputs need no gradient."""
@@ -143,7 +144,7 @@ def head_forward(sizes: Sizes, tokens: int) -> int:
 
 
 def generate(update: Update) -> Work:
-    """The prompts in one pass, then one token per response and step; the adapter is merged, so it costs nothing."""
+    """Count the prompts in one pass, then one token per response and step; the merged adapter costs nothing."""
     s, rows = update.sizes, list(zip(update.prompts, update.responses, strict=True))
     flops = trunk_forward(s, update.prompts) + head_forward(s, sum(update.responses))
     flops += 2 * s.trunk_weights * sum(r - 1 for _, r in rows)
@@ -155,13 +156,14 @@ def generate(update: Update) -> Work:
 
 
 def score(update: Update) -> Work:
-    """One forward of the reward model over prompts and responses."""
+    """Count one forward of the reward model over prompts and responses."""
     s = update.sizes
     return Work(trunk_forward(s, update.lengths, update.lora_rank), s.trunk_weights * update.weight_bytes)
 
 
 def logprobs(update: Update) -> Work:
-    """Policy, reference and value model over prompts and responses, the head at response tokens for the first two."""
+    """Count policy, reference and value model over prompts and responses, and the first two's head at response
+    tokens."""
     s, trunks = update.sizes, 2 if update.value_model == "shared_trunk" else 3
     forward = trunk_forward(s, update.lengths, update.lora_rank)
     flops = trunks * forward + 2 * head_forward(s, sum(update.responses))
@@ -169,7 +171,7 @@ def logprobs(update: Update) -> Work:
 
 
 def update_phase(update: Update) -> Work:
-    """The inner epochs: forward and backward of policy and value model, and Adam's steps."""
+    """Count the inner epochs: forward and backward of policy and value model, and Adam's steps."""
     s, rank, tokens = update.sizes, update.lora_rank, sum(update.responses)
     trunks = 1 if update.value_model == "shared_trunk" else 2
     trunk = trunk_forward(s, update.lengths, rank) + trunk_backward(s, update.lengths, rank)
@@ -183,6 +185,6 @@ PHASES = {"generate": generate, "score": score, "logprobs": logprobs, "update": 
 
 
 def count(update: Update) -> dict[str, Work]:
-    """Work by phase, and under `step` their sum."""
+    """Return the work by phase, and under `step` their sum."""
     phases = {name: function(update) for name, function in PHASES.items()}
     return phases | {"step": sum(phases.values(), Work())}

@@ -1,4 +1,4 @@
-"""What this machine can do: its GEMM peak at a model's shapes, and its memory bandwidth; best of several tries.
+"""Measure this machine's GEMM peak at a model's shapes and its memory bandwidth; best of several tries.
 
 python recipes/benchmarks/machine.py job.json
 """
@@ -17,7 +17,7 @@ BANDWIDTH_BYTES = 2**28
 
 
 def best_seconds(function: Callable[[], object], tries: int = TRIES) -> float:
-    """The shortest of several runs, after one that does not count."""
+    """Return the shortest of several runs, after one that does not count."""
     seconds = []
     for _ in range(tries + 1):
         began = time.perf_counter()
@@ -29,7 +29,7 @@ def best_seconds(function: Callable[[], object], tries: int = TRIES) -> float:
 
 
 def gemm_peak(sizes: Sizes, tokens: int, dtype: torch.dtype, device: str) -> float:
-    """Operations per second of the fastest of the model's products: a layer's, and the head's, on so many tokens."""
+    """Return operations per second of the fastest of the model's products (a layer's, the head's) on so many tokens."""
     shapes = {*sizes.matrices, (sizes.hidden_size, sizes.vocab_size)}
     rates = []
     for inputs, outputs in sorted(shapes):
@@ -41,7 +41,7 @@ def gemm_peak(sizes: Sizes, tokens: int, dtype: torch.dtype, device: str) -> flo
 
 
 def bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of a copy that no cache holds; or of a sum that only reads."""
+    """Return bytes per second of a copy that no cache holds, or of a sum that only reads, whichever is more."""
     x = torch.zeros(BANDWIDTH_BYTES // 4, device=device)
     y = torch.empty_like(x)
     copied = 2 * BANDWIDTH_BYTES / best_seconds(lambda: y.copy_(x))

@@ -1,4 +1,4 @@
-"""Ours, for some updates of a case: seconds by phase and peak memory. Started by the benchmark, on a job file."""
+"""Run ours for some updates of a case: seconds by phase and peak memory. Started by the benchmark, on a job file."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PHASES = ("generate", "score", "logprobs", "update")
 
 
 class Turns(TrainerCallback):
-    """Waits between updates, off the clock."""
+    """Wait between updates, off the clock."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wait_for_turn()
 
 
 def work(job: Job) -> Result:
-    """`updates` updates; of each, seconds by phase. `without`: the name of a trick that is switched off."""
+    """Compute `updates` updates; return each one's seconds by phase. `without`: the trick that is switched off."""
     with without.off(job.get("without")):
         return train(job)
 
@@ -69,7 +69,7 @@ def train(job: Job) -> Result:
 
 
 def make_reward(model: str, tokenizer: Any, settings: dict[str, Any]) -> RewardModel:
-    """A reward model of the policy's size under a random head: an adapter where the policy is one, else in full."""
+    """Return a reward model of the policy's size with a random head: an adapter where the policy is one, else full."""
     rank, dtype = settings.get("lora_rank", 0), torch.bfloat16 if settings.get("bf16") else torch.float32
     lora = lora_config(rank, settings.get("lora_alpha", 32.0), task_type=TaskType.SEQ_CLS)
     scalar: Any = new_scalar_model(model, seed=1, dtype=dtype if rank else torch.float32, lora=lora)

@@ -1,4 +1,4 @@
-"""Our PPO against trl's, side by side on this machine: speed and memory, time to quality, scaling.
+"""Compare our PPO with trl's on this machine: speed and memory, time to quality, scaling.
 
     python recipes/benchmarks/ppo_vs_trl.py
     python recipes/benchmarks/ppo_vs_trl.py --only speed --cases "[tiny]" --updates 2
@@ -42,7 +42,7 @@ TRL_VERSION = "1.12.0"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """What to measure, and where."""
+    """Say what to measure, and where results go."""
 
     output_dir: str = "runs/benchmark"
     """Results, tables, and every run's log."""
@@ -100,7 +100,7 @@ class BenchmarkConfig:
 
 
 def install_trl(folder: Path) -> Path:
-    """trl 1.12.0 without its dependencies (ours serve it) in a folder of its own; the folder.
+    """Install trl 1.12.0 without its dependencies (ours serve it) in a folder of its own, and return the folder.
 
     Raises InputError where pip fails."""
     if (folder / "trl" / "experimental" / "ppo" / "ppo_trainer.py").is_file():
@@ -126,7 +126,7 @@ def benchmark(config: BenchmarkConfig) -> Board:
 
 
 def speed(config: BenchmarkConfig, board: Board) -> None:
-    """Seconds per update and peak memory of every run of every case; the ratios; the limit."""
+    """Measure seconds per update and peak memory of every run of every case; show the ratios and the limit."""
     theirs = any(name in TRL for name in config.runs)
     site = board.attempt("install trl", partial(install_trl, Path(config.trl_folder))) if theirs else None
     results: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def speed(config: BenchmarkConfig, board: Board) -> None:
 
 
 def start(run: str, job: Job, folder: Path, config: BenchmarkConfig, site: Path | None) -> Worker:
-    """One run of one case, in its own process, which waits after each update."""
+    """Start one run of one case in its own process, which waits after each update."""
     if run in OURS:
         return Worker("ours_worker.py", job, folder, threads=config.threads, in_turns=True)
     mixed = "bf16" if job["settings"]["autocast"] else "no"
@@ -166,7 +166,7 @@ def show_speed(
     config: BenchmarkConfig,
     board: Board,
 ) -> None:
-    """A case's tables: speed, ratios, and ours against the limit of this machine."""
+    """Show a case's tables: speed, ratios, and ours against the limit of this machine."""
     summaries = {run: bench_tables.summarize(numbers) for run, numbers in result["runs"].items()}
     result["summary"] = summaries
     if not summaries:
@@ -192,7 +192,7 @@ def show_speed(
 
 
 def limits(settings: dict[str, Any], case: Case, sizes: Sizes, machine: dict[str, Any]) -> dict[str, float]:
-    """The least seconds of each phase of one of our runs, with these settings."""
+    """Return the least seconds of each phase of one of our runs, with these settings."""
     rank = settings.get("lora_rank", 0)
     half = bool(settings.get("bf16"))
     update = Update(
@@ -210,7 +210,7 @@ def limits(settings: dict[str, Any], case: Case, sizes: Sizes, machine: dict[str
 
 
 def quality_part(config: BenchmarkConfig, board: Board) -> None:
-    """Seconds until the toy world's gold score passes the mark, ours and trl's, seed by seed."""
+    """Measure the seconds until the toy world's gold score passes the mark, ours and trl's, seed by seed."""
     site = board.attempt("install trl", partial(install_trl, Path(config.trl_folder)))
     rows = []
     for seed in range(config.seeds):
@@ -226,7 +226,7 @@ def quality_part(config: BenchmarkConfig, board: Board) -> None:
 
 
 def scaling_part(config: BenchmarkConfig, board: Board) -> None:
-    """Seconds and memory of our update against rollout size, response length and model size."""
+    """Measure seconds and memory of our update against rollout size, response length and model size."""
     work = partial(scaling.measure, board.folder / "scaling", config.updates, config.threads)
     result = board.attempt("scaling", work)
     if result is not None:
@@ -235,18 +235,18 @@ def scaling_part(config: BenchmarkConfig, board: Board) -> None:
 
 
 def ablate_part(config: BenchmarkConfig, board: Board) -> None:
-    """What each of our tricks for CPUs takes off an update's time and off the peak."""
+    """Measure what each of our tricks for CPUs takes off an update's time and off the peak."""
     ablation.ablate(board, config.cases, config.runs, config.tricks, _shared(config))
 
 
 def before_part(config: BenchmarkConfig, board: Board) -> None:
-    """Seconds per update and peak memory, here and in the other checkout."""
+    """Measure seconds per update and peak memory, here and in the other checkout."""
     folder = Path(str(config.before))
     earlier.compare(board, folder, config.before_variants, config.cases, config.runs, _shared(config))
 
 
 def busy_part(config: BenchmarkConfig, board: Board) -> None:
-    """Seconds of each stage, alone and beside one busy process."""
+    """Measure the seconds of each stage, alone and beside one busy process."""
     busy.measure(board, busy.STAGES, config.updates, config.threads)
 
 

@@ -1,4 +1,4 @@
-"""Time to quality: seconds of training until the toy world's held-out gold score passes a mark, ours against trl's.
+"""Measure time to quality: seconds of training until the toy world's held-out gold score passes a mark.
 
 The mark lies midway between the gold scores of the SFT model and of its best-of-16 by the reward model. Both sides
 start from the same SFT and reward model; gold is measured after every update, with the clock stopped.
@@ -27,7 +27,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def measure(run: Path, seed: int, folder: Path, threads: int | None, site: Path | None, updates: int | None) -> dict:
-    """One seed: the mark, and each side's way to it. Makes the toy chain where `run` has none.
+    """Measure one seed: the mark, and each side's way to it. Makes the toy chain where `run` has none.
 
     trl is left out where `site` is None."""
     job = {"run": str(run.absolute()), "seed": seed, "updates": updates}
@@ -43,7 +43,8 @@ def measure(run: Path, seed: int, folder: Path, threads: int | None, site: Path 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line per seed and their median. A side that never passes the mark shows the seconds that it trained."""
+    """Return a table with one line per seed and their median. A side that never passes the mark shows the seconds that
+    it trained."""
     lines = [
         [
             row["seed"], f"{row['sft']:.2f}", f"{row['best_of_16']:.2f}", f"{row['mark']:.2f}",
@@ -62,7 +63,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def ratio(ours: dict[str, Any], theirs: dict[str, Any] | None) -> float | None:
-    """trl's seconds over ours; at least so much where only trl never got there; None where ours did not."""
+    """Return trl's seconds over ours: a lower bound where only trl never passed the mark, None where ours did not."""
     if theirs is None or ours["seconds"] is None:
         return None
     return (theirs["seconds"] or theirs["trained_seconds"]) / ours["seconds"]

@@ -1,4 +1,4 @@
-"""Ours on the toy world until the gold score passes the mark. Started by the benchmark, on a job file."""
+"""Run ours on the toy world until the gold score passes the mark. Started by the benchmark, on a job file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from rlhf.ppo.trainer import PPOConfig, PPOTrainer  # noqa: E402
 
 
 def work(job: Job) -> Result:
-    """Gold score and seconds of training after every update; seconds until the mark, None if it is never passed.
+    """Return gold score and seconds of training after every update, and seconds until the mark, None if it is never
+    passed.
 
     `settings` win over the toy config's."""
     run = Path(job["run"])

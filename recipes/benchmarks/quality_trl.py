@@ -1,4 +1,4 @@
-"""trl's PPOTrainer on the toy world until the gold score passes the mark. Started by the benchmark, on a job file.
+"""Run trl's PPOTrainer on the toy world until the gold score passes the mark. Started by the benchmark, on a job file.
 
 The hyperparameters are the toy config's, as far as trl's PPO has them: no learning rate of the value model's own, no
 updates for the value model alone, no clipping of gradients. A response without its stop token loses the penalty
@@ -29,7 +29,7 @@ from rlhf.rows.records import read_prompts
 
 
 def work(job: Job) -> Result:
-    """As quality_ours.work."""
+    """Return the same as quality_ours.work."""
     from trl.experimental.ppo import ppo_trainer
 
     run = Path(job["run"])
@@ -66,7 +66,7 @@ def work(job: Job) -> Result:
 
 
 def scalar_model(folder: Path) -> Any:
-    """The reward model with its normaliser in its head: score = (w h - mean) / std."""
+    """Return the reward model with its normaliser in its head: score = (w h - mean) / std."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     normalizer = ScoreNormalizer.load(folder)
     head = torch.nn.Linear(model.score.in_features, 1)

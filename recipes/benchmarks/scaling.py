@@ -1,4 +1,4 @@
-"""How an update of ours grows: seconds and peak memory against rollout size, response length and model size."""
+"""Measure how our update grows: seconds and peak memory against rollout size, response length and model size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINEAR = 1.05
 
 
 def case_of(rollout_size: int = 32, new_tokens: int = 32, hidden: int = 128) -> Case:
-    """A small model's update; one of the three sizes is varied, the others stay."""
+    """Return a small model's update; one of the three sizes is varied, the others stay."""
     return Case(
         shape=llama_shape(hidden, 4, 4, 4096), rollout_size=rollout_size, prompt_tokens=(8, 24), new_tokens=new_tokens,
         inner_epochs=2, minibatches=rollout_size // MINIBATCH,
@@ -35,7 +35,7 @@ CURVES: dict[str, list[tuple[int, Case]]] = {
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """k of cost = c * size^k by least squares on logarithms.
+    """Fit cost = c * size^k by least squares on logarithms, and return k.
 
     Raises ValueError on fewer than two sizes, or a cost that is not positive."""
     if len(set(sizes)) < 2 or min([*sizes, *costs]) <= 0:
@@ -46,7 +46,8 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def measure(folder: Path, updates: int, threads: int | None) -> dict[str, Any]:
-    """Every point in a process of its own: {curve: {"sizes", "seconds", "bytes"}}; bytes without the libraries'."""
+    """Measure every point in a process of its own: {curve: {"sizes", "seconds", "bytes"}}; bytes without the
+    libraries'."""
     done: dict[str, dict[str, Any]] = {}
     curves = {}
     for curve, points in CURVES.items():
@@ -65,7 +66,7 @@ def measure(folder: Path, updates: int, threads: int | None) -> dict[str, Any]:
 
 
 def point(case: Case, folder: Path, updates: int, threads: int | None) -> dict[str, Any]:
-    """Median seconds per update after the first, peak bytes above those of the imports, weights of the model."""
+    """Return median seconds per update after the first, peak bytes above those of the imports, weights of the model."""
     job = {"case": case.as_job(), "model": None, "updates": max(2, updates)}
     made = run_job("synthetic.py", job, folder / "made", threads=threads)
     job |= {"model": made["model"], "tokenizer": made["tokenizer"], "settings": OURS["ours_full"]}
@@ -79,7 +80,7 @@ def point(case: Case, folder: Path, updates: int, threads: int | None) -> dict[s
 
 
 def table(curves: dict[str, Any]) -> str:
-    """Each curve's points and exponents, and whether anything grows faster than the rollout."""
+    """Return a table of each curve's points and exponents, and whether anything grows faster than the rollout."""
     rows, worse = [], []
     for curve, points in curves.items():
         seconds, memory = (exponent(points["sizes"], points[cost]) for cost in ("seconds", "bytes"))

@@ -1,4 +1,4 @@
-"""SFT, reward-model training or sampling on the toy's sizes, some steps a turn: seconds of every turn.
+"""Run SFT, reward-model training or sampling on the toy's sizes, some steps a turn; report every turn's seconds.
 
 Started by the benchmark, on a job file.
 """
@@ -30,7 +30,7 @@ TRAINING: dict[str, Any] = {"save_steps": 0, "preflight": False, "bf16": False, 
 
 
 class Turns(TrainerCallback):
-    """Seconds of every `steps` steps; waits after them, off the clock."""
+    """Time every `steps` steps, and wait after them, off the clock."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -47,7 +47,7 @@ class Turns(TrainerCallback):
 
 
 def work(job: Job) -> Result:
-    """Of `updates` turns, the seconds of each."""
+    """Return the seconds of each of `updates` turns."""
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     return {"updates": [{"step": seconds} for seconds in STAGES[job["stage"]](job, tokenizer)]}
 
@@ -74,7 +74,7 @@ def reward_model(job: Job, tokenizer: Any) -> list[float]:
 
 
 def sampling(job: Job, tokenizer: Any) -> list[float]:
-    """A rollout's responses, once a turn."""
+    """Sample a rollout's responses once a turn."""
     case, seconds = Case.of_job(job["case"]), []
     model = AutoModelForCausalLM.from_pretrained(job["model"]).eval()
     engine = TransformersEngine(model, (), chat.pad_id(tokenizer))  # never stops early
@@ -96,7 +96,7 @@ STAGES: dict[str, Callable[[Job, Any], list[float]]] = {
 
 
 def texts(job: Job, tokenizer: Any, per_step: int, responses: int) -> list[tuple[str, list[str]]]:
-    """Prompts and so many different responses to each, enough of them for all turns; lengths are the case's."""
+    """Return prompts with so many different responses each, enough for all turns; lengths are the case's."""
     case, draw = Case.of_job(job["case"]), random.Random(0)
     words = [f"w{i}" for i in range(len(ROLES), len(tokenizer) // 2)]
 

@@ -1,4 +1,4 @@
-"""Models, a tokenizer and prompts for timing: the amounts are exact and the text means nothing.
+"""Make models, a tokenizer and prompts for timing: exact amounts of text that means nothing.
 
     python recipes/benchmarks/synthetic.py job.json      # writes the case's tokenizer, and its model where it has none
 
@@ -25,7 +25,7 @@ TEMPLATE_TOKENS = 5  # start, "user", end; start, "assistant"
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token per word, `vocabulary` of them, ChatML's tokens last."""
+    """Return a tokenizer with one token per word, `vocabulary` of them, ChatML's tokens last."""
     words = [*ROLES, *(f"w{i}" for i in range(len(ROLES), vocabulary - len(SPECIALS))), *SPECIALS]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -39,7 +39,7 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, positions: int) -> LlamaForCausalLM:
-    """A Llama with tied embeddings and seeded random weights."""
+    """Return a Llama with tied embeddings and seeded random weights."""
     config = LlamaConfig(
         **shape, max_position_embeddings=positions, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -50,7 +50,7 @@ def make_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, positi
 
 
 def make_prompts(tokenizer: Any, lengths: list[int]) -> list[dict[str, str]]:
-    """Prompts whose encoding, chat template included, has these many tokens."""
+    """Return prompts whose encoding, chat template included, has these many tokens."""
     generator = torch.Generator().manual_seed(0)
     first, last = len(ROLES), len(tokenizer) - len(SPECIALS)
     rows = []

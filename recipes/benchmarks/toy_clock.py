@@ -1,4 +1,4 @@
-"""The toy world for time-to-quality: its settings, its gold score, and a clock that stops while gold is measured."""
+"""Prepare the toy world for time to quality: settings, gold score, and a clock that stops while gold is measured."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ TOY = look_up("toy.yaml", "toy.yaml: no such file", "configs")
 
 
 def settings() -> dict[str, Any]:
-    """The toy config's sections."""
+    """Return the toy config's sections."""
     return configs.read_yaml(TOY)[0]
 
 
 def judge() -> Any:
-    """The gold score, by the door that the toy config opens for it: `evaluation.judge`."""
+    """Return the gold score, which the toy config names under `evaluation.judge`."""
     return configs.import_function(settings()["evaluation"]["judge"])
 
 
 def held_out(run: Path) -> list[Prompt]:
-    """The run's evaluation prompts."""
+    """Return the run's evaluation prompts."""
     return read_prompts(str(run / "data/eval_prompts.jsonl"))
 
 
 def sampled(model: Any, tokenizer: Any, prompts: list[Prompt], seed: int, n: int = 1) -> evaluate.PolicySamples:
-    """n responses of a policy to every prompt."""
+    """Return n responses of a policy to every prompt."""
     engine = TransformersEngine(model, model_stop_ids(model, tokenizer), chat.pad_id(tokenizer))
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens = settings()["evaluation"]["max_new_tokens"]
@@ -45,11 +45,11 @@ def sampled(model: Any, tokenizer: Any, prompts: list[Prompt], seed: int, n: int
 
 
 class MarkPassed(Exception):
-    """The gold score has passed the mark: training has nothing left to show."""
+    """End training when the gold score has passed the mark."""
 
 
 class GoldClock(TrainerCallback):
-    """Gold score on held-out prompts after every update, and the seconds of training until then.
+    """Record the gold score on held-out prompts after every update, and the seconds of training until then.
 
     The clock stands still while gold is measured. Ends training (MarkPassed) when the score reaches `mark`. Sampling
     has a generator of its own, so that it does not change the training it watches.

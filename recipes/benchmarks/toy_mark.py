@@ -1,4 +1,5 @@
-"""A toy chain up to its reward model, and the mark: midway between the gold scores of SFT and of its best-of-16.
+"""Make a toy chain up to its reward model, and measure the mark: midway between the gold scores of SFT and of its
+best-of-16.
 
 python recipes/benchmarks/toy_mark.py job.json
 """
@@ -41,7 +42,7 @@ def work(job: Job) -> Result:
 
 
 def make_chain(run: Path, seed: int) -> None:
-    """The toy chain's stages before PPO, by the recipes' own functions; complete stages are skipped."""
+    """Run the toy chain's stages before PPO by the recipes' own functions; complete stages are skipped."""
     sys.path.insert(0, str(BENCHMARKS.parent))
     import chain
 

@@ -1,4 +1,4 @@
-"""trl's PPOTrainer, for some updates of a case: seconds by phase and peak memory.
+"""Run trl's PPOTrainer for some updates of a case: seconds by phase and peak memory.
 
 Started by the benchmark, on a job file, with trl 1.12 before the installed trl on the path. train() is one method,
 so its phases are taken from outside, by clocks around two functions that it calls:
@@ -31,7 +31,7 @@ VERSION = "1.12.0"
 
 
 class PhaseClock(TrainerCallback):
-    """Seconds of every update, by phase."""
+    """Record the seconds of every update, by phase."""
 
     def __init__(self) -> None:
         self.updates: list[dict[str, float]] = []
@@ -73,7 +73,7 @@ class PhaseClock(TrainerCallback):
 
 
 def work(job: Job) -> Result:
-    """`updates` updates; of each, seconds by phase."""
+    """Compute `updates` updates; return each one's seconds by phase."""
     import trl
     from trl.experimental.ppo import ppo_trainer
 
@@ -107,7 +107,7 @@ def work(job: Job) -> Result:
 
 
 def load_models(model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Policy, reward and value model (full, under random heads), and the LoRA configuration or the reference."""
+    """Return policy, reward and value model (full, with random heads), and the LoRA configuration or the reference."""
     frozen = getattr(torch, settings["frozen_dtype"])
 
     def scalar(dtype: torch.dtype, seed: int) -> Any:
@@ -128,7 +128,7 @@ def load_models(model: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def fixed_arguments() -> dict[str, Any]:
-    """trl's arguments that every run shares: nothing is saved, sampled for show or reported."""
+    """Return trl's arguments that every run shares: nothing is saved, sampled for show or reported."""
     return {
         "gradient_accumulation_steps": 1, "num_sample_generations": 0, "save_strategy": "no", "report_to": [],
         "disable_tqdm": True, "logging_steps": 10**9, "use_cpu": not torch.cuda.is_available(),

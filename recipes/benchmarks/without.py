@@ -1,4 +1,4 @@
-"""Our tricks for CPUs, each with what switches it off, so that the benchmark can tell what each is worth (--ablate).
+"""Switch off our tricks for CPUs one at a time, so that the benchmark can tell what each is worth (--ablate).
 
 Plain torch, transformers and peft do its work then. A worker switches one off before it builds a trainer: the library
 has no settings for this.
@@ -15,7 +15,7 @@ from typing import Any
 
 @contextmanager
 def replaced(module: str, name: str, new: Any) -> Iterator[None]:
-    """Inside, `module`'s `name` is `new`, also for the modules of ours that have imported the function from there.
+    """Replace `module`'s `name` by `new` inside the block, also for our modules that have imported it from there.
 
     `name` may be a class's attribute: `Class.attribute`.
     """
@@ -54,7 +54,7 @@ def _plain_draw(probabilities: Any, numbers: Any) -> Any:
 
 
 def _as_peft(layer: Any, x: Any, *args: Any, gated: Any = None, **kwargs: Any) -> Any:
-    """A LoRA layer's forward: peft's own, but for what is merged while the policy samples."""
+    """Run peft's own forward of a LoRA layer, except for layers that are merged while the policy samples."""
     from torch.nn.functional import linear
 
     from rlhf.cpu.gated import GatedProduct
@@ -84,7 +84,7 @@ SWITCHES: dict[str, Switch] = {
 
 @contextmanager
 def off(name: str | None) -> Iterator[None]:
-    """Inside, the trick of that name is off; None: all are on."""
+    """Switch the trick of that name off inside the block; None: all are on."""
     with ExitStack() as stack:
         if name is not None:
             stack.enter_context(SWITCHES[name]())

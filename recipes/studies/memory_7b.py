@@ -1,4 +1,4 @@
-"""The memory of a 7B run, counted: the tables of recipes/guides/model_7b.md.
+"""Count the memory of a 7B run: the tables of recipes/guides/model_7b.md.
 
     python recipes/studies/memory_7b.py                               # prints them
     python recipes/studies/memory_7b.py recipes/guides/model_7b.md    # rewrites them there
@@ -21,7 +21,7 @@ HEAD_LOGITS = 2**26
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder with gated MLPs and biases on query, key and value, as Qwen2 has them; heads not tied."""
+    """Describe a decoder with gated MLPs and biases on query, key and value, as Qwen2 has them; heads not tied."""
 
     hidden: int
     layers: int
@@ -37,33 +37,34 @@ class Shape:
 
     @property
     def trunk(self) -> int:
-        """Parameters without the language head."""
+        """Return the parameters without the language head."""
         layer = sum(a * b for a, b in self.linear) + (self.hidden + 2 * self.key_value) + 2 * self.hidden
         return self.vocabulary * self.hidden + self.layers * layer + self.hidden
 
     @property
     def whole(self) -> int:
-        """All parameters."""
+        """Return all parameters."""
         return self.trunk + self.vocabulary * self.hidden
 
     def lora(self, rank: int) -> int:
-        """Parameters of an adapter on every linear layer."""
+        """Return the parameters of an adapter on every linear layer."""
         return self.layers * rank * sum(a + b for a, b in self.linear)
 
     def cache(self, tokens: int) -> int:
-        """Bytes of keys and values in bfloat16."""
+        """Return the bytes of keys and values in bfloat16."""
         return tokens * self.layers * 2 * self.key_value * 2
 
     def layer(self, tokens: int, rank: int) -> int:
-        """Bytes that a layer's forward keeps for backward; without gradients, taken for its peak."""
+        """Return the bytes that a layer's forward keeps for backward; without gradients, taken for its peak."""
         return tokens * (8 * self.intermediate + 24 * self.hidden + 4 * self.key_value + 14 * rank)
 
     def recomputed(self, tokens: int, rank: int, hidden_bytes: int = 2) -> int:
-        """Bytes of activations with gradient checkpointing: every layer's input; one layer's own, and its gradients."""
+        """Return the bytes of activations with gradient checkpointing: every layer's input; one layer's own, and its
+        gradients."""
         return tokens * self.layers * self.hidden * hidden_bytes + 2 * self.layer(tokens, rank)
 
     def kept(self, tokens: int, rank: int) -> int:
-        """Bytes of activations without it: every layer's own."""
+        """Return the bytes of activations without it: every layer's own."""
         return self.layers * self.layer(tokens, rank)
 
 
@@ -72,7 +73,7 @@ QWEN_7B = Shape(hidden=3584, layers=28, key_value=512, intermediate=18944, vocab
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings that decide memory."""
+    """Hold the settings that decide memory."""
 
     rank: int
     prompt_tokens: int
@@ -91,13 +92,13 @@ def head() -> float:
 
 
 def sampling(shape: Shape, plan: Plan) -> float:
-    """Cache of a whole batch, its prompts' forward, and probabilities."""
+    """Count the cache of a whole batch, its prompts' forward, and probabilities."""
     rows, tokens = plan.generation_batch, plan.prompt_tokens + plan.new_tokens
     return shape.cache(rows * tokens) + shape.layer(rows * plan.prompt_tokens, plan.rank) + rows * shape.vocabulary * 12
 
 
 def lora_ppo(shape: Shape, plan: Plan) -> Rows:
-    """PPO with adapters on one base, one process."""
+    """Count PPO with adapters on one base, one process."""
     adapter, tokens = shape.lora(plan.rank), plan.microbatch_tokens
     return [
         ("the base, in bfloat16", "2 P", 2 * shape.whole),
@@ -114,7 +115,7 @@ def lora_ppo(shape: Shape, plan: Plan) -> Rows:
 
 
 def stages(shape: Shape, plan: Plan) -> Rows:
-    """The peak of each stage under LoRA on one card, 8,192 tokens per forward."""
+    """Return the peak of each stage under LoRA on one card, 8,192 tokens per forward."""
     adapter, tokens = TRAINED * shape.lora(plan.rank), 8192
     fine_tuning = 2 * shape.whole + adapter + shape.recomputed(tokens, plan.rank) + head()
     reward_model = 4 * shape.trunk + adapter + shape.recomputed(tokens, plan.rank, hidden_bytes=4)
@@ -140,7 +141,7 @@ def stages(shape: Shape, plan: Plan) -> Rows:
 
 
 def choices(shape: Shape, plan: Plan) -> str:
-    """Peaks of PPO on one card for other settings."""
+    """Return the peaks of PPO on one card for other settings."""
     held = lora_ppo(shape, plan)[3][2]
     lines = ["| setting | peak, GB |", "|---|---|"]
     for rows in (64, 128, 192):
@@ -155,7 +156,7 @@ def choices(shape: Shape, plan: Plan) -> str:
 
 
 def full_ppo(shape: Shape, plan: Plan, cards: int) -> Rows:
-    """PPO with full weights under FSDP2: a card's share."""
+    """Count a card's share of PPO with full weights under FSDP2."""
     parts = [TRAINED * shape.whole / cards, TRAINED * shape.trunk / cards, 4 * shape.whole / cards, 2 * shape.trunk]
     held = sum(parts)
     sampled = held + 2 * shape.whole + sampling(shape, replace(plan, rank=0))
@@ -178,7 +179,7 @@ def table(rows: Rows) -> str:
 
 
 def tables(shape: Shape = QWEN_7B, plan: Plan = PLAN) -> dict[str, str]:
-    """Every table by its mark in the guide."""
+    """Return every table by its mark in the guide."""
     return {
         "ppo": table(lora_ppo(shape, plan)),
         "stages": table(stages(shape, plan)),
@@ -188,7 +189,8 @@ def tables(shape: Shape = QWEN_7B, plan: Plan = PLAN) -> dict[str, str]:
 
 
 def written(text: str) -> str:
-    """A guide's text with its tables made anew, each between `<!-- counted: NAME -->` and `<!-- end of NAME -->`."""
+    """Return a guide's text with its tables made anew, each between `<!-- counted: NAME -->` and `<!-- end of NAME
+    -->`."""
     for name, content in tables().items():
         begin, end = f"<!-- counted: {name} -->", f"<!-- end of {name} -->"
         before, rest = text.split(begin)

@@ -1,7 +1,7 @@
 """Code that only makes CPUs faster, behind five functions. On other devices they do nothing; plain torch and peft run.
 
 `lora`, `gated` and `norms` give layers a forward and a backward with fewer passes over memory; `attention` computes
-short rows as plain matrix products, also those that `rlhf.packing` has joined into one row; `memory` sets glibc's
+short rows as plain matrix products, also those that `models.packing` has joined into one row; `memory` sets glibc's
 allocator; `drawing` draws a token with one random number; `waiting` shares the cores with other programs. Results
 differ from the plain path at most by rounding.
 """
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from rlhf import packing
 from rlhf.cpu import attention, drawing, gated, lora, memory, norms, waiting
+from rlhf.models import packing
 
 __all__ = ["draw", "for_sampling", "give_way", "prepare", "release_memory", "restore"]
 

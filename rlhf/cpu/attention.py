@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlhf.models.adapters import base_model
-from rlhf.packing import PACKED, Rows
+from rlhf.models.packing import PACKED, Rows
 
 NAME = "rlhf_short_rows"
 MOST_TOKENS = 256  # keys of a row; longer rows go to torch's kernel

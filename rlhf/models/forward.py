@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf import packing
+from rlhf.models import packing
 from rlhf.models.adapters import backbone
 from rlhf.models.heads import head_weight, logits_function
 from rlhf.models.logprobs import token_logprobs
@@ -18,7 +18,7 @@ LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}  # 16 and 256 MiB in float32
 
 
 def response_hidden(model: Any, batch: Batch, packed: bool = False) -> Float[Tensor, "B T H"]:
-    """Compute the hidden state before each response token; packed: without computing the padding (`rlhf.packing`)."""
+    """Compute the hidden state before each response token; packed: without computing the padding (`packing`)."""
     if packed and not batch.attention_mask.all() and batch.attention_mask.sum() <= packing.MOST_TOKENS:
         indices = batch.attention_mask.flatten().cumsum(0).view_as(batch.attention_mask) - 1
         states = packing.packed_hidden(model, batch.input_ids, batch.attention_mask)

@@ -48,7 +48,7 @@ from rlhf.models.pretrained import (
     unreadable,
 )
 from rlhf.padding import position_ids
-from rlhf.small_files import read_object
+from rlhf.rows.jsonl import read_object
 
 NORMALIZER_FILE = "score_normalizer.json"
 

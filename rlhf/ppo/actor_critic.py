@@ -16,8 +16,8 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlhf import packing
 from rlhf.errors import InputError
+from rlhf.models import packing
 from rlhf.models.adapters import active_adapter, adapter_of
 from rlhf.models.forward import hidden_logprobs, response_hidden
 from rlhf.padding import Batch

@@ -35,10 +35,10 @@ from rlhf.config import from_dict, to_dict
 from rlhf.errors import InputError
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.rollout import ReadyRollout
+from rlhf.rows.jsonl import read_object
 from rlhf.rows.records import Prompt
 from rlhf.run.checkpoint import atomic_folder, write_json_atomic
 from rlhf.run.readable import BROKEN, first_sentence
-from rlhf.small_files import read_object
 
 PER_RESPONSE = ("stopped", "raw_scores", "scores", "used")
 PER_TOKEN = (

@@ -1,4 +1,4 @@
-"""JSON lines: one value per line, where nothing but a line feed ends a line.
+"""JSON lines, one value per line, where nothing but a line feed ends a line; and small files of one JSON object.
 
 Texts hold other line breaks as they are (U+2028, U+0085, a form feed), at which `str.splitlines` would cut them.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, reason
 
 NOT_FINITE = {"NaN": None, "Infinity": "inf", "-Infinity": "-inf"}
 
@@ -54,3 +54,22 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
             raise InputError(f"{path}:{number}: broken JSON: {error}") from None
         yield number, row
+
+
+def read_object(path: str | Path, missing: str = "check the path", kind: str = "JSON object") -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises InputError for a file that is missing (with the advice `missing`), unreadable, cut short or no such `kind`.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {missing}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read, broken JSON: {reason(error)}; it was cut short or changed") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is no {kind}: it holds a {type(content).__name__} instead of a JSON object")
+    return content

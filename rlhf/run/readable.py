@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError, reason
-from rlhf.small_files import read_object
+from rlhf.rows.jsonl import read_object
 
 BROKEN = (
     RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.errors import InputError, short
+from rlhf.rows.jsonl import read_object
 from rlhf.run import environment, lock
 from rlhf.run.changes import Change, changes, shown
 from rlhf.run.checkpoint import (
@@ -33,7 +34,6 @@ from rlhf.run.checkpoint import (
     write_json_atomic,
 )
 from rlhf.run.fingerprint import canonical, data_fingerprint, tokenizer_hash
-from rlhf.small_files import read_object
 
 __all__ = [
     "Inputs",

@@ -28,8 +28,9 @@ from reference.tiny_chain import NORMALIZER, chain
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from reward_models import RewardModel
-from rlhf import chat, packing
+from rlhf import chat
 from rlhf.errors import InputError
+from rlhf.models import packing
 from rlhf.padding import make_batch
 from rlhf.ppo.trainer import PPOConfig
 

@@ -1,4 +1,4 @@
-"""rlhf/packing.py: rows in one long row, against the padded batch, each row alone, and plain loops."""
+"""rlhf/models/packing.py: rows in one long row, against the padded batch, each row alone, and plain loops."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from reference.prepared import prepared_models
 from reference.tiny_chain import shake
 from torch import nn
 
-from rlhf import chat, cpu, packing
+from rlhf import chat, cpu
 from rlhf.cpu.attention import MOST_TOKENS, use_short_rows
+from rlhf.models import packing
 from rlhf.models.adapters import backbone, lora_config
-from rlhf.packing import Rows, can_pack, packed_hidden
+from rlhf.models.packing import Rows, can_pack, packed_hidden
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo import actor_critic as actor_critics
 from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing

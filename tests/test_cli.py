@@ -268,8 +268,11 @@ sys.exit(int(code))
 
 @pytest.mark.parametrize(
     ("flags", "code"),
-    [({"num_processes": "2"}, 0), ({"num_processes": "2"}, 2), ({"accelerate_config": "ddp.yaml"}, 0)],
-    ids=["flags", "a mistake", "a config"],
+    [
+        pytest.param({"num_processes": "2"}, 0, id="flags", marks=pytest.mark.long),
+        pytest.param({"num_processes": "2"}, 2, id="a mistake"),
+        pytest.param({"accelerate_config": "ddp.yaml"}, 0, id="a config", marks=pytest.mark.long),
+    ],
 )
 def test_two_processes_start_without_a_gpu_and_their_exit_code_is_ours(tmp_path, flags, code) -> None:
     """With gloo; `accelerate launch --cpu --num_processes 2` would start one."""

@@ -35,7 +35,7 @@ SPLIT = {"ppo": "tokens_per_microbatch", "sft": "microbatch_size", "reward_model
 LAUNCHERS = ("torchrun", "accelerate")
 LONG = pytest.mark.long
 EVERY = [
-    ("ppo", "full", ()), ("ppo", "lora", ()), ("ppo", "lora shared_trunk", ()), ("ppo", "full shared_trunk", LONG),
+    ("ppo", "full", ()), ("ppo", "lora", LONG), ("ppo", "lora shared_trunk", ()), ("ppo", "full shared_trunk", LONG),
     ("ppo", "lora separate", LONG), ("reward_model", "full", ()), ("reward_model", "lora", LONG), ("sft", "lora", ()),
     ("sft", "full", LONG),
 ]  # fmt: skip

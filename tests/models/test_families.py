@@ -184,7 +184,9 @@ def ppo(model: Path, folder: Path, score: Any, lora: bool) -> PPOTrainer:
 
 
 @pytest.mark.parametrize("start", ["reward model", pytest.param("zero head", marks=pytest.mark.long)])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(False, id="full"), pytest.param(True, id="lora", marks=pytest.mark.long)]
+)
 def test_a_ppo_step(family, tmp_path, tiny_tokenizer, lora, start):
     """From exact zero KL and ratio 1 (dropout is in every config), every trained weight moves, and what is saved
     is what was trained."""
@@ -212,7 +214,7 @@ def test_a_ppo_step(family, tmp_path, tiny_tokenizer, lora, start):
     check_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval(), logprobs)
 
 
-@pytest.mark.parametrize("lora", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(0, id="full"), pytest.param(2, id="lora", marks=pytest.mark.long)])
 def test_an_sft_step(few, tmp_path, lora):
     rows = [{"prompt": row["prompt"], "completion": "one two three"} for row in ROWS]
     config = SFTConfig(
@@ -231,7 +233,7 @@ def test_an_sft_step(few, tmp_path, lora):
     check_logprobs(trainer.model.eval(), logprobs)
 
 
-@pytest.mark.parametrize("lora", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(0, id="full", marks=pytest.mark.long), pytest.param(2, id="lora")])
 def test_a_reward_model_step(few, tmp_path, lora):
     rows = [{"prompt": row["prompt"], "chosen": "one two three", "rejected": "The fox."} for row in ROWS]
     config = RewardConfig(

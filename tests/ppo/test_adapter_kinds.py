@@ -78,7 +78,12 @@ def sft(request, tmp_path, tiny_model, tiny_tokenizer) -> Path:
     return tmp_path / "sft"
 
 
-EACH = pytest.mark.parametrize("sft", KINDS, indirect=True)
+BRIEFLY = {"plain", "all linear", "saved head and embeddings", "tied embeddings", "tokens", "new tied tokens"}
+EACH = pytest.mark.parametrize(
+    "sft",
+    [pytest.param(kind, marks=() if kind in BRIEFLY else pytest.mark.long) for kind in KINDS],
+    indirect=True,
+)
 
 
 def plain(folder: Path) -> Any:

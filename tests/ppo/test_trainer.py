@@ -412,7 +412,13 @@ def test_all_prompts_come_before_any_comes_twice(tmp_path, full):
 
 @pytest.mark.parametrize(
     ("lora", "kind"),
-    [(False, "separate"), (True, "adapter"), (False, "shared_trunk"), (True, "shared_trunk"), (True, "separate")],
+    [
+        (False, "separate"),
+        (True, "adapter"),
+        pytest.param(False, "shared_trunk", marks=pytest.mark.long),
+        (True, "shared_trunk"),
+        pytest.param(True, "separate", marks=pytest.mark.long),
+    ],
 )
 def test_resume_is_exact_and_logs_every_update_once(tmp_path, tiny_model, tiny_tokenizer, lora, kind):
     folders = chain(tmp_path, tiny_model, tiny_tokenizer, lora)

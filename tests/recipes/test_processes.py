@@ -136,7 +136,12 @@ def require_close(one: Any, other: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "processes", "tolerance"),
-    [("sft", 2, 0.0), ("reward_model", 2, 1e-6), ("ppo", 2, 1e-6), pytest.param("ppo", 1, 1e-6, marks=LONG)],
+    [
+        ("sft", 2, 0.0),
+        pytest.param("reward_model", 2, 1e-6, marks=LONG),
+        ("ppo", 2, 1e-6),
+        pytest.param("ppo", 1, 1e-6, marks=LONG),
+    ],
 )
 def test_killed_and_run_again_it_ends_as_in_one_process(world, tmp_path, stage, processes, tolerance):
     output = tmp_path / stage

@@ -89,6 +89,7 @@ def write_split(tmp_path: Path, selection: Path) -> None:
         write_jsonl(file, [{"prompt": r.prompt, "responses": r.responses, "ranks": r.ranks} for r in rows])
 
 
+@pytest.mark.long
 def test_seeds_go_on_where_they_stopped(tmp_path: Path, base: Path, monkeypatch) -> None:
     given = flags(tmp_path, base, "--seeds", "[3,4]")
     out = tmp_path / "my" / "rm"

@@ -111,7 +111,9 @@ def same(one, other, tolerance: float = 1e-5) -> None:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-each_kind = pytest.mark.parametrize("kind", ["full", "lora", pytest.param("tied", marks=pytest.mark.long)])
+each_kind = pytest.mark.parametrize(
+    "kind", [pytest.param("full", marks=pytest.mark.long), "lora", pytest.param("tied", marks=pytest.mark.long)]
+)
 
 
 @each_kind

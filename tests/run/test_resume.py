@@ -85,7 +85,7 @@ def test_the_global_random_states_and_users_callbacks_go_on_too(tmp_path, full):
     assert again.steps == 2  # restored from the last checkpoint; no step was left to do
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", pytest.param("foreign", marks=pytest.mark.long)])
 def test_the_checkpoint_before_a_damaged_one_ends_at_the_same_weights(tmp_path, full, caplog, damage):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     settings = {"updates": 4, "save_steps": 1, "save_total_limit": 3}
@@ -114,7 +114,7 @@ def test_the_checkpoint_before_a_damaged_one_ends_at_the_same_weights(tmp_path, 
 # -- SIGTERM -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("reward_model", marks=pytest.mark.long), "ppo"])
 def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, full, stage):
     class Terminate(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

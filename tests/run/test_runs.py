@@ -23,6 +23,7 @@ from rlhf.run import lock
 from rlhf.run.checkpoint import checkpoints_in
 
 STAGES = ["sft", "reward_model", "ppo"]
+FEW = ["sft", pytest.param("reward_model", marks=pytest.mark.long), "ppo"]  # which shares its trainer with sft
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def die():
     raise Killed
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", FEW)
 def test_a_fresh_run_keeps_its_own_checkpoints_and_sets_older_ones_aside(tmp_path, full, stage, caplog):
     out = tmp_path / "out"
     older = make(stage, *full, out, save_steps=1, seed=1)
@@ -158,7 +159,7 @@ def test_the_size_of_the_sampled_batch_is_no_setting_without_effect(tmp_path, fu
         make("ppo", *full, tmp_path / "out", generation_batch_size=4).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", FEW)
 def test_a_finished_run_is_extended_as_if_it_had_been_planned_so(tmp_path, full, stage, caplog):
     constant = {"lr_schedule": "constant", "save_steps": 1} | ({} if stage == "ppo" else {"warmup_fraction": 0.0})
     longer = {"updates": 6} if stage == "ppo" else {"epochs": 3}
@@ -177,7 +178,7 @@ def test_a_finished_run_is_extended_as_if_it_had_been_planned_so(tmp_path, full,
 # ---------------------------------------------------------------- Ctrl-C
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", FEW)
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path, full, stage):
     before = signal.getsignal(signal.SIGINT)
     stop = At(1, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -234,8 +235,7 @@ def test_an_adapter_object_takes_a_second_trainer_and_its_base_is_refused(tmp_pa
         ppo_runs.make(tmp_path / "a", tiny_model, tokenizer=tiny_tokenizer, lora_rank=2)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+@pytest.mark.parametrize(("stage", "checkpointing"), [("sft", True), ("reward_model", False)])
 def test_a_model_can_be_pickled_after_the_supervised_stages(tmp_path, full, tiny_tokenizer, stage, checkpointing):
     from transformers import AutoModelForCausalLM
 

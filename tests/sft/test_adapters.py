@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+from itertools import product
 
 import pytest
 import torch
@@ -91,9 +92,18 @@ def gap(rollout, rows) -> float:
     return max(float((mine[: len(row)] - row).abs().max()) for mine, row in zip(rollout.logprobs, rows, strict=True))
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("knows_chatml", [True, False])
-@pytest.mark.parametrize("reward_from", ["sft", "base"])
+@pytest.mark.parametrize(
+    ("reward_from", "knows_chatml", "tie"),
+    [
+        ("sft", False, True),
+        ("base", True, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in product(["sft", "base"], [True, False], [True, False])
+            if case not in [("sft", False, True), ("base", True, False)]
+        ),
+    ],
+)
 def test_chat_tokens_that_the_base_never_learned_go_through_the_chain(tmp_path, tie, knows_chatml, reward_from):
     base = base_folder(tmp_path / "base", tie, knows_chatml)
     sft(base, tmp_path / "sft", lora_rank=4)
@@ -199,8 +209,7 @@ def test_an_adapter_that_later_stages_could_not_continue_is_refused_before_train
             begin()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("rank", "checkpointing"), [(0, True), (4, False)])
 def test_every_model_that_is_handed_back_can_be_pickled_and_copied(tmp_path, rank, checkpointing):
     base = base_folder(tmp_path / "base", tie=False)
     tuned = sft(base, tmp_path / "sft", lora_rank=rank, gradient_checkpointing=checkpointing, epochs=1)

@@ -91,11 +91,16 @@ def shards(accelerator: Accelerator) -> bool:
 
 
 def configure(accelerator: Accelerator) -> None:
-    """Raise InputError for FSDP settings that would make PPO wrong, and keep the module's outputs in float32.
+    """Raise InputError for DeepSpeed and FSDP settings that would make PPO wrong; keep the module's outputs in float32.
 
     accelerate's bf16 policy for FSDP2 would round the module's outputs to bfloat16, log-probabilities included (an
     error of 0.03 nats at -8: ratios would be noise), and sum gradients in bfloat16. Call this before `prepare`.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise InputError(
+            "DeepSpeed: it would step inside PPO's backward passes, with gradients that nobody clips; use DDP or FSDP2 "
+            "(recipes/configs/accelerate)"
+        )
     if not shards(accelerator):
         return
     plugin: Any = accelerator.state.fsdp_plugin

@@ -271,6 +271,13 @@ def test_settings_that_cannot_be_right_are_refused(monkeypatch, variable, value,
         sharding.configure(worker.sharded_accelerator())
 
 
+def test_ppo_under_deepspeed_is_refused(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
+    policy, reward = chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)
+    with pytest.raises(InputError, match=r"DeepSpeed: .* use DDP or FSDP2"):
+        worker.make(tmp_path / "run", str(policy), str(reward))
+
+
 def test_a_head_that_is_sharded_by_itself_is_refused(monkeypatch, tiny_model):
     """Outside the head's own forward, its weight would be a part of the vocabulary only."""
     monkeypatch.setattr("rlhf.models.heads.DTensor", nn.Parameter)

@@ -23,33 +23,37 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
-
-import torch
-from jaxtyping import Float
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from reward_models.functions import Texts, response_text
-from reward_models.scoring import length_batches
-from rlhf import chat, config
-from rlhf.errors import InputError, short
-from rlhf.models import loading as models
-from rlhf.padding import pad, position_ids
+from rlhf import config
+from rlhf.errors import InputError
+from rlhf.evals import asks
+from rlhf.evals.asks import LITTLE, Asks, LocalModel, Service, named_letter
+from rlhf.evals.local import letter_tokens
 from rlhf.rows.messages import Messages
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Asks",
+    "Choice",
+    "LocalModel",
+    "Rubric",
+    "RubricGrader",
+    "Service",
+    "letter_tokens",
+    "named_letter",
+]
 
 log = logging.getLogger("rlhf")
 
 Answer = Literal["expected", "argmax"]
-Answered = tuple[Float[Tensor, "K"], float] | Exception
-"""The probabilities of a question's letters (scaled to sum 1) and their sum before scaling, or the exception raised."""
 LETTERS = re.compile("[A-Z]")
-LITTLE = 0.1  # below this total probability of the letters, a model has hardly answered
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,6 @@ class Rubric:
         )
 
 
-class Asks(Protocol):
-    """A function that answers a rubric's questions, with one `Answered` per question."""
-
-    def __call__(self, questions: Sequence[str], letters: Sequence[str]) -> list[Answered]: ...
-
-
 class RubricGrader:
     """A reward function (trl's signature) that scores by a rubric.
 
@@ -148,17 +146,12 @@ class RubricGrader:
     ) -> RubricGrader:
         """Load a grader.
 
-        model: a causal language model's folder or hub id, or a callable that takes a text and returns one.
-        device: by default the accelerator, where there is one. dtype: by default float32. Raises InputError.
+        model, device, dtype: as in `rlhf.evals.asks.load`: a folder or hub id, a server's address, or a callable that
+        takes a text and returns one. Raises InputError.
         """
         rubric = rubric if isinstance(rubric, Rubric) else Rubric.read(rubric)
-        if not isinstance(model, str | Path):
-            return cls(Service(model), rubric, answer)
-        tokenizer = models.load_tokenizer(model)
-        loaded = models.load_policy(model, dtype=dtype or torch.float32)
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        nn.Module.to(loaded, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
-        return cls(LocalModel(loaded, tokenizer, tokens_per_microbatch), rubric, answer)
+        ask = asks.load(model, device=device, dtype=dtype, tokens_per_microbatch=tokens_per_microbatch)
+        return cls(ask, rubric, answer)
 
     def __call__(
         self,
@@ -170,7 +163,7 @@ class RubricGrader:
     ) -> list[float | Exception]:
         """Return a score per response, or the exception where the grader failed on it."""
         letters = list(self.rubric.choices)
-        values = torch.tensor([choice.score for choice in self.rubric.choices.values()])
+        values = [choice.score for choice in self.rubric.choices.values()]
         questions = [self.rubric.question(p, response_text(c)) for p, c in zip(prompts, completions, strict=True)]
         scores: list[float | Exception] = []
         chosen: list[str | None] = []
@@ -180,14 +173,15 @@ class RubricGrader:
                 scores.append(answer)
                 chosen.append(None)
                 continue
-            probabilities, together = answer
-            best = int(probabilities.argmax())
-            scores.append(float(values[best] if self.answer == "argmax" else probabilities @ values))
+            probabilities, together = answer[:2]
+            best = max(range(len(letters)), key=lambda index: float(probabilities[index]))
+            expected = sum(float(p) * value for p, value in zip(probabilities, values, strict=True))
+            scores.append(values[best] if self.answer == "argmax" else expected)
             chosen.append(letters[best])
             answered.append(together)
             if log_metric is not None:
                 log_metric(f"{self.__name__}_answer_probability", together)
-                for letter, probability in zip(letters, probabilities.tolist(), strict=True):
+                for letter, probability in zip(letters, probabilities, strict=True):
                     log_metric(f"{self.__name__}_{letter}", probability)
         if log_extra is not None:
             log_extra(f"{self.__name__}_choice", chosen)
@@ -198,102 +192,6 @@ class RubricGrader:
                 self.__name__, sum(answered) / len(answered), ", ".join(letters),
             )  # fmt: skip
         return scores
-
-
-class LocalModel:
-    """Reads answers from a causal model's next-token probabilities after the generation prompt."""
-
-    def __init__(
-        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tokens_per_microbatch: int = 16384
-    ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.tokens_per_microbatch = tokens_per_microbatch
-
-    @torch.no_grad()
-    def __call__(self, questions: Sequence[str], letters: Sequence[str]) -> list[Answered]:
-        before, tokens = letter_tokens(self.tokenizer, letters)
-        asked = [self._asked(question, letters[0], len(before)) for question in questions]
-        self._check_length(max(map(len, asked), default=0))
-        device, pad_id = next(self.model.parameters()).device, chat.pad_id(self.tokenizer)
-        answers: dict[int, Answered] = {}
-        for rows in length_batches([len(ids) for ids in asked], self.tokens_per_microbatch):
-            input_ids, mask = pad([asked[row] for row in rows], pad_id, device, side="left")
-            output = self.model(
-                input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False,
-                logits_to_keep=1,
-            )  # fmt: skip
-            letters_of = output.logits[:, -1].float().softmax(-1)[:, tokens].cpu()
-            for row, share in zip(rows, letters_of, strict=True):
-                together = float(share.sum())
-                answers[row] = (share / share.sum(), together) if together > 0 else _no_answer(together)
-        return [answers[row] for row in range(len(asked))]
-
-    def _asked(self, question: str, letter: str, before: int) -> list[int]:
-        """Encode a question and what a finished answer has before its letter: `before` tokens."""
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": letter}]
-        encoded = chat.encode(self.tokenizer, turns, trained_from=1)
-        return encoded.ids[: encoded.answer_from + before]
-
-    def _check_length(self, tokens: int) -> None:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and tokens > limit:
-            raise InputError(
-                f"a question to the grader model has {tokens} tokens, it reads {limit}; take another model, shorten "
-                "the rubric, or lower max_prompt_tokens and max_new_tokens"
-            )
-
-
-class Service:
-    """Gets answers from a callable that takes a text and returns one; asks several questions at a time, in threads."""
-
-    def __init__(self, reply: Callable[[str], str], at_once: int = 8) -> None:
-        if not callable(reply):
-            raise InputError(f"the grader model is a {type(reply).__name__}; give a folder, a hub id or a callable")
-        self.reply = reply
-        self.at_once = at_once
-
-    def __call__(self, questions: Sequence[str], letters: Sequence[str]) -> list[Answered]:
-        def one(question: str) -> Answered:
-            try:
-                letter = named_letter(self.reply(question), letters)
-            except Exception as error:  # fails this row alone; the trainer decides what follows
-                return error
-            return torch.tensor([float(letter == other) for other in letters]), 1.0
-
-        with ThreadPoolExecutor(self.at_once) as threads:
-            return list(threads.map(one, questions))
-
-
-def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Return the tokens that every letter's answer begins with (say SentencePiece's space), and each letter's own
-    token.
-
-    Raises InputError where two letters begin with the same token.
-    """
-    rows = [chat.encode_response(tokenizer, letter) for letter in letters]
-    shared = 0
-    while len({row[shared] for row in rows}) == 1:
-        shared += 1
-    tokens = [row[shared] for row in rows]
-    if len(set(tokens)) < len(tokens):
-        raise InputError(f"the grader's tokenizer gives two of the letters {', '.join(letters)} the same first token")
-    return rows[0][:shared], tokens
-
-
-def named_letter(reply: str, letters: Sequence[str]) -> str:
-    """Return the letter that a reply names: ``B``, ``(B)``, ``B. It refused``, ``Answer: B``. Raises ValueError."""
-    one = f"([{''.join(letters)}])"
-    found = re.match(rf"\W*{one}(?:\W*$|[\s\"'*]*[).:,;\-–\n])", reply) or re.search(
-        rf"(?i:\banswer(?: is)?)\W*{one}\b(?!\s+\w)", reply
-    )
-    if found is None:
-        raise ValueError(f"the grader's reply names none of {', '.join(letters)}: {short(reply, 80)!r}")
-    return found.group(1)
-
-
-def _no_answer(together: float) -> ValueError:
-    return ValueError(f"the grader model's letters have probability {together}")
 
 
 def _quoted(text: str) -> str:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from reward_models.grader import Choice, LocalModel, Rubric, RubricGrader, letter_tokens, named_letter
 from rlhf import chat
 from rlhf.errors import InputError
+from rlhf.evals.asks import NoAnswer
 
 RUBRIC = Rubric(
     "Was the answer polite?",
@@ -88,7 +89,7 @@ def test_what_is_logged(forced, caplog):
 
 def test_letters_without_any_probability_fail_that_row_alone(forced):
     scores = forced("expected", TABLE | {1: (0.0, 0.0, 0.0)})(["Hi"] * 3, RESPONSES)
-    assert [type(score) for score in scores] == [float, ValueError, float]
+    assert [type(score) for score in scores] == [float, NoAnswer, float]
 
 
 def test_a_real_model_alone_and_in_a_batch(tmp_path, tiny_model, tiny_tokenizer):
@@ -141,7 +142,7 @@ def test_a_callable_answers_in_words():
     grader = RubricGrader.load(reply, RUBRIC)
     scores = grader(["Hi"] * 4, ["fine", "rude words", "odd", "broken"])
     assert scores[:2] == [1.0, -2.0]
-    assert [type(score) for score in scores[2:]] == [ValueError, ConnectionError]
+    assert [type(score) for score in scores[2:]] == [NoAnswer, ConnectionError]
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,8 @@ def check(config: ChainConfig) -> None:
         raise InputError(config_error)
     for name in ("judge", "parts", "refused"):
         spec = getattr(config.evaluation, name)
+        if name == "judge" and config.evaluation.template:
+            continue  # a language model: a folder, a hub id or an address
         if spec and ":" in spec and not Path(spec).exists():
             configs.import_function(spec)
     for spec in (config.data.make, config.data.labeler, *(config.ppo.reward_functions or [])):

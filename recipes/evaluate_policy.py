@@ -6,7 +6,8 @@
     rlhf evaluate_policy --config toy.yaml    # its `evaluation:` section
 
 Measures scores, win rate, KL, length and stops, and writes samples side by side. The judge is a function
-(file.py:name) or a reward model that the policy was not trained on.
+(file.py:name) or a reward model that the policy was not trained on; with --template, a language model that compares or
+grades. --human: people's comparisons of to_label.jsonl's rows correct the win rate.
 """
 
 from __future__ import annotations
@@ -19,21 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf import chat
 from rlhf import config as configs
-from rlhf.calls import call
 from rlhf.errors import InputError
-from rlhf.rows.records import HELD_OUT, Prompt, check_disjoint, read_prompts, read_rankings, write_jsonl
+from rlhf.rows.records import HELD_OUT, Prompt, check_disjoint, read_prompts, write_jsonl
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf.run.stages import Manifest
+from rlhf_recipes import judging
 from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
 
 if TYPE_CHECKING:
     import torch
 
-    from rlhf.evaluate import JudgeCard, PolicySamples
-    from rlhf.scores import RewardFunction
+    from rlhf.evaluate import PolicySamples
 
 console.quiet()
 
@@ -60,7 +59,16 @@ class EvaluationConfig:
     reward_model: str | None = None
     """The reward model it was trained on: gives the scores and picks best-of-n; default: the run's."""
     judge: str | None = None
-    """Who decides win rates: a gold score as file.py:name, or an unseen reward model; default: the run's `judge`."""
+    """Who decides win rates: a gold score as file.py:name, or an unseen reward model; with a template, a language
+    model's folder, hub id or http address. Default: the run's `judge`."""
+    template: str | None = None
+    """What a language model as judge is asked: pairwise, pairwise_forced, helpful (a rubric), or a YAML file."""
+    served_as: str | None = None
+    """The judge's name at a server that serves several."""
+    least_probability: float = 0.1
+    """Probability that a template's letters must have together; below it a comparison is an abstention."""
+    human: str | None = None
+    """People's comparisons of these very samples (pairs or rankings): they correct the win rate."""
     parts: str | None = None
     """Function(prompts, completions, **columns) -> one dict of gold parts per response, as file.py:name."""
     refused: str | None = None
@@ -98,7 +106,7 @@ class EvaluationConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("best_of", "samples", "temperature"):
+        for name in ("best_of", "samples", "temperature", "least_probability"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
 
@@ -127,12 +135,13 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
         configs.import_function(spec)
     for lm, its in ((baseline_lm, tokenizer), (policy_lm, policy_tokenizer)):
         check_responses(lm, [chat.encode_prompt(its, prompt.messages) for prompt in prompts], config.max_new_tokens)
-    judge, card, scorer_card = _judge(config)
+    judged = judging.load(config)
     stage.begin()
     greedy = config.temperature == 0
     if greedy:
         console.stage_line("evaluation", GREEDY)
-    n = 0 if greedy else config.best_of
+    scorer = judging.reward_model(config.reward_model, config) if config.reward_model else judged.score
+    n = 0 if greedy or scorer is None else config.best_of
     bar = console.StageBar("evaluation", 3 if n else 2)
     ours = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed)
     bar.update(1)
@@ -141,19 +150,20 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
         theirs = replace(theirs, kl_nats=sequence_kl(policy_lm, baseline_lm, theirs, tokenizer, config))
     bar.update(2)
     many = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=n) if n else None
-    scorer = _reward_model(config.reward_model, config) if config.reward_model else judge
-    ours, theirs, many = (_scored(config, s, scorer, judge, card.kind) for s in (ours, theirs, many))
+    labels = judging.people(config.human, theirs, ours) if config.human else None
+    ours, theirs, many = (judging.scored(config, s, scorer, judged) for s in (ours, theirs, many))
     bar.update(bar.total)
     bar.close()
     assert ours is not None
     assert theirs is not None
-    result = evaluate.compare(ours, {"ppo": theirs}, card, candidates=many, seed=config.seed)
+    result = judging.compare(ours, theirs, many, judged, labels, config.seed)
     if greedy:
         result["note"] = GREEDY
     rows = evaluate.side_by_side({"sft": ours, "ppo": theirs}, config.samples)
     write_jsonl(stage.folder / "samples.jsonl", rows)
+    write_jsonl(stage.folder / "to_label.jsonl", judging.to_label(theirs, ours, config.seed))
     write_json_atomic(stage.folder / "evaluation.json", result)
-    outputs = {"evaluation": result, "reward_model": scorer_card}
+    outputs = {"evaluation": result, "reward_model": judged.scorer_card}
     stage.finish(outputs)
     return outputs
 
@@ -170,9 +180,11 @@ def inputs(config: EvaluationConfig) -> tuple[EvaluationConfig, dict[str, Any]]:
     )  # fmt: skip
     for model in (config.policy, config.baseline):
         check_model(str(model), ("base", "sft", "ppo"))
-    for model in filter(None, (config.reward_model, config.judge)):
+    for model in filter(None, (config.reward_model, None if config.template else config.judge)):
         check_model(model, ("reward_model", "judge"))
-    names = ("policy", "baseline", "reward_model", "judge", "eval_data", "rankings", "seen_data")
+    names = (
+        "policy", "baseline", "reward_model", "judge", "template", "human", "eval_data", "rankings", "seen_data",
+    )  # fmt: skip
     return config, {name: getattr(config, name) for name in names}
 
 
@@ -188,43 +200,6 @@ def _prompts(config: EvaluationConfig) -> list[Prompt]:
     if len(fitting) > config.max_prompts:
         console.stage_line("evaluation", f"the first {config.max_prompts:,} of {len(fitting):,} prompts (max_prompts)")
     return fitting[: config.max_prompts]
-
-
-def _judge(config: EvaluationConfig) -> tuple[RewardFunction, JudgeCard, dict[str, Any]]:
-    """The judge, its accuracy on held-out rankings, and the scoring reward model's report card."""
-    from reward_models.card.report import report_card
-    from rlhf.evaluate import JudgeCard
-
-    spec = str(config.judge)
-    is_gold = ":" in spec and not Path(spec).exists()
-    judge = configs.import_function(spec) if is_gold else _reward_model(spec, config)
-    kind = "gold" if is_gold else "reward_model"
-    measured = {} if is_gold else _measured(spec)
-    held_out = read_rankings(config.rankings, HELD_OUT) if config.rankings and not measured else []
-    scorer_card: dict[str, Any] = {}
-    if held_out and config.reward_model and is_gold:
-        scorer = _reward_model(config.reward_model, config)
-        scorer_card = report_card(scorer, held_out, seed=config.seed, gold=judge)
-    card = report_card(judge, held_out, seed=config.seed) if held_out else measured
-    if not card:
-        return judge, JudgeCard(kind, spec), scorer_card
-    low, high = card["accuracy_ci"]
-    return judge, JudgeCard(kind, spec, card["accuracy"], (low, high)), scorer_card
-
-
-def _reward_model(folder: str, config: EvaluationConfig) -> RewardFunction:
-    from reward_models import RewardModel
-
-    dtype = compute_dtype(config.bf16)
-    return RewardModel.load(folder, dtype=dtype, tokens_per_microbatch=config.tokens_per_microbatch)
-
-
-def _measured(folder: str) -> dict[str, Any]:
-    """The accuracy that a reward model's own stage measured on held-out rankings, if it did."""
-    if not (Path(folder) / "manifest.json").is_file():
-        return {}
-    outputs = Manifest.read(folder).outputs
-    return outputs if "accuracy_ci" in outputs else {}
 
 
 def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -280,33 +255,6 @@ def sequence_kl(
         for row, value in zip(rows, (mine - base).sum(-1).tolist(), strict=True):
             kl[row] = value
     return tuple(kl)
-
-
-def _scored(
-    config: EvaluationConfig, samples: PolicySamples | None, scorer: RewardFunction, judge: RewardFunction, kind: str
-) -> PolicySamples | None:
-    if samples is None:
-        return None
-    from rlhf import evaluate
-
-    verdicts = evaluate.judge_samples(samples, judge)
-    changes: dict[str, Any] = {"scores": evaluate.judge_samples(samples, scorer)}
-    changes["gold_scores" if kind == "gold" else "judge_scores"] = verdicts
-    if config.parts:
-        rows = _call(config.parts, samples)
-        changes["gold_parts"] = {name: tuple(row[name] for row in rows) for name in rows[0]}
-    if config.refused:
-        changes["refused"] = tuple(bool(value) for value in _call(config.refused, samples))
-    return replace(samples, **changes)
-
-
-def _call(spec: str, samples: PolicySamples) -> Any:
-    prompts = samples.repeated_prompts
-    names = sorted({name for prompt in prompts for name in prompt.columns})
-    arguments = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    arguments["prompts"] = [prompt.messages for prompt in prompts]
-    arguments["completions"] = [[answer] for answer in samples.answers]
-    return call(configs.import_function(spec), arguments)
 
 
 def main(argv: list[str]) -> None:

@@ -7,8 +7,8 @@
         --second_model runs/my/judge --output_dir runs/my/report
 
 How good it is, what it goes by, where it fails. Writes reward_report.json and reward_report.html (one file, no
-network) beside the model, or into --output_dir. The data are pairs or K ranked responses; a RewardBench file (prompt,
-chosen, rejected, subset) works as it is.
+network) beside the model, or into --output_dir. The data are pairs or K ranked responses; files of RewardBench and of
+RewardBench 2 (lists of chosen and rejected answers, the subset Ties) work as they are.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def report(config: ReportConfig) -> dict[str, Any]:
         raise InputError(f"--output_dir is missing, and {config.reward_model} is no folder; name one for the report")
     check_model(config.reward_model, ("reward_model", "judge"))
     folder = Path(config.output_dir or config.reward_model)
-    rankings = read_rankings(config.data, HELD_OUT)
+    from reward_models.card import rewardbench2
+
+    rankings = rewardbench2.read(config.data) or read_rankings(config.data, HELD_OUT)
     train = read_rankings(config.train_data) if config.train_data else None
     if train is not None:
         check_disjoint(train, rankings, ("train_data", "data"))

@@ -6,7 +6,7 @@ and compared. Nothing here runs a model: the caller passes an engine (prompts in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -159,7 +159,7 @@ def choose_best(samples: PolicySamples) -> PolicySamples:
 class JudgeCard:
     """The judge that decides the win rates, and its accuracy on held-out pairs."""
 
-    kind: Literal["gold", "reward_model"]
+    kind: Literal["gold", "reward_model", "model"]
     name: str
     accuracy: float | None = None
     accuracy_ci: tuple[float, float] | None = None
@@ -183,6 +183,11 @@ def _verdicts(samples: PolicySamples, kind: str) -> np.ndarray:
     return samples.by_prompt(scores)
 
 
+def win_shares(first: PolicySamples, second: PolicySamples, kind: str) -> np.ndarray:
+    """Return per prompt how often the first policy's response beats the second's, by the scores of such a judge."""
+    return wins(_verdicts(first, kind), _verdicts(second, kind))
+
+
 def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, Entry]:
     """Compute means by family; ``n`` counts prompts. Empty when the prompts have no ``family`` column."""
     members: dict[str, list[int]] = {}
@@ -196,7 +201,7 @@ def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, Entry
             "n": len(indices),
             "score": _average(samples.scores, rows),
             "gold_score": _average(samples.gold_scores, rows),
-            "win_rate_vs_sft": None if won is None else float(won[indices].mean()),
+            "win_rate_vs_sft": None if won is None or np.isnan(won[indices]).all() else float(np.nanmean(won[indices])),
             "refusal_rate": _average(samples.refused, rows),
         }
     return table
@@ -233,29 +238,32 @@ def compare(
     *,
     candidates: PolicySamples | None = None,
     seed: int = 0,
+    won: Callable[[PolicySamples, PolicySamples], np.ndarray] | None = None,
 ) -> Entry:
     """Make ``summary["evaluation"]``: each policy's means, and how often it beats SFT on the same prompts.
 
     ``policies`` maps names to samples (``{"ppo": ...}``). ``candidates`` are n > 1 fresh SFT samples per prompt with
     scores: the entry ``best_of_n`` is about those with the highest scores, its ``kl_nats`` is the analytic bound, and
     every policy is compared with it too. Win rates use the gold scores (judge kind "gold") or ``judge_scores``, those
-    of a reward model that PPO never saw; ties count half; intervals redraw prompts.
+    of a reward model that PPO never saw; ties count half; intervals are over prompts. ``won`` decides instead, where a
+    judge compares responses: per prompt 1 where the first policy's is better, 0 the second's, NaN for an abstention,
+    which is left out.
     """
     entrants, best = dict(policies), None
+    beats = won or (lambda first, second: win_shares(first, second, judge.kind))
     if candidates is not None:
         best = choose_best(candidates)
         entrants["best_of_n"] = best
-    base = _verdicts(sft, judge.kind)
     result: Entry = {"sft": {**summarize(sft), "kl_nats": 0.0}}
     for name, samples in entrants.items():
         if [prompt.messages for prompt in samples.prompts] != [prompt.messages for prompt in sft.prompts]:
             raise ValueError(f"{name} and sft answered different prompts; sample both on the same list")
-        verdicts = _verdicts(samples, judge.kind)
-        won = wins(verdicts, base)
-        rate = bootstrap_interval(won, seed)
-        entry = {**summarize(samples, won), "win_rate_vs_sft": rate.value, "win_rate_ci": rate.interval}
+        ours = beats(samples, sft)
+        rate = bootstrap_interval(ours[~np.isnan(ours)], seed)
+        entry = {**summarize(samples, ours), "win_rate_vs_sft": rate.value, "win_rate_ci": rate.interval}
         if best is not None and samples is not best:
-            rate = win_rate(verdicts, _verdicts(best, judge.kind), seed)
+            theirs = beats(samples, best)
+            rate = bootstrap_interval(theirs[~np.isnan(theirs)], seed)
             entry |= {"win_rate_vs_best_of_n": rate.value, "win_rate_vs_best_of_n_ci": rate.interval}
         if candidates is not None and samples is best:
             entry |= {"n": candidates.n, "kl_nats": best_of_n_kl(candidates.n)}

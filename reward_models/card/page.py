@@ -38,9 +38,9 @@ def headlines(report: Numbers) -> list[str]:
         lines.append(f"{text}. The model's lead: {_points(words)}.")
     else:
         lines.append("No bag of words to compare with: name the training data (--train_data).")
-    if report["rewardbench"]:
-        sections = ", ".join(f"{name} {percent(value)}" for name, value in report["rewardbench"]["sections"].items())
-        lines.append(f"RewardBench: {percent(report['rewardbench']['mean'])} ({sections}).")
+    for name, bench in _benches(report):
+        sections = ", ".join(f"{section} {percent(value)}" for section, value in bench["sections"].items())
+        lines.append(f"{name}: {percent(bench['mean'])} ({sections}).")
     for column, rule in report["length_by_group"].items():
         if rule["accuracy"] > report["length_baseline"] + SEEN:
             lead = f"The model's lead: {_points(rule)}"
@@ -149,17 +149,21 @@ def _accuracy(report: Numbers) -> str:
     return f"<h2>Accuracy</h2>{body}"
 
 
+def _benches(report: Numbers) -> list[tuple[str, Numbers]]:
+    benches = {"RewardBench": report["rewardbench"], "RewardBench 2": report.get("rewardbench2")}
+    return [(name, bench) for name, bench in benches.items() if bench]
+
+
 def _groups(report: Numbers) -> str:
     parts = []
     for name, rows in {**report["groups"], **report["labelers"]}.items():
         if rows:
             plot = plots.forest(rows, _ends(report))
             parts.append(f"<h3>by {html.text(name.replace('_', ' '))}</h3><div class=wide>{plot}</div>")
-    bench = report["rewardbench"]
-    if bench:
+    for title, bench in _benches(report):
         table = [[name, percent(value)] for name, value in bench["sections"].items()]
         parts.append(
-            f"<h3>RewardBench</h3>{html.table((['section', 'score'], [*table, ['mean', percent(bench['mean'])]]))}"
+            f"<h3>{title}</h3>{html.table((['section', 'score'], [*table, ['mean', percent(bench['mean'])]]))}"
         )
     for heading, key, note in (
         (

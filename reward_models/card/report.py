@@ -36,6 +36,7 @@ from reward_models.card.pairs import (
     scored_pairs,
     spread,
 )
+from reward_models.card.rewardbench2 import rewardbench2
 from reward_models.card.sensitivity import sensitivity
 from reward_models.card.surface import surface
 from rlhf.calls import call
@@ -115,6 +116,7 @@ def reward_report(
         "labelers": labelers,
         "length_by_group": {name: ruled[name][1] for name, rows in groups.items() if rows},
         "rewardbench": rewardbench_sections(groups.get("subset", [])),
+        "rewardbench2": rewardbench2(pairs),
         "by_margin": by_margin(pairs, seed),
         "by_length_difference": by_length_difference(pairs, seed),
         "calibration": {"scale": scale, **calibration(pairs.differences * scale, pairs.prompts, seed)},

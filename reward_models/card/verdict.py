@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from reward_models.card.pairs import Numbers
+from rlhf.intervals import needed
 from rlhf.run.tables import with_interval
-from rlhf.run.verdict import needed
 
 WIDE, NARROW = 0.1, 0.05
 """An accuracy whose interval reaches further than the first says how many pairs would bring it down to the second."""

@@ -1,6 +1,6 @@
 """Evaluation that can be believed: test sets, judges with a measured error, contamination, prediction.
 
-`registry` reads evals, and `classes` gives their verdicts. `asks` asks a model for one of several choices, `judge`
-compares and grades responses with it, and `correction` corrects a judge by a few human labels. `contamination` finds
-eval items in training data; `prediction` fits scaling laws and registers what they predict.
+`asks` asks a model for one of several choices, `judge` compares and grades responses with it, `judge_card` measures a
+judge against people, and `correction` corrects it by a few of their labels. `contamination` finds eval items in
+training data; `prediction` fits scaling laws and registers what they predict.
 """

@@ -34,12 +34,22 @@ def notes(summary: Json) -> list[str]:
     lines = []
     judge = _evaluation(summary).get("judge")
     if judge:
-        kind = {"gold": "gold score", "reward_model": "reward model that PPO never saw"}
+        kind = {"gold": "gold score", "reward_model": "reward model that PPO never saw", "model": "language model"}
         text = f"Judge: {kind.get(judge.get('kind'), judge.get('kind') or '')}"
         text += f" ({judge['name']})" if judge.get("name") else ""
         if judge.get("accuracy") is not None:
             text += f", right on {with_interval(judge, 'accuracy')} of held-out pairs"
         lines.append(text + ". Ties count half.")
+    entry = policies(summary).get("ppo", {})
+    if judged := entry.get("judged"):
+        controlled, abstained = judged["length_controlled_win_rate"], judged["abstentions"]
+        text = f"At equal length it would prefer PPO on {_metric(controlled)} of prompts"
+        lines.append(f"{text}; it abstains from {percent(abstained['value'])}.")
+    if corrected := entry.get("corrected"):
+        text = (
+            f"Corrected by people's comparisons of {corrected['labelled']:,} prompts: {_metric(corrected['corrected'])}"
+        )
+        lines.append(f"{text}; the labels alone {_metric(corrected['labels'])}.")
     model = summary.get("stages", {}).get("reward_model", {})
     if model.get("accuracy") is not None:
         pairs = f" of {model['n']:,} held-out pairs" if model.get("n") else " of held-out pairs"
@@ -126,6 +136,11 @@ def with_interval(entry: Json, name: str, interval: str | None = None) -> str:
     show = percent if any(word in name for word in shares) else number
     low, high = (show(bound).removesuffix("%") for bound in bounds) if bounds else ("", "")
     return f"{show(value)} [{low}, {high}]" if bounds else show(value)
+
+
+def _metric(metric: Json) -> str:
+    """Write a metric that is a share, with its interval."""
+    return with_interval({"win_rate": metric["value"], "win_rate_ci": [metric["low"], metric["high"]]}, "win_rate")
 
 
 def _without_empty(headers: list[str], rows: list[list[str]]) -> Table:

@@ -6,26 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf.intervals import needed
 from rlhf.run.tables import Json, label, number, percent, policies, with_interval
 
-JUDGES = {"gold": "the gold score", "reward_model": "a reward model that PPO never saw"}
-SURE = 1.96 + 0.84
-"""Standard errors between two values that a 95% interval tells apart in four of five tries."""
-MOST = 100_000
-
-
-def needed(n: int, value: float, against: float, interval: Sequence[float]) -> int | None:
-    """Estimate how many prompts or pairs it takes to tell a value from another one, if both are as far apart as here.
-
-    interval: the value's 95% interval at the n at hand, from which its standard error is read; the error falls with the
-    root of their number. Rounded up to two digits; None where that would be more than 100,000, or the two are equal.
-    """
-    error, gap = (interval[1] - interval[0]) / (2 * 1.96), abs(value - against)
-    count = math.inf if gap == 0 else n * (SURE * error / gap) ** 2
-    if count > MOST:
-        return None
-    unit = 10 ** max(0, int(math.log10(max(count, 1))) - 1)
-    return math.ceil(count / unit) * unit
+JUDGES = {"gold": "the gold score", "reward_model": "a reward model that PPO never saw", "model": "a language model"}
 
 
 def of_run(summary: Json, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

@@ -299,3 +299,36 @@ def test_the_gold_score_never_trains(tmp_path: Path, base: Path) -> None:
     assert result.err.startswith("error: --reward_model is missing, and no earlier stage left")
     known = {name for name in recipe.load("ppo").PPORecipe.__dataclass_fields__ if "judge" in name or "gold" in name}
     assert known == set()
+
+
+def test_evaluate_policy_with_a_language_model_as_judge_and_peoples_labels(
+    tmp_path: Path, base: Path, tiny_tokenizer
+) -> None:
+    """Labels of to_label.jsonl's rows correct the win rate of the same run, done again; others are refused."""
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(base)
+    tiny_chain.shake(other, 5, 0.02)
+    other.config.max_position_embeddings = 4096
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(14)])
+    words = ("--policy", tmp_path / "other", "--baseline", base, "--judge", tmp_path / "other", "--template",
+             "pairwise", "--least_probability", 0, "--eval_data", prompts, "--max_new_tokens", 6)  # fmt: skip
+    first = run("evaluate_policy", *words, "--output_dir", tmp_path / "a/eval")
+    judged = manifest(tmp_path / "a/eval")["outputs"]["evaluation"]["ppo"]["judged"]
+    assert set(judged) >= {"win_rate", "length_controlled_win_rate", "flip_rate", "position_bias", "abstentions"}
+    assert "length controlled win rate" in first.out
+    rows = lines(tmp_path / "a/eval/to_label.jsonl")
+    labels = write(tmp_path / "labels.jsonl", [{**row, "ranks": [0, n % 2]} for n, row in enumerate(rows[:11])])
+    again = run("evaluate_policy", *words, "--human", labels, "--output_dir", tmp_path / "b/eval")
+    found = manifest(tmp_path / "b/eval")["outputs"]["evaluation"]["ppo"]
+    corrected = found["corrected"]
+    assert corrected["raw"]["value"] == pytest.approx(found["win_rate_vs_sft"])
+    assert (corrected["labelled"], corrected["judged"]) == (11, 14)
+    assert "judge alone" in again.out
+    assert "corrected" in again.out
+    few = write(tmp_path / "few.jsonl", [{**row, "ranks": [0, 1]} for row in rows[:3]])
+    refused = recipe.run("evaluate_policy", *words, "--human", few, "--output_dir", tmp_path / "c/eval")
+    assert refused.code == 2
+    assert "3 of its labels compare these two policies' responses" in refused.err

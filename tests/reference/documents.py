@@ -82,7 +82,8 @@ SMALLER = {
     "sft": {"epochs": 1, "batch_size": 8},
     "reward_model": {"epochs": 1, "prompts_per_batch": 8},
     "ppo": {"updates": 2, "rollout_size": 4, "minibatch_size": 2, "inner_epochs": 1, "max_new_tokens": 6},
-    "evaluate_policy": {"max_new_tokens": 6},
+    "evaluate_policy": {"max_new_tokens": 6, "least_probability": 0},
+    "judge_card": {"least_probability": 0},
 }
 """Added to commands that train, and to settings in Python, where no config has made them small already."""
 ROWS = [
@@ -90,6 +91,8 @@ ROWS = [
     for n in range(24)
 ]
 """Any file of rows that a document names and does not write: rankings, and so demonstrations and prompts too."""
+SCALING = [{"compute": 10.0 ** (15 + n), "loss": 2.0 + 3.0 * 10.0 ** (-0.2 * n) + 0.01 * (-1) ** n} for n in range(6)]
+"""Runs of several sizes, in a file of this name."""
 RUBRIC = "instructions: Is it good?\nchoices:\n  A: {description: Yes., score: 1}\n  B: {description: No., score: 0}\n"
 
 
@@ -112,7 +115,8 @@ def provide_files(text: str, folder: Path) -> None:
         path = folder / name
         if not path.exists() and not name.startswith("runs/"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+            rows = SCALING if path.name == "scaling.jsonl" else ROWS
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if "rubric.yaml" in text and not (folder / "rubric.yaml").exists():
         (folder / "rubric.yaml").write_text(RUBRIC)
 

@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 
 from rlhf.errors import InputError
+from rlhf.intervals import needed
 from rlhf.run.console import StageBar, console, final_table, stage_line
 from rlhf.run.report import write_report
 from rlhf.run.stages import Manifest
 from rlhf.run.tables import families, gold_parts, headline, notes, number
-from rlhf.run.verdict import needed, of_run
+from rlhf.run.verdict import of_run
 
 SUMMARY: dict[str, Any] = {
     "stages": {"reward_model": {"accuracy": 0.648, "accuracy_ci": [0.63, 0.665], "n": 2900, "length_baseline": 0.55}},

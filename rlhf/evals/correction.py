@@ -1,0 +1,128 @@
+"""Correct a judge's mean or win rate by a few human labels: prediction-powered inference, power-tuned (PPI++).
+
+A judge that errs gives a wrong number with a narrow interval, and more of its verdicts only make that interval
+narrower. Labels of people are right and few. Angelopoulos, Duchi and Zrnic (2311.01453) use both: the judge's mean over
+many items, moved by how far it was from the labels where there are both. The result is right whatever the judge is
+worth, and a judge that agrees with people makes it narrower than the labels alone would be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from rlhf.errors import InputError
+from rlhf.intervals import Estimate, clustered_mean, student_quantile
+
+FEWEST = 10
+"""Labelled prompts below which nothing is corrected: the tuning has nothing to go by."""
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A judge's mean, the labels' mean, and what both say together."""
+
+    raw: Estimate
+    """The judge's mean over all its verdicts, with an interval that knows nothing of its errors."""
+    labels: Estimate
+    """The labels' mean alone."""
+    corrected: Estimate
+    weight: float
+    """Of the judge: 0 where its verdicts say nothing of the labels, near 1 where they agree and there are many."""
+    labelled: int
+    """Prompts with labels."""
+    judged: int
+    """Prompts with verdicts, the labelled ones among them."""
+    worth: float
+    """How many labels alone would tell as much, per label that was given: 1 or more."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain values, as `<output_dir>/<name>.json` keeps them."""
+        sizes = {"raw": self.judged, "labels": self.labelled, "corrected": self.labelled}
+        metrics = {
+            name: {"value": found.value, "low": found.low, "high": found.high, "n": sizes[name]}
+            for name, found in (("raw", self.raw), ("labels", self.labels), ("corrected", self.corrected))
+        }
+        return {**metrics, "weight": self.weight, "labelled": self.labelled, "judged": self.judged, "worth": self.worth}
+
+
+def corrected(
+    verdicts: Mapping[Hashable, float],
+    labels: Mapping[Hashable, float],
+    bounds: tuple[float, float] = (0.0, 1.0),
+    level: float = 0.95,
+) -> Corrected:
+    """Correct the mean of a judge's ``verdicts`` by ``labels``, both by prompt and within ``bounds``.
+
+    Every label's prompt has a verdict, and the labelled prompts are a random part of all. Of a win rate, a verdict is 1
+    (won), 0.5 (tie) or 0; several verdicts or labels of one prompt are averaged before. Raises InputError where labels
+    are too few, or of prompts without a verdict.
+    """
+    missing = [key for key in labels if key not in verdicts]
+    if missing:
+        raise InputError(f"labels: {len(missing)} of {len(labels)} are of prompts that the judge gave no verdict on")
+    if len(labels) < FEWEST:
+        raise InputError(f"labels: {len(labels)} prompts are labelled; a correction needs {FEWEST} or more")
+    human = np.array([labels[key] for key in labels], dtype=np.float64)
+    judge = np.array([verdicts[key] for key in labels], dtype=np.float64)
+    rest = np.array([value for key, value in verdicts.items() if key not in labels], dtype=np.float64)
+    both, alone = (ppi_mean(human, judge, of, bounds, level) for of in (rest, rest[:0]))
+    raw = clustered_mean([*verdicts.values()], [*verdicts], _spanned(bounds, [*judge, *rest]), level)
+    worth = (alone.half / both.half) ** 2
+    return Corrected(raw, alone.estimate, both.estimate, both.weight, len(human), len(verdicts), worth)
+
+
+class Powered(NamedTuple):
+    """A mean with its interval, the judge's weight in it, and half the interval's width before it is cut at bounds."""
+
+    estimate: Estimate
+    weight: float
+    half: float
+
+
+def ppi_mean(
+    human: np.ndarray,
+    judge: np.ndarray,
+    rest: np.ndarray,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    level: float = 0.95,
+) -> Powered:
+    """Compute the mean of labels by PPI++, with its interval, and the weight lambda.
+
+    human, judge [n]: labels, and verdicts on the same prompts. rest [N]: verdicts on the prompts without a label. ::
+
+        mean   = mean(human) + lambda (mean(rest) - mean(judge))
+        V      = (s_yy - 2 lambda s_yf + lambda^2 s_ff) / n + lambda^2 s_rr / N
+        lambda = (s_yf / n) / (s_ff / n + s_rr / N)          which makes V smallest (their section 6)
+
+    with s the sample (co)variances of human y, judge f and rest r. lambda = 0 is the labels alone, so the interval is
+    never wider than theirs (before both are cut at the bounds). Where we depart from the paper: lambda is not kept
+    within [0, 1], so that a judge may have another scale; the quantile is Student's with n - 1 degrees instead of the
+    normal one; and, as in `rlhf.intervals.clustered_mean`, a label at either bound with the judge's mean verdict is
+    added before, so that the interval has a width where all labels agree. Coverage, simulated:
+    tests/evals/test_correction.py.
+    """
+    low, high = bounds
+    count = len(human)
+    y, f = np.append(human, [low, high]), np.append(judge, [judge.mean(), judge.mean()])
+    n = len(y)
+    (yy, yf), (_, ff) = np.cov(y, f)
+    rr = float(rest.var(ddof=1)) if len(rest) > 1 else 0.0
+    spread = ff / n + (rr / len(rest) if len(rest) else 0.0)
+    weight = float(yf / n / spread) if len(rest) > 1 and spread > 0 else 0.0
+    variance = (yy - 2 * weight * yf + weight**2 * ff) / n + (weight**2 * rr / len(rest) if len(rest) else 0.0)
+    moved = weight * float(rest.mean() - judge.mean()) if weight else 0.0
+    half = student_quantile((1 + level) / 2, max(1, count - 1)) * math.sqrt(max(0.0, variance))
+    centre = float(y.mean()) + moved
+    value = min(high, max(low, float(human.mean()) + moved))
+    interval = max(low, min(value, centre - half)), min(high, max(value, centre + half))
+    return Powered(Estimate(value, *interval), weight, half)
+
+
+def _spanned(bounds: tuple[float, float], values: list[float]) -> tuple[float, float]:
+    """Return bounds that hold a judge's verdicts, which may have a scale of their own."""
+    return (min(bounds[0], *values), max(bounds[1], *values))

@@ -25,11 +25,13 @@ from rlhf.run.owner import by_main
 from rlhf.run.stages import Manifest, refused, stage_changes, stage_state
 from rlhf_recipes import evaluate_policy as evaluation_stage
 from rlhf_recipes import ppo as ppo_stage
+from rlhf_recipes import process_reward as process_stage
 from rlhf_recipes import rankings as rankings_stage
 from rlhf_recipes import reward_model as reward_stage
 from rlhf_recipes import sft as sft_stage
 from rlhf_recipes.evaluate_policy import EvaluationConfig, evaluation
 from rlhf_recipes.ppo import PPORecipe, ppo
+from rlhf_recipes.process_reward import ProcessRecipe, process_reward
 from rlhf_recipes.rankings import DataConfig, rankings
 from rlhf_recipes.report import report
 from rlhf_recipes.reward_model import RewardRecipe, reward_model
@@ -79,6 +81,7 @@ class ChainConfig:
     base: FunctionConfig | None = None
     sft: SFTRecipe = field(default_factory=SFTRecipe)
     reward_model: RewardRecipe = field(default_factory=RewardRecipe)
+    process_reward: ProcessRecipe | None = None
     ppo: PPORecipe = field(default_factory=PPORecipe)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -124,6 +127,8 @@ def steps_of(config: ChainConfig) -> list[Step]:
     if config.evaluation.judge is None:
         judge = partial(reward_model, name="judge")
         steps += [Step("judge", judge_config(config), judge, reward_stage.inputs)]
+    if config.process_reward:
+        steps += [Step("process_reward", config.process_reward, process_reward, process_stage.inputs)]
     steps += [Step("ppo", config.ppo, ppo, ppo_stage.inputs)]
     steps += [Step("evaluation", config.evaluation, evaluation, evaluation_stage.inputs)]
     names = [step.name for step in steps]
@@ -179,7 +184,8 @@ def check(config: ChainConfig) -> None:
         if spec:
             configs.import_function(spec)
     run = Path(config.output_dir).absolute()
-    for section in (config.data, config.sft, config.reward_model, config.ppo, config.evaluation):
+    sections = (config.data, config.sft, config.reward_model, config.process_reward, config.ppo, config.evaluation)
+    for section in sections:
         given = {name: getattr(section, name, None) for name in (*DATA_FIELDS, *MODEL_FIELDS)}
         for name, place in given.items():
             if place and not Path(place).absolute().is_relative_to(run):  # what is in the run, a stage may yet write

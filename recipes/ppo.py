@@ -38,9 +38,12 @@ class PPORecipe(PPOConfig):
     """Policy to start from, and the reference; default: the run's `sft`."""
     reward_model: str | None = None
     """Trained reward model, which the value model starts from too; default: the run's `reward_model`."""
+    process_model: str | None = None
+    """Process or outcome reward model, whose solution score is one more score; step_score_coef adds its step scores.
+    Default: the run's `process_reward`, if there is one."""
     reward_functions: list[str] | None = None
     """Further scores, as path/to/file.py:function or package.module:function (of reward_models.rules, too).
-    reward_weights weighs all scores in this order: reward model, functions, grader."""
+    reward_weights weighs all scores in this order: reward model, process model, functions, grader."""
     grader: str | None = None
     """Causal language model that grades responses by a rubric: a folder or hub id."""
     rubric: str | None = None
@@ -97,14 +100,17 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
 
 def inputs(config: PPORecipe) -> tuple[PPORecipe, dict[str, Any]]:
     """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
-    optional = "?" if config.reward_functions or config.grader else ""
+    config = from_siblings(config, process_model="?process_reward")
+    optional = "?" if config.process_model or config.reward_functions or config.grader else ""
     config = from_siblings(
         config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl"
     )
     check_model(str(config.model), ("base", "sft", "ppo"))
     if config.reward_model:
         check_model(config.reward_model, ("reward_model", "judge"))
-    names = ("model", "reward_model", "train_data", "eval_data", "grader", "rubric")
+    if config.process_model:
+        check_model(config.process_model, ("process_reward",))
+    names = ("model", "reward_model", "process_model", "train_data", "eval_data", "grader", "rubric")
     return config, {name: getattr(config, name) for name in names}
 
 
@@ -118,11 +124,12 @@ def vllm_engine(url: str | None) -> Any:
 
 def score_functions(config: PPORecipe) -> list[Any]:
     """Everything that scores a response, in the order of reward_weights."""
-    from reward_models import RewardClient, RewardModel
+    from reward_models import ProcessModel, RewardClient, RewardModel
     from reward_models.grader import RubricGrader
 
     dtype = compute_dtype(config.bf16)
     functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model, dtype=dtype)]
+    functions += [] if config.process_model is None else [ProcessModel.load(config.process_model, dtype=dtype)]
     functions += [
         RewardClient(spec) if spec.startswith(("http://", "https://")) else configs.import_function(spec)
         for spec in config.reward_functions or []

@@ -2,8 +2,9 @@
 
 `trainer` trains one on rankings: `config` has the settings, `encoding` makes batches, `model` what is trained, `losses`
 the formulas, `best` keeps the best weights, `preflight` checks before the first step. `scoring` scores with a reward
-model; `server`, `scoring_queue` and `client` do so over HTTP. `functions`, `rules` and `grader` score without one, and
-`card` says how good one is.
+model; `server`, `scoring_queue` and `client` do so over HTTP. `steps` reads solutions with labelled steps,
+`process_trainer` trains on them, `process` scores with what came out. `functions`, `rules` and `grader` score without a
+model, and `card` says how good one is.
 
 Names below are imported when first used, so ``import reward_models`` stays fast.
 """
@@ -16,17 +17,24 @@ from typing import TYPE_CHECKING, Any
 import rlhf  # before the libraries that the modules below import: it keeps some of them quiet
 
 _PUBLIC = {
+    "ProcessConfig": "reward_models.config",
+    "ProcessModel": "reward_models.process",
+    "ProcessTrainer": "reward_models.process_trainer",
     "RewardClient": "reward_models.client",
     "RewardConfig": "reward_models.config",
     "RewardTrainer": "reward_models.trainer",
     "RewardModel": "reward_models.scoring",
 }
 
-__all__ = ["RewardClient", "RewardConfig", "RewardModel", "RewardTrainer"]
+__all__ = [
+    "ProcessConfig", "ProcessModel", "ProcessTrainer", "RewardClient", "RewardConfig", "RewardModel", "RewardTrainer",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from reward_models.client import RewardClient
-    from reward_models.config import RewardConfig
+    from reward_models.config import ProcessConfig, RewardConfig
+    from reward_models.process import ProcessModel
+    from reward_models.process_trainer import ProcessTrainer
     from reward_models.scoring import RewardModel
     from reward_models.trainer import RewardTrainer
 

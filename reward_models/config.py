@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf.errors import InputError, require_divides
 from rlhf.run.settings import settle
-from rlhf.run.trl_arguments import batch_arithmetic, training_arguments
+from rlhf.run.trl_arguments import LEARNING_RATE, batch_arithmetic, training_arguments
 
 if TYPE_CHECKING:
     import trl
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """Settings of reward-model training. Batch sizes count prompts."""
+
+    ROWS = "prompts_per_batch"  # the setting that holds an optimizer step's rows
+    COMPARES = True  # the loss sees only differences of scores, so the bias of a head stays as it is
 
     "Run"
 
@@ -141,7 +144,94 @@ class RewardConfig:
             raise InputError(
                 "keep_best needs held-out losses to choose by: set eval_steps, say to a tenth of all steps"
             )
-        require_divides("microbatch_size", self.microbatch_size, "prompts_per_batch", self.prompts_per_batch)
+        require_divides("microbatch_size", self.microbatch_size, self.ROWS, self.rows_per_batch)
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Return the rows of the encoded data in an optimizer step."""
+        return self.prompts_per_batch
+
+    @property
+    def labels(self) -> int:
+        """Return how many numbers the head gives."""
+        return 1
+
+    def full_learning_rate(self, encoder: bool) -> float:
+        """Return the default learning rate of full weights."""
+        return LEARNING_RATE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig(RewardConfig):
+    """Settings of training a process or outcome reward model. Batch sizes count solutions."""
+
+    ROWS = "solutions_per_batch"
+    COMPARES = False
+
+    "The model"
+
+    output_dir: str = "process_reward"
+    """Folder for checkpoints and metrics, and for the model that `save_model()` writes."""
+    kind: Literal["process", "outcome"] = "process"
+    """process: a probability at the end of each step; outcome: one for the whole solution, which is wrong where one of
+    its steps is."""
+    head: Literal["scalar", "three_class"] = "scalar"
+    """scalar: the probability that a step is not wrong (a neutral one counts as right); three_class: those of wrong,
+    neutral and right. process only."""
+    separator: str = "\n"
+    """Text between two steps. Within a step it becomes a space."""
+
+    "Batch sizes and lengths"
+
+    epochs: float = 3.0
+    """Passes over the training solutions."""
+    solutions_per_batch: int = 16
+    """Labelled solutions per optimizer step, over all processes. Another alternative of a step is one more solution."""
+    microbatch_size: int = 4
+    """Solutions per forward on one process. A memory setting: it changes no gradient."""
+    max_length: int = 1024
+    """Tokens of prompt and solution together. A longer solution is left out, counted and named."""
+
+    "Optimization"
+
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; null: 1e-5, 5e-5 for an encoder, or 1e-4 where an adapter is trained."""
+
+    "Loss"
+
+    label_smoothing: float = 0.0
+    """Assumed probability that a step's label is wrong (below 0.5), for noisy labels."""
+    labeler_weights: dict[str, float] | None = None
+    """Weight of each labeler's solutions, {name: weight}, found by the column `labeler` and multiplied by the column
+    `weight`; null: all labelers count the same."""
+
+    prompts_per_batch: ClassVar[int] = 0  # type: ignore[misc]
+    """Of rankings; here solutions are counted."""
+    center_rewards_coefficient: ClassVar[float] = 0.0  # type: ignore[misc]
+    """Of rankings: probabilities have a level of their own."""
+    normalizer_samples: ClassVar[int] = 0  # type: ignore[misc]
+    """Of rankings: probabilities are not normalised."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.separator:
+            raise InputError("separator is empty; write the text between two steps, say a line break")
+        if self.kind == "outcome" and self.head == "three_class":
+            raise InputError("head=three_class: an outcome is right or wrong; set head to scalar, or kind to process")
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Return the rows of the encoded data in an optimizer step."""
+        return self.solutions_per_batch
+
+    @property
+    def labels(self) -> int:
+        """Return how many numbers the head gives."""
+        return 3 if self.head == "three_class" else 1
+
+    def full_learning_rate(self, encoder: bool) -> float:
+        """Return the default learning rate of full weights; encoders are small."""
+        return 5e-5 if encoder else LEARNING_RATE
 
 
 def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
@@ -152,7 +242,7 @@ def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
     return training_arguments(
         config,
         trl.RewardConfig,
-        **batch_arithmetic(config.prompts_per_batch, config.microbatch_size, "prompts_per_batch"),
+        **batch_arithmetic(config.rows_per_batch, config.microbatch_size, config.ROWS),
         lr_scheduler_type=schedules[config.lr_schedule],
         eval_strategy="steps" if evaluate and config.eval_steps else "no",
         eval_steps=config.eval_steps or None,

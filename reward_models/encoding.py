@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reward_models.config import RewardConfig
+from reward_models.losses import pair_outcomes, ranked_pairs
 from rlhf import chat
 from rlhf.errors import InputError, short
 from rlhf.models.positions import Positions
 from rlhf.padding import pad
-from rlhf.rows.records import BadRows, OnBadRow, Ranking
+from rlhf.rows.records import BadRows, OnBadRow, Ranking, StepLabels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,7 +100,7 @@ def encode_rankings(
             what, remedy = f"{name}: ranking {number + 1} has", f"max_length={positions.limit} leaves such out"
             positions.check(longest, what, remedy)
         order = [*pairs[0], *(i for i in range(len(encoded)) if i not in pairs[0])]
-        ids = [_compact(encoded[i]) for i in order]
+        ids = [compact(encoded[i]) for i in order]
         rows.append(
             {
                 "chosen_ids": ids[0],
@@ -107,13 +109,13 @@ def encode_rankings(
                 "ranks": [float(ranking.ranks[i]) for i in order],
                 "texts": [ranking.responses.index(ranking.responses[i]) for i in order],
                 "margin": _margin(ranking, f"{name}: ranking {number + 1}"),
-                "weight": _weight(ranking, labeler_weights, f"{name}: ranking {number + 1}"),
+                "weight": weight_of(ranking, labeler_weights, f"{name}: ranking {number + 1}"),
                 "row": number,
             }
         )
     refused.tell(len(rows) + ties + len(too_long))
     _report_left_out(rankings, ties, too_long, max_length, name, remaining=len(rows))
-    _scale_weights(rows, name)
+    scale_weights(rows, name)
     from datasets import Dataset, Features, List, Value
 
     tokens = List(Value("int32"))
@@ -149,15 +151,34 @@ class RankingCollator:
         return batch
 
 
-def rankings_of(batch: RankingBatch) -> Iterator[tuple[Bool[Tensor, " n"], RankingBatch]]:
-    """Split a batch by ranking: yield, for each, the mask of its responses in the batch and a batch of them alone."""
-    tensors = cast(dict[str, Tensor], batch)
+def rows_of(batch: Any) -> Iterator[tuple[Bool[Tensor, " n"], Any]]:
+    """Split a batch by row (`prompts`): yield, for each, the mask of its scores in the batch and what is theirs."""
     for number, row in enumerate(batch["row"]):
         own = batch["prompts"] == number
-        yield (
-            own,
-            cast(RankingBatch, {name: t[own] for name, t in tensors.items() if name != "row"} | {"row": row[None]}),
-        )
+        apart = {name: tensor[own] for name, tensor in batch.items() if len(tensor) == len(own) and name != "row"}
+        yield own, apart | {"row": row[None]}
+
+
+def compared(scores: Float[Tensor, " n"], inputs: RankingBatch) -> tuple[Tensor, Tensor]:
+    """Return, per pair, 1, 0.5 or 0 (right, equal, wrong) and the better response's score minus the worse one's."""
+    better, worse = ranked_pairs(inputs["ranks"], inputs["prompts"], inputs["texts"])
+    outcomes = pair_outcomes(scores, inputs["ranks"], inputs["prompts"], inputs["texts"])
+    return outcomes, scores[better] - scores[worse]
+
+
+def tokens_read(inputs: Any, number: int) -> Int[Tensor, " t"]:
+    """Return the ids of a batch up to the one at which its score of this number is read."""
+    if "ends" in inputs:
+        return inputs["input_ids"][inputs["sequences"][number]][: inputs["ends"][number] + 1]
+    return inputs["input_ids"][number][inputs["attention_mask"][number].bool()]
+
+
+def sample(records: list[Any], config: RewardConfig) -> list[Any]:
+    """Return at most `max_eval_prompts` records, drawn with the seed, in their order."""
+    if not 0 < config.max_eval_prompts < len(records):
+        return records
+    order = np.random.default_rng(config.seed).permutation(len(records))
+    return [records[i] for i in sorted(order[: config.max_eval_prompts])]
 
 
 def responses_of(row: EncodedRanking) -> list[Sequence[int]]:
@@ -165,7 +186,7 @@ def responses_of(row: EncodedRanking) -> list[Sequence[int]]:
     return [row["chosen_ids"], row["rejected_ids"], *row["other_ids"]]
 
 
-def _compact(ids: list[int]) -> Sequence[int]:
+def compact(ids: list[int]) -> Sequence[int]:
     """Store ids in four bytes each, since a whole data set is in memory at a time."""
     return cast(Sequence[int], np.asarray(ids, dtype=np.int32))
 
@@ -180,7 +201,7 @@ def _margin(ranking: Ranking, where: str) -> float:
     return float(margin)
 
 
-def _weight(ranking: Ranking, labeler_weights: Mapping[str, float] | None, where: str) -> float:
+def weight_of(ranking: Ranking | StepLabels, labeler_weights: Mapping[str, float] | None, where: str) -> float:
     """Return a ranking's weight before scaling: its column `weight` (default 1) times its labeler's weight."""
     weight = ranking.columns.get("weight")
     weight = 1.0 if weight is None else weight
@@ -197,7 +218,7 @@ def _weight(ranking: Ranking, labeler_weights: Mapping[str, float] | None, where
     return float(weight) * labeler_weights[str(labeler)]
 
 
-def _scale_weights(rows: list[EncodedRanking], name: str) -> None:
+def scale_weights(rows: Sequence[Any], name: str) -> None:
     """Scale the weights to 1 on average: they shift the loss between rankings, but don't act as a learning rate."""
     total = math.fsum(row["weight"] for row in rows)
     if rows and total <= 0:
@@ -206,19 +227,28 @@ def _scale_weights(rows: list[EncodedRanking], name: str) -> None:
         row["weight"] *= len(rows) / total
 
 
+def tell_too_long(
+    records: Sequence[Any], too_long: dict[int, int], max_length: int, name: str, what: str, remaining: int
+) -> None:
+    """Count and name, in the log, the records that are left out as too long. too_long: index -> tokens. Raises
+    InputError where nothing remains."""
+    if not too_long:
+        return
+    first = {number: records[number].prompt[-1]["content"] for number in list(too_long)[:5]}
+    named = [f"{number + 1} ({short(prompt, 30)!r})" for number, prompt in first.items()]
+    text = (
+        f"{name}: left out {len(too_long)} of {len(records)} {what}, longer than max_length={max_length} tokens "
+        f"(the longest has {max(too_long.values())}): {', '.join(named)}{', ...' if len(too_long) > 5 else ''}"
+    )
+    if not remaining:
+        raise InputError(f"{text}; nothing is left: raise max_length to {min(too_long.values())} or more")
+    logger.warning(text)
+
+
 def _report_left_out(
     rankings: Sequence[Ranking], ties: int, too_long: dict[int, int], max_length: int, name: str, remaining: int
 ) -> None:
-    if too_long:
-        first = {number: rankings[number].prompt[-1]["content"] for number in list(too_long)[:5]}
-        named = [f"{number + 1} ({short(prompt, 30)!r})" for number, prompt in first.items()]
-        text = (
-            f"{name}: left out {len(too_long)} of {len(rankings)} rankings, longer than max_length={max_length} tokens "
-            f"(the longest has {max(too_long.values())}): {', '.join(named)}{', ...' if len(too_long) > 5 else ''}"
-        )
-        if not remaining:
-            raise InputError(f"{text}; nothing is left: raise max_length to {min(too_long.values())} or more")
-        logger.warning(text)
+    tell_too_long(rankings, too_long, max_length, name, "rankings", remaining)
     if ties:
         logger.warning("%s: left out %d of %d rankings, all ties or identical texts", name, ties, len(rankings))
     if not remaining:

@@ -25,6 +25,7 @@ NOT_COLUMNS = (
     "trainer_state",
     "log_metric",
     "log_extra",
+    "give_step_scores",
     "environments",
 )
 """Keywords that trainers pass to a reward function besides the dataset's columns."""

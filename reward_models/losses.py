@@ -1,4 +1,4 @@
-"""Losses over ranked responses: tensors in, tensors out, float32 inside.
+"""Losses over ranked responses and over labelled steps: tensors in, tensors out, float32 inside.
 
 The responses of several prompts lie on one flat axis ``n``; ``prompts[i]`` is the index of response i's prompt, so
 prompts may have different numbers of responses. A smaller rank is better. A pair is two responses to one prompt whose
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import log_softmax, logsigmoid
 
 
 def ranking_loss(
@@ -91,6 +91,49 @@ def centering_penalty(
     better, worse = ranked_pairs(ranks, prompts, texts)
     squares = (scores.float()[better] + scores.float()[worse]) ** 2
     return mean_over_prompts(_weighted(squares, better, weights), _pair_prompts(better, prompts), count)
+
+
+def step_loss(
+    logits: Float[Tensor, " n"],
+    labels: Int[Tensor, " n"],
+    count: Tensor | float | None = None,
+    weights: Float[Tensor, " n"] | None = None,
+    epsilon: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Compute ``-log sigmoid(z)`` for a step that is not wrong (label 1 or 0) and ``-log sigmoid(-z)`` for a wrong one
+    (label -1), summed and divided by `count` (default: the number of steps).
+
+    sigmoid(z) is then the probability that a step is not wrong: a neutral one counts as right (Lightman et al.
+    2305.20050, appendix F). epsilon: the assumed probability that a label is wrong; it weighs the other term.
+    """
+    signed = torch.where(labels < 0, -logits.float(), logits.float())
+    losses = -(1 - epsilon) * logsigmoid(signed) - epsilon * logsigmoid(-signed)
+    return _mean(losses, count, weights)
+
+
+def step_class_loss(
+    logits: Float[Tensor, "n 3"],
+    labels: Int[Tensor, " n"],
+    count: Tensor | float | None = None,
+    weights: Float[Tensor, " n"] | None = None,
+    epsilon: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Compute ``-log softmax(z)[label + 1]``, whose classes are wrong, neutral and right, summed and divided by `count`
+    (default: the number of steps).
+
+    epsilon: the assumed probability that a label is wrong, shared by the two other classes.
+    """
+    logs = log_softmax(logits.float(), dim=-1)
+    own = logs.gather(1, labels.long()[:, None] + 1).squeeze(1)
+    losses = -(1 - epsilon) * own - epsilon / 2 * (logs.sum(-1) - own)
+    return _mean(losses, count, weights)
+
+
+def _mean(
+    values: Float[Tensor, " n"], count: Tensor | float | None, weights: Float[Tensor, " n"] | None
+) -> Float[Tensor, ""]:
+    total = (values if weights is None else values * weights).sum()
+    return total / (max(len(values), 1) if count is None else count)
 
 
 def pair_outcomes(

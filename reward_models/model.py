@@ -27,7 +27,8 @@ def prepare_model(
     config: RewardConfig,
     peft_config: LoraConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Make the model to train. All dropout is off except a LoRA adapter's own."""
+    """Make the model to train, with a head of `config.labels` numbers. All dropout is off except a LoRA adapter's
+    own."""
     adapter = copy.deepcopy(peft_config) or lora_config(
         config.lora_rank,
         config.lora_alpha,
@@ -36,13 +37,14 @@ def prepare_model(
         task_type=TaskType.SEQ_CLS,
     )
     continued = not isinstance(model, nn.Module) and is_adapter(model)
-    if isinstance(model, nn.Module) and is_scalar(model):
+    if isinstance(model, nn.Module) and is_scalar(model, config.labels):
         scalar = model
         if isinstance(model, PeftModel):
             check_held(model)
     else:
         dtype = compute_dtype(config.bf16) if adapter is not None or continued else None  # of a frozen trunk
-        scalar = new_scalar_model(model, seed=config.seed, dtype=dtype, lora=adapter if continued else None)
+        lora = adapter if continued else None
+        scalar = new_scalar_model(model, seed=config.seed, dtype=dtype, lora=lora, labels=config.labels)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what the trainer would set, with a warning
         setattr(scalar.config, name, getattr(tokenizer, name))
     new_tokens = _grow_vocabulary(scalar, tokenizer, config.seed)
@@ -52,7 +54,8 @@ def prepare_model(
                 "the model is already an adapter: to train it further, leave lora_rank and peft_config out"
             )
         scalar = _new_adapter(scalar, adapter, new_tokens, config.seed)
-    freeze_bias(scalar)
+    if config.COMPARES:
+        freeze_bias(scalar)
     disable_dropout(scalar)
     if isinstance(scalar, PeftModel):
         for name, module in scalar.named_modules():

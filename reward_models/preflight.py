@@ -1,20 +1,17 @@
-"""Preflight checks of a reward model before training, on a few of the run's rankings."""
+"""Preflight checks of a reward or process model before training, on a few of the run's rankings or solutions."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from reward_models.config import RewardConfig
-from reward_models.encoding import EncodedRanking, RankingBatch
-from rlhf.models.scalar import last_token_scores, load_scalar_model, score_head
+from rlhf.models.scalar import load_scalar_model, score_head
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import (
     COPIED,
@@ -35,13 +32,15 @@ from rlhf.preflight.run import Checked, conclude, run_checks, untouched
 
 
 class CheckedTrainer(Checked, Protocol):
-    """The parts of a `RewardTrainer` that the checks read."""
+    """The parts of a `RewardTrainer` or `ProcessTrainer` that the checks read."""
 
     config: RewardConfig
 
-    def scores(self, model: nn.Module, inputs: RankingBatch) -> Tensor: ...
+    def scores(self, model: nn.Module, inputs: Any) -> Tensor: ...
 
-    def loss(self, scores: Tensor, inputs: RankingBatch) -> Tensor: ...
+    def plain_scores(self, model: Any, inputs: Any) -> Tensor: ...
+
+    def loss(self, scores: Tensor, inputs: Any) -> Tensor: ...
 
 
 def check_pairs(data: Dataset) -> Finding:
@@ -57,10 +56,22 @@ def check_pairs(data: Dataset) -> Finding:
     )
 
 
+def check_labels(data: Dataset) -> Finding:
+    """Check that some labels say wrong, and others not."""
+    labels = [label for i in range(min(512, len(data))) for label in data[i]["labels"]]
+    wrong = sum(label < 0 for label in labels)
+    return Finding(
+        "labels",
+        f"{wrong} of the {len(labels)} labels of the first {min(512, len(data))} solutions say wrong",
+        0 < wrong < len(labels),
+        "there is nothing to tell apart: every label says the same",
+        "check the labels: 1 is right, 0 neutral, -1 wrong, null unknown",
+    )
+
+
 @torch.no_grad()
 def check_scores(trainer: CheckedTrainer) -> Finding:
-    """Check that scores are finite and that training and scoring give the same ones: both read the last real
-    position."""
+    """Check that scores are finite and that training and scoring give the same ones: both read the same positions."""
     batch = _batch(trainer, _rows(trainer))
     trained, scored = _train_scores(trainer, batch), _plain_scores(trainer, batch)
     apart = gap(trained, scored)
@@ -75,13 +86,12 @@ def check_scores(trainer: CheckedTrainer) -> Finding:
 
 @torch.no_grad()
 def check_score_padding(trainer: CheckedTrainer) -> Finding:
-    """Check that the scores of a ranking's responses don't change beside a much longer ranking."""
+    """Check that the scores of a row don't change beside a much longer one."""
     rows = _rows(trainer)
     alone = _train_scores(trainer, _batch(trainer, rows[:1]))
-    lengths = max(len(rows[0]["chosen_ids"]), len(rows[0]["rejected_ids"]))
-    longer = lengthened(list(rows[-1]["chosen_ids"]), lengths, max_positions(trainer.model))
-    other: EncodedRanking = {**rows[-1], "chosen_ids": longer, "rejected_ids": longer}
-    beside = _train_scores(trainer, _batch(trainer, [rows[0], other]))
+    lengths = max(map(len, _sequences(rows[0])))
+    longer = lengthened(list(_sequences(rows[-1])[0]), lengths, max_positions(trainer.model))
+    beside = _train_scores(trainer, _batch(trainer, [rows[0], _with(rows[-1], longer)]))
     apart = gap(beside[: len(alone)], alone)
     return Finding(
         "padding",
@@ -126,7 +136,7 @@ def check_saved(trainer: CheckedTrainer) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        fresh = load_scalar_model(folder, model.dtype)[0].to(model.device)
+        fresh = load_scalar_model(folder, model.dtype, trainer.config.labels)[0].to(model.device)
         return same_after_reload(_plain_scores(trainer, batch), _plain_scores(trainer, batch, fresh), "it")
 
 
@@ -134,31 +144,39 @@ def _exact(trainer: CheckedTrainer) -> bool:
     return is_exact(trainer.accelerator, trainer.model)
 
 
-def _rows(trainer: CheckedTrainer) -> list[EncodedRanking]:
-    """Return three rankings, shortest first: the last is the longest of at most 128 tokens, or of the three
-    shortest."""
+def _rows(trainer: CheckedTrainer) -> list[dict[str, Any]]:
+    """Return three rows, shortest first: the last is the longest of at most 128 tokens, or of the three shortest."""
     data = trainer.train_dataset
-    rows = sorted((data[i] for i in range(min(64, len(data)))), key=lambda row: len(row["chosen_ids"]))
-    fitting = [row for row in rows if len(row["chosen_ids"]) <= 128]
+    rows = sorted((data[i] for i in range(min(64, len(data)))), key=lambda row: len(_sequences(row)[0]))
+    fitting = [row for row in rows if len(_sequences(row)[0]) <= 128]
     fitting = fitting if len(fitting) > 2 else rows[:3]
     return [fitting[0], fitting[len(fitting) // 2], fitting[-1]]
 
 
-def _batch(trainer: CheckedTrainer, rows: list[EncodedRanking]) -> RankingBatch:
-    batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
-    return cast(RankingBatch, batch)
+def _sequences(row: dict[str, Any]) -> list[Any]:
+    """Return the token sequences of an encoded solution, or of a ranking's first two responses."""
+    return row["sequences"] if "sequences" in row else [row["chosen_ids"], row["rejected_ids"]]
 
 
-def _train_scores(trainer: CheckedTrainer, batch: RankingBatch) -> Tensor:
+def _with(row: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    """Return the row with other tokens."""
+    if "sequences" in row:
+        return {**row, "sequences": [ids], "ends": [[len(ids) - 1]], "labels": row["labels"][:1]}
+    return {**row, "chosen_ids": ids, "rejected_ids": ids}
+
+
+def _batch(trainer: CheckedTrainer, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
+
+
+def _train_scores(trainer: CheckedTrainer, batch: dict[str, Tensor]) -> Tensor:
     with trainer.accelerator.autocast():
         return trainer.scores(trainer.model, batch)
 
 
-def _plain_scores(
-    trainer: CheckedTrainer, batch: RankingBatch, model: PreTrainedModel | PeftModel | None = None
-) -> Tensor:
+def _plain_scores(trainer: CheckedTrainer, batch: dict[str, Tensor], model: Any = None) -> Tensor:
     with trainer.accelerator.autocast():
-        return last_token_scores(model or trainer.model, batch["input_ids"], batch["attention_mask"])
+        return trainer.plain_scores(model or trainer.model, batch)
 
 
 def check_reward_model(trainer: CheckedTrainer) -> list[Finding]:
@@ -172,11 +190,12 @@ def check_reward_model(trainer: CheckedTrainer) -> list[Finding]:
 
 def reward_model_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
     """Yield the findings on texts, then those on the model, measured on a few rankings."""
-    model, tokenizer = trainer.model, trainer.processing_class
+    model, tokenizer, data = trainer.model, trainer.processing_class, trainer.train_dataset
+    apart = check_labels if "labels" in data[0] else check_pairs
     yield run_checks(
         ("vocabulary", lambda: on_text.check_vocabulary(tokenizer, embedding_rows(model))),
         ("injection", lambda: on_text.check_injection(tokenizer)),
-        ("pairs", lambda: check_pairs(trainer.train_dataset)),
+        (apart.__name__.removeprefix("check_"), lambda: apart(data)),
     )
     with untouched(model):
         model.eval()

@@ -33,6 +33,8 @@ logger = logging.getLogger("rlhf")
 
 STAGES = ("reward_model", "judge")
 """Stages of a chain whose folder holds a reward model."""
+PROCESS_FILE = "process.json"
+"""What a process or outcome model's folder has beside a reward model's files."""
 
 
 class RewardModel:
@@ -95,8 +97,7 @@ class RewardModel:
         _check_stage(Path(path))
         tokenizer = models.load_tokenizer(path)
         model, normalizer = load_scalar_model(path, dtype)
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        nn.Module.to(model, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
+        place(model, device)
         foreign = not (Path(path) / NORMALIZER_FILE).is_file() and not encoders.is_encoder(model.config)
         scorer = cls(
             model, tokenizer, normalizer, tokens_per_microbatch=tokens_per_microbatch, score_reasoning=score_reasoning,
@@ -121,7 +122,7 @@ class RewardModel:
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
         talks = [conversation(p, c) for p, c in zip(prompts, completions, strict=True)]
         rows = rows_of(columns, len(talks))
-        sampled = completion_ids if self._same_tokenizer(processing_class) else None
+        sampled = completion_ids if self.same_tokenizer(processing_class) else None
         sequences = [
             self._encoded(talk, row, number, None if sampled is None else sampled[number - 1])
             for number, (talk, row) in enumerate(zip(talks, rows, strict=True), start=1)
@@ -138,7 +139,7 @@ class RewardModel:
 
     def _scores(self, sequences: list[list[int]]) -> Float[Tensor, " B"]:
         return score_sequences(
-            self.model, self._fitting(sequences), chat.pad_id(self.tokenizer), self.tokens_per_microbatch
+            self.model, self.fitting(sequences), chat.pad_id(self.tokenizer), self.tokens_per_microbatch
         )
 
     def _encoded(
@@ -164,7 +165,8 @@ class RewardModel:
         pad_id = self.model.config.get_text_config().pad_token_id
         return ids[: max((n for n, i in enumerate(ids) if i != pad_id), default=len(ids) - 1) + 1]
 
-    def _same_tokenizer(self, other: PreTrainedTokenizerBase | None) -> bool:
+    def same_tokenizer(self, other: PreTrainedTokenizerBase | None) -> bool:
+        """Return whether another tokenizer gives every conversation the ids that this model's gives."""
         if other is None or other is self.tokenizer:
             return other is not None
         if self._compared is None or self._compared[0] is not other:
@@ -172,7 +174,7 @@ class RewardModel:
             self._compared = other, same and chat.template_hash(other) == chat.template_hash(self.tokenizer)
         return self._compared[1]
 
-    def _fitting(self, sequences: list[list[int]]) -> list[list[int]]:
+    def fitting(self, sequences: list[list[int]]) -> list[list[int]]:
         """Shorten the sequences to the positions that an encoder has; InputError where another model has too few."""
         longest = max(map(len, sequences), default=0)
         if self._positions is not None:
@@ -187,6 +189,12 @@ class RewardModel:
         return [encoders.shortened(ids, self._limit) for ids in sequences]
 
 
+def place(model: nn.Module, device: torch.device | str | None) -> None:
+    """Move a model to a device; by default the accelerator, where there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    nn.Module.to(model, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
+
+
 def rows_of(columns: Mapping[str, object], count: int) -> list[dict[str, object]]:
     """Return, for each of `count` responses, the columns that its chat template reads."""
     names = [name for name in ("tools", "chat_template_kwargs") if isinstance(columns.get(name), list | tuple)]
@@ -194,7 +202,9 @@ def rows_of(columns: Mapping[str, object], count: int) -> list[dict[str, object]
 
 
 def _check_stage(folder: Path) -> None:
-    """Raise InputError for a folder whose manifest names another stage."""
+    """Raise InputError for a process model's folder, or one whose manifest names another stage."""
+    if (folder / PROCESS_FILE).is_file():
+        raise InputError(f"{folder}: holds a process model; load it by reward_models.ProcessModel.load")
     if (folder / "manifest.json").is_file():
         stage = stages.Manifest.read(folder).stage
         if stage not in STAGES:

@@ -7,6 +7,7 @@ each once, and learns from all their pairs (InstructGPT, section 3.5).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from reward_models import losses
+from reward_models import encoding, losses
 from reward_models.best import Best, KeepBest
 from reward_models.config import RewardConfig, trl_arguments
-from reward_models.encoding import RankingBatch, RankingCollator, encode_rankings, rankings_of
+from reward_models.encoding import RankingBatch
 from reward_models.model import prepare_model
 from reward_models.normalizing import sampled_responses, shared_scores
 from reward_models.preflight import check_reward_model
@@ -35,9 +36,9 @@ from rlhf.models import encoders
 from rlhf.models.adapters import drop_input_hooks
 from rlhf.models.loading import tokenizer_of
 from rlhf.models.positions import positions_of
-from rlhf.models.scalar import ScoreNormalizer, score_head
+from rlhf.models.scalar import ScoreNormalizer, last_token_scores, score_head
 from rlhf.padding import position_ids
-from rlhf.rows.records import HELD_OUT, Ranking, check_disjoint, read_demonstrations, read_rankings
+from rlhf.rows.records import HELD_OUT, check_disjoint, read_demonstrations, read_rankings
 from rlhf.rows.sources import Source
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
@@ -70,12 +71,14 @@ class RewardTrainer(trl.RewardTrainer):
 
     `evaluate()` counts every pair once, over all batches and processes. With `args.keep_best` training ends with the
     weights of the lowest held-out loss (`best` holds their step). After training, the mean and standard deviation of
-    the scores of `args.normalizer_samples` responses become `normalizer`, which `save_model` writes beside the model:
-    reference responses then score 0 on average (InstructGPT, section 3.5) with unit variance (Ziegler et al. 2019), and
-    a KL coefficient means the same with every reward model.
+    the scores of `args.normalizer_samples` responses become `normalizer` (InstructGPT, section 3.5; Ziegler et al.
+    2019), which `save_model` writes beside the model: a KL coefficient then means the same with every reward model.
     """
 
     loss_is_scaled_for_ga = True  # we divide by the prompts of the whole optimizer step ourselves
+    CONFIG: type[RewardConfig] = RewardConfig
+    ENCODED = "chosen_ids"  # a column by which an encoded dataset is known
+    SHOWN: tuple[str, ...] = ("loss", "accuracy", "margin", "eval_accuracy")
 
     def __init__(
         self,
@@ -89,43 +92,45 @@ class RewardTrainer(trl.RewardTrainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        config = args if args is not None else RewardConfig()
-        if not isinstance(config, RewardConfig):
-            raise TypeError(f"args: expected a reward_models.RewardConfig, got a {type(config).__module__} one")
+        config = args if args is not None else self.CONFIG()
+        if not isinstance(config, self.CONFIG):
+            raise TypeError(f"args: expected reward_models.{self.CONFIG.__name__}, got a {type(config).__module__} one")
         tokenizer = chat.set_template_kwargs(tokenizer_of(model, processing_class), config.chat_template_kwargs)
-        train = read_rankings(train_dataset, on_bad_row=(bad := config.on_bad_row))
-        held_out = None if eval_dataset is None else read_rankings(eval_dataset, HELD_OUT, bad)
+        self.config, self._tokenizer = config, tokenizer
+        train = self.read(train_dataset, "train")
+        held_out = None if eval_dataset is None else self.read(eval_dataset, HELD_OUT)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
         given = by_main(lambda: of_run(tokenizer, train, model=model))
         reward_model = prepare_model(model, tokenizer, config, peft_config)
-        config = with_learning_rate(config, adapter=isinstance(reward_model, PeftModel))
-        limit = encoders.position_limit(reward_model) if encoders.is_encoder(reward_model.config) else None
+        self._of_encoder = encoders.is_encoder(reward_model.config)
+        rate = config.full_learning_rate(self._of_encoder)
+        self.config = config = with_learning_rate(config, isinstance(reward_model, PeftModel), rate)
+        limit = encoders.position_limit(reward_model) if self._of_encoder else None
         self._max_length = min(config.max_length, limit or config.max_length)
         self._positions = positions_of(reward_model)
-        self.config, self._tokenizer = config, tokenizer
-        held_out = None if held_out is None else self._encoded(_sample(held_out, config), "eval_dataset")
-        encoded = self._encoded(train, "train_dataset")
+        held_out = None if held_out is None else self.encoded(encoding.sample(held_out, config), "eval_dataset")
+        encoded = self.encoded(train, "train_dataset")
         if config.keep_best and held_out is None:
             raise InputError("keep_best needs held-out losses to choose by: give an eval_dataset")
-        if config.label_smoothing and any(encoded["margin"]):
-            raise InputError(f"label_smoothing={config.label_smoothing}: not with a `margin` column")
         log_choice(config.bf16)
         self.normalizer = ScoreNormalizer()
         self.best: Best | None = None  # set by `keep_best`
         self._normalized_on = None if normalizer_dataset is None else read_demonstrations(normalizer_dataset)
-        self._seen: list[Tensor] = []  # outcomes, margins and pairs of the micro-batches since the last log
+        self._seen: list[Tensor] = []  # `sums` of the micro-batches since the last log
+        reward_model.config.num_labels = 1  # trl takes no other
         super().__init__(
             model=reward_model,
             args=trl_arguments(config, evaluate=held_out is not None),
-            data_collator=cast(Any, RankingCollator(chat.pad_id(tokenizer))),
+            data_collator=cast(Any, self.collator()),
             train_dataset=encoded,
             eval_dataset=held_out,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        attach(self, "reward model", ("loss", "accuracy", "margin", "eval_accuracy"), config.output_dir)
-        settings = {**resume_settings(config, RewardConfig), **given}
+        reward_model.config.num_labels = config.labels
+        attach(self, "reward model", self.SHOWN, config.output_dir)
+        settings = {**resume_settings(config, self.CONFIG), **given}
         self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)
         self._keeper = KeepBest(config.output_dir)
         if config.keep_best:
@@ -133,22 +138,34 @@ class RewardTrainer(trl.RewardTrainer):
                 raise InputError("keep_best: not where FSDP2 shards the model; turn it off")
             self.add_callback(self._keeper)
 
-    def _encoded(self, rankings: list[Ranking], name: str) -> Dataset:
+    def read(self, source: Source, split: str) -> list[Any]:
+        """Read the records to train or evaluate on."""
+        return read_rankings(source, split, self.config.on_bad_row)
+
+    def encoded(self, records: list[Any], name: str) -> Dataset:
+        """Encode records as rows for the collator. name: "train_dataset" or "eval_dataset"."""
         settings = (self.config.labeler_weights, self.config.on_bad_row, self._positions)
-        return encode_rankings(self._tokenizer, rankings, self._max_length, name, *settings)
+        data = encoding.encode_rankings(self._tokenizer, records, self._max_length, name, *settings)
+        if self.config.label_smoothing and name == "train_dataset" and any(data["margin"]):
+            raise InputError(f"label_smoothing={self.config.label_smoothing}: not with a `margin` column")
+        return data
+
+    def collator(self) -> Callable[[Any], Any]:
+        """Return what makes a batch of encoded rows."""
+        return encoding.RankingCollator(chat.pad_id(self._tokenizer))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
-        """Return one optimizer step's micro-batches and the number of prompts in them over all processes."""
+        """Return one optimizer step's micro-batches and the number that its loss divides by, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum(len(batch["row"]) for batch in batches)
-        if batches:
-            last = batches[-1]
-            real = distributed.real_rows(self.accelerator, len(last["row"]))
-            # Equal ranks: a prompt that is repeated to fill the batch has no pair.
-            last["ranks"] = torch.where(last["prompts"] < real, last["ranks"], 0.0)
-            count -= len(last["row"]) - real
-        prompts = torch.tensor(float(count), device=device)
-        return batches, self.accelerator.reduce(prompts, reduction="sum")
+        sizes = [len(batch["row"]) for batch in batches]
+        sizes[-1:] = [distributed.real_rows(self.accelerator, size) for size in sizes[-1:]]
+        count = sum(self.count(batch, real) for batch, real in zip(batches, sizes, strict=True))
+        return batches, self.accelerator.reduce(torch.tensor(float(count), device=device), reduction="sum")
+
+    def count(self, batch: Any, real: int) -> int:
+        """Take what repeats rows, behind the first `real`, out of the loss; return the number to divide the rest by."""
+        batch["ranks"] = torch.where(batch["prompts"] < real, batch["ranks"], 0.0)  # equal ranks: no pair
+        return real
 
     def compute_loss(  # type: ignore[override]  # `inputs` are what our collator makes
         self,
@@ -166,19 +183,17 @@ class RewardTrainer(trl.RewardTrainer):
         if model.training:
             if not bool(loss.isfinite()):
                 raise RunStopped(self._broken(scores, inputs, loss.item()))
-            outcomes, margins = _compared(scores.detach(), inputs)
-            self._seen.append(torch.stack([outcomes.sum(), margins.sum(), outcomes.new_tensor(len(outcomes))]))
+            self._seen.append(self.sums(scores.detach(), inputs))
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def _broken(self, scores: Float[Tensor, " n"], inputs: RankingBatch, loss: float) -> str:
-        """Write the error, one line, for a loss that is NaN or infinite: it names the response whose score caused
-        it."""
-        bad = (~scores.isfinite()).nonzero().flatten().tolist()
+        """Write the error, one line, for a loss that is NaN or infinite, with the text whose score caused it."""
+        bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
         where = "though every score is finite"
         if bad:
-            ids = inputs["input_ids"][bad[0]][inputs["attention_mask"][bad[0]].bool()]
+            ids = encoding.tokens_read(inputs, bad[0])
             text = short(str(self._tokenizer.decode(ids, skip_special_tokens=True)), 80)
-            where = f"since the score is {scores[bad[0]].item()} at the last token (number {len(ids)}) of {text!r}"
+            where = f"since the score is {scores[bad[0]].tolist()} at the last token (number {len(ids)}) of {text!r}"
         return (
             f"step {self.state.global_step + 1}: loss is {loss} {where}; lower learning_rate, or look at that "
             "response. No step was taken on it; the last checkpoint is good"
@@ -187,20 +202,26 @@ class RewardTrainer(trl.RewardTrainer):
     def scores(self, model: nn.Module, inputs: RankingBatch) -> Float[Tensor, " n"]:
         """Return raw scores [n] of a batch's responses, in float32, read at each one's last real position.
 
-        The model is called through accelerate's wrapper (DDP, FSDP, autocast). A hook takes the head's outputs at every
-        position, since the model's own pooling would search for a pad id.
-        """
-        mask, own = inputs["attention_mask"], cast(PreTrainedModel, self.model)
-        if encoders.is_encoder(own.config):
+        The model is called through accelerate's wrapper (DDP, FSDP, autocast)."""
+        mask = inputs["attention_mask"]
+        if self._of_encoder:
             return encoders.encoder_scores(model, inputs["input_ids"], mask)
-        caught: list[Tensor] = []
-        hook = score_head(own).register_forward_hook(lambda head, args, output: caught.append(output))
+        last = mask.sum(-1, keepdim=True) - 1  # padded on the right
+        return self.head_outputs(model, inputs).squeeze(-1).float().gather(1, last).squeeze(1)
+
+    def head_outputs(self, model: nn.Module, inputs: Any) -> Float[Tensor, "n T labels"]:
+        """Return a decoder's head at every position, by a hook: the model's own pooling would search for a pad id."""
+        mask, caught = inputs["attention_mask"], list[Tensor]()
+        hook = score_head(cast(nn.Module, self.model)).register_forward_hook(lambda head, args, out: caught.append(out))
         try:
             model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
         finally:
             hook.remove()
-        last = mask.sum(-1, keepdim=True) - 1  # padded on the right
-        return caught[0].squeeze(-1).float().gather(1, last).squeeze(1)
+        return caught[0]
+
+    def plain_scores(self, model: Any, inputs: Any) -> Tensor:
+        """Return the same scores as `RewardModel` computes them."""
+        return last_token_scores(model, inputs["input_ids"], inputs["attention_mask"])
 
     def loss(
         self, scores: Float[Tensor, " n"], inputs: RankingBatch, count: Tensor | float | None = None
@@ -250,46 +271,52 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> dict[str, float]:
         """Return `eval_loss` (mean over prompts), `eval_accuracy` and `eval_margin` (means over all pairs),
         `eval_pairs` and `eval_prompts`, on the trainer's eval_dataset or on any source that `read_rankings` reads."""
-        encoded = isinstance(eval_dataset, Dataset) and "chosen_ids" in eval_dataset.column_names
+        encoded = isinstance(eval_dataset, Dataset) and self.ENCODED in eval_dataset.column_names
         if eval_dataset is not None and not encoded:
-            rankings = read_rankings(eval_dataset, HELD_OUT, self.config.on_bad_row)
-            eval_dataset = self._encoded(_sample(rankings, self.config), "eval_dataset")
+            eval_dataset = self.encoded(encoding.sample(self.read(eval_dataset, HELD_OUT), self.config), "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Evaluate every prompt exactly once, though distributed samplers repeat rows to fill their last batches."""
+        """Evaluate every row exactly once, though distributed samplers repeat rows to fill their last batches."""
         model = self.model_wrapped
         model.eval()
         mine: list[tuple[int, list[float]]] = []
         for batch in dataloader:
             scores = self.scores(model, batch)
-            for own, ranking in rankings_of(batch):
-                outcomes, margins = _compared(scores[own], ranking)
-                sums = [self.loss(scores[own], ranking), outcomes.sum(), margins.sum()]
-                mine.append((int(ranking["row"]), [*torch.stack(sums).tolist(), len(outcomes)]))
+            for own, row in encoding.rows_of(batch):
+                sums = self.sums(scores[own], row)
+                mine.append((int(row["row"]), [self.loss(scores[own], row).item(), *sums.tolist()]))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        prompts = dict(gather_object(mine))
-        loss, right, margin, pairs = np.sum(list(prompts.values()), axis=0).tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss": loss / len(prompts),
-            f"{metric_key_prefix}_accuracy": right / pairs,
-            f"{metric_key_prefix}_margin": margin / pairs,
-            f"{metric_key_prefix}_pairs": int(pairs),
-            f"{metric_key_prefix}_prompts": len(prompts),
-        }
-        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(prompts))
+        rows = dict(gather_object(mine))
+        loss, *totals = np.sum(list(rows.values()), axis=0).tolist()
+        found = self.evaluated(loss, totals, len(rows)).items()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found}
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def sums(self, scores: Float[Tensor, " n"], inputs: Any) -> Tensor:
+        """Return what a batch adds to the logged means: pairs right (equal scores count half), margins, pairs."""
+        outcomes, margins = encoding.compared(scores, inputs)
+        return torch.stack([outcomes.sum(), margins.sum(), outcomes.new_tensor(len(outcomes))])
+
+    def means(self, totals: Sequence[float]) -> dict[str, float]:
+        """Return the metrics that `sums` over several batches come to."""
+        right, margin, pairs = totals
+        return {"accuracy": right / pairs, "margin": margin / pairs}
+
+    def evaluated(self, loss: float, totals: Sequence[float], rows: int) -> dict[str, float]:
+        """Return the metrics of an evaluation. loss: the sum of the rows' own."""
+        return {"loss": loss / rows, **self.means(totals), "pairs": int(totals[-1]), "prompts": rows}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, adding `accuracy` and `margin` over every pair trained on since the last log."""
+        """Log, adding `means` over all that was trained on since the last log."""
         if "loss" in logs and self._seen:
-            right, margin, pairs = self.accelerator.reduce(torch.stack(self._seen).sum(0), "sum").tolist()
-            logs |= {"accuracy": right / pairs, "margin": margin / pairs}
+            logs |= self.means(self.accelerator.reduce(torch.stack(self._seen).sum(0), "sum").tolist())
             self._seen.clear()
         if self.state.epoch is not None:  # in optimizer steps; transformers counts micro-batches, of uneven size
-            steps = math.ceil(len(cast(Dataset, self.train_dataset)) / self.config.prompts_per_batch)
+            steps = math.ceil(len(cast(Dataset, self.train_dataset)) / self.config.rows_per_batch)
             self.state.epoch = self.state.global_step / steps
         super().log(logs, start_time)
 
@@ -321,18 +348,3 @@ class RewardTrainer(trl.RewardTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: trl's card would describe trl's loss."""
-
-
-def _compared(scores: Float[Tensor, " n"], inputs: RankingBatch) -> tuple[Tensor, Tensor]:
-    """Return, per pair, 1, 0.5 or 0 (right, equal, wrong) and the better response's score minus the worse one's."""
-    better, worse = losses.ranked_pairs(inputs["ranks"], inputs["prompts"], inputs["texts"])
-    outcomes = losses.pair_outcomes(scores, inputs["ranks"], inputs["prompts"], inputs["texts"])
-    return outcomes, scores[better] - scores[worse]
-
-
-def _sample(rankings: list[Ranking], config: RewardConfig) -> list[Ranking]:
-    """Return at most `max_eval_prompts` rankings, drawn with the seed, in their order."""
-    if not 0 < config.max_eval_prompts < len(rankings):
-        return rankings
-    order = np.random.default_rng(config.seed).permutation(len(rankings))
-    return [rankings[i] for i in sorted(order[: config.max_eval_prompts])]

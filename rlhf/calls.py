@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from inspect import Parameter
 from typing import Any
 
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 
 TRAINERS = (
     "prompts", "completions", "raw_completions", "completion_ids", "processing_class", "trainer_state", "log_metric",
-    "log_extra",
+    "log_extra", "give_step_scores",
 )  # fmt: skip
 """Arguments that come from a trainer; all others are columns of the data."""
 
@@ -27,7 +28,9 @@ def _log_nothing(*args: object, **kwargs: object) -> None:
     """Take a log call where nothing is logged."""
 
 
-_DEFAULTS = {"trainer_state": None, "log_metric": _log_nothing, "log_extra": _log_nothing}
+_DEFAULTS = {
+    "trainer_state": None, "log_metric": _log_nothing, "log_extra": _log_nothing, "give_step_scores": _log_nothing,
+}  # fmt: skip
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -103,3 +106,51 @@ def _parameters(function: Any) -> tuple[dict[str, Parameter], bool]:
 
 def _required(named: Mapping[str, Parameter]) -> Iterable[str]:
     return [name for name, parameter in named.items() if parameter.default is Parameter.empty]
+
+
+class Logged:
+    """What one function logs and gives beside its scores: numbers are passed on at once, columns and step scores when
+    it is done. Calls that come late, after the time-out, are ignored."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Mapping[str, Any]):
+        self._name = function_name(function)
+        self._metric, self._extra = arguments.get("log_metric"), arguments.get("log_extra")
+        self._give: Callable[..., None] | None = arguments.get("give_step_scores")
+        self._steps: Sequence[Sequence[float]] | None = None
+        self._columns: dict[str, list[object]] = {}
+        self._late = threading.Event()
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the function gets in place of the trainer's own functions."""
+        given = {"log_metric": self._metric and self.metric, "log_extra": self._extra and self.extra}
+        given["give_step_scores"] = self._give and self.steps
+        return {name: log for name, log in given.items() if log is not None}
+
+    def metric(self, name: str, value: Any) -> None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):  # torch raises the last for a tensor of several numbers
+            raise InputError(f"{self._name}: log_metric({name!r}) got {short(repr(value))}; log one number") from None
+        if self._metric is not None and not self._late.is_set():
+            self._metric(name, number)
+
+    def extra(self, column: str, values: Iterable[object]) -> None:
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise InputError(f"{self._name}: log_extra({column!r}) got {short(repr(values))}; log a list")
+        self._columns.setdefault(column, []).extend(values)
+
+    def steps(self, values: Sequence[Sequence[float]]) -> None:
+        self._steps = values
+
+    def close(self, count: int | None) -> None:
+        """Pass columns and step scores on, with values for all `count` responses; with None, drop them and what
+        follows."""
+        for column, values in self._columns.items() if count is not None else ():
+            if len(values) != count:
+                seen = f"{self._name}: log_extra({column!r}) got {len(values)} values for {count} responses"
+                raise InputError(f"{seen}; log one value per response, None where there is none")
+            if self._extra is not None:
+                self._extra(column, values)
+        if count is not None and self._give is not None and self._steps is not None:
+            self._give(self._steps)
+        self._late.set()

@@ -45,6 +45,7 @@ _PPO = (
         "writes text that the reward model cannot judge, raise kl_coef or stop earlier",
     ),
     Metric("objective", "score", "score (after normalisation and the missing-stop rule) minus kl_coef * kl_nats"),
+    Metric("step_score", "score", "mean over responses of the summed step scores, times step_score_coef"),
     Metric(
         "entropy_nats", "nats per token", "mean entropy of the next-token distribution", 0.05, None,
         "the policy has almost stopped exploring: raise kl_coef, lower learning_rate or inner_epochs",
@@ -155,6 +156,8 @@ _SUPERVISED = (
     ),
     Metric("margin", "score", "mean score difference of better and worse response"),
     Metric("eval_margin", "score", "the same on held-out pairs"),
+    Metric("step_accuracy", "share of steps", "labelled steps (process reward model) that the model gets right"),
+    Metric("eval_step_accuracy", "share of steps", "the same on held-out solutions"),
     Metric("epoch", "epochs", "passes over the training data so far"),
     Metric("num_tokens", "tokens", "tokens trained on so far"),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf.calls import TRAINERS, call, check_arguments, function_name
+from rlhf.calls import TRAINERS, Logged, call, check_arguments, function_name
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.rows.records import Prompt
 
@@ -94,6 +95,7 @@ def score_responses(
     answers: Sequence[Mapping[str, Any]] | None = None,
     timeout_seconds: float | None = None,
     failures: list[str] | None = None,
+    step_scores: Float[Tensor, "N T"] | None = None,
     **extra: Any,
 ) -> tuple[Float[Tensor, "N"], dict[str, Float[Tensor, "N"]]]:
     """Return the weighted sum of the functions' scores and, with several functions, the scores of each by name.
@@ -111,6 +113,10 @@ def score_responses(
     or a time-out. With a list, a line per failed function is appended to it, and the sum and every function's own score
     of a failed response are NaN. A wrong number of scores or of values to log, and an InputError that a function
     raises, always raise InputError.
+
+    step_scores: zeros, a number per response token, to which the step scores that functions give are added, each times
+    its function's weight. A function gives them by calling its argument ``give_step_scores`` with a list per response,
+    a number per token in it. Raises InputError where none of them does. With None no function is asked for any.
     """
     parsed = answers or [{"role": "assistant", "content": text} for text in texts]
     inputs = {
@@ -122,7 +128,10 @@ def score_responses(
     named = {name: [p.columns.get(name) for p in prompts] for name in {*columns, *columns_of(prompts)}}
     table = torch.full((len(prompts), len(functions)), math.nan)
     dropped = torch.zeros(len(prompts), dtype=torch.bool)
+    given: list[str] = []  # names of the functions that gave step scores
     for j, function in enumerate(functions):
+        if step_scores is not None:
+            extra["give_step_scores"] = partial(_add_steps, step_scores, response_ids, weights[j], function, given)
         returned = _answers(function, {**named, **extra, **inputs}, len(prompts), timeout_seconds)
         table[:, j], failed = _numbers(returned)
         if failed:
@@ -140,10 +149,34 @@ def score_responses(
             raise InputError(f"{unscored}, as for {share}; on_score_failure: drop leaves such responses out")
         failures.append(f"{unscored} ({share})")
         dropped |= empty
+    if step_scores is not None and not given and not bool(dropped.any()):
+        names = ", ".join(map(function_name, functions))
+        raise InputError(f"step_score_coef: none of {names} gives step scores; use a process model, or set it to 0")
     table[dropped] = math.nan
     total = (table * torch.tensor(list(weights))).nansum(-1).masked_fill(dropped, math.nan)
     many = len(functions) > 1
     return total, {name: table[:, j] for j, name in enumerate(column_names(functions)) if many}
+
+
+def _add_steps(
+    to: Tensor, ids: Sequence[list[int]], weight: float, function: RewardFunction, given: list[str],
+    values: Sequence[Sequence[float]],
+) -> None:  # fmt: skip
+    """Add a function's step scores to those of others, in place; `given` gets its name."""
+    name = function_name(function)
+    if len(values) != len(ids):
+        raise InputError(f"{name} gave step scores of {len(values)} responses, asked for {len(ids)}")
+    for row, (own, tokens) in enumerate(zip(values, ids, strict=True)):
+        if len(own) != len(tokens):
+            raise InputError(f"{name} gave {len(own)} step scores for the {len(tokens)} tokens of response {row}")
+        try:
+            scores = torch.tensor(list(own), dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):  # None, text
+            scores = torch.tensor([math.nan])
+        if not bool(scores.isfinite().all()):
+            raise InputError(f"{name} gave a step score for response {row} that is no finite number")
+        to[row, : len(own)] += weight * scores
+    given.append(name)
 
 
 def require_some(scored: float, failures: Sequence[str]) -> None:
@@ -164,52 +197,13 @@ class _TimedOut(Exception):
     pass
 
 
-class _Log:
-    """One function's log calls: numbers are passed on at once, columns when it is done. Calls that come late, after the
-    time-out, are ignored."""
-
-    def __init__(self, function: RewardFunction, arguments: Mapping[str, Any]):
-        self._name = function_name(function)
-        self._metric, self._extra = arguments.get("log_metric"), arguments.get("log_extra")
-        self._columns: dict[str, list[object]] = {}
-        self._late = threading.Event()
-
-    def arguments(self) -> dict[str, Any]:
-        """Return what the function gets in place of the trainer's own log functions."""
-        given = {"log_metric": self._metric and self.metric, "log_extra": self._extra and self.extra}
-        return {name: log for name, log in given.items() if log is not None}
-
-    def metric(self, name: str, value: Any) -> None:
-        try:
-            number = float(value)
-        except (TypeError, ValueError, RuntimeError):  # torch raises the last for a tensor of several numbers
-            raise InputError(f"{self._name}: log_metric({name!r}) got {short(repr(value))}; log one number") from None
-        if self._metric is not None and not self._late.is_set():
-            self._metric(name, number)
-
-    def extra(self, column: str, values: Iterable[object]) -> None:
-        if isinstance(values, str) or not isinstance(values, Iterable):
-            raise InputError(f"{self._name}: log_extra({column!r}) got {short(repr(values))}; log a list")
-        self._columns.setdefault(column, []).extend(values)
-
-    def close(self, count: int | None) -> None:
-        """Pass the columns on, each with a value for all `count` responses; with None, drop them and what follows."""
-        for column, values in self._columns.items() if count is not None else ():
-            if len(values) != count:
-                seen = f"{self._name}: log_extra({column!r}) got {len(values)} values for {count} responses"
-                raise InputError(f"{seen}; log one value per response, None where there is none")
-            if self._extra is not None:
-                self._extra(column, values)
-        self._late.set()
-
-
 def _answers(function: RewardFunction, arguments: dict[str, Any], count: int, seconds: float | None) -> list[object]:
     """Call a function; return its answers to `count` responses, or `count` times the exception that it raised.
 
     With a time-out the function runs in a thread of its own. Python cannot stop a thread: a late one goes on until the
     process ends, and its log calls are ignored.
     """
-    logged = _Log(function, arguments)
+    logged = Logged(function, arguments)
 
     def answer() -> list[object]:
         result: Any = call(function, arguments | logged.arguments())

@@ -31,13 +31,16 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sft.trainer import SFTTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
-SPLIT = {"ppo": "tokens_per_microbatch", "sft": "microbatch_size", "reward_model": "microbatch_size"}
+SPLIT = {
+    "ppo": "tokens_per_microbatch", "sft": "microbatch_size", "reward_model": "microbatch_size",
+    "process_reward": "microbatch_size",
+}  # fmt: skip
 LAUNCHERS = ("torchrun", "accelerate")
 LONG = pytest.mark.long
 EVERY = [
     ("ppo", "full", ()), ("ppo", "lora", LONG), ("ppo", "lora shared_trunk", ()), ("ppo", "full shared_trunk", LONG),
     ("ppo", "lora separate", LONG), ("reward_model", "full", ()), ("reward_model", "lora", LONG), ("sft", "lora", ()),
-    ("sft", "full", LONG),
+    ("sft", "full", LONG), ("process_reward", "full", LONG), ("process_reward", "lora", LONG),
 ]  # fmt: skip
 every_stage_and_kind = pytest.mark.parametrize(
     ("stage", "kind"), [pytest.param(stage, kind, marks=marks) for stage, kind, marks in EVERY]
@@ -232,7 +235,8 @@ def test_order_of_rows(runs, stage, kind):
     if stage == "ppo":
         step, other = {"minibatch_size": 8}, {"trainer_class": Backwards, "tokens_per_microbatch": 60}
     else:
-        size = {"sft": "batch_size", "reward_model": "prompts_per_batch"}[stage]
+        sizes = {"sft": "batch_size", "reward_model": "prompts_per_batch", "process_reward": "solutions_per_batch"}
+        size = sizes[stage]
         step, other = {size: 12, "microbatch_size": 12}, {"order": -1, "microbatch_size": 3}
         step |= {"normalizer_samples": 1000} if stage == "reward_model" else {}
     plain, reordered = runs.run(stage, kind, **step), runs.run(stage, kind, **(step | other))

@@ -23,11 +23,11 @@ def limits(rows: Sequence[Numbers]) -> tuple[float, float]:
     return max(-1.0, min(40.0, low - 3)), min(101.0, max(80.0, high + 3))
 
 
-def forest(rows: Sequence[Numbers], ends: tuple[float, float], first: int = 0) -> str:
+def forest(rows: Sequence[Numbers], ends: tuple[float, float], first: int = 0, of: str = "pairs") -> str:
     """Draw accuracies with their intervals, one row each under its name, in per cent from `ends[0]` to `ends[1]`.
 
     The first `first` rows are in the model's colour (0: all rows); a group's length rule, where it is there, is a
-    diamond. Dashes stand at 50%.
+    diamond. Dashes stand at 50%. of: what is counted.
     """
     ruled = not first and all("length_baseline" in row for row in rows)
 
@@ -49,7 +49,7 @@ def forest(rows: Sequence[Numbers], ends: tuple[float, float], first: int = 0) -
         axes.set_yticks([])
         axes.set_ylim(len(rows) - 0.6, -0.85)
         axes.set_xlim(*ends)
-        axes.set_xlabel("% of pairs right, 95% interval")
+        axes.set_xlabel(f"% of {of} right, 95% interval")
         axes.spines["left"].set_visible(False)
         if ruled:
             legend(axes)
@@ -75,6 +75,23 @@ def reliability(raw: Numbers, calibrated: Numbers | None) -> str:
         axes.set_xlabel("confidence of the model (%)")
         axes.set_ylabel("pairs right (%)")
         legend(axes, columns=3)
+
+    return svg(draw, WIDE, 3.6)
+
+
+def step_reliability(curve: Sequence[Numbers]) -> str:
+    """Draw the share of right steps against the probability given to them, by bins; a point's area shows its steps."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle="--", alpha=0.6, label="perfect")
+        x, y = ([100 * row[name] for row in curve] for name in ("confidence", "accuracy"))
+        axes.plot(x, y, color=MODEL, linewidth=1.4, label="the model")
+        most = max(row["n"] for row in curve)
+        axes.scatter(x, y, s=[6 + 90 * row["n"] / most for row in curve], color=MODEL, alpha=0.75)
+        axes.set_xlim(-1, 101)
+        axes.set_xlabel("probability that the step is right (%)")
+        axes.set_ylabel("steps right (%)")
+        legend(axes)
 
     return svg(draw, WIDE, 3.6)
 

@@ -100,8 +100,10 @@ def new_scalar_model(
     seed: int,
     dtype: torch.dtype | None = None,
     lora: LoraConfig | None = None,
+    labels: int = 1,
 ) -> PreTrainedModel | PeftModel:
-    """Make a reward model to train from an SFT model or an encoder: its backbone with a new scalar head.
+    """Make a reward model to train from an SFT model or an encoder: its backbone with a new scalar head (or, of a
+    process model, one of several `labels`).
 
     The head's weight is drawn from N(0, 1/sqrt(d + 1)) (Stiennon et al. 2020; 2403.17031, detail 14). It has no bias,
     since the Bradley-Terry loss depends only on differences and the normaliser shifts the scores. An adapter folder is
@@ -116,14 +118,14 @@ def new_scalar_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # for the layers of an encoder's head before the last one, which is drawn below
         if isinstance(model, nn.Module):
-            scalar = _with_scalar_head(model)
+            scalar = _with_scalar_head(model, labels)
         elif adapter:
             _provide_scalar_class(config_of(base_of(adapter)))
-            scalar = load_base(AutoModelForSequenceClassification, adapter, dtype, new_modules, num_labels=1)
+            scalar = load_base(AutoModelForSequenceClassification, adapter, dtype, new_modules, num_labels=labels)
             fit_embeddings(scalar, max(len(load_tokenizer(adapter)), saved_rows(adapter, scalar)))
         else:
             _provide_scalar_class(config_of(model))
-            scalar = from_pretrained(AutoModelForSequenceClassification, model, dtype, new_modules, num_labels=1)
+            scalar = from_pretrained(AutoModelForSequenceClassification, model, dtype, new_modules, num_labels=labels)
     encoders.draw_head(_last_linear(scalar), seed)
     if adapter and held:
         continued = _continued(scalar, held, adapter, seed)
@@ -164,9 +166,11 @@ def _continued(scalar: PreTrainedModel, held: LoraConfig, adapter: str | Path, s
 
 
 def load_scalar_model(
-    path: str | Path, dtype: torch.dtype | None = None
+    path: str | Path, dtype: torch.dtype | None = None, labels: int = 1
 ) -> tuple[PreTrainedModel | PeftModel, ScoreNormalizer]:
-    """Load a trained reward model and its normaliser from a full folder, an adapter folder or a hub id."""
+    """Load a trained reward model and its normaliser from a full folder, an adapter folder or a hub id.
+
+    labels: numbers that its head gives; of a reward model one."""
     check_folder(path)
     if is_adapter(path):
         adapter = read_adapter(path)
@@ -174,7 +178,7 @@ def load_scalar_model(
             raise InputError(f"{path}: an adapter for {adapter.task_type}, not a reward model (SEQ_CLS)")
         _provide_scalar_class(config_of(base_of(path)))
         held = {*(adapter.modules_to_save or []), "score", "classifier"}  # peft itself adds the last two
-        base = load_base(AutoModelForSequenceClassification, path, dtype, lambda model: held, num_labels=1)
+        base = load_base(AutoModelForSequenceClassification, path, dtype, lambda model: held, num_labels=labels)
         fit_embeddings(base, max(len(load_tokenizer(path)), saved_rows(path, base)))
         _head_in_float32(base)
         return load_adapter(base, path, trainable=False).eval(), ScoreNormalizer.load(path)
@@ -183,10 +187,11 @@ def load_scalar_model(
         raise InputError(
             f"{path}: holds {config.architectures}, no reward model; train one with recipes/reward_model.py"
         )
-    if config.num_labels != 1 and _says_labels(path):
-        raise InputError(f"{path}: num_labels={config.num_labels}; a reward model has one score")
+    if config.num_labels != labels and _says_labels(path):
+        wanted = "a reward model has one score" if labels == 1 else f"expected a head of {labels}"
+        raise InputError(f"{path}: num_labels={config.num_labels}; {wanted}")
     _provide_scalar_class(config)
-    model = from_pretrained(AutoModelForSequenceClassification, path, dtype, num_labels=1)
+    model = from_pretrained(AutoModelForSequenceClassification, path, dtype, num_labels=labels)
     return model.eval(), ScoreNormalizer.load(path)
 
 
@@ -216,12 +221,12 @@ def score_head(model: nn.Module) -> nn.Module:
     return list(encoders.head_modules(plain).values())[-1] if encoders.is_encoder(plain.config) else plain.score
 
 
-def is_scalar(model: nn.Module) -> bool:
-    """Return whether a model object already has a scalar head."""
+def is_scalar(model: nn.Module, labels: int = 1) -> bool:
+    """Return whether a model object already has a scalar head, or one of so many labels."""
     plain = base_model(model)
     if encoders.is_encoder(plain.config):
-        return "SequenceClassification" in type(plain).__name__ and bool(plain.config.num_labels == 1)
-    return hasattr(plain, "score")
+        return "SequenceClassification" in type(plain).__name__ and bool(plain.config.num_labels == labels)
+    return hasattr(plain, "score") and bool(plain.config.num_labels == labels)
 
 
 def freeze_bias(model: nn.Module) -> None:
@@ -255,11 +260,11 @@ def last_token_scores(
     return head(states.to(cast(Tensor, head.weight).dtype)).squeeze(-1).float()
 
 
-def _with_scalar_head(model: PreTrainedModel) -> PreTrainedModel:
-    if is_scalar(model):
+def _with_scalar_head(model: PreTrainedModel, labels: int) -> PreTrainedModel:
+    if is_scalar(model, labels):
         return model
     config = copy.deepcopy(model.config)
-    config.num_labels = 1
+    config.num_labels = labels
     _provide_scalar_class(config)
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
     # not strict for an encoder: a masked language model may have no pooler, which is drawn

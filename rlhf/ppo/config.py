@@ -125,6 +125,9 @@ class PPOConfig:
     """Scale rewards to unit variance over the rollout, mean kept (2403.17031, detail 18)."""
     reward_weights: list[float] | None = field(default=None)
     """One weight per reward function; null: 1 for each."""
+    step_score_coef: float = 0.0
+    """Weight of step scores at the last token of each step, beside the score at the response's end, for a function that
+    gives them (a process reward model); 0: none are asked for."""
     on_score_failure: Literal["error", "drop"] = "error"
     """When a reward function fails on a response (an exception, a time-out, NaN): end the run, or leave the response
     out of the update and count it in dropped_responses. If all responses fail, the run ends."""
@@ -200,8 +203,9 @@ class PPOConfig:
         for name in ("learning_rate", "max_grad_norm", "clip_ratio", "clip_value", "adam_epsilon"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in (
-            "kl_coef", "value_loss_coef", "missing_eos_penalty", "lora_rank", "lora_alpha", "weight_decay",
-            "value_warmup_updates", "warmup_updates", "eval_steps", "save_steps", "save_rollouts", "samples_logged",
+            "kl_coef", "value_loss_coef", "missing_eos_penalty", "step_score_coef", "lora_rank", "lora_alpha",
+            "weight_decay", "value_warmup_updates", "warmup_updates", "eval_steps", "save_steps", "save_rollouts",
+            "samples_logged",
         ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _require(

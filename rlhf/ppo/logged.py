@@ -43,6 +43,10 @@ def rollout_metrics(
     per_token = accelerator.gather(accelerator.pad_across_processes(per_token, dim=1))
     values, returns, real = per_token.cpu().unbind(-1)
     correlation = torch.corrcoef(torch.stack([score, tokens]))[0, 1].nan_to_num(0.0)
+    steps = {}
+    if rollout.step_scores is not None:
+        summed = distributed.total(accelerator, rollout.step_scores[rollout.used].double().sum())
+        steps = {"step_score": summed / distributed.total(accelerator, used.sum())}
     means = {
         name: float(accelerator.gather(own.to(accelerator.device)).nanmean())
         for name, own in rollout.own_scores.items()
@@ -52,6 +56,7 @@ def rollout_metrics(
         "score_std": float(score.std(correction=0)),
         "kl_nats": float(kl_nats.mean()),
         "objective": float((processed - kl_coef * kl_nats).mean()),
+        **steps,
         "entropy_nats": float(entropy.mean()),
         "response_tokens": float(tokens.mean()),
         "eos_rate": float(stopped.mean()),

@@ -57,11 +57,21 @@ def kl_estimate(
 
 
 def token_rewards(
-    scores: Float[Tensor, "B"], kl: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], kl_coef: float
+    scores: Float[Tensor, "B"],
+    kl: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    kl_coef: float,
+    step_scores: Float[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """Compute ``reward[t] = -kl_coef * kl[t]``, plus the score at the last real token (InstructGPT, sec. 3.5 eq. 2)."""
+    """Compute ``reward[t] = -kl_coef * kl[t]``, plus the score at the last real token (InstructGPT, sec. 3.5 eq. 2).
+
+    step_scores: added where they stand, at the last token of each step and 0 elsewhere (Uesato et al. 2022, 2211.14275,
+    section 2.5; Lightman et al. 2023, 2305.20050).
+    """
     _check_mask(mask)
     rewards = torch.where(mask, -kl_coef * kl.float(), 0.0)
+    if step_scores is not None:
+        rewards = rewards + torch.where(mask, step_scores.float(), 0.0)
     last = mask.sum(-1, keepdim=True) - 1
     return rewards.scatter_add(-1, last, scores.float()[:, None])
 

@@ -86,6 +86,8 @@ class ScoredRollout(Rollout):
     """The raw scores normalised and clipped, after the missing-stop rule."""
     used: Bool[Tensor, "N"]
     """False where scoring failed: such a response is not trained on."""
+    step_scores: Float[Tensor, "N T"] | None = None
+    """The reward functions' step scores times step_score_coef, at the steps' last tokens; None where it is 0."""
 
     @property
     def trained_mask(self) -> Bool[Tensor, "N T"]:

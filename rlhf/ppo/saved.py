@@ -43,7 +43,7 @@ from rlhf.run.readable import BROKEN, first_sentence
 PER_RESPONSE = ("stopped", "raw_scores", "scores", "used")
 PER_TOKEN = (
     "mask", "logprobs", "reference_logprobs", "engine_logprobs", "entropy", "values", "rewards", "advantages",
-    "returns", "importance",
+    "returns", "importance", "step_scores",
 )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ FORWARD_ROWS = 16  # evaluation's responses in one forward
 
 def raw_scores(
     trainer: Trainer, prompts: list[Prompt], texts: list[str], ids: list[list[int]], prefix: str = ""
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted scores [N] and each function's own; NaN marks a failure when on_score_failure="drop".
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """Return the weighted scores [N], each function's own, and the step scores [N, T] times `step_score_coef` (None
+    where that is 0, or with a prefix); NaN marks a failure when on_score_failure="drop".
 
     prefix: put before the names that reward functions log; with one, their columns of samples are left out.
     A process without responses calls no reward function.
@@ -28,6 +29,8 @@ def raw_scores(
     args, loop = trainer.args, trainer.loop
     failures: list[str] | None = None if args.on_score_failure == "error" else []
     raw, by_function = torch.zeros(0), dict[str, Tensor]()
+    wanted = args.step_score_coef > 0 and not prefix
+    steps = torch.zeros(len(ids), max(map(len, ids), default=0)) if wanted else None
     if texts:
         raw, by_function = scores.score_responses(
             trainer.reward_funcs,
@@ -40,13 +43,14 @@ def raw_scores(
             processing_class=trainer.processing_class,
             timeout_seconds=args.score_timeout_seconds,
             failures=failures,
+            step_scores=steps,
             trainer_state=loop.state,
             log_metric=lambda name, value: loop.log_metric(prefix + name, value),
             log_extra=(lambda name, values: None) if prefix else loop.log_extra,
         )
     if failures is not None:
         scores.require_some(distributed.total(trainer.accelerator, (~raw.isnan()).sum()), failures)
-    return raw, by_function
+    return raw, by_function, None if steps is None else args.step_score_coef * steps
 
 
 def answers_of(trainer: Trainer, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -73,7 +77,7 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
         kl += float((outputs.logprobs - outputs.reference_logprobs).double().sum())
     responses, stopped = sampled.ids[: len(own)], sampled.stopped[: len(own)]
     texts = [chat.decode_response(trainer.processing_class, response, trainer.stop_ids) for response in responses]
-    raw, _ = raw_scores(trainer, [trainer.eval_prompts[i] for i in own], texts, responses, prefix="eval_")
+    raw, *_ = raw_scores(trainer, [trainer.eval_prompts[i] for i in own], texts, responses, prefix="eval_")
     scored = raw[~raw.isnan()].double()
     sums = {
         "eval_kl_nats": kl if own else 0.0,

@@ -187,7 +187,7 @@ class PPOTrainer:
         """Score each response: sum the weighted reward functions, normalise, clip, apply the missing-stop rule."""
         args = self.args
         with self.clock("score"):
-            raw, by_function = raw_scores(self, rollout.prompts, rollout.texts, rollout.response_ids)
+            raw, by_function, steps = raw_scores(self, rollout.prompts, rollout.texts, rollout.response_ids)
             processed = raw
             if args.normalize_scores:
                 gathered = self.accelerator.gather(raw.to(self.device)).cpu()
@@ -198,7 +198,8 @@ class PPOTrainer:
             processed = scores.apply_missing_eos(processed, rollout.stopped, args.missing_eos, args.missing_eos_penalty)
             used = ~raw.isnan()
             processed = torch.where(used, processed, 0.0)  # NaN would spread; rows that are not used are masked out
-        return rollout.grown(ScoredRollout, raw_scores=raw, own_scores=by_function, scores=processed, used=used)
+        columns = {"raw_scores": raw, "own_scores": by_function, "used": used, "step_scores": steps}
+        return rollout.grown(ScoredRollout, scores=processed, **columns)
 
     @torch.no_grad()
     def advantages(self, rollout: ScoredRollout) -> ReadyRollout:
@@ -208,7 +209,7 @@ class PPOTrainer:
         args, mask, trained = self.args, rollout.mask, rollout.trained_mask
         with self.clock("update"):
             kl = ppo_math.kl_estimate(rollout.logprobs, rollout.reference_logprobs, "k1")
-            rewards = ppo_math.token_rewards(rollout.scores, kl, mask, self.kl_coef)
+            rewards = ppo_math.token_rewards(rollout.scores, kl, mask, self.kl_coef, rollout.step_scores)
             if args.rescale_rewards:
                 moments = distributed.mean_and_variance(self.accelerator, rewards, trained)
                 rewards = ppo_math.rescale(rewards, mask, moments)
@@ -285,8 +286,6 @@ class PPOTrainer:
             self.kl_coef = ppo_math.adapt_kl_coef(self.kl_coef, kl, args.kl_target_nats, responses, args.kl_horizon)
         self.update_index += 1
         return metrics
-
-    # -- helpers of the stages -------------------------------------------------------------------------------
 
     def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses:
         """Sample the policy's responses with the engine."""

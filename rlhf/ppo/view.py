@@ -28,7 +28,7 @@ NUMBERS = {
     "KL": ("kl", "logprob - reference, nats"),
     "entropy": ("entropy", "entropy of the policy's next-token distribution, nats"),
     "value": ("values", "the value model's prediction before this token"),
-    "reward": ("rewards", "-kl_coef * KL, plus the score at the last token"),
+    "reward": ("rewards", "-kl_coef * KL, plus the score at the last token and step scores at the ends of steps"),
     "advantage": ("advantages", "standardized over the rollout"),
     "return": ("returns", "the target that the value model learns"),
 }

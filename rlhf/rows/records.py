@@ -124,11 +124,11 @@ class Ranking:
 
 @dataclass(frozen=True)
 class StepLabels:
-    """An answer worked out in steps, each labelled 1 (right), 0 (neutral) or -1 (wrong)."""
+    """An answer worked out in steps, each labelled 1 (right), 0 (neutral), -1 (wrong) or None (unknown)."""
 
     prompt: Messages
     steps: tuple[str, ...]
-    labels: tuple[int, ...]
+    labels: tuple[int | None, ...]
     columns: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False, repr=False)
 
@@ -138,8 +138,8 @@ class StepLabels:
         if len(self.labels) != len(self.steps):
             raise wrong("labels", f"got {len(self.labels)} for {len(self.steps)} steps", "write one label per step")
         for label in self.labels:
-            if isinstance(label, bool) or label not in (-1, 0, 1):
-                raise wrong("labels", f"got {show(label)}", "use 1 (right), 0 (neutral) or -1 (wrong)")
+            if isinstance(label, bool) or label not in (-1, 0, 1, None):
+                raise wrong("labels", f"got {show(label)}", "use 1 (right), 0 (neutral), -1 (wrong) or null (unknown)")
 
 
 Record = TypeVar("Record", Prompt, Demonstration, Ranking, StepLabels)

@@ -39,7 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 SAMPLES = 12
-ORDER = ("data", "base", "sft", "rankings", "reward_model", "judge", "ppo", "evaluation")
+ORDER = ("data", "base", "sft", "rankings", "reward_model", "judge", "process_reward", "ppo", "evaluation")
 MEASURES = ("gold_score", "judge_score", "score")
 """What a sample's gain is measured by: the first of them that it has."""
 

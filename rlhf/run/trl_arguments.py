@@ -34,11 +34,13 @@ _RENAMED = {
 }
 
 
-def with_learning_rate(config: Config, adapter: bool) -> Config:
-    """Return a config with its learning rate; where it has none, the default of what is trained, which is logged."""
+def with_learning_rate(config: Config, adapter: bool, full: float = LEARNING_RATE) -> Config:
+    """Return a config with its learning rate; where it has none, the default of what is trained, which is logged.
+
+    full: the default of full weights."""
     if config.learning_rate is not None:
         return config
-    rate = ADAPTERS_LEARNING_RATE if adapter else LEARNING_RATE
+    rate = ADAPTERS_LEARNING_RATE if adapter else full
     log.info("learning_rate: %g, the default of %s", rate, "an adapter" if adapter else "full weights")
     return dataclasses.replace(config, learning_rate=rate)
 

@@ -81,6 +81,7 @@ STAND_INS = {
 SMALLER = {
     "sft": {"epochs": 1, "batch_size": 8},
     "reward_model": {"epochs": 1, "prompts_per_batch": 8},
+    "process_reward": {"epochs": 1, "solutions_per_batch": 8},
     "ppo": {"updates": 2, "rollout_size": 4, "minibatch_size": 2, "inner_epochs": 1, "max_new_tokens": 6},
     "evaluate_policy": {"max_new_tokens": 6, "least_probability": 0},
     "judge_card": {"least_probability": 0},
@@ -93,6 +94,10 @@ ROWS = [
 """Any file of rows that a document names and does not write: rankings, and so demonstrations and prompts too."""
 SCALING = [{"compute": 10.0 ** (15 + n), "loss": 2.0 + 3.0 * 10.0 ** (-0.2 * n) + 0.01 * (-1) ** n} for n in range(6)]
 """Runs of several sizes, in a file of this name."""
+STEP_ROWS = [
+    {"prompt": f"Count to {n}.", "steps": ["one two", f"{n} is it"], "labels": [1, 1 - 2 * (n % 2)]} for n in range(24)
+]
+"""The same for a file whose name speaks of steps."""
 RUBRIC = "instructions: Is it good?\nchoices:\n  A: {description: Yes., score: 1}\n  B: {description: No., score: 0}\n"
 
 
@@ -115,7 +120,7 @@ def provide_files(text: str, folder: Path) -> None:
         path = folder / name
         if not path.exists() and not name.startswith("runs/"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            rows = SCALING if path.name == "scaling.jsonl" else ROWS
+            rows = SCALING if path.name == "scaling.jsonl" else STEP_ROWS if "steps" in path.name else ROWS
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if "rubric.yaml" in text and not (folder / "rubric.yaml").exists():
         (folder / "rubric.yaml").write_text(RUBRIC)

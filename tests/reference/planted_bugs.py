@@ -632,6 +632,53 @@ PLANTS = (
         "            self.policy.save_pretrained(str(folder), selected_adapters",
         test="tests/ppo/test_trainer.py::test_save_model_saves_the_policy_that_was_trained",
     ),
+    # -- process rewards
+    Plant(
+        name="neutral_step_as_wrong",
+        bug="a neutral step (PRM800K's 0) is learned as a wrong one",
+        shipped="trl's PRM800K rows, up to 1.13",
+        file="reward_models/losses.py",
+        old="signed = torch.where(labels < 0, -logits.float(), logits.float())",
+        new="signed = torch.where(labels <= 0, -logits.float(), logits.float())",
+        test="tests/reward_models/test_process_trainer.py::test_the_loss_is_that_of_a_slow_loop[0.0-scalar]",
+    ),
+    Plant(
+        name="step_label_on_another_token",
+        bug="a step's label stands on the token before its last one",
+        shipped="not known to be",
+        file="reward_models/process.py",
+        old="    places = [len(prompt) + end for end in ends]\n",
+        new="    places = [len(prompt) + end - 1 for end in ends]\n",
+        test="tests/reward_models/test_process_trainer.py::test_the_loss_is_that_of_a_slow_loop[0.0-scalar]",
+        here="the test finds the tokens by the tokenizer's own offsets",
+    ),
+    Plant(
+        name="step_labels_on_the_prompt",
+        bug="steps are counted from the prompt's first token",
+        shipped="not known to be",
+        file="reward_models/process.py",
+        old="    places = [len(prompt) + end for end in ends]\n",
+        new="    places = list(ends)\n",
+        test="tests/reward_models/test_process.py::test_probabilities_are_those_of_a_plain_forward_up_to_each_step[scalar]",
+    ),
+    Plant(
+        name="separator_tokenised_away",
+        bug="a tokenizer that loses the separator makes one step of several, without a word",
+        shipped="not known to be",
+        file="reward_models/process.py",
+        old="    if len(ends) != len(spans):\n",
+        new="    if len(ends) > len(spans):\n",
+        test="tests/reward_models/test_process.py::test_a_tokenizer_that_loses_the_separator_is_refused",
+    ),
+    Plant(
+        name="step_score_behind_its_step",
+        bug="PPO's step score stands one token behind its step",
+        shipped="not known to be",
+        file="reward_models/process.py",
+        old="            scores[end] += change\n",
+        new="            scores[min(end + 1, len(scores) - 1)] += change\n",
+        test="tests/reward_models/test_process.py::test_step_scores_stand_at_the_steps_last_tokens",
+    ),
 )
 
 

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from reward_models import RewardConfig, RewardModel, RewardTrainer
+from reward_models import ProcessConfig, ProcessTrainer, RewardConfig, RewardModel, RewardTrainer
 from rlhf.metrics import read_metrics
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sampling.engine import Responses
@@ -30,6 +30,14 @@ RANKINGS = [
         "prompt": f"Question {i}?" + " please" * (i % 5),
         "responses": ["Paris " * (1 + (2 * i + 3 * k) % 7) + "end" * k for k in range(2 + i % 3)],
         "ranks": [(i + k) % (2 + i % 3) for k in range(2 + i % 3)],
+    }
+    for i in range(18)
+]
+SOLUTIONS = [
+    {
+        "prompt": f"Question {i}?" + " please" * (i % 5),
+        "steps": ["Paris " * (1 + (i + k) % 4) + "end" * k for k in range(1 + i % 4)],
+        "labels": [(1, -1, 0, None)[(i + k) % 4] if k else 1 - 2 * (i % 2) for k in range(1 + i % 4)],
     }
     for i in range(18)
 ]
@@ -157,7 +165,24 @@ def reward_model(
     return result(trainer, folder, gradients.seen, steps=trainer.state.max_steps, normalizer=vars(trainer.normalizer))
 
 
-STAGES = {"ppo": ppo, "sft": sft, "reward_model": reward_model}
+def process_reward(
+    policy: str, _: str, folder: str, trainer_class=ProcessTrainer, tokenizer=None, order=1, **changes
+) -> dict:
+    config = ProcessConfig(**{
+        "output_dir": folder, "epochs": 2, "solutions_per_batch": 4, "microbatch_size": 4, "learning_rate": SMALL_STEP,
+        "max_length": 256, "warmup_fraction": 0.3, "max_grad_norm": 0, "logging_steps": 2, "eval_steps": 3,
+        "save_steps": 0, "bf16": False,
+    } | changes)  # fmt: skip
+    gradients = Gradients()
+    rows, held_out = SOLUTIONS[:11][::order], SOLUTIONS[11:][::order]
+    trainer = trainer_class(
+        policy, config, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer, callbacks=[gradients]
+    )
+    trainer.train()
+    return result(trainer, folder, gradients.seen, steps=trainer.state.max_steps)
+
+
+STAGES = {"ppo": ppo, "sft": sft, "reward_model": reward_model, "process_reward": process_reward}
 
 
 def mode(stage: str, kind: str) -> dict[str, str]:

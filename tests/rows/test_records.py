@@ -320,6 +320,7 @@ def test_a_prompt_in_both_splits():
 
 def test_step_labels():
     assert StepLabels(Q, ("a", "b"), (1, -1)).labels == (1, -1)
+    assert StepLabels(Q, ("a", "b"), (0, None)).labels == (0, None)  # neutral, unknown
     for steps, labels, message in [(("a",), (1, 0), "got 2 for 1 steps"), (("a",), (2,), "got 2; use 1"),
                                    (("",), (1,), r"steps\[0\]: got empty")]:  # fmt: skip
         with pytest.raises(InputError, match=message):

@@ -17,6 +17,7 @@ from typing import Any
 
 from rlhf import config as configs
 from rlhf.errors import InputError, unknown
+from rlhf.rows.mixed import paths_of
 from rlhf.rows.sources import require_there
 from rlhf.run import console
 from rlhf.run.changes import Change
@@ -36,7 +37,7 @@ from rlhf_recipes.rankings import DataConfig, rankings
 from rlhf_recipes.report import report
 from rlhf_recipes.reward_model import RewardRecipe, reward_model
 from rlhf_recipes.sft import SFTRecipe, sft
-from rlhf_recipes.stage import inputs_of, open_stage
+from rlhf_recipes.stage import inputs_of, open_stage, with_columns
 
 console.quiet()
 
@@ -187,8 +188,8 @@ def check(config: ChainConfig) -> None:
     sections = (config.data, config.sft, config.reward_model, config.process_reward, config.ppo, config.evaluation)
     for section in sections:
         given = {name: getattr(section, name, None) for name in (*DATA_FIELDS, *MODEL_FIELDS)}
-        for name, place in given.items():
-            if place and not Path(place).absolute().is_relative_to(run):  # what is in the run, a stage may yet write
+        for name, place in ((name, place) for name, source in given.items() for place in paths_of(source)):
+            if not Path(place).absolute().is_relative_to(run):  # what is in the run, a stage may yet write
                 require_there(place) if name in DATA_FIELDS else require_tokenizer(place)
 
 
@@ -256,9 +257,12 @@ def make_base(config: FunctionConfig) -> dict[str, Any]:
 
 def judge_config(config: ChainConfig) -> RewardRecipe:
     """The second reward model: same settings, another seed, prompts that nothing else saw."""
-    run = Path(config.output_dir)
+    run, settings = (
+        Path(config.output_dir),
+        with_columns(config.reward_model, "eval_data", "selection_data", "normalizer_data"),
+    )
     return replace(
-        config.reward_model, output_dir=str(run / "judge"), seed=config.reward_model.seed + 1,
+        settings, columns=None, output_dir=str(run / "judge"), seed=config.reward_model.seed + 1,
         train_data=str(run / "rankings" / "judge.jsonl"), seeds=None, sizes=None,
     )  # fmt: skip
 

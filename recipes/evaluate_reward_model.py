@@ -19,11 +19,12 @@ from typing import Any
 
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.rows.mixed import Sources, paths_of
 from rlhf.rows.records import HELD_OUT, check_disjoint, read_rankings
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import check_model
+from rlhf_recipes.stage import check_model, with_columns
 
 console.quiet()
 
@@ -34,10 +35,12 @@ class ReportConfig:
 
     reward_model: str
     """The reward model: a folder that training wrote, or a hub id."""
-    data: str
+    data: Sources
     """Held-out rankings or preference pairs."""
-    train_data: str | None = None
+    train_data: Sources | None = None
     """What it was trained on: chooses the length rule, fits the bag of words; a prompt in both is an error."""
+    columns: dict[str, str] | None = None
+    """Our names of columns and what the files named here call them, as {prompt: question}; null: the same."""
     second_model: str | None = None
     """Judges best-of-n by the first: a reward model trained on other data, or a function as file.py:name."""
     output_dir: str | None = None
@@ -66,9 +69,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
         raise InputError(f"--output_dir is missing, and {config.reward_model} is no folder; name one for the report")
     check_model(config.reward_model, ("reward_model", "judge"))
     folder = Path(config.output_dir or config.reward_model)
-    from reward_models.card import rewardbench2
-
-    rankings = rewardbench2.read(config.data) or read_rankings(config.data, HELD_OUT)
+    config = with_columns(config, "data", "train_data")
+    rankings = read_rankings(config.data, HELD_OUT)
     train = read_rankings(config.train_data) if config.train_data else None
     if train is not None:
         check_disjoint(train, rankings, ("train_data", "data"))
@@ -83,7 +85,8 @@ def report(config: ReportConfig) -> dict[str, Any]:
         sensitivity_pairs=config.sensitivity_pairs,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    about = {name: getattr(config, name) for name in ("reward_model", "data", "train_data", "second_model")}
+    about = {name: getattr(config, name) for name in ("reward_model", "second_model")}
+    about |= {name: ", ".join(paths_of(getattr(config, name))) or None for name in ("data", "train_data")}
     page = save_reward_report(result, folder, about)
     for line in headlines(result):
         console.console().print(line, markup=False, soft_wrap=True)

@@ -14,11 +14,12 @@ from typing import Any
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.ppo.config import PPOConfig
+from rlhf.rows.mixed import Sources
 from rlhf.rows.records import read_prompts
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import SECTIONS, check_kept, check_model, from_siblings, next_command, open_stage
+from rlhf_recipes.stage import SECTIONS, check_kept, check_model, from_siblings, next_command, open_stage, with_columns
 
 console.quiet()
 
@@ -48,10 +49,12 @@ class PPORecipe(PPOConfig):
     """Causal language model that grades responses by a rubric: a folder or hub id."""
     rubric: str | None = None
     """The grader's multiple-choice question: a YAML file with instructions, and choices with their scores."""
-    train_data: str | None = None
+    train_data: Sources | None = None
     """Prompts; default: the run's rankings/prompts.jsonl."""
-    eval_data: str | None = None
+    eval_data: Sources | None = None
     """Held-out prompts, for eval_steps."""
+    columns: dict[str, str] | None = None
+    """Our names of columns and what the files named here call them, as {prompt: question}; null: the same."""
     vllm_server: str | None = None
     """Address of a vLLM server (http://host:port) that samples the responses; null: the built-in loop."""
     max_prompts: int | None = None
@@ -100,7 +103,7 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
 
 def inputs(config: PPORecipe) -> tuple[PPORecipe, dict[str, Any]]:
     """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
-    config = from_siblings(config, process_model="?process_reward")
+    config = from_siblings(with_columns(config, "train_data", "eval_data"), process_model="?process_reward")
     optional = "?" if config.process_model or config.reward_functions or config.grader else ""
     config = from_siblings(
         config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl"

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.rows.mixed import paths_of
 from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
 from rlhf_recipes.chain import ChainConfig
-from rlhf_recipes.stage import check_model, from_siblings
+from rlhf_recipes.stage import check_model, from_siblings, with_columns
 
 if TYPE_CHECKING:
     from rlhf.preflight.measure import Finding
@@ -43,6 +44,7 @@ class PreflightConfig(ChainConfig):
 
 def sft(config: Any, scratch: str) -> Phases:
     """Findings on supervised fine-tuning, as `rlhf sft` would start it."""
+    config = with_columns(config, "train_data")
     demonstrations = "data/demonstrations.jsonl"
     if not (Path(config.output_dir).parent / demonstrations).exists():
         demonstrations = "rankings/train.jsonl"
@@ -58,7 +60,7 @@ def sft(config: Any, scratch: str) -> Phases:
 
 def reward_model(config: Any, scratch: str) -> Phases:
     """Findings on the reward model's training, as `rlhf reward_model` would start it."""
-    config = _inputs(config, model="sft", train_data="rankings/train.jsonl")
+    config = _inputs(with_columns(config, "train_data"), model="sft", train_data="rankings/train.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
     from reward_models import RewardTrainer
     from reward_models.preflight import reward_model_findings
@@ -69,7 +71,7 @@ def reward_model(config: Any, scratch: str) -> Phases:
 
 def ppo(config: Any, scratch: str) -> Phases:
     """Findings on PPO, as `rlhf ppo` would start it."""
-    optional = "?" if config.reward_functions else ""
+    optional, config = "?" if config.reward_functions else "", with_columns(config, "train_data")
     config = _inputs(config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
     from reward_models import RewardModel
@@ -106,11 +108,11 @@ def _inputs(config: Any, **places: str) -> Any:
     except InputError as error:
         raise NotThereYet(str(error)) from None
     for name in places:
-        place = getattr(config, name)
-        if place and Path(place).absolute().is_relative_to(run.absolute()):  # what is in the run, a stage may yet write
-            stage = Path(place) if Path(place).is_dir() else Path(place).parent
-            if not Path(place).exists() or ((stage / "inputs.json").is_file() != (stage / "manifest.json").is_file()):
-                raise NotThereYet(f"{place} is not complete")
+        for place in map(Path, paths_of(getattr(config, name))):
+            if place.absolute().is_relative_to(run.absolute()):  # what is in the run, a stage may yet write
+                stage = place if place.is_dir() else place.parent
+                if not place.exists() or ((stage / "inputs.json").is_file() != (stage / "manifest.json").is_file()):
+                    raise NotThereYet(f"{place} is not complete")
     return config
 
 

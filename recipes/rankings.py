@@ -20,12 +20,13 @@ from rlhf import chat
 from rlhf import config as configs
 from rlhf.calls import own
 from rlhf.errors import InputError
+from rlhf.rows.fields import further_columns
+from rlhf.rows.mixed import Sources, paths_of
 from rlhf.rows.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
-from rlhf.rows.shapes import further_columns
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import SECTIONS, from_siblings, next_command, open_stage
+from rlhf_recipes.stage import SECTIONS, from_siblings, next_command, open_stage, with_columns
 
 console.quiet()
 
@@ -45,13 +46,15 @@ class DataConfig:
     """A function(folder, seed, **options) that writes the data files first, as file.py:name."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of `make`."""
-    rankings: str | None = None
+    rankings: Sources | None = None
     """Rankings or pairs to read; null: sample responses from the SFT model and have `labeler` rank them."""
+    columns: dict[str, str] | None = None
+    """Our names of columns and what the files named here call them, as {prompt: question}; null: the same."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
     """A row that can't be read: refuse: stop and name it; drop: leave it out, and count it in the log."""
     labeler: str | None = None
     """A function(prompts, responses, seed, **columns) -> ranks, as file.py:name; only where rankings is null."""
-    prompts: str | None = None
+    prompts: Sources | None = None
     """Prompts to compare on and for PPO; default: the run's data/prompts.jsonl, or those of the rankings."""
     comparisons: int | None = None
     """Prompts that get ranked responses, or (rankings given) rows that are used, drawn with the seed; null: all."""
@@ -123,7 +126,7 @@ def make_rankings(config: DataConfig, folder: Path | None) -> dict[str, Any]:
 def inputs(config: DataConfig, folder: Path | None = None) -> tuple[DataConfig, dict[str, Any]]:
     """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
     run = Path(config.output_dir).parent
-    config = replace(config, output_dir=str(folder or run / "rankings"))
+    config = replace(with_columns(config, "rankings", "prompts"), output_dir=str(folder or run / "rankings"))
     model: Path | None = None
     if config.rankings is None:
         config = from_siblings(config, prompts="data/prompts.jsonl")
@@ -187,7 +190,8 @@ def _shortened(ranked: list[Ranking], config: DataConfig) -> list[Ranking]:
             "rankings", f"{len(ranked) - len(kept)} of {len(ranked)} rows over max_row_chars={limit} left out"
         )
     if not kept:
-        raise InputError(f"{config.rankings}: every row has more than max_row_chars={limit} characters; raise it")
+        named = ", ".join(paths_of(config.rankings))
+        raise InputError(f"{named}: every row has more than max_row_chars={limit} characters; raise it")
     return _drawn(kept, "rankings", config)
 
 

@@ -20,13 +20,23 @@ from reward_models.config import RewardConfig
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.rows.jsonl import read_object
+from rlhf.rows.mixed import Sources
 from rlhf.rows.records import HELD_OUT, Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import drop_checkpoints
-from rlhf_recipes.stage import SECTIONS, Stage, check_kept, check_model, from_siblings, next_command, open_stage
+from rlhf_recipes.stage import (
+    SECTIONS,
+    Stage,
+    check_kept,
+    check_model,
+    from_siblings,
+    next_command,
+    open_stage,
+    with_columns,
+)
 
 if TYPE_CHECKING:
     from reward_models import RewardTrainer
@@ -47,14 +57,16 @@ class RewardRecipe(RewardConfig):
 
     model: str | None = None
     """SFT model whose trunk carries the score head, or an encoder; default: the run's `sft`."""
-    train_data: str | None = None
+    train_data: Sources | None = None
     """Rankings or preference pairs; default: the run's rankings/train.jsonl."""
-    eval_data: str | None = None
+    eval_data: Sources | None = None
     """Held-out rankings; default: the run's rankings/held_out.jsonl, else a tenth of train_data's prompts."""
-    selection_data: str | None = None
+    selection_data: Sources | None = None
     """Rankings by whose loss keep_best and seeds choose; null: a tenth of the training prompts is set aside for it."""
-    normalizer_data: str | None = None
+    normalizer_data: Sources | None = None
     """Demonstrations whose responses get mean score 0 and spread 1; null: the training responses."""
+    columns: dict[str, str] | None = None
+    """Our names of columns and what the files named here call them, as {prompt: question}; null: the same."""
 
     "Run"
 
@@ -122,10 +134,11 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
 
 def inputs(config: RewardRecipe) -> tuple[RewardRecipe, dict[str, Any]]:
     """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
+    data = ("train_data", "eval_data", "selection_data", "normalizer_data")
+    config = with_columns(config, *data)
     config = from_siblings(config, model="sft", train_data="rankings/train.jsonl", eval_data="?rankings/held_out.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
-    names = ("model", "train_data", "eval_data", "selection_data", "normalizer_data")
-    return config, {source: getattr(config, source) for source in names}
+    return config, {source: getattr(config, source) for source in ("model", *data)}
 
 
 def clean(stage: Stage) -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from rlhf import chat
 from rlhf.config import to_dict
 from rlhf.errors import InputError
+from rlhf.rows.mixed import mapped
 from rlhf.run import console, lock
 from rlhf.run.changes import no_effect
 from rlhf.run.checkpoint import require_disk
@@ -30,7 +31,7 @@ from rlhf.run.owner import by_main
 from rlhf.run.stages import Manifest, State, begin_stage, drop_checkpoints, finish_stage, stage_state
 
 Config = TypeVar("Config")
-SECTIONS = ("data", "base", "sft", "reward_model", "process_reward", "ppo", "evaluation")
+SECTIONS = ("data", "base", "sft", "reward_model", "process_reward", "ppo", "baseline", "evaluation")
 
 
 @dataclass
@@ -183,7 +184,12 @@ def needed_bytes(config: Any, model: Any) -> int:
 
 
 def fingerprint_of(source: Any) -> Any:
-    """What identifies an input: the content of a file or folder (with an earlier stage's manifest), else its name."""
+    """What identifies an input: the content of a file or folder (with an earlier stage's manifest), else its name; of
+    several sources, each one's, with its weight and columns."""
+    if isinstance(source, list):
+        return [fingerprint_of(item) for item in source]
+    if isinstance(source, dict):
+        return {**source, "path": fingerprint_of(source["path"])}
     path = Path(str(source)).expanduser()
     if not path.exists():
         return str(source)
@@ -206,6 +212,11 @@ def from_siblings(config: Config, **places: str) -> Config:
         elif not optional:
             raise InputError(f"--{name} is missing, and no earlier stage left {path}; name it")
     return replace(config, **filled)  # type: ignore[type-var]
+
+
+def with_columns(config: Config, *names: str) -> Config:
+    """Let the sources that a config names itself (not those of earlier stages) have its `columns`."""
+    return replace(config, **{name: mapped(getattr(config, name), config.columns) for name in names})  # type: ignore
 
 
 def check_kept(config: Any) -> None:

@@ -33,6 +33,7 @@ from rlhf.hints import (
     hints_of,
     is_list,
     is_required,
+    is_text_or_list,
     one_line,
     sections_of,
     shown,
@@ -226,6 +227,8 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
     if is_list(hint) and isinstance(value, str) and not value.startswith("[") and value != "null":
         value = split_names(value)
     try:
+        if is_text_or_list(hint) and isinstance(value, str) and value.startswith("["):
+            value = _listed(value)
         if value is None and not allows_none(hint):
             raise ValueError
         if value in ("inf", "-inf") and float in choices_of(hint):  # as our JSON writes infinity
@@ -237,6 +240,15 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
         raise InputError(f"{label}: expected {expected(hint)}, got {shown(value)}") from None
     require_no_secret(converted, label)
     return converted
+
+
+def _listed(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError from None
 
 
 # ---------------------------------------------------------------- writing

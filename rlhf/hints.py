@@ -54,7 +54,16 @@ def allows_none(hint: Any) -> bool:
 
 
 def is_list(hint: Any) -> bool:
-    """Return whether a list or tuple is a value of this type."""
+    """Return whether a list or tuple is a value of this type, and no plain text."""
+    return str not in choices_of(hint) and _has_list(hint)
+
+
+def is_text_or_list(hint: Any) -> bool:
+    """Return whether both a text and a list are values of this type: sources of data."""
+    return str in choices_of(hint) and _has_list(hint)
+
+
+def _has_list(hint: Any) -> bool:
     return any(typing.get_origin(choice) in (list, tuple) for choice in choices_of(hint))
 
 

@@ -19,7 +19,7 @@ FORMER = {
     "rlhf.sft_config": ("rlhf.sft.config",),
     "rlhf.packing": ("rlhf.models.packing",),
     "rlhf.records": ("rlhf.rows.records",),
-    "rlhf.shapes": ("rlhf.rows.shapes",),
+    "rlhf.shapes": ("rlhf.rows.fields",),
     "rlhf.sources": ("rlhf.rows.sources",),
     "rlhf.checkpoint": ("rlhf.run.checkpoint",),
     "rlhf.stages": ("rlhf.run.stages",),

@@ -1,10 +1,11 @@
 """Prompts, demonstrations and rankings as frozen records: reading, writing, and splitting by prompt.
 
-`shapes` lists the accepted rows; extra columns are kept in `.columns`, and `.where` says where a row came from. A
-demonstration read from a ranking is its best response. A source is a file (`files` lists the kinds), a folder of
-such files, one written by datasets' `save_to_disk` or a hub data set's snapshot, a name on the hub ("name", or
-"name:part" with a configuration or folder of it), a `datasets` object, or a list of rows; "@split" after a name chooses
-a split. Every mistake raises an `InputError` of one line: file:line: field: what was seen; what to do.
+`fields` lists our rows, `shapes` those of other sets; extra columns are kept in `.columns`, and `.where` says where a
+row came from. A demonstration read from a ranking is its best response. A source is a file (`files` lists the kinds), a
+folder of such files, one written by datasets' `save_to_disk` or a hub data set's snapshot, a name on the hub ("name",
+or "name:part" with a configuration or folder of it), a `datasets` object, a list of rows, or several sources with
+weights (`mixed`); "@split" after a name chooses a split. Every mistake raises an `InputError` of one line: file:line:
+field: what was seen; what to do.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rlhf.errors import InputError
-from rlhf.rows import shapes
+from rlhf.rows import fields, foreign
+from rlhf.rows.fields import Unusable
 from rlhf.rows.jsonl import to_line
 from rlhf.rows.messages import ROLES, Messages, check_messages, check_prompt, check_texts
-from rlhf.rows.shapes import Unusable
+from rlhf.rows.mixed import parts_of, weighed
 from rlhf.rows.sources import HELD_OUT, Source, name_of, rows, show, wrong
 
 __all__ = [
@@ -148,18 +150,18 @@ _AnyRecord = Prompt | Demonstration | Ranking | StepLabels
 
 def read_prompts(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Prompt]:
     """Read prompts from rows of any accepted shape. Raises InputError."""
-    return _read(source, split, on_bad_row, _to_prompt)
+    return _read(source, split, on_bad_row, "prompt", _to_prompt)
 
 
 def read_demonstrations(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Demonstration]:
     """Read demonstrations; a preference row gives its best response (the first of equals), a row whose `label` is
     false (KTO) none. Raises InputError."""
-    return _read(source, split, on_bad_row, _to_demonstration)
+    return _read(source, split, on_bad_row, "demonstration", _to_demonstration)
 
 
 def read_rankings(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Ranking]:
     """Read rankings. Identical responses are ties. Raises InputError, also for a source without a single pair."""
-    rankings = _read(source, split, on_bad_row, _to_ranking)
+    rankings = _read(source, split, on_bad_row, "ranking", _to_ranking)
     if not any(ranking.pairs() for ranking in rankings):
         raise wrong(f"{name_of(source)}: chosen/rejected", f"all {len(rankings)} rows are ties or identical texts",
                      "check that the two columns differ")  # fmt: skip
@@ -226,15 +228,17 @@ def check_disjoint(
 
 
 def _to_ranking(row: object, where: str = "") -> Ranking:
-    return row if isinstance(row, Ranking) else Ranking(*shapes.ranking_fields(row), where)
+    return row if isinstance(row, Ranking) else Ranking(*foreign.read(row, "ranking", fields.ranking_fields), where)
 
 
 def _to_demonstration(row: object, where: str) -> Demonstration:
     if isinstance(row, Demonstration):
         return row
-    if not isinstance(row, Ranking) and not shapes.is_ranking(row):
-        return Demonstration(*shapes.demonstration_fields(row), where)
+    if not isinstance(row, Ranking) and not fields.is_ranking(row):
+        return Demonstration(*foreign.read(row, "demonstration", fields.demonstration_fields), where)
     ranking = _to_ranking(row, where)
+    if ranking.columns.get("label") is False:
+        raise Unusable(fields.NOT_TO_IMITATE)
     best = ranking.responses[ranking.ranks.index(min(ranking.ranks))]
     turns = [*ranking.prompt, {"role": "assistant", "content": best}]
     return Demonstration(turns, len(ranking.prompt), ranking.columns, ranking.where)
@@ -245,7 +249,7 @@ def _to_prompt(row: object, where: str) -> Prompt:
         return row
     if isinstance(row, Ranking | Demonstration | StepLabels):
         return Prompt(list(row.prompt), row.columns, where=row.where)
-    return Prompt(*shapes.prompt_fields(row), where)
+    return Prompt(*foreign.read(row, "prompt", fields.prompt_fields), where)
 
 
 def _prompt_of(record: _AnyRecord) -> Messages:
@@ -297,12 +301,21 @@ class BadRows:
         _warn_once(f"{self.name}: on_bad_row=drop: left out: {seen}; {_named([w for w, _ in self.rows])}")
 
 
-def _read(source: Source, split: str, on_bad_row: OnBadRow, convert: Callable[[object, str], Record]) -> list[Record]:
+def _read(
+    source: Source, split: str, on_bad_row: OnBadRow, wanted: str, convert: Callable[[object, str], Record],
+    columns: Mapping[str, str] | None = None,
+) -> list[Record]:  # fmt: skip
+    if parts := parts_of(source):
+        read = (_read(part.path, split, on_bad_row, wanted, convert, part.columns) for part in parts)
+        return [record for part, found in zip(parts, read, strict=True) for record in weighed(found, part.weight)]
     records: list[Record] = []
     unusable: list[tuple[str, str]] = []
-    bad = BadRows(name_of(source), on_bad_row)
-    for where, row in rows(source, split):
+    name = name_of(source)
+    bad = BadRows(name, on_bad_row)
+    for where, row in foreign.translated(rows(source, split), wanted, name, columns):
         try:
+            if isinstance(row, Exception):
+                raise row
             records.append(convert(row, where))
         except Unusable as flaw:
             unusable.append((where, str(flaw)))
@@ -313,10 +326,10 @@ def _read(source: Source, split: str, on_bad_row: OnBadRow, convert: Callable[[o
         there = [where for where, other in unusable if other == why]
         left_out = f"left out {len(there)} of {len(unusable) + len(records)} rows for {why}: {_named(there)}"
         if not records:
-            raise wrong(name_of(source), f"no rows; {left_out}", "hand in others")
-        _warn_once(f"{name_of(source)}: {left_out}")
+            raise wrong(name, f"no rows; {left_out}", "hand in others")
+        _warn_once(f"{name}: {left_out}")
     if not records:
-        raise wrong(name_of(source), "no rows", "hand in at least one")
+        raise wrong(name, "no rows", "hand in at least one")
     return records
 
 

@@ -1,259 +1,173 @@
-"""Convert rows of the shapes in common use to the fields of our records.
+"""The shapes of the sets that people have: each one's name, the columns that tell it, and the function that reads it.
 
-Accepted shapes of a row (extra columns are kept):
-
-* rankings: trl's preference formats, `prompt`/`chosen`/`rejected` as text or messages, where `prompt` may be absent (it
-  is then the part that both share); Anthropic HH's ``"\\n\\nHuman: ...\\n\\nAssistant: ..."`` strings; K responses with
-  ties, ``{"prompt": ..., "responses": [...], "ranks": [...]}`` (a smaller rank is better).
-* demonstrations: `messages`; `prompt`/`completion`; with a `label` (KTO), those that are true.
-* prompts: `prompt`; the prompt of any row above.
-
-`asked` finds the prompt where it has another column, and a system text beside it. Every mistake raises an
-`InputError` of one line: field: what was seen; what to do.
+A row is of a shape if all its columns are there, of the types that `fits` wants; of two shapes the one with more
+columns counts, if it has all of the other's. `foreign` reads rows by this table.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cache, partial
+from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.rows import asked, foreign
-from rlhf.rows.messages import Messages, as_messages, as_prompt, check_messages, check_text, is_hh, parse_hh
-from rlhf.rows.sources import show, wrong
+from rlhf.rows import comparisons, conversations, exports
+from rlhf.rows.exports import Found
+from rlhf.rows.fields import Row
 
-_FIELDS = ("prompt", "chosen", "rejected", "responses", "ranks", "completion", "messages")
-
-Row = dict[str, Any]
-"""A JSON object whose fields are not checked yet."""
+Reader = Callable[[Row], Row | Iterable[Found]]
+Gatherer = Callable[[Sequence[tuple[str, Row]]], Iterator[tuple[str, Found]]]
 
 
-class Unusable(Exception):
-    """Raised for a row to leave out and count: it has a known flaw of a public data set, or its label says so."""
+def anything(row: Row) -> bool:
+    return True
 
 
-class RankingFields(NamedTuple):
-    prompt: Messages
-    responses: tuple[str, ...]
-    ranks: tuple[float, ...]
-    columns: Row
+@dataclass(frozen=True)
+class Shape:
+    """One shape of rows. Where one row alone is no record, `gather` reads all rows of a file together, and `read` gives
+    a row's prompt, if it can."""
+
+    name: str
+    columns: tuple[str, ...]
+    read: Reader | None = None
+    compares: bool = True
+    """Whether a row compares responses; one that doesn't gives a demonstration."""
+    fits: Callable[[Row], bool] = anything
+    uses: tuple[str, ...] = ()
+    """Further columns that are read, where they are there."""
+    gather: Gatherer | None = None
 
 
-class DemonstrationFields(NamedTuple):
-    messages: Messages
-    trained_from: int
-    columns: Row
+def texts(*names: str) -> Callable[[Row], bool]:
+    return lambda row: all(isinstance(row[name], str) for name in names)
 
 
-class PromptFields(NamedTuple):
-    messages: Messages
-    columns: Row
-    text: bool = False
+def lists(*names: str, of: type = dict) -> Callable[[Row], bool]:
+    """Return a test whether the columns hold lists (not empty) of dicts, or of another type."""
+    return lambda row: all(
+        isinstance(row[name], list | tuple) and bool(row[name]) and all(isinstance(part, of) for part in row[name])
+        for name in names
+    )
 
 
-# --- one row: its shape ---------------------------------------------------------------------------------------------
+def parts(name: str, *keys: str) -> Callable[[Row], bool]:
+    """Return a test whether a column is a list of objects (maybe empty) with these keys."""
+    return lambda row: (
+        isinstance(row[name], list | tuple)
+        and all(isinstance(part, dict) and part.keys() >= set(keys) for part in row[name])
+    )
 
 
-def is_ranking(row: object) -> bool:
-    """Return whether a row is one of preferences, complete or not."""
-    return isinstance(row, dict) and any(row.get(name) is not None for name in ("chosen", "rejected", "responses"))
+def objects(*names: str) -> Callable[[Row], bool]:
+    return lambda row: all(isinstance(row[name], dict) for name in names)
 
 
-def further_columns(row: Mapping[str, Any]) -> Row:
-    """Return a row's columns besides the fields of the accepted shapes."""
-    return {name: value for name, value in row.items() if name not in _FIELDS}
+def either(*tests: Callable[[Row], bool]) -> Callable[[Row], bool]:
+    return lambda row: any(test(row) for test in tests)
 
 
-def ranking_fields(row: object) -> RankingFields:
-    """Read a row of preferences. Identical responses get equal ranks."""
-    return _read(row, "ranking", _ranking)
+def both(*tests: Callable[[Row], bool]) -> Callable[[Row], bool]:
+    return lambda row: all(test(row) for test in tests)
 
 
-def demonstration_fields(row: object) -> DemonstrationFields:
-    """Read a conversation, or a prompt and its completion. Raises Unusable where its label is false (KTO)."""
-    return _read(row, "demonstration", _demonstration)
+def begins(name: str, start: str) -> Callable[[Row], bool]:
+    return lambda row: isinstance(row[name], str) and row[name].lstrip().startswith(start)
 
 
-def prompt_fields(row: object) -> PromptFields:
-    """Read a row's prompt: the field, or the prompt of a demonstration or ranking. All other fields are kept in
-    `columns`, since reward functions get them, as from trl's GRPOTrainer."""
-    return _read(row, "prompt", _prompt)
-
-
-_WANTED = {
-    "ranking": "prompt, chosen and rejected, or prompt, responses and ranks",
-    "demonstration": "prompt and completion, or messages",
-    "prompt": "prompt",
-}
-Fields = TypeVar("Fields", RankingFields, DemonstrationFields, PromptFields)
-
-
-def _read(row: object, wanted: str, read: Callable[[Row], Fields]) -> Fields:
-    """Read a row; where it has another well-known shape, the error says how to write it."""
-    if not isinstance(row, dict):
-        raise InputError(f"got {show(row)}; write an object with {_WANTED[wanted]}")
-    row = {name: asked.decoded(name, value) if name in _FIELDS else value for name, value in row.items()}
-    try:
-        if str(row.get("prompt")).startswith('["') and (other := foreign.advice(row, wanted)):
-            raise InputError(other)  # the turns of LMArena's users, as JSON
-        return read(row)
-    except InputError as error:
-        raise InputError(foreign.advice(row, wanted) or str(error)) from None
-
-
-def _ranking(row: Row) -> RankingFields:
-    columns = further_columns(row)
-    if row.get("responses") is not None:
-        if row.get("ranks") is None and isinstance(row.get("scores"), list):
-            raise wrong("ranks", "missing, but there are scores", "write ranks, smaller is better: minus the scores")
-        responses, ranks = _need(row, "responses"), _need(row, "ranks")
-        for name, value in (("responses", responses), ("ranks", ranks)):
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                raise wrong(name, f"got {show(value)}", "write a list")
-        prompt = asked.prompt_of(row) or as_prompt(_need(row, "prompt"))
-        return RankingFields(prompt, tuple(responses), tuple(ranks), columns)
-    if row.get("chosen") is None:
-        _refuse_near_miss(row, "responses")
-    prompt, better, worse = _compared(row, _need(row, "chosen"), _need(row, "rejected"))
-    return RankingFields(prompt, (better, worse), (1, 1) if better == worse else (1, 2), columns)
-
-
-def _demonstration(row: Row) -> DemonstrationFields:
-    columns = further_columns(row)
-    if row.get("messages") is not None:
-        turns = asked.with_system(as_messages(row["messages"], "messages"), row)
-        _obey_label(row)
-        return DemonstrationFields(turns, 0, columns)
-    prompt = asked.prompt_of(row)
-    if prompt is None:
-        prompt = as_prompt(_need(row, "messages" if row.get("completion") is None else "prompt"))
-    completion = _need(row, "completion")
-    if isinstance(completion, str):
-        turns = [{"role": "assistant", "content": check_text(completion, "completion")}]
-    else:
-        turns = as_messages(completion, "completion")
-    _obey_label(row)
-    return DemonstrationFields(prompt + turns, len(prompt), columns)
-
-
-def _prompt(row: Row) -> PromptFields:
-    columns = {name: value for name, value in row.items() if name != "prompt"}
-    given = row.get("prompt")
-    if given is None and row.get("messages") is not None:
-        turns = asked.with_system(as_messages(row["messages"], "messages"), row)
-        return PromptFields(turns[:-1] if turns[-1]["role"] == "assistant" else turns, columns)
-    conversations = asked.are_turns(row.get("chosen")) and asked.are_turns(row.get("rejected"))
-    if conversations or (given is None and is_ranking(row)):
-        prompt, plain = _ranking(row).prompt, isinstance(given, str) or not conversations
-    else:
-        prompt, plain = asked.prompt_of(row, strict=given is None) or as_prompt(_need(row, "prompt")), True
-    return PromptFields(prompt, columns, plain and len(prompt) == 1 and asked.is_plain(row))
-
-
-# A label of KTO's: whether the completion is one to imitate.
-_DESIRABLE = (True, 1, "true", "1", "1.0", "yes", "desirable", "chosen", "good", "positive", "accepted", "thumbs_up")
-_UNDESIRABLE = (
-    False, 0, -1, "false", "0", "-1", "0.0", "no", "undesirable", "rejected", "bad", "negative", "thumbs_down",
+SHAPES = (
+    # two responses
+    Shape("LMArena", ("conversation_a", "conversation_b", "winner"), comparisons.lmarena,
+          fits=lists("conversation_a", "conversation_b")),
+    Shape("LMArena (lists of turns)", ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b",
+                                       "winner_tie"), comparisons.lmarena_lists),
+    Shape("PPE", ("prompt", "response_1", "response_2", "winner"), comparisons.ppe),
+    Shape("JudgeBench", ("question", "response_A", "response_B", "label"), comparisons.judgebench),
+    Shape("PKU-SafeRLHF", ("prompt", "response_0", "response_1", "better_response_id"), comparisons.pku),
+    Shape("HelpSteer2 preferences", ("prompt", "response_1", "response_2", "preference_strength"),
+          comparisons.helpsteer2_preference),
+    Shape("HelpSteer3", ("context", "response1", "response2", "overall_preference"), comparisons.helpsteer3),
+    Shape("SHP", ("history", "human_ref_A", "human_ref_B", "labels"), comparisons.shp),
+    Shape("WebGPT", ("question", "answer_0", "answer_1", "score_0", "score_1"), comparisons.webgpt),
+    Shape("StackExchange pairs", ("question", "response_j", "response_k"), comparisons.stack_exchange_pair),
+    Shape("summarize-from-feedback", ("info", "summaries", "choice"), comparisons.summaries,
+          fits=both(objects("info"), lists("summaries"), lambda row: len(row["summaries"]) == 2)),
+    Shape("OpenAI preferences", ("input", "preferred_output", "non_preferred_output"), comparisons.openai_preference,
+          fits=both(objects("input"), lambda row: "messages" in row["input"])),
+    Shape("ShareGPT pairs", ("conversations", "chosen", "rejected"), comparisons.sharegpt_pair,
+          fits=both(lists("conversations"), either(objects("chosen", "rejected"), lists("chosen", "rejected")))),
+    Shape("axolotl pairs", ("messages", "chosen", "rejected"), comparisons.axolotl_pair,
+          fits=both(lists("messages"), objects("chosen", "rejected"))),
+    Shape("ms-swift pairs", ("messages", "rejected_response"), comparisons.ms_swift_pair, fits=lists("messages")),
+    # K responses
+    Shape("Nectar", ("prompt", "answers"), comparisons.nectar, fits=parts("answers", "answer", "rank")),
+    Shape("StackExchange", ("question", "answers"), comparisons.stack_exchange,
+          fits=parts("answers", "text", "pm_score")),
+    Shape("UltraFeedback", ("instruction", "completions"), comparisons.ultrafeedback,
+          fits=parts("completions", "response", "overall_score")),
+    Shape("NeMo-RL", ("context", "completions"), comparisons.nemo_rl, fits=parts("completions", "completion", "rank")),
+    Shape("RewardBench 2 or RM-Bench", ("prompt", "chosen", "rejected"), comparisons.chosen_lists,
+          fits=lists("chosen", "rejected", of=str)),
+    Shape("HelpSteer2", ("prompt", "response", "helpfulness"), comparisons.marked_prompt, fits=texts("response"),
+          gather=partial(comparisons.rated, score="helpfulness")),
+    Shape("rated responses", ("prompt", "response", "score"), comparisons.marked_prompt, fits=texts("response"),
+          gather=partial(comparisons.rated, score="score")),
+    Shape("OASST trees", ("message_tree_id", "prompt"), exports.oasst_tree, fits=objects("prompt")),
+    Shape("OASST messages", ("message_id", "message_tree_id", "text", "role"), fits=texts("text", "role"),
+          gather=exports.oasst_messages),
+    Shape("Label Studio", ("data", "annotations"), exports.label_studio,
+          fits=both(objects("data"), parts("annotations", "result"))),
+    Shape("Open WebUI feedback", ("data", "snapshot"), exports.open_webui, fits=objects("data", "snapshot"),
+          uses=("meta", "user_id")),
+    # one to imitate
+    Shape("Open WebUI chats", ("chat", "title"), exports.open_webui_chat, compares=False,
+          fits=both(objects("chat"), lambda row: "history" in row["chat"])),
+    Shape("ShareGPT", ("conversations",), conversations.sharegpt, compares=False, fits=lists("conversations")),
+    Shape("conversations", ("conversation",), conversations.sharegpt, compares=False, fits=lists("conversation")),
+    Shape("Guanaco", ("text",), conversations.guanaco, compares=False, fits=begins("text", "### Human:")),
+    Shape("ChatML", ("text",), conversations.chatml, compares=False, fits=begins("text", "<|im_start|>")),
+    Shape("Alpaca", ("instruction", "output"), conversations.instruction, compares=False, uses=("input", "history"),
+          fits=texts("instruction", "output")),
+    Shape("Dolly", ("instruction", "response"),
+          partial(conversations.instruction, context="context", answer="response"), compares=False,
+          uses=("context", "history"), fits=texts("instruction", "response")),
+    Shape("ms-swift", ("query", "response"),
+          partial(conversations.instruction, question="query", context="input", answer="response"), compares=False,
+          uses=("history",), fits=texts("query", "response")),
 )  # fmt: skip
 
 
-def _obey_label(row: Row) -> None:
-    """Raise Unusable for a completion that is labelled as one not to imitate. A text that is no truth value is a
-    column like others; a number is refused, since it may be a grade."""
-    label = row.get("label")
-    label = label.strip().lower() if isinstance(label, str) else label
-    if label in _UNDESIRABLE:
-        raise Unusable("label false, which says not to imitate it")
-    if label not in _DESIRABLE and label is not None and not isinstance(label, str):
-        raise wrong("label", f"got {show(label)}", "write true or false (KTO), or give the column another name")
+@cache
+def question_and_answer(question: str, answer: str) -> Shape:
+    """Return the shape of a row that is of none of SHAPES, and has one column for a question and one for its answer."""
+    reader = partial(conversations.question_and_answer, question=question, answer=answer)
+    return Shape("questions and answers", (question, answer), reader, compares=False)
 
 
-# --- two responses --------------------------------------------------------------------------------------------------
+def recognised(row: Mapping[str, Any]) -> Shape | None:
+    """Return the shape of a row. Raises InputError where it may be of several."""
+    given = {name for name, value in row.items() if value is not None}
+    found = [shape for shape in SHAPES if given.issuperset(shape.columns) and shape.fits(dict(row))]
+    found = [shape for shape in found if not any(set(shape.columns) < set(other.columns) for other in found)]
+    if len(found) > 1:
+        named = " or ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
+        raise InputError(f"the row may be {named}; take out the columns of the others")
+    if found:
+        return found[0]
+    columns = conversations.question_columns(row)
+    return question_and_answer(*columns) if columns else None
 
 
-def _compared(row: Row, chosen: object, rejected: object) -> tuple[Messages, str, str]:
-    """Return a preference row's prompt, given or shared by both, and the two responses."""
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise wrong("rejected", f"got {show(rejected)}", "write it as chosen is: both text, or both messages")
-    if isinstance(chosen, str) and isinstance(rejected, str) and not is_hh(chosen):
-        prompt = asked.prompt_of(row)
-        if prompt is None:
-            _refuse_near_miss(row, "prompt")
-            asked.refuse_other_prompts(row)
-            return _shared_text(chosen, rejected)
-        if is_hh(str(row.get("prompt"))):
-            chosen, rejected = chosen.strip(), rejected.strip()
-        return prompt, check_text(chosen, "chosen"), check_text(rejected, "rejected")
-    better, worse = _turns(chosen, "chosen"), _turns(rejected, "rejected")
-    count = _shared_turns(better, worse)
-    for name, tail in (("chosen", better[count:]), ("rejected", worse[count:])):
-        if len(tail) != 1 or tail[0]["role"] != "assistant":
-            seen = f"{len(tail)} turns after the {count} that both share"
-            raise wrong(name, seen, "chosen and rejected may differ in their last assistant turn only")
-    prompt = asked.shared_prompt(row, better[:count])
-    if prompt is None:
-        _refuse_near_miss(row, "prompt")
-        raise wrong("prompt", "there is none and chosen and rejected share no turn", "add a prompt field")
-    return prompt, better[count]["content"], worse[count]["content"]
+def nearest(row: Mapping[str, Any]) -> Shape | None:
+    """Return the shape whose columns' names are most like a row's; None where they are like none."""
 
+    def likeness(shape: Shape) -> float:
+        ratios = (
+            max(SequenceMatcher(None, name, str(other).lower()).ratio() for other in row) for name in shape.columns
+        )
+        return sum(ratios) / len(shape.columns)
 
-def _shared_turns(chosen: Messages, rejected: Messages) -> int:
-    if chosen == rejected:
-        return len(chosen) - 1
-    same = [a == b for a, b in zip(chosen, rejected, strict=False)]
-    return same.index(False) if False in same else len(same)
-
-
-def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
-    """Find trl's implicit prompt of two texts, the common prefix up to its last white space; return it and the
-    rests."""
-    check_text(chosen, "chosen"), check_text(rejected, "rejected")
-    same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    prefix = chosen[: min(len(chosen), len(rejected)) if same is None else same]
-    end = max((m.end() for m in re.finditer(r"\s+", prefix)), default=0)
-    if chosen == rejected or not prefix[:end].strip():
-        raise wrong("prompt", "there is none and chosen and rejected begin differently or are the same text",
-                     "add a prompt field")  # fmt: skip
-    return [{"role": "user", "content": prefix[:end].strip()}], chosen[end:], rejected[end:]
-
-
-def _turns(value: object, name: str) -> Messages:
-    if not isinstance(value, str):
-        return as_messages(value, name)
-    if not is_hh(value):
-        raise wrong(name, f"got {show(value)}", "begin it with '\\n\\nHuman: ' as in the other column")
-    turns = parse_hh(value)
-    if turns[-1]["role"] != "assistant":
-        raise wrong(name, "the last turn is Human's", "end it with '\\n\\nAssistant: ...'")
-    if not turns[-1]["content"]:
-        raise Unusable("an empty reply")  # 0.1% of the published HH rows
-    return check_messages(turns, name)
-
-
-# --- one field ------------------------------------------------------------------------------------------------------
-
-
-def _refuse_near_miss(row: Row, name: str) -> None:
-    """Raise InputError where a column is a misspelt `name`: nearly the same letters, and a value of its type.
-
-    A name of several words or with a number is another column: prompt_id, num_responses, response_2.
-    """
-    spelt = {str(k): k for k in row if k not in _FIELDS and re.fullmatch(r"\s*([a-z]+|[A-Z][a-z]*|[A-Z]+)\s*", str(k))}
-    for near in get_close_matches(name, spelt, n=3, cutoff=0.75) + [k for k in spelt if k.strip().lower() == name]:
-        value = row[spelt[near]]
-        if name in ("responses", "ranks"):
-            fits = isinstance(value, list)
-        else:
-            fits = asked.are_turns(value) or (isinstance(value, str) and name != "messages")
-        if fits and len(near) < len(name) + 2:
-            raise wrong(name, f"missing, but there is {near!r}", f"rename {near!r} to {name!r}")
-
-
-def _need(row: Row, name: str) -> Any:
-    if row.get(name) is None:
-        _refuse_near_miss(row, name)
-        seen = "got null" if name in row else f"missing; the fields are {', '.join(map(str, row)) or '(none)'}"
-        raise wrong(name, seen, f"add {name!r} to the row")
-    return row[name]
+    best = max((*SHAPES, question_and_answer("question", "answer")), key=likeness) if row else None
+    return best if best and likeness(best) > 0.6 else None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from rlhf.errors import InputError
 from rlhf.rows.messages import as_messages, as_prompt
 
-CASES = Path(__file__).resolve().parent.parent.parent / "shared/cases"
 USER, ANSWER = {"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
@@ -103,12 +101,11 @@ def test_fields_of_another_role_and_broken_json():
         as_messages([{"role": "critic", "content": "x"}], "messages")
 
 
-@pytest.mark.skipif(not CASES.exists(), reason="needs ../shared/cases")
 @pytest.mark.parametrize("name", ["05/reasoning_content", "05/thinking_key", "31/developer", "31/empty_system",
                                   "31/gemma_roles", "31/human_gpt_roles", "31/parts_strings", "31/tools",
                                   "31/tools_str", "31/uuid_row"])  # fmt: skip
-def test_cases_are_read(name):
-    for line in (CASES / f"{name}.jsonl").read_text("utf-8").splitlines():
+def test_cases_are_read(shared_cases, name):
+    for line in (shared_cases / f"{name}.jsonl").read_text("utf-8").splitlines():
         turns = as_messages(json.loads(line)["messages"], "messages")
         assert turns[-1]["role"] == "assistant"
         assert bool(turns[-1].get("reasoning_content")) == name.startswith("05")

@@ -264,43 +264,30 @@ def test_a_misspelt_name_is_named(read, row, name):
         read([row])
 
 
-# -- rows of other sets ------------------------------------------------------------------------------------
+# -- rows of other sets, which are not read ----------------------------------------------------------------
 
 PAIR = "write prompt, chosen and rejected"
 RANKED = "write prompt, responses and ranks"
 OTHERS = [
-    ({"instruction": "q", "input": "", "output": "a"}, "an Alpaca row", "completion"),
-    ({"instruction": "q", "context": "c", "response": "a"}, "a Dolly row", "completion"),
-    ({"question": "q", "response": "a", "system_prompt": "s"}, "a question and its answer", "prompt and completion"),
-    ({"query": "q", "response": "a", "type": "t"}, "a question and its answer", "prompt and completion"),
-    ({"input": "q", "output": "a"}, "a question and its answer", "prompt and completion"),
-    ({"prompt": "q", "response": "a"}, "a question and its answer", "rename response to completion"),
-    ({"conversations": [{"from": "human", "value": "q"}]}, "a conversation", "messages"),
-    ({"text": "### Human: q"}, "a text in one piece", "messages"),
-    ({"conversation_a": [Q], "conversation_b": [Q], "winner": "tie"}, "an LMArena battle", PAIR),
+    ({"text": "Once upon a time"}, "a text in one piece", "messages"),
     ({"prompt": '["q"]', "response_a": '["x"]', "response_b": '["y"]'}, "response_a, response_b: two responses", PAIR),
-    ({"prompt": "q", "response_0": "x", "response_1": "y", "better_response_id": 1}, "two responses", PAIR),
-    ({"context": [Q], "response1": "x", "response2": "y", "overall_preference": 2}, "two responses", PAIR),
-    ({"question": "q", "response_A": "x", "response_B": "y", "label": "A>B"}, "two responses", PAIR),
-    ({"question": "q", "response_j": "x", "response_k": "y"}, "two responses", PAIR),
-    ({"question": {"full_text": "q"}, "answer_0": "x", "answer_1": "y", "score_0": 1.0}, "two responses", PAIR),
-    ({"prompt": "q", "answers": [{"answer": "x", "rank": 1.0}], "num_responses": 1}, "Nectar", RANKED),
-    ({"instruction": "q", "completions": [{"response": "x"}], "models": ["m"]}, "several completions", RANKED),
-    ({"prompt": {"text": "q", "replies": []}, "message_tree_id": "m"}, "an OASST tree", RANKED),
+    ({"prompt": "q", "response_0": "x", "response_1": "y", "safer_response_id": 1}, "two responses", PAIR),
+    ({"context": [Q], "response1": "x", "response2": "y", "preference": 2}, "response1, response2: two", PAIR),
+    ({"question": "q", "response_A": "x", "response_B": "y", "verdict": "A>B"}, "two responses", PAIR),
+    ({"question": {"full_text": "q"}, "answer_0": "x", "answer_1": "y"}, "two responses", PAIR),
+    ({"prompt": "q", "answers": ["x", "y"], "num_responses": 2}, "Nectar", RANKED),
+    ({"instruction": "q", "completions": ["x", "y"], "models": ["m"]}, "several completions", RANKED),
     ({"message_id": "m", "parent_id": None, "text": "q", "role": "prompter"}, "an OASST tree", RANKED),
-    ({"prompt": "q", "response": "a", "helpfulness": 4}, "HelpSteer2", RANKED),
-    ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "subset": "Ties"}, "lists of texts", RANKED),
-    ({"history": "q", "human_ref_A": "x", "human_ref_B": "y", "labels": 0}, "an SHP row", PAIR),
+    ({"prompt": "q", "completions": ["x", "y"], "labels": [True, False]}, "labelled steps", "prompt and completion"),
 ]
 
 
 @pytest.mark.parametrize(("row", "seen", "todo"), OTHERS)
 def test_rows_of_well_known_sets_are_named(row, seen, todo):
-    with pytest.raises(InputError, match=f"{seen}.*; .*{todo}") as caught:
-        read_demonstrations([row])
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=rf"{seen}.*; .*write prompt, (chosen and rejected|responses and ranks)"):
-        read_rankings([row])
+    for read in (read_demonstrations, read_rankings):
+        with pytest.raises(InputError, match=f"{seen}.*; .*{todo}|{seen}, and no comparison; {PAIR}") as caught:
+            read([row])
+        assert "\n" not in str(caught.value)
 
 
 def test_scores_are_no_ranks():

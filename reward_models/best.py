@@ -56,9 +56,14 @@ class KeepBest(TrainerCallback):
             drop_best(self.path.parent)  # left by an earlier run
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loss, model = kwargs["metrics"].get("eval_loss"), kwargs["model"]
+        loss = kwargs["metrics"].get("eval_loss")
+        if loss is not None:
+            self.keep(kwargs["model"], state, loss)
+
+    def keep(self, model: nn.Module, state: TrainerState, loss: float) -> None:
+        """Write the weights that are trained, where their loss (or what else is to be small) is the lowest so far."""
         best = self.read()
-        if loss is None or not state.is_world_process_zero or (best is not None and best.eval_loss <= loss):
+        if not state.is_world_process_zero or (best is not None and best.eval_loss <= loss):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}

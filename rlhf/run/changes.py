@@ -43,8 +43,10 @@ class Change(NamedTuple):
 
 
 def no_effect(config: Any) -> tuple[str, ...]:
-    """Return the fields of a config that change no result; with `keep_best`, evaluations choose the weights."""
-    return tuple(name for name in NO_EFFECT if name != "eval_steps" or not getattr(config, "keep_best", False))
+    """Return the fields of a config that change no result; with `keep_best` or `best_by`, evaluations choose the
+    weights."""
+    chosen = getattr(config, "keep_best", False) or getattr(config, "best_by", None)
+    return tuple(name for name in NO_EFFECT if name != "eval_steps" or not chosen)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

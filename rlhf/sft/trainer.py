@@ -239,6 +239,16 @@ class SFTTrainer(trl.SFTTrainer):
             if outermost:
                 self._uninstall_forward()
 
+    @contextmanager
+    def own_forward(self) -> Iterator[nn.Module]:
+        """Give the model back its own ``forward`` for a while, as sampling needs it; yields the model."""
+        base = self._base
+        lent = {"forward": vars(base).pop("forward")} if "forward" in vars(base) else {}
+        try:
+            yield cast(nn.Module, self.model)
+        finally:
+            vars(base).update(lent)
+
     def _uninstall_forward(self) -> None:
         base = self._base
         self._forward = {"forward": vars(base).pop("forward")} if "forward" in vars(base) else {}

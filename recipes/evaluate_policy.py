@@ -13,7 +13,6 @@ grades. --human: people's comparisons of to_label.jsonl's rows correct the win r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +20,17 @@ from typing import TYPE_CHECKING, Any
 from rlhf import chat
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.rows.mixed import Sources
 from rlhf.rows.records import HELD_OUT, Prompt, check_disjoint, read_prompts, write_jsonl
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes import judging
-from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage
+from rlhf_recipes import judging, sampled
+from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
 
 if TYPE_CHECKING:
-    import torch
-
-    from rlhf.evaluate import PolicySamples
+    pass
 
 console.quiet()
 
@@ -56,6 +54,8 @@ class EvaluationConfig:
     """The trained policy; default: the run's `ppo`."""
     baseline: str | None = None
     """What it is compared with; default: the run's `sft`."""
+    policies: list[str] | None = None
+    """Further policies in the same table: folders, or names of the run's stages, such as dpo,kto,grpo,rloo."""
     reward_model: str | None = None
     """The reward model it was trained on: gives the scores and picks best-of-n; default: the run's."""
     judge: str | None = None
@@ -73,12 +73,14 @@ class EvaluationConfig:
     """Function(prompts, completions, **columns) -> one dict of gold parts per response, as file.py:name."""
     refused: str | None = None
     """Function(prompts, completions, **columns) -> one 0 or 1 per response, as file.py:name."""
-    eval_data: str | None = None
+    eval_data: Sources | None = None
     """Held-out prompts; default: the run's data/eval_prompts.jsonl, else rankings/eval_prompts.jsonl."""
-    rankings: str | None = None
+    rankings: Sources | None = None
     """Held-out rankings on which reward model and judge are measured; default: the run's rankings/held_out.jsonl."""
-    seen_data: str | None = None
+    seen_data: Sources | None = None
     """Prompts that the policy was trained on; a prompt in both is an error. Default: the run's."""
+    columns: dict[str, str] | None = None
+    """Our names of columns and what the files named here call them, as {prompt: question}; null: the same."""
     max_prompts: int = 400
     """Evaluate on the first so many."""
     best_of: int = 4
@@ -129,8 +131,8 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
 
     dtype = compute_dtype(config.bf16)
     prompts = _prompts(config)
-    baseline_lm, tokenizer = _load(str(config.baseline), dtype)
-    policy_lm, policy_tokenizer = _load(str(config.policy), dtype)
+    baseline_lm, tokenizer = sampled.load(str(config.baseline), dtype)
+    policy_lm, policy_tokenizer = sampled.load(str(config.policy), dtype)
     for spec in filter(None, (config.parts, config.refused)):
         configs.import_function(spec)
     for lm, its in ((baseline_lm, tokenizer), (policy_lm, policy_tokenizer)):
@@ -143,23 +145,26 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     scorer = judging.reward_model(config.reward_model, config) if config.reward_model else judged.score
     n = 0 if greedy or scorer is None else config.best_of
     bar = console.StageBar("evaluation", 3 if n else 2)
-    ours = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed)
+    ours = sampled.sample(config, prompts, baseline_lm, tokenizer, seed=config.seed)
     bar.update(1)
-    theirs = _sample(config, prompts, policy_lm, policy_tokenizer, seed=config.seed + 1)
+    theirs = sampled.sample(config, prompts, policy_lm, policy_tokenizer, seed=config.seed + 1)
     if same_tokenizer(tokenizer, policy_tokenizer) and not greedy:
-        theirs = replace(theirs, kl_nats=sequence_kl(policy_lm, baseline_lm, theirs, tokenizer, config))
+        theirs = replace(theirs, kl_nats=sampled.sequence_kl(policy_lm, baseline_lm, theirs, tokenizer, config))
     bar.update(2)
-    many = _sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=n) if n else None
+    others = sampled.further(config, prompts, baseline_lm, tokenizer)
+    many = sampled.sample(config, prompts, baseline_lm, tokenizer, seed=config.seed + 2, n=n) if n else None
     labels = judging.people(config.human, theirs, ours) if config.human else None
     ours, theirs, many = (judging.scored(config, s, scorer, judged) for s in (ours, theirs, many))
     bar.update(bar.total)
     bar.close()
     assert ours is not None
     assert theirs is not None
-    result = judging.compare(ours, theirs, many, judged, labels, config.seed)
+    others = {name: judging.scored(config, other, scorer, judged) or other for name, other in others.items()}
+    result = judging.compare(ours, theirs, many, judged, labels, config.seed, others)
+    sampled.add_costs(result, config)
     if greedy:
         result["note"] = GREEDY
-    rows = evaluate.side_by_side({"sft": ours, "ppo": theirs}, config.samples)
+    rows = evaluate.side_by_side({"sft": ours, "ppo": theirs, **others}, config.samples)
     write_jsonl(stage.folder / "samples.jsonl", rows)
     write_jsonl(stage.folder / "to_label.jsonl", judging.to_label(theirs, ours, config.seed))
     write_json_atomic(stage.folder / "evaluation.json", result)
@@ -170,7 +175,7 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
 
 def inputs(config: EvaluationConfig) -> tuple[EvaluationConfig, dict[str, Any]]:
     """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
-    run = Path(config.output_dir).parent
+    run, config = Path(config.output_dir).parent, with_columns(config, "eval_data", "rankings", "seen_data")
     own_prompts = (
         "data/eval_prompts.jsonl" if (run / "data/eval_prompts.jsonl").exists() else "rankings/eval_prompts.jsonl"
     )
@@ -178,12 +183,14 @@ def inputs(config: EvaluationConfig) -> tuple[EvaluationConfig, dict[str, Any]]:
         config, policy="ppo", baseline="sft", judge="judge", eval_data=own_prompts, reward_model="?reward_model",
         rankings="?rankings/held_out.jsonl", seen_data="?rankings/prompts.jsonl",
     )  # fmt: skip
+    config = replace(config, policies=sampled.named(config, run))
     for model in (config.policy, config.baseline):
-        check_model(str(model), ("base", "sft", "ppo"))
+        check_model(str(model), sampled.POLICIES)
     for model in filter(None, (config.reward_model, None if config.template else config.judge)):
         check_model(model, ("reward_model", "judge"))
     names = (
-        "policy", "baseline", "reward_model", "judge", "template", "human", "eval_data", "rankings", "seen_data",
+        "policy", "policies", "baseline", "reward_model", "judge", "template", "human", "eval_data", "rankings",
+        "seen_data",
     )  # fmt: skip
     return config, {name: getattr(config, name) for name in names}
 
@@ -200,61 +207,6 @@ def _prompts(config: EvaluationConfig) -> list[Prompt]:
     if len(fitting) > config.max_prompts:
         console.stage_line("evaluation", f"the first {config.max_prompts:,} of {len(fitting):,} prompts (max_prompts)")
     return fitting[: config.max_prompts]
-
-
-def _load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    import torch
-
-    from rlhf.models import loading as models
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return models.load_policy(path, dtype=dtype).to(device).eval(), models.load_tokenizer(path)
-
-
-def _sample(
-    config: EvaluationConfig, prompts: Sequence[Prompt], model: Any, tokenizer: Any, seed: int, n: int = 1
-) -> PolicySamples:
-    import torch
-
-    from rlhf import evaluate
-    from rlhf.sampling.decode import TransformersEngine
-    from rlhf.sampling.engine import model_stop_ids
-
-    stops, rows = model_stop_ids(model, tokenizer), config.generation_batch_size
-    engine = TransformersEngine(model, stops, chat.pad_id(tokenizer), rows)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    return evaluate.sample_policy(
-        prompts, tokenizer, engine, max_new_tokens=config.max_new_tokens, generator=generator,
-        temperature=config.temperature, n=n,
-    )  # fmt: skip
-
-
-def sequence_kl(
-    policy: Any, baseline: Any, samples: PolicySamples, tokenizer: Any, config: EvaluationConfig
-) -> tuple[float, ...]:
-    """Per response of the policy, the summed log-probability difference to the baseline, in nats.
-
-    InputError at temperature 0, where the policy writes one answer with certainty and nearly every other policy never:
-    no number says how far apart the two are."""
-    if config.temperature == 0:
-        raise InputError("temperature=0: greedy answers have no KL; sample, or leave the KL out")
-    import torch
-
-    from rlhf.models.forward import response_logprobs
-    from rlhf.padding import make_batch
-    from rlhf.ppo.plan import split_by_tokens
-
-    prompt_ids = [chat.encode_prompt(tokenizer, prompt.messages, prompt.columns) for prompt in samples.repeated_prompts]
-    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, samples.ids, strict=True)]
-    kl = [0.0] * len(lengths)
-    for rows in split_by_tokens(range(len(lengths)), lengths, config.tokens_per_microbatch):
-        batch = make_batch([prompt_ids[i] for i in rows], [list(samples.ids[i]) for i in rows], 0, policy.device)
-        with torch.no_grad():
-            mine = response_logprobs(policy, batch, config.temperature)[0]
-            base = response_logprobs(baseline, batch, config.temperature)[0]
-        for row, value in zip(rows, (mine - base).sum(-1).tolist(), strict=True):
-            kl[row] = value
-    return tuple(kl)
 
 
 def main(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ which correct it. `config` is an EvaluationConfig of `evaluate_policy`, which im
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -139,9 +140,11 @@ def compare(
     judged: Judged,
     labels: dict[int, float] | None,
     seed: int,
+    others: Mapping[str, PolicySamples],
 ) -> dict[str, Any]:
-    """Compare the policy with its baseline, as `rlhf.evaluate.compare` does; of a judge of pairs add what its verdicts
-    come to (`judged`), and where there are labels, the corrected win rate (`corrected`)."""
+    """Compare the policy and the others with their baseline, as `rlhf.evaluate.compare` does; for the policy, add what
+    the verdicts of a judge of pairs come to (`judged`), and where there are labels, the corrected win rate
+    (`corrected`)."""
     from rlhf import evaluate
 
     of_policy: tuple[np.ndarray, dict[str, Any]] | None = None
@@ -153,7 +156,9 @@ def compare(
             of_policy = found
         return found[0]
 
-    result = evaluate.compare(baseline, {"ppo": policy}, judged.card, candidates=candidates, seed=seed, won=won)
+    result = evaluate.compare(
+        baseline, {"ppo": policy, **others}, judged.card, candidates=candidates, seed=seed, won=won
+    )
     assert of_policy is not None
     if of_policy[1]:
         result["ppo"]["judged"] = of_policy[1]

@@ -14,40 +14,9 @@ import numpy as np
 from reward_models.card.pairs import Numbers, ScoredPairs
 from rlhf.errors import InputError
 from rlhf.intervals import clustered_mean
-from rlhf.rows.records import HELD_OUT, Ranking
-from rlhf.rows.sources import Source, rows
 
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 TIES = "Ties"
-
-
-def read(source: Source) -> list[Ranking] | None:
-    """Read a file of RewardBench 2 as rankings, the chosen answers first; None where its first row is of another form.
-
-    Raises InputError for a row among them that is of another form."""
-    found: list[Ranking] = []
-    for where, row in rows(source, HELD_OUT):
-        if not _is_row(row):
-            if found:
-                raise InputError(f"{where}: is no row of RewardBench 2 as those before (chosen and rejected are lists)")
-            return None
-        assert isinstance(row, dict)
-        prompt = row["prompt"]
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        columns = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
-        ranks = (*(0.0 for _ in row["chosen"]), *(1.0 for _ in row["rejected"]))
-        try:
-            found.append(Ranking(turns, (*row["chosen"], *row["rejected"]), ranks, columns, where))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-    return found or None
-
-
-def _is_row(row: object) -> bool:
-    if not isinstance(row, Mapping) or "prompt" not in row or "subset" not in row:
-        return False
-    lists = (row.get("chosen"), row.get("rejected"))
-    return all(isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in lists)
 
 
 def rewardbench2(pairs: ScoredPairs) -> Numbers | None:
@@ -117,7 +86,8 @@ def _tied(pairs: ScoredPairs, members: list[int]) -> Iterator[tuple[tuple[str, s
 def _scores(pairs: ScoredPairs, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the scores of a ranking's right answers, and of its wrong ones."""
     own = pairs.scores[pairs.ranking_of == number]
-    right = np.array(pairs.rankings[number].ranks) == 0
+    ranks = np.array(pairs.rankings[number].ranks)
+    right = ranks == ranks.min()
     return own[right], own[~right]
 
 

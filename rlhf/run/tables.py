@@ -24,6 +24,8 @@ def headline(summary: Json) -> Table:
         ("KL nats", lambda entry: number(entry.get("kl_nats"))),
         ("tokens", lambda entry: number(entry.get("response_tokens"))),
         ("EOS rate", lambda entry: percent(entry.get("eos_rate"))),
+        ("seconds", lambda entry: number(entry.get("train_seconds"))),
+        ("score calls", lambda entry: number(entry.get("score_calls"))),
     ]
     table = [[label(name, entry), *(show(entry) for _, show in columns)] for name, entry in policies(summary).items()]
     return _without_empty(["policy", *(name for name, _ in columns)], table)
@@ -162,7 +164,7 @@ def label(name: str, entry: Json) -> str:
     """Return the name under which a policy is shown."""
     if name == "best_of_n":
         return f"best of {entry['n']}" if entry.get("n") else "best of n"
-    return {"sft": "SFT", "ppo": "PPO"}.get(name, name)
+    return name.upper() if name in ("sft", "ppo", "dpo", "kto", "grpo", "rloo") else name
 
 
 def words(name: str) -> str:

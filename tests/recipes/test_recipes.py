@@ -183,7 +183,8 @@ def test_greedy_answers_have_no_kl_and_no_best_of_n(tmp_path: Path, base: Path, 
 
 def test_a_kl_of_greedy_answers_is_refused() -> None:
     from rlhf.errors import InputError
-    from rlhf_recipes.evaluate_policy import EvaluationConfig, sequence_kl
+    from rlhf_recipes.evaluate_policy import EvaluationConfig
+    from rlhf_recipes.sampled import sequence_kl
 
     nothing: Any = None
     with pytest.raises(InputError, match="temperature=0: greedy answers have no KL"):

@@ -85,7 +85,11 @@ SMALLER = {
     "ppo": {"updates": 2, "rollout_size": 4, "minibatch_size": 2, "inner_epochs": 1, "max_new_tokens": 6},
     "evaluate_policy": {"max_new_tokens": 6, "least_probability": 0},
     "judge_card": {"least_probability": 0},
-}
+    "baseline": {
+        "max_new_tokens": 6, "dpo.batch_size": 4, "dpo.microbatch_size": 4, "grpo.updates": 1, "grpo.rollout_size": 4,
+        "grpo.generations": 2, "grpo.batch_size": 4, "grpo.microbatch_size": 4,
+    },
+}  # fmt: skip
 """Added to commands that train, and to settings in Python, where no config has made them small already."""
 ROWS = [
     {"prompt": f"Count to {n}.", "chosen": f"{n} is what I count to.", "rejected": "The lazy fox jumps over."}

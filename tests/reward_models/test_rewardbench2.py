@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from reward_models.card.pairs import scored_pairs
-from reward_models.card.rewardbench2 import read, rewardbench2, ties_score
+from reward_models.card.rewardbench2 import rewardbench2, ties_score
 from rlhf.errors import InputError
+from rlhf.rows.records import read_rankings
 
 
 def row(subset: str, chosen: list[str], rejected: list[str], name: str = "1") -> dict:
@@ -24,27 +25,26 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
-def test_rows_become_rankings_and_others_are_left_to_the_usual_reader(tmp_path: Path):
-    (found,) = read(write(tmp_path / "a.jsonl", [row("Math", ["right"], ["w1", "w2", "w3"])])) or []
+def test_rows_become_rankings(tmp_path: Path):
+    (found,) = read_rankings(write(tmp_path / "a.jsonl", [row("Math", ["right"], ["w1", "w2", "w3"])]))
     assert found.responses == ("right", "w1", "w2", "w3")
-    assert found.ranks == (0, 1, 1, 1)
-    assert found.columns["subset"] == "Math"
-    assert read(write(tmp_path / "b.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])) is None
-    with pytest.raises(InputError, match=r"c\.jsonl:2: is no row of RewardBench 2"):
-        read(write(tmp_path / "c.jsonl", [row("Math", ["a"], ["b"]), {"prompt": "q"}]))
+    assert found.ranks == (1, 2, 2, 2)
+    assert (found.columns["subset"], found.columns["id"]) == ("Math", "1")
+    with pytest.raises(InputError, match=r"c\.jsonl:2: chosen: missing, and the rows before are RewardBench 2"):
+        read_rankings(write(tmp_path / "c.jsonl", [row("Math", ["a"], ["b"]), {"prompt": "q"}]))
 
 
 def test_a_shared_top_score_counts_its_part(tmp_path: Path):
     """Right alone, shared by two, wrong: (1 + 1/2 + 0) / 3. Another subset: 1. The mean is over subsets."""
     rows = [row("Math", ["r"], ["w1", "w2", "w3"], str(n)) for n in range(3)] + [row("Safety", ["r"], ["w"], "s")]
-    rankings = read(write(tmp_path / "a.jsonl", rows)) or []
+    rankings = read_rankings(write(tmp_path / "a.jsonl", rows))
     scores = [[4.0, 1.0, 2.0, 3.0], [4.0, 4.0, 1.0, 0.0], [1.0, 2.0, 2.0, 0.0], [1.0, 0.0]]
     found = rewardbench2(scored_pairs(rankings, scores))
     assert found is not None
     assert found["sections"] == pytest.approx({"Math": 0.5, "Safety": 1.0})
     assert found["mean"] == pytest.approx(0.75)
     assert set(found["sections_ci"]) == {"Math", "Safety"}
-    mine = read(write(tmp_path / "b.jsonl", [row("Mine", ["r"], ["w"])])) or []
+    mine = read_rankings(write(tmp_path / "b.jsonl", [row("Mine", ["r"], ["w"])]))
     assert rewardbench2(scored_pairs(mine, [[1.0, 0.0]])) is None
 
 
@@ -70,11 +70,11 @@ def test_the_formula_of_ties_by_hand():
 
 def test_ties_among_the_subsets(tmp_path: Path):
     rows = [row("Ties", ["a"], ["x", "y"], "ref:7"), row("Ties", ["a", "b", "c"], ["x", "y"], "tied:7")]
-    rankings = read(write(tmp_path / "a.jsonl", rows)) or []
+    rankings = read_rankings(write(tmp_path / "a.jsonl", rows))
     found = rewardbench2(scored_pairs(rankings, [[2.0, 0.0, 1.0], [3.0, 3.5, 3.25, 0.0, 1.0]]))
     assert found is not None
     # leads 1 and 2, spread 0.5: all four parts hold
     assert found["sections"]["Ties"] == pytest.approx(1.0 + 0.01 * math.tanh(1 / 0.5 - 1))
-    bad = read(write(tmp_path / "b.jsonl", [row("Ties", ["a"], ["x"], "7")])) or []
+    bad = read_rankings(write(tmp_path / "b.jsonl", [row("Ties", ["a"], ["x"], "7")]))
     with pytest.raises(InputError, match="has ref:N or tied:N"):
         rewardbench2(scored_pairs(bad, [[1.0, 0.0]]))

@@ -167,18 +167,23 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     )
     k = config.responses_per_prompt
     responses = [list(samples.responses[i : i + k]) for i in range(0, len(samples.responses), k)]
+    rows = ranked_by(label, prompts, responses, config.seed)
+    if len(rows) < len(prompts):
+        console.stage_line("rankings", f"{len(prompts) - len(rows)} prompts left out: an empty response among theirs")
+    return rows
+
+
+def ranked_by(label: Callable[..., Any], prompts: list[Prompt], responses: list[list[str]], seed: int) -> list[Ranking]:
+    """Have a labeler rank each prompt's responses; a prompt with an empty response among them is left out."""
     names = sorted({name for prompt in prompts for name in further_columns(prompt.columns)})
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     arguments = own([p.messages for p in prompts]), own(responses)  # copies: it may change what it gets
-    ranks = label(*arguments, config.seed, **{name: own(values) for name, values in columns.items()})
-    rows = [
+    ranks = label(*arguments, seed, **{name: own(values) for name, values in columns.items()})
+    return [
         Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), further_columns(prompt.columns))
         for prompt, texts, order in zip(prompts, responses, ranks, strict=True)
         if all(text.strip() for text in texts)
     ]
-    if len(rows) < len(prompts):
-        console.stage_line("rankings", f"{len(prompts) - len(rows)} prompts left out: an empty response among theirs")
-    return rows
 
 
 def _shortened(ranked: list[Ranking], config: DataConfig) -> list[Ranking]:

@@ -1,0 +1,126 @@
+"""What comes into a store from files: rankings and pairs in every shape that `rlhf.rows` reads, as judged items.
+
+A row's `labeler` is its annotator, or the caller names one. Rows that a store exported bring their provenance along. A
+row that is there already adds nothing, so an import may be repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from rlhf.collection import assign, content
+from rlhf.collection.records import KINDS, Answer, Candidate, Item, Kind
+from rlhf.collection.store import Store
+from rlhf.errors import InputError
+from rlhf.rows.records import Ranking
+
+OWN = ("labeler_kind", "item", "item_source", "item_tags", "order_shown", "seconds", "guideline_hash", "judged",
+       "flags", "comment", "policy", "fingerprint", "sampler", "sampling_seed", "ratings")  # fmt: skip
+"""The provenance columns of an exported ranking; a row is one of ours where it has them all."""
+
+
+@dataclass
+class Imported:
+    """What an import added."""
+
+    items: int = 0
+    judgments: int = 0
+    edits: int = 0
+    """Judgments that superseded another one of the same annotator and item."""
+    repeated: int = 0
+    """Rows that were there."""
+
+
+def import_rankings(
+    store: Store,
+    rankings: Iterable[Ranking],
+    annotator: str | None = None,
+    kind: Kind = "person",
+    source: str = "",
+    overlap: int = 0,
+) -> Imported:
+    """Store rankings as items, candidates and judgments, all of them or none.
+
+    annotator, kind: of the rows without a `labeler`. overlap: by how many annotators a new item is to be judged in all;
+    0 hands it to nobody. Raises InputError for a row without an annotator."""
+    rows, made = list(rankings), Imported()
+    named = [_named(ranking, annotator, kind) for ranking in rows]
+    ids = {name: store.add_annotator(name, kinds).id for name, kinds in dict(named).items()}
+    with store.writing() as db:
+        for ranking, (name, _) in zip(rows, named, strict=True):
+            try:
+                new, edits = _add(db, ranking, ids[name], source, overlap, store.clock())
+            except InputError as error:
+                raise InputError(f"{ranking.where}: {error}") from None
+            made.items += new
+            made.repeated += edits is None
+            made.judgments += edits is not None
+            made.edits += edits is True
+    return made
+
+
+def _add(
+    db: sqlite3.Connection, ranking: Ranking, annotator: int, source: str, overlap: int, now: float
+) -> tuple[bool, bool | None]:
+    """Store one ranking; returns whether its item is new, and what `assign.record` says of its judgment."""
+    item, own = _item(ranking, source)
+    id, new = content.add_item(db, item, overlap, "main", now)
+    places = matched(ranking.responses, [candidate.text for candidate in content.candidates(db, id)])
+    said = _answer(ranking, own, places, f"{item.key}|{annotator}")
+    shown = [places[n] for n in own.get("order_shown", ())]
+    created = datetime.fromisoformat(own["judged"]).timestamp() if own else now
+    return new, assign.record(db, annotator, id, said, shown, created)
+
+
+def matched(responses: Sequence[str], stored: Sequence[str]) -> list[int]:
+    """Return, for each response, the index of the stored candidate with its text; equal texts in their order."""
+    free: dict[str, list[int]] = {}
+    for n, text in enumerate(stored):
+        free.setdefault(text, []).append(n)
+    return [free[text].pop(0) for text in responses]
+
+
+def _named(ranking: Ranking, annotator: str | None, kind: Kind) -> tuple[str, Kind]:
+    labeler = ranking.columns.get("labeler")
+    if labeler is None and annotator is None:
+        raise InputError(f"{ranking.where}: labeler: missing; add a column labeler, or name one as --annotator")
+    if labeler is None:
+        return str(annotator), kind
+    given = ranking.columns.get("labeler_kind")
+    return str(labeler), next((k for k in KINDS if k == given), kind)
+
+
+def _item(ranking: Ranking, source: str) -> tuple[Item, Mapping[str, Any]]:
+    """Return a ranking's item, and the provenance where a store exported it."""
+    columns = {name: value for name, value in ranking.columns.items() if name != "labeler"}
+    own: dict[str, Any] = {}
+    if columns.keys() >= {*OWN}:
+        own = {name: columns.pop(name) for name in OWN}
+    unknown = [None] * len(ranking.responses)
+    sides = [own.get(name) or unknown for name in ("policy", "fingerprint", "sampler", "sampling_seed")]
+    candidates = tuple(
+        Candidate(text, policy or "", fingerprint or "", sampler or {}, seed)
+        for text, policy, fingerprint, sampler, seed in zip(ranking.responses, *sides, strict=True)
+    )
+    return Item(
+        list(ranking.prompt), candidates, columns, own.get("item_source") or source, tuple(own.get("item_tags") or ())
+    ), own
+
+
+def _answer(ranking: Ranking, own: Mapping[str, Any], places: Sequence[int], whose: str) -> Answer:
+    """Return a row as an answer that names candidates by their index; its submission is a hash of what it says."""
+    ranks = {place: float(rank) for place, rank in zip(places, ranking.ranks, strict=True)}
+    ratings = dict(zip(places, own.get("ratings") or [{}] * len(places), strict=True))
+    said: dict[str, Any] = {
+        "flags": tuple(own.get("flags") or ()), "comment": own.get("comment") or "",
+        "seconds": own.get("seconds"), "guideline": own.get("guideline_hash"),
+    }  # fmt: skip
+    text = json.dumps([whose, sorted(ranks.items()), sorted(ratings.items()), said], sort_keys=True)
+    submission = f"import-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    return Answer(assignment=0, submission=submission, ranks=ranks, ratings=ratings, **said)

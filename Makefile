@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # One process of one thread for each core; what stays together is in tests/conftest.py.
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo bench test test-long check format docs clean
+.PHONY: demo bench test test-long test-browser check format docs clean
 
 demo: .venv/installed
 	.venv/bin/rlhf chain --config toy.yaml
@@ -19,7 +19,11 @@ test: .venv/installed-dev
 	$(PYTEST) $(ARGS)
 
 test-long: .venv/installed-dev
-	$(PYTEST) -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu and not browser" $(ARGS)
+
+# Pages in a real Chromium; a missing one fails here.
+test-browser: .venv/installed-browser
+	RLHF_REQUIRE_BROWSER=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests/browser -m browser $(ARGS)
 
 check: .venv/installed-dev
 	$(PY) -m ruff check .
@@ -49,6 +53,10 @@ docs: .venv/installed-docs
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch .venv/installed $@
+
+.venv/installed-browser: pyproject.toml constraints.txt | .venv/bin/python
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev,browser]"
+	touch .venv/installed .venv/installed-dev $@
 
 .venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"

@@ -4,22 +4,20 @@ forward."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rlhf.errors import InputError
 from rlhf.rows.messages import Messages
 from rlhf.run.http import HttpConfig, Refused, place_of
+from rlhf.run.slots import Slots
 
 logger = logging.getLogger(__name__)
 
 Scorer = Callable[[list[Messages]], Sequence[float]]
-
-PATIENCE = 0.5  # seconds that a request may take to arrive while the queue is full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,44 +57,12 @@ class ScoringQueue:
         self._scorer, self._count_tokens, self._config = scorer, count_tokens, config
         self._waiting: list[_Job] = []
         self._news = asyncio.Event()
-        self._arriving: dict[asyncio.Timeout, float] = {}  # the oldest first
-        self.taken = 0
+        self.slots = Slots(config.max_queue, config.max_body_seconds, full=503)
 
     @property
     def waiting(self) -> int:
         """Number of requests that have been read and are waiting or being scored."""
         return len(self._waiting)
-
-    @contextlib.contextmanager
-    def slot(self) -> Iterator[None]:
-        """Hold one of the `max_queue` slots, taken before a byte of the request is read. Raises Refused (503)."""
-        if self.taken >= self._config.max_queue and not self._make_room():
-            raise Refused(503, f"the queue is full ({self._config.max_queue} requests); try again")
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
-
-    @contextlib.contextmanager
-    def arriving(self) -> Iterator[asyncio.Timeout]:
-        """Yield the time-out in which a request must arrive; a full queue may shorten it."""
-        until = asyncio.timeout(self._config.max_body_seconds)
-        self._arriving[until] = asyncio.get_running_loop().time()
-        try:
-            yield until
-        finally:
-            self._arriving.pop(until, None)
-
-    def _make_room(self) -> bool:
-        """Give up the request that has been arriving longest: clients that send nothing must not fill the queue."""
-        now = asyncio.get_running_loop().time()
-        slowest = next(iter(self._arriving), None)
-        if slowest is None or now - self._arriving[slowest] < PATIENCE:
-            return False
-        del self._arriving[slowest]
-        slowest.reschedule(now)
-        return True
 
     async def score(self, conversations: list[Messages]) -> list[float]:
         """Wait for the conversations' scores. A call that is cancelled while it waits is never scored."""

@@ -184,8 +184,8 @@ def create_app(
         return JSONResponse(message, problem.status_code, problem.headers)
 
     async def score(request: Request) -> JSONResponse:
-        with queue.slot():
-            with queue.arriving() as until:
+        with queue.slots.slot():
+            with queue.slots.arriving() as until:
                 body = await read_body(request, config, until)
             if len(body) <= SMALL:  # never waits for others' megabytes
                 conversations = read_request(body, config.max_conversations)
@@ -195,7 +195,7 @@ def create_app(
             return JSONResponse({"scores": await _unless_gone(request, queue, conversations)})
 
     async def health(request: Request) -> JSONResponse:
-        counts = {"queue": queue.taken, "waiting": queue.waiting, "max_queue": config.max_queue}
+        counts = {"queue": queue.slots.taken, "waiting": queue.waiting, "max_queue": config.max_queue}
         return JSONResponse({"status": "ok", "model": name} | counts)
 
     # no redirect to a path with or without a slash: it would lead to whatever the Host header names

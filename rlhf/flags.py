@@ -93,12 +93,12 @@ def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[str | None, 
     return file, flags
 
 
-def first_word(argv: Sequence[str], name: str, usage: str) -> list[str]:
+def first_word(argv: Sequence[str], name: str, usage: str, what: str = "the run's folder") -> list[str]:
     """Let the first word, if it is no flag, be the value of --name. Raises InputError with the usage without it."""
     if argv and not argv[0].startswith("-"):
         return [f"--{name}", *argv]
     if not any(word.split("=")[0] in (f"--{name}", "--help", "-h") for word in argv):
-        raise InputError(f"name the run's folder first: {usage}")
+        raise InputError(f"name {what} first: {usage}")
     return list(argv)
 
 

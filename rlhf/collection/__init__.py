@@ -4,5 +4,6 @@
 reads and writes items and judgments. `assign` decides who gets which item, `personal` keeps what people said in the
 playground and erases it. People, grader models and simulated labelers judge through the same `desk`. `agreement` is
 the mathematics, `measured` applies it to a store, `report` is its page, `choose` says what to label next; `export`
-and `imported` are the ways out and in.
+and `imported` are the ways out and in. `app` serves the labelling `page` and an API whose client is `http_desk`;
+`project` says what annotators are asked, `incoming` and `sample` bring what they judge.
 """

@@ -158,13 +158,18 @@ class Guard:
     """An ASGI application that stands before another one.
 
     token: what clients must send as `Authorization: Bearer ...`; None: no token is needed. public: paths that need no
-    token.
+    token. refusal: makes the JSON of a refusal from its status and line.
     """
 
     def __init__(
-        self, app: App, config: HttpConfig, token: str | None = None, public: Collection[str] = ("/health",)
+        self,
+        app: App,
+        config: HttpConfig,
+        token: str | None = None,
+        public: Collection[str] = ("/health",),
+        refusal: Callable[[int, str], Any] = lambda status, message: {"error": message},
     ) -> None:
-        self.app, self.token, self.public = app, token, public
+        self.app, self.token, self.public, self.refusal = app, token, public, refusal
         self.hosts = {name.lower() for name in (socket.gethostname(), config.host, *(config.allowed_hosts or ()))}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -188,12 +193,12 @@ class Guard:
             self.check(scope)
             await self.app(scope, receive, with_headers)
         except Refused as problem:
-            await _answer(with_headers, problem.status, str(problem))
+            await self._refuse(with_headers, problem.status, str(problem))
         except Exception as error:
             # neither the message nor the path: both may hold a client's text
             log.error("a request failed: %s in %s", type(error).__name__, place_of(error))
             if not started:
-                await _answer(with_headers, 500, f"the server failed: {type(error).__name__}")
+                await self._refuse(with_headers, 500, f"the server failed: {type(error).__name__}")
 
     def check(self, scope: Message) -> None:
         """Raise Refused for a request from another site's page, or without the token."""
@@ -213,6 +218,17 @@ class Guard:
         if not holds_token(headers.get("authorization", ""), self.token):
             raise Refused(401, "send the token: Authorization: Bearer TOKEN")
 
+    async def _refuse(self, send: Send, status: int, message: str) -> None:
+        body = json.dumps(self.refusal(status, message)).encode()
+        headers: Mapping[str, str] = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **RETRY.get(status, {}),
+        }
+        named = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": named})
+        await send({"type": "http.response.body", "body": body})
+
 
 def place_of(error: BaseException) -> str:
     """Return the lines of code that an exception came from, the innermost first."""
@@ -220,20 +236,13 @@ def place_of(error: BaseException) -> str:
     return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
 
 
-RETRY = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 503: {"Retry-After": "1"}}
+RETRY = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
 """Further headers of a refusal, by its status."""
-
-
-async def _answer(send: Send, status: int, message: str) -> None:
-    body = json.dumps({"error": message}).encode()
-    headers: Mapping[str, str] = {
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        **RETRY.get(status, {}),
-    }
-    named = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": named})
-    await send({"type": "http.response.body", "body": body})
 
 
 # ---------------------------------------------------------------- what is read

@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 def page(title: str, body: str, style: str = "") -> str:
     """Write a whole page; `style`: CSS rules of this page alone, after the common ones."""
-    return _PAGE.format(policy=POLICY, title=text(title), style=f"{_STYLE}{style}", body=body)
+    return _PAGE.format(policy=POLICY, title=text(title), style=f"{STYLE}{style}", body=body)
 
 
 def write(path: str | Path, content: str) -> Path:
@@ -144,7 +144,7 @@ _PAGE = """<!doctype html>
 {body}
 </body></html>
 """
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --dim: #666; --hot: #c2410c;
   --link: #1d4ed8; }
 @media (prefers-color-scheme: dark) { :root { --dim: #a3a3a3; --hot: #fb923c; --link: #93c5fd; } }

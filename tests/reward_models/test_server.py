@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import itertools
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import recipe
+from reference.broken_server import answering, endless, one_by_one, reply, sending
 from reference.tiny_chain import chain
 
 from reward_models import RewardModel
@@ -444,41 +444,6 @@ def test_a_scorer_that_fails_harms_nobody_else():
 # -- servers that a client refuses -------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def answering(*answers: bytes | None) -> Iterator[tuple[str, list[int]]]:
-    """Start a server that answers with these bytes, one after the other (None: silence), and counts its calls."""
-    calls: list[int] = []
-    done = threading.Event()
-    listening = socket.create_server(("127.0.0.1", 0))
-    listening.settimeout(0.05)
-
-    def loop():
-        while not done.is_set():
-            with contextlib.suppress(TimeoutError):
-                connection, _ = listening.accept()
-                with connection:
-                    connection.recv(65536)
-                    answer = answers[min(len(calls), len(answers) - 1)]
-                    calls.append(1)
-                    if answer is None:
-                        done.wait(5)
-                    else:
-                        connection.sendall(answer)
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", calls
-    finally:
-        done.set()
-        thread.join(10)
-        listening.close()
-
-
-def reply(text: str, status: str = "200 OK", more: str = "") -> bytes:
-    return f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}\r\n{more}Connection: close\r\n\r\n{text}".encode()
-
-
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -516,42 +481,6 @@ def test_only_a_full_queue_and_broken_connections_are_tried_again():
         RewardClient(url, retries=1)(["a"], ["b"])
     assert len(calls) == 2
     assert "\n" not in str(told.value)
-
-
-@contextlib.contextmanager
-def sending(pieces, pause: float) -> Iterator[str]:
-    """Start a server that answers every request with these pieces, and waits between two of them."""
-    done = threading.Event()
-    listening = socket.create_server(("127.0.0.1", 0))
-    listening.settimeout(0.05)
-
-    def loop():
-        while not done.is_set():
-            with contextlib.suppress(OSError):
-                connection, _ = listening.accept()
-                with connection:
-                    connection.recv(65536)
-                    for piece in pieces():
-                        connection.sendall(piece)
-                        if done.wait(pause):
-                            break
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        done.set()
-        thread.join(10)
-        listening.close()
-
-
-def one_by_one(text: bytes):
-    return lambda: (text[n : n + 1] for n in range(len(text)))
-
-
-def endless(start: bytes, piece: bytes):
-    return lambda: itertools.chain([start], itertools.repeat(piece))
 
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -606,7 +535,7 @@ def test_a_redirect_is_not_followed_and_the_token_is_not_shown(monkeypatch):
             RewardClient("http://127.0.0.1:1", wrong)
         assert "s3cr" not in str(told.value)
     monkeypatch.setenv("RLHF_SERVER_TOKEN", "s3cret\n")
-    assert RewardClient("http://127.0.0.1:1")._token == "s3cret"
+    assert RewardClient("http://127.0.0.1:1").caller.token == "s3cret"
 
 
 @pytest.mark.parametrize("url", ["http://me:pw@127.0.0.1:8000", "http://pw@h", "http://h/?token=pw", "http://h:p/pw@h"])

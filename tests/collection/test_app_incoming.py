@@ -35,6 +35,19 @@ def test_rankings_and_pairs_are_labelled_again_without_their_order():
     assert first.gold_ranks is second.gold_ranks is None
 
 
+def test_sets_as_people_have_them_are_labelled_again(tmp_path):
+    completions = [{"response": f"answer {n}", "overall_score": n, "model": f"m{n}"} for n in range(3)]
+    file = tmp_path / "ultrafeedback.jsonl"
+    file.write_text(json.dumps({"instruction": "Hi?", "completions": completions}) + "\n")
+    (item,) = read_candidates(str(file))
+    assert item.prompt == [{"role": "user", "content": "Hi?"}]
+    assert sorted(texts(item)) == ["answer 0", "answer 1", "answer 2"]
+    assert item.gold_ranks is None
+    (gold,) = read_gold(str(file))
+    assert gold.gold_ranks is not None
+    assert min(zip(gold.gold_ranks, texts(gold), strict=True))[1] == "answer 2"
+
+
 def test_repeated_responses_are_left_out_and_counted(caplog):
     rows = [
         {"prompt": "1", "responses": ["a", "b", "a"], "sampling_seed": [1, 2, 3]},

@@ -11,7 +11,7 @@ import pytest
 from reference.labelling import Clock, answer, item, items
 
 from rlhf.collection.assign import order_shown
-from rlhf.collection.store import HandedOn, Plan, Store
+from rlhf.collection.store import HandedOn, Plan, Store, Task
 from rlhf.errors import InputError
 
 
@@ -51,40 +51,37 @@ def people_per_item(store: Store) -> dict[int, list[str]]:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_overlap_3_over_8_annotators_and_300_items(tmp_path, no_fsync, seed):
-    """A drawn schedule in which people judge, skip, stay away until their lease has ended, and answer too late."""
+    """A drawn schedule in which people hold tasks side by side, judge, skip, stay away until their lease has ended, and
+    answer too late."""
     draw, clock, names = random.Random(seed), Clock(), [f"annotator {n}" for n in range(8)]
     with Store(tmp_path / "labels.db", clock=clock) as store:
         store.set_plan(Plan(lease_seconds=60, gold_share=0.0))
         for name in names:
             store.add_annotator(name)
         store.add_items(items(300, 2), overlap=3)
-        late, events = [], Counter()
+        held, events = dict[str, Task](), Counter[str]()
         while open_places(store):
-            name, chance = draw.choice(names), draw.random()
-            tasks = store.lease(name)
-            if not tasks:
-                clock.now += 61  # wait for what others have left lying
-                events["waited"] += 1
-                continue
-            if chance < 0.02:
-                store.skip(name, tasks[0].assignment)
+            clock.now += draw.uniform(0, 6)
+            name = draw.choice(names)
+            if name not in held:
+                tasks = store.lease(name)
+                events["nothing left for one"] += not tasks
+                held |= {name: tasks[0]} if tasks else {}
+            elif draw.random() < 0.03:
+                store.skip(name, held.pop(name).assignment)
                 events["skipped"] += 1
-            elif chance < 0.06:
-                late.append((name, tasks[0]))
-                clock.now += 61
-                events["left lying"] += 1
             else:
-                store.submit(name, answer(tasks[0]))
-            if late and chance > 0.97:
-                name, task = late.pop()
+                task = held.pop(name)
+                late = clock.now > task.lease_until
                 try:
                     store.submit(name, answer(task))
-                    events["late, and stored"] += 1
+                    events["late, and stored"] += late
                 except HandedOn:
                     events["late, and handed on"] += 1
         assert {len(set(people)) for people in people_per_item(store).values()} == {3}
         assert [len(people) for people in people_per_item(store).values()] == [3] * 300
-        assert min(events["skipped"], events["left lying"], events["late, and stored"]) > 0, events
+        assert len(events) == 4, events
+        assert min(events.values()) > 0, events
 
 
 def open_places(store: Store) -> bool:

@@ -14,8 +14,8 @@ from rlhf.collection import export, measured
 from rlhf.collection.desk import StoreDesk, label
 from rlhf.collection.store import Candidate, Item, Plan, Store
 from rlhf.errors import InputError
+from rlhf.rows.fields import further_columns
 from rlhf.rows.records import Prompt, read_demonstrations, read_prompts, write_jsonl
-from rlhf.rows.shapes import further_columns
 
 TOY = Path(__file__).parents[2] / "data" / "toy"
 

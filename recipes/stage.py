@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf import chat
+from rlhf import cards, chat
 from rlhf.config import to_dict
 from rlhf.errors import InputError
 from rlhf.rows.mixed import mapped
@@ -91,13 +91,16 @@ class Stage:
         return outputs
 
     def _finish(self, manifest: Manifest) -> None:
+        (self.folder / "README.md").unlink(missing_ok=True)  # peft's placeholder, or the card of a shorter run
         finish_stage(self.folder, manifest, self.keep_checkpoint)
+        cards.write_model_card(self.folder)
         lock.release(self.folder)
 
 
 def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
     """A stage that is to begin (`stage.begin()`), or is complete (`stage.complete`) or was interrupted
-    (`stage.resuming`). Writes nothing; of a complete one, checkpoints that a killed run left are deleted.
+    (`stage.resuming`). Writes nothing; of a complete one, checkpoints that a killed run left are deleted, and the card
+    of its model is written where there is none.
 
     sources: the models and data it reads, by name; their fingerprints go into the manifest, and a stage whose
     inputs changed is not taken for complete. Raises InputError where output_dir belongs to another run.
@@ -111,6 +114,7 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
         if state == "complete":
             if lock.is_free(folder):  # else the run that has just finished does this
                 drop_checkpoints(folder, keep=int(keep))
+                cards.write_model_card(folder)
             return inputs, state, Manifest.read(folder)
         lock.require_free(folder)
         require_disk(folder, needed_bytes(config, sources.get("model")))

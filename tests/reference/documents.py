@@ -89,10 +89,16 @@ SMALLER = {
         "max_new_tokens": 6, "dpo.batch_size": 4, "dpo.microbatch_size": 4, "grpo.updates": 1, "grpo.rollout_size": 4,
         "grpo.generations": 2, "grpo.batch_size": 4, "grpo.microbatch_size": 4,
     },
+    "run_evals": {"max_new_tokens": 6, "max_items": 4},
 }  # fmt: skip
 """Added to commands that train, and to settings in Python, where no config has made them small already."""
 ROWS = [
-    {"prompt": f"Count to {n}.", "chosen": f"{n} is what I count to.", "rejected": "The lazy fox jumps over."}
+    {
+        "prompt": f"Count to {n}.",
+        "chosen": f"{n} is what I count to.",
+        "rejected": "The lazy fox jumps over.",
+        "ideal": str(n),
+    }
     for n in range(24)
 ]
 """Any file of rows that a document names and does not write: rankings, and so demonstrations and prompts too."""

@@ -31,7 +31,7 @@ from rlhf.run.owner import by_main
 from rlhf.run.stages import Manifest, State, begin_stage, drop_checkpoints, finish_stage, stage_state
 
 Config = TypeVar("Config")
-SECTIONS = ("data", "base", "sft", "reward_model", "process_reward", "ppo", "baseline", "evaluation")
+SECTIONS = ("data", "base", "sft", "reward_model", "process_reward", "ppo", "baseline", "evaluation", "flywheel")
 
 
 @dataclass

@@ -188,7 +188,7 @@ def win_shares(first: PolicySamples, second: PolicySamples, kind: str) -> np.nda
     return wins(_verdicts(first, kind), _verdicts(second, kind))
 
 
-def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, Entry]:
+def _families(samples: PolicySamples, won: np.ndarray | None, seed: int) -> dict[str, Entry]:
     """Compute means by family; ``n`` counts prompts. Empty when the prompts have no ``family`` column."""
     members: dict[str, list[int]] = {}
     for index, prompt in enumerate(samples.prompts):
@@ -204,11 +204,14 @@ def _families(samples: PolicySamples, won: np.ndarray | None) -> dict[str, Entry
             "win_rate_vs_sft": None if won is None or np.isnan(won[indices]).all() else float(np.nanmean(won[indices])),
             "refusal_rate": _average(samples.refused, rows),
         }
+        if table[family]["win_rate_vs_sft"] is not None and won is not None:
+            judged = won[indices][~np.isnan(won[indices])]
+            table[family]["win_rate_ci"] = bootstrap_interval(judged, seed).interval
     return table
 
 
-def summarize(samples: PolicySamples, won: np.ndarray | None = None) -> Entry:
-    """Make one policy's entry in ``summary["evaluation"]``, without win rates."""
+def summarize(samples: PolicySamples, won: np.ndarray | None = None, seed: int = 0) -> Entry:
+    """Make one policy's entry in ``summary["evaluation"]``, without win rates; intervals are over prompts."""
     entry: Entry = {
         "prompts": len(samples.prompts),
         "score": _average(samples.scores),
@@ -219,13 +222,16 @@ def summarize(samples: PolicySamples, won: np.ndarray | None = None) -> Entry:
     }
     if samples.judge_scores is not None:
         entry["judge_score"] = _average(samples.judge_scores)
+    for name, values in (("gold_score", samples.gold_scores), ("judge_score", samples.judge_scores)):
+        if values is not None:
+            entry[f"{name}_ci"] = bootstrap_interval(samples.by_prompt(values), seed).interval
     if samples.scores is not None:
         entry["score_length_correlation"] = score_length_correlation(samples.scores, samples.response_tokens)
     if samples.refused is not None:
         entry["refusal_rate"] = _average(samples.refused)
     if samples.gold_parts:
         entry["gold_parts"] = {part: _average(values) for part, values in samples.gold_parts.items()}
-    families = _families(samples, won)
+    families = _families(samples, won, seed)
     if families:
         entry["families"] = families
     return entry
@@ -254,13 +260,13 @@ def compare(
     if candidates is not None:
         best = choose_best(candidates)
         entrants["best_of_n"] = best
-    result: Entry = {"sft": {**summarize(sft), "kl_nats": 0.0}}
+    result: Entry = {"sft": {**summarize(sft, seed=seed), "kl_nats": 0.0}}
     for name, samples in entrants.items():
         if [prompt.messages for prompt in samples.prompts] != [prompt.messages for prompt in sft.prompts]:
             raise ValueError(f"{name} and sft answered different prompts; sample both on the same list")
         ours = beats(samples, sft)
         rate = bootstrap_interval(ours[~np.isnan(ours)], seed)
-        entry = {**summarize(samples, ours), "win_rate_vs_sft": rate.value, "win_rate_ci": rate.interval}
+        entry = {**summarize(samples, ours, seed), "win_rate_vs_sft": rate.value, "win_rate_ci": rate.interval}
         if best is not None and samples is not best:
             theirs = beats(samples, best)
             rate = bootstrap_interval(theirs[~np.isnan(theirs)], seed)

@@ -251,6 +251,9 @@ def test_compare_by_gold():
     assert entry["win_rate_vs_sft"] == 0.625  # won, tied, won, lost
     assert entry["win_rate_ci"][0] < 0.625 < entry["win_rate_ci"][1]
     assert entry["gold_parts"] == {"courtesy": 0.75}
+    of_families = [entry["families"][name].pop("win_rate_ci") for name in ("count", "list")]
+    assert of_families[1] == pytest.approx([0.0945, 0.9055], abs=1e-4)  # one of two: .5 -+ sqrt(z^2 .25 / (2 + z^2))
+    assert of_families[0][0] < 0.75 < of_families[0][1] <= 1
     assert entry["families"] == {
         "count": {"n": 2, "score": 1.5, "gold_score": 5.5, "win_rate_vs_sft": 0.75, "refusal_rate": 0.5},
         "list": {"n": 2, "score": 3.5, "gold_score": 5.5, "win_rate_vs_sft": 0.5, "refusal_rate": 0.0},

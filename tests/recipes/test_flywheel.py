@@ -1,0 +1,69 @@
+"""The flywheel: rounds on the smoke world, stopped and run again, and people's labels through the store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from reference import recipe
+from safetensors.torch import load_file
+
+from rlhf.rows.records import prompt_key, read_prompts, read_rankings
+from rlhf.run.stages import Manifest
+
+pytestmark = pytest.mark.long
+SMOKE = ("--config", "smoke_flywheel.yaml")
+
+
+def test_impossible_settings(tmp_path):
+    for flags, message in (
+        (("--flywheel.items", 500), "2 rounds of 1,000 need 2,000"),
+        (("--data.labeler", "null"), "set flywheel.labels: people"),
+        (("--flywheel.labels", "grader"), "labels: grader goes together with"),
+        (("--data.rankings", "x.jsonl"), "the flywheel collects its own"),
+    ):
+        refused = recipe.run("flywheel", *SMOKE, "--output_dir", tmp_path / "run", *flags)
+        assert refused.code == 2, refused.out
+        assert message in refused.err
+        assert len(refused.err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("flywheel") / "run"
+    done = recipe.run("flywheel", *SMOKE, "--output_dir", run)
+    assert done.code == 0, done.err
+    return run
+
+
+def test_two_rounds(whole):
+    result = json.loads((whole / "flywheel.json").read_text())
+    assert [row["labels"] for row in result["rounds"]] == [32, 64]
+    first, second = (read_rankings(whole / f"round_{n}" / "labels" / "rankings.jsonl") for n in (1, 2))
+    assert {prompt_key(r.prompt) for r in first} < {prompt_key(r.prompt) for r in second}
+    for name in ("gold_score", "win_rate_vs_last", "reward_model_accuracy"):
+        measured = result["metrics"][f"round_2/{name}"]
+        assert measured["low"] <= measured["value"] <= measured["high"]
+    assert (whole / "flywheel.html").read_text().count("<svg") == 1
+    held_out = {prompt_key(p.messages) for p in read_prompts(whole / "data" / "eval_prompts.jsonl")}
+    assert not held_out & {prompt_key(r.prompt) for r in second}
+    policy = result["rounds"][0]["folder"] + "/ppo" if result["rounds"][0]["passed"] else "sft"
+    assert Manifest.read(whole / "round_2" / "items").inputs["policy"]
+    row = json.loads((whole / "round_2" / "items" / "items.jsonl").read_text().splitlines()[0])
+    assert row["policy"][0].endswith(policy)
+
+
+def test_stopped_in_a_round_it_ends_the_same(whole, tmp_path):
+    """The second round is gone but for its items, as after a kill before its labels were written."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for path in (run / "round_2").iterdir():
+        if path.name != "items":
+            shutil.rmtree(path)
+    done = recipe.run("flywheel", *SMOKE, "--output_dir", run)
+    assert done.code == 0, done.err
+    for name in ("reward_model", "ppo"):
+        mine, expected = (load_file(f / "round_2" / name / "model.safetensors") for f in (run, whole))
+        assert all(mine[key].equal(expected[key]) for key in expected)

@@ -31,7 +31,20 @@ from rlhf.run.owner import by_main
 from rlhf.run.stages import Manifest, State, begin_stage, drop_checkpoints, finish_stage, stage_state
 
 Config = TypeVar("Config")
-SECTIONS = ("data", "base", "sft", "reward_model", "process_reward", "ppo", "baseline", "evaluation", "flywheel")
+SECTIONS = (
+    "data",
+    "base",
+    "sft",
+    "reward_model",
+    "process_reward",
+    "ppo",
+    "baseline",
+    "evaluation",
+    "flywheel",
+    "judge_card",
+    "contamination",
+    "predict_capability",
+)
 
 
 @dataclass

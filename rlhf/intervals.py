@@ -109,8 +109,9 @@ def paired_difference(
     """Compute the mean of ``first - second`` [n], two systems' results on the same items, and its interval.
 
     Results lie within ``bounds``. keys [n]: the clusters (prompts, documents); by default every item is one. Of
-    answers that are right or wrong, this is Bonett and Price's (2012) interval with Student's quantile. Coverage,
-    simulated for 12 to 200 items and for clusters of 4: 94% or more (tests/test_intervals_paired.py).
+    answers that are right or wrong, this is Bonett and Price's (2012) interval with Student's quantile. Coverage in
+    2,000 simulated worlds: 95.6% of 200 items, 98.7% of 40; of 12 items, or of 30 clusters of four, nearly all: there
+    it is wider than it need be (tests/test_intervals_paired.py).
     """
     differences = _checked(first) - _checked(second)
     width = bounds[1] - bounds[0]

@@ -103,6 +103,7 @@ def test_thinking_that_a_server_keeps_apart():
 def test_what_is_asked():
     """Temperature and top_p are always sent: a server's own defaults may be a hub model's."""
     from reference.policy_server import ScriptedEngine, serving
+
     from rlhf.serving.app import Service
     from rlhf.serving.config import ServingConfig
 

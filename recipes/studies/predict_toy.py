@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import import_function
+from rlhf.errors import InputError
 from rlhf.evals import prediction as laws
 from rlhf.run.checkpoint import write_json_atomic
 
@@ -119,7 +120,7 @@ def main() -> None:
     data = run / "data"
     if not (data / "eval_prompts.jsonl").exists():
         import_function(f"{TOY}toy_world.py:make")(data, seed=given.seed, pretraining_documents=DOCUMENTS)
-    small = [train(size, data, run / f"size_{size.hidden}", given.seed) for size in SMALL]
+    small = [train(size, data, run / f"size_{size.hidden}x{size.layers}", given.seed) for size in SMALL]
     for size, found in zip(SMALL, small, strict=True):
         print(size, found, flush=True)
     compute = [found["compute"] for found in small]
@@ -127,12 +128,18 @@ def main() -> None:
     quantities: tuple[laws.Quantity, ...] = ("loss", "mean_log_pass_rate")
     for quantity in quantities:
         file = run / f"predicted_{quantity}.json"
-        if not file.exists():
+        if file.exists():
+            continue
+        try:
             made = laws.prediction(quantity, compute, [found[quantity] for found in small], at, given.seed)
-            print(made.sentence, laws.register(file, made), flush=True)
-    large = train(LARGE, data, run / f"size_{LARGE.hidden}", given.seed)
+        except InputError as error:  # say, no small model ever passes: the other quantity is still predicted
+            print(error, flush=True)
+            continue
+        print(made.sentence, laws.register(file, made), flush=True)
+    large = train(LARGE, data, run / f"size_{LARGE.hidden}x{LARGE.layers}", given.seed)
     print(LARGE, large, f"predicted at {at:.3g}", flush=True)
-    compared = {quantity: laws.compare(run / f"predicted_{quantity}.json", large[quantity]) for quantity in quantities}
+    files = {quantity: run / f"predicted_{quantity}.json" for quantity in quantities}
+    compared = {name: laws.compare(file, large[name]) for name, file in files.items() if file.exists()}
     for quantity, one in compared.items():
         where = "inside" if one.inside else "OUTSIDE"
         print(f"{quantity}: {one.observed:.4g} is {where} {one.value:.4g} [{one.low:.4g}, {one.high:.4g}]")

@@ -66,11 +66,14 @@ def fit_loss(compute: Sequence[float], loss: Sequence[float]) -> Law:
 
 
 def fit_pass_rate(compute: Sequence[float], mean_log_pass_rate: Sequence[float]) -> Law:
-    """Fit -E[log pass_rate] = a C^-k by least squares of its logarithm, a straight line. Raises InputError."""
+    """Fit -E[log pass_rate] = a C^-k by least squares of its logarithm, a straight line. Raises
+    InputError where the rate does not rise."""
     size, value = _checked("mean_log_pass_rate", compute, [-rate for rate in mean_log_pass_rate])
     unit = float(np.exp(np.log(size).mean()))
     x, y = np.log(size / unit), np.log(value)
     b = float((x * (y - y.mean())).sum() / (x**2).sum())
+    if b >= 0:
+        raise InputError("mean_log_pass_rate: it does not rise with compute; a law of scaling has nothing to go by")
     residual = y - y.mean() - b * x
     spread = math.sqrt(float((residual**2).sum()) / (len(size) - 2))
     return Law("mean_log_pass_rate", math.exp(float(y.mean())), b, 0.0, unit, spread, len(size))

@@ -164,6 +164,42 @@ def test_a_server_without_probabilities_is_asked_once_for_them():
     assert (ask.spent.calls, ask.spent.tokens) == (2, None)
 
 
+@pytest.mark.parametrize("sends", ["probabilities", "none", "a refusal"])
+def test_over_http_with_the_client_of_this_library(sends):
+    """The letters' probabilities, or the parsed reply of a server that has none to give or refuses to be asked."""
+    pytest.importorskip("fastapi")
+    from reference.served import served
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    from rlhf.run.http import HttpConfig
+
+    async def models(request):
+        return JSONResponse({"data": [{"id": "mine"}]})
+
+    async def chat_completions(request):
+        asked = await request.json()
+        if sends == "a refusal" and "logprobs" in asked:
+            return JSONResponse({"error": {"message": "unknown field logprobs"}}, status_code=400)
+        top = [{"token": letter, "logprob": math.log(share)} for letter, share in (("B", 0.6), (" A", 0.2))]
+        content = [{"token": "B", "logprob": math.log(0.6), "top_logprobs": top}]
+        logprobs = {"content": content} if sends == "probabilities" and asked.get("logprobs") else None
+        message = {"role": "assistant", "content": "B."}
+        return JSONResponse(
+            {"choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": logprobs}]}
+        )
+
+    answers = Route("/v1/chat/completions", chat_completions, methods=["POST"])
+    app = Starlette(routes=[Route("/v1/models", models), answers])
+    with served(app, HttpConfig()) as url:
+        (answer,) = asks.load(url)(["Which?"], ["A", "B"])
+    assert isinstance(answer, Answered), answer
+    expected = ((0.25, 0.75), 0.8) if sends == "probabilities" else ((0.0, 1.0), 1.0)
+    assert (answer.probabilities, answer.together) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+    assert answer.text == "B."
+
+
 def test_a_callable_and_what_none_can_be_made_of():
     ask = asks.load(lambda text: "A" if "yes" in text else "no idea")
     assert isinstance(ask, Service)

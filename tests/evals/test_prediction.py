@@ -128,6 +128,11 @@ def test_what_cannot_be_fitted(compute, loss, told):
         fit_loss(compute, loss)
 
 
+def test_a_pass_rate_that_does_not_rise_has_no_law():
+    with pytest.raises(InputError, match="does not rise with compute"):
+        fit_pass_rate([1, 2, 3, 4], [-1.0] * 4)
+
+
 def test_a_registered_prediction_is_neither_replaced_nor_changed(tmp_path: Path):
     made = prediction("loss", COMPUTE.tolist(), law(COMPUTE).tolist(), 1e21, seed=0)
     file = tmp_path / "p.json"

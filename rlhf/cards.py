@@ -19,6 +19,7 @@ from rlhf.run.page import Answer, compared, note, page, table, text, write
 MODELS = ("base", "sft", "reward_model", "judge", "ppo")
 STAGES = ("data", "base", "sft", "rankings", "reward_model", "judge", "ppo", "evaluation")
 BOUND = "Every value stands in the file that its row names; the files and their hashes are listed last."
+_STYLE = ".card :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; }"
 FAILURES = 5
 """Samples of failures on a card."""
 
@@ -268,14 +269,14 @@ def as_page(title: str, sections: Sequence[Section], artefacts: Artefacts) -> st
         parts.append(f"<h2>{text(section.heading)}</h2>")
         if section.facts:
             rows = [[fact.what, fact.text, fact.source] for fact in section.facts]
-            parts.append(table((["what", "value", "from"], rows)))
+            parts.append(table((["what", "value", "from"], rows), "card"))
         for sample in section.samples:
             answers = [Answer(name, "", said) for name, said in sample.answers.items()]
             parts.append(compared(sample.prompt, answers, sample.source))
         if not section.facts and not section.samples:
             parts.append(note(section.lacking.replace("`", "")))
     files = [[file, digest] for file, digest in sorted(artefacts.hashes.items())]
-    return page(title, "\n".join([*parts, f"<h2>Files</h2>{table((['file', 'sha256'], files))}"]))
+    return page(title, "\n".join([*parts, f"<h2>Files</h2>{table((['file', 'sha256'], files))}"]), _STYLE)
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -31,6 +31,7 @@ MEANING = {
     "seconds_median": "half of the judgments took less",
     "seconds_quartile_3": "three quarters of the judgments took less",
 }
+_STYLE = ".meanings :is(th, td):last-child { text-align: left; white-space: normal; }"
 SHARES = ("agreement", "agreement_decided", "gold_accuracy")
 
 
@@ -41,14 +42,15 @@ def shown(name: str, measure: Measure) -> str:
     if measure.low is None or measure.high is None:
         return _number(name, measure.value)
     ends = f"[{_number(name, measure.low)}, {_number(name, measure.high)}]"
-    return f"{_number(name, measure.value)} {ends} (n {measure.n:,})"
+    unit = " points" if name == "position_bias" else ""
+    return f"{_number(name, measure.value)} {ends}{unit} (n {measure.n:,})"
 
 
 def _number(name: str, value: float) -> str:
     if name in SHARES:
         return f"{100 * value:.1f}%"
     if name == "position_bias":
-        return f"{100 * value:+.1f} points"
+        return f"{100 * value:+.1f}"
     if name.startswith("seconds"):
         return f"{value:.1f} s"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
@@ -72,7 +74,7 @@ def page(
         parts += ["<h2>Tasks by annotator</h2>", html.table((["annotator", *states], rows))]
     if agreement is not None:
         parts += _agreement(agreement)
-    return html.page(f"Collected in {store}", "\n".join(parts))
+    return html.page(f"Collected in {store}", "\n".join(parts), _STYLE)
 
 
 def _verdict(counts: Mapping[str, Measure]) -> str:

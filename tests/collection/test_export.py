@@ -247,6 +247,8 @@ def test_a_row_that_says_otherwise_supersedes(tmp_path):
         added = import_rankings(store, read_rankings([PAIR, turned, PAIR]), "ann")
         assert (added.items, added.judgments, added.edits, added.repeated) == (1, 2, 1, 1)
         assert [said.ranks for said in store.judgments()] == [(2, 1)]
+        added = import_rankings(store, read_rankings([{**PAIR, "prompt": "Name another."}]), "ann")
+        assert (added.items, added.judgments, added.edits) == (1, 1, 0)
 
 
 def test_an_import_fills_a_place_and_leaves_the_rest_to_others(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -129,6 +130,21 @@ def test_a_person_is_erased_to_the_last_byte(store, tmp_path):
     assert {one.person for one in store.conversations(usable=False)} == {"p-1"}
     assert len(store.judgments()) == 2
     assert store.erase(person="p-0") == {"feedback": 0, "conversations": 0, "items": 0}
+
+
+def test_what_another_program_left_on_freed_pages_is_gone_too(store, tmp_path):
+    """It need not overwrite what it deletes."""
+    for n in range(30):
+        store.add_conversation(talk(f"c-{n}", text="MARK " * 2000))
+    other = sqlite3.connect(tmp_path / "labels.db")
+    other.execute("PRAGMA secure_delete = OFF")
+    other.execute("DELETE FROM conversations")
+    other.commit()
+    other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    other.close()
+    assert bytes_anywhere(tmp_path, "MARK")
+    assert store.erase(person="p-1") == {"feedback": 0, "conversations": 0, "items": 0}
+    assert bytes_anywhere(tmp_path, "MARK") == []
 
 
 def test_an_annotator_is_erased_and_their_places_open_again(store, tmp_path):

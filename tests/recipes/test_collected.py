@@ -66,6 +66,7 @@ def test_agreement_is_measured_drawn_and_told(store, tmp_path):
     assert shared["low"] < shared["value"] < shared["high"]
     assert shared["n"] % 3 == 0
     assert f"agreement: {100 * shared['value']:.1f}%" in out
+    assert re.search(r"position bias: [+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\] points \(n \d+\)", out)
     assert {who["name"] for who in told["annotators"]} == {"ann", "bob", HOSTILE}
     assert told["annotators"][0]["seconds"]["seconds_median"]["value"] in (3, 4, 5)
     assert [at["position"] for at in told["positions"]] == [1, 2, 3]

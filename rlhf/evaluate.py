@@ -194,18 +194,18 @@ def _families(samples: PolicySamples, won: np.ndarray | None, seed: int) -> dict
     for index, prompt in enumerate(samples.prompts):
         if prompt.columns.get("family") is not None:
             members.setdefault(str(prompt.columns["family"]), []).append(index)
-    table = {}
+    table: dict[str, Entry] = {}
     for family, indices in sorted(members.items()):
         rows = [index * samples.n + k for index in indices for k in range(samples.n)]
+        judged = np.empty(0) if won is None else won[indices][~np.isnan(won[indices])]
         table[family] = {
             "n": len(indices),
             "score": _average(samples.scores, rows),
             "gold_score": _average(samples.gold_scores, rows),
-            "win_rate_vs_sft": None if won is None or np.isnan(won[indices]).all() else float(np.nanmean(won[indices])),
+            "win_rate_vs_sft": float(judged.mean()) if len(judged) else None,
             "refusal_rate": _average(samples.refused, rows),
         }
-        if table[family]["win_rate_vs_sft"] is not None and won is not None:
-            judged = won[indices][~np.isnan(won[indices])]
+        if len(judged):
             table[family]["win_rate_ci"] = bootstrap_interval(judged, seed).interval
     return table
 

@@ -93,7 +93,7 @@ class _WithoutSecrets(logging.Formatter):
 
 def stage_line(stage: str, text: str) -> None:
     """Print one line about a stage: `sft  complete, skipped`."""
-    console().print(f"[bold]{stage:<14}[/bold]", end="")
+    console().print(f"[bold]{stage:<13}[/bold] ", end="")
     console().print(hidden(text), markup=False, soft_wrap=True)
 
 
@@ -137,7 +137,7 @@ class StageBar:
 
     def line(self, width: int) -> list[str]:
         """Return the parts of the line that fit into so many columns: the stage, how far it is, numbers."""
-        name = f"{self.stage:<14}" if width >= 60 else f"{self.stage}  "
+        name = f"{self.stage:<13} " if width >= 60 else f"{self.stage}  "
         parts = [name, f"{self.done}/{self.total}  {self._time()}"]
         room = width - sum(map(len, parts))
         for number in self.numbers:

@@ -27,7 +27,7 @@ from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
 from rlhf_recipes import judging, sampled
-from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
+from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
 
 if TYPE_CHECKING:
     pass
@@ -187,7 +187,7 @@ def inputs(config: EvaluationConfig) -> tuple[EvaluationConfig, dict[str, Any]]:
     for model in (config.policy, config.baseline):
         check_model(str(model), sampled.POLICIES)
     for model in filter(None, (config.reward_model, None if config.template else config.judge)):
-        check_model(model, ("reward_model", "judge"))
+        check_model(model, SCORERS)
     names = (
         "policy", "policies", "baseline", "reward_model", "judge", "template", "human", "eval_data", "rankings",
         "seen_data",

@@ -24,7 +24,7 @@ from rlhf.rows.records import HELD_OUT, check_disjoint, read_rankings
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import check_model, with_columns
+from rlhf_recipes.stage import SCORERS, check_model, with_columns
 
 console.quiet()
 
@@ -34,7 +34,7 @@ class ReportConfig:
     """A reward model's report card."""
 
     reward_model: str
-    """The reward model: a folder that training wrote, or a hub id."""
+    """The reward model: a folder that training wrote (an ensemble's, too), or a hub id."""
     data: Sources
     """Held-out rankings or preference pairs."""
     train_data: Sources | None = None
@@ -67,7 +67,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     """Read, score, measure, write; returns the report."""
     if config.output_dir is None and not Path(config.reward_model).is_dir():
         raise InputError(f"--output_dir is missing, and {config.reward_model} is no folder; name one for the report")
-    check_model(config.reward_model, ("reward_model", "judge"))
+    check_model(config.reward_model, SCORERS)
     folder = Path(config.output_dir or config.reward_model)
     config = with_columns(config, "data", "train_data")
     rankings = read_rankings(config.data, HELD_OUT)
@@ -97,10 +97,10 @@ def report(config: ReportConfig) -> dict[str, Any]:
 def _scorer(spec: str, config: ReportConfig) -> Any:
     if ":" in spec and not Path(spec).exists():
         return configs.import_function(spec)
-    check_model(spec, ("reward_model", "judge"))
-    from reward_models import RewardModel
+    check_model(spec, SCORERS)
+    from reward_models.ensemble import load_scorer
 
-    return RewardModel.load(spec, dtype=compute_dtype(config.bf16), tokens_per_microbatch=config.tokens_per_microbatch)
+    return load_scorer(spec, dtype=compute_dtype(config.bf16), tokens_per_microbatch=config.tokens_per_microbatch)
 
 
 def main(argv: list[str]) -> None:

@@ -88,10 +88,10 @@ def load(config: Any) -> Judged:
 
 def reward_model(folder: str, config: Any) -> RewardFunction:
     """Load a reward model that scores in this evaluation."""
-    from reward_models import RewardModel
+    from reward_models.ensemble import load_scorer
 
     dtype = compute_dtype(config.bf16)
-    return RewardModel.load(folder, dtype=dtype, tokens_per_microbatch=config.tokens_per_microbatch)
+    return load_scorer(folder, dtype=dtype, tokens_per_microbatch=config.tokens_per_microbatch)
 
 
 def _measured(folder: str) -> dict[str, Any]:

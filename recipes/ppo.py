@@ -19,7 +19,16 @@ from rlhf.rows.records import read_prompts
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import SECTIONS, check_kept, check_model, from_siblings, next_command, open_stage, with_columns
+from rlhf_recipes.stage import (
+    SCORERS,
+    SECTIONS,
+    check_kept,
+    check_model,
+    from_siblings,
+    next_command,
+    open_stage,
+    with_columns,
+)
 
 console.quiet()
 
@@ -38,7 +47,8 @@ class PPORecipe(PPOConfig):
     model: str | None = None
     """Policy to start from, and the reference; default: the run's `sft`."""
     reward_model: str | None = None
-    """Trained reward model, which the value model starts from too; default: the run's `reward_model`."""
+    """Trained reward model, which the value model starts from too, or an ensemble's folder (then from its first
+    member); default: the run's `reward_model`."""
     process_model: str | None = None
     """Process or outcome reward model, whose solution score is one more score; step_score_coef adds its step scores.
     Default: the run's `process_reward`, if there is one."""
@@ -83,13 +93,14 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         return stage.outputs
     from rlhf.ppo.trainer import PPOTrainer
 
+    functions = score_functions(config)
     trainer = PPOTrainer(
         str(config.model),
-        score_functions(config),
+        functions,
         args=config,
         train_dataset=read_prompts(config.train_data, on_bad_row=config.on_bad_row)[: config.max_prompts],
         eval_dataset=config.eval_data,
-        value_model=None if config.value_model == "shared_trunk" else config.reward_model,
+        value_model=value_start(config, functions),
         engine=vllm_engine(config.vllm_server),
     )
     stage.begin()
@@ -98,6 +109,9 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         trainer.save_model(stage.folder)
     shown = ("score", "kl_nats", "entropy_nats", "explained_variance", "response_tokens", "eos_rate", "kl_coef")
     outputs = {name: metrics[name] for name in shown if name in metrics} | {"updates": trainer.update_index}
+    if "alignment_tax_nats" in metrics:
+        after, tax = metrics["eval_pretraining_loss"], metrics["alignment_tax_nats"]
+        outputs |= {"pretraining_loss_before": after - tax, "pretraining_loss_after": after, "alignment_tax_nats": tax}
     return stage.finish(outputs, trainer.processing_class, str(config.model))
 
 
@@ -110,11 +124,20 @@ def inputs(config: PPORecipe) -> tuple[PPORecipe, dict[str, Any]]:
     )
     check_model(str(config.model), ("base", "sft", "ppo"))
     if config.reward_model:
-        check_model(config.reward_model, ("reward_model", "judge"))
+        check_model(config.reward_model, SCORERS)
     if config.process_model:
         check_model(config.process_model, ("process_reward",))
-    names = ("model", "reward_model", "process_model", "train_data", "eval_data", "grader", "rubric")
+    names = (
+        "model", "reward_model", "process_model", "train_data", "eval_data", "grader", "rubric", "pretraining_data",
+    )  # fmt: skip
     return config, {name: getattr(config, name) for name in names}
+
+
+def value_start(config: PPORecipe, functions: list[Any]) -> str | None:
+    """What the value model starts from: the reward model; None where the trainer finds it (an ensemble's first member),
+    or where it starts from nothing."""
+    found = config.value_model == "shared_trunk" or (functions and hasattr(functions[0], "members"))
+    return None if found else config.reward_model
 
 
 def vllm_engine(url: str | None) -> Any:
@@ -127,11 +150,12 @@ def vllm_engine(url: str | None) -> Any:
 
 def score_functions(config: PPORecipe) -> list[Any]:
     """Everything that scores a response, in the order of reward_weights."""
-    from reward_models import ProcessModel, RewardClient, RewardModel
+    from reward_models import ProcessModel, RewardClient
+    from reward_models.ensemble import load_scorer
     from reward_models.grader import RubricGrader
 
     dtype = compute_dtype(config.bf16)
-    functions: list[Any] = [] if config.reward_model is None else [RewardModel.load(config.reward_model, dtype=dtype)]
+    functions: list[Any] = [] if config.reward_model is None else [load_scorer(config.reward_model, dtype=dtype)]
     functions += [] if config.process_model is None else [ProcessModel.load(config.process_model, dtype=dtype)]
     functions += [
         RewardClient(spec) if spec.startswith(("http://", "https://")) else configs.import_function(spec)

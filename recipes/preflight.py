@@ -22,7 +22,8 @@ from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
 from rlhf_recipes.chain import ChainConfig
-from rlhf_recipes.stage import check_model, from_siblings, with_columns
+from rlhf_recipes.ppo import value_start
+from rlhf_recipes.stage import SCORERS, check_model, from_siblings, with_columns
 
 if TYPE_CHECKING:
     from rlhf.preflight.measure import Finding
@@ -74,21 +75,21 @@ def ppo(config: Any, scratch: str) -> Phases:
     optional, config = "?" if config.reward_functions else "", with_columns(config, "train_data")
     config = _inputs(config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
-    from reward_models import RewardModel
+    from reward_models.ensemble import load_scorer
     from rlhf.ppo.preflight import ppo_findings
     from rlhf.ppo.trainer import PPOTrainer
 
     functions: list[Any] = []
     if config.reward_model:
-        check_model(config.reward_model, ("reward_model", "judge"))
-        functions.append(RewardModel.load(config.reward_model, dtype=compute_dtype(config.bf16)))
+        check_model(config.reward_model, SCORERS)
+        functions.append(load_scorer(config.reward_model, dtype=compute_dtype(config.bf16)))
     functions += [configs.import_function(spec) for spec in config.reward_functions or []]
     trainer = PPOTrainer(
         str(config.model),
         functions,
         args=replace(config, output_dir=scratch),
         train_dataset=read_prompts(config.train_data, on_bad_row=config.on_bad_row)[: config.max_prompts],
-        value_model=None if config.value_model == "shared_trunk" else config.reward_model,
+        value_model=value_start(config, functions),
     )
     return ppo_findings(trainer)
 

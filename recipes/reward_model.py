@@ -72,6 +72,8 @@ class RewardRecipe(RewardConfig):
 
     seeds: list[int] | None = None
     """Train once per seed and save the model with the lowest loss on selection_data; null: once, with `seed`."""
+    keep_seeds: bool = False
+    """Keep every seed's model, in seed-<seed>/ of output_dir: the members of an ensemble (`rlhf ensemble`)."""
     sizes: list[int] | None = None
     """Also train on so many training prompts, each set within the next, and write the accuracies to sizes.json."""
     keep_checkpoint: bool = False
@@ -86,6 +88,8 @@ class RewardRecipe(RewardConfig):
             values = getattr(self, name)
             if values is not None and (not values or min(values) < (name == "sizes") or len(set(values)) < len(values)):
                 raise InputError(f"{name}={values}: write different whole numbers, such as {EXAMPLES[name]}, or null")
+        if self.keep_seeds and not self.seeds:
+            raise InputError("keep_seeds needs seeds, such as [0, 1, 2]")
 
 
 BEST = "best.safetensors"  # reward_models.best.BEST_FILE, whose module takes seconds to import
@@ -106,7 +110,7 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
     config, sources = inputs(config)
     stage = open_stage(name, config, sources)
     if stage.complete:
-        by_main(lambda: clean(stage))  # where it was killed right after the manifest
+        by_main(lambda: clean(stage, config.keep_seeds))  # where it was killed right after the manifest
         return stage.outputs
     data = read_data(config)
     from reward_models import RewardModel
@@ -128,7 +132,7 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
         outputs["sizes"].append(last | {key: outputs[key] for key in ("accuracy", "accuracy_ci", "n")})
         by_main(lambda: write_json_atomic(stage.folder / "sizes.json", outputs["sizes"]))
     stage.finish(outputs, scorer.tokenizer, str(config.model))
-    by_main(lambda: clean(stage))
+    by_main(lambda: clean(stage, config.keep_seeds))
     return outputs
 
 
@@ -141,11 +145,11 @@ def inputs(config: RewardRecipe) -> tuple[RewardRecipe, dict[str, Any]]:
     return config, {source: getattr(config, source) for source in ("model", *data)}
 
 
-def clean(stage: Stage) -> None:
+def clean(stage: Stage, keep_seeds: bool) -> None:
     """Delete what a complete stage needs no more: the best weights are in the model now, the seeds' in its manifest."""
     if not stage.keep_checkpoint:
         (stage.folder / BEST).unlink(missing_ok=True)
-    for folder in [*stage.folder.glob("seed-*"), *stage.folder.glob("size-*")]:
+    for folder in [*([] if keep_seeds else stage.folder.glob("seed-*")), *stage.folder.glob("size-*")]:
         shutil.rmtree(folder)
 
 

@@ -30,7 +30,7 @@ class ServeRecipe(ServerConfig):
     """Serving a trained reward model over HTTP."""
 
     reward_model: str
-    """The trained reward model."""
+    """The trained reward model, or an ensemble's folder."""
     bf16: bool | None = None
     """Score in bfloat16; null: where the hardware is fast at it."""
 
@@ -39,14 +39,15 @@ def serve(config: ServeRecipe) -> None:
     """Load, listen, answer until SIGTERM or Ctrl-C; what was taken on by then is still answered."""
     token = server_token(config)
     listening = bind(config.host, config.port)  # before the model is read: a port in use is told at once
-    from reward_models import RewardModel
+    from reward_models.ensemble import load_scorer
 
     dtype = compute_dtype(config.bf16)
-    model = RewardModel.load(config.reward_model, dtype=dtype, tokens_per_microbatch=config.max_batch_tokens)
+    model = load_scorer(config.reward_model, dtype=dtype, tokens_per_microbatch=config.max_batch_tokens)
+    counters = [token_counter(member, config.max_batch_tokens) for member in getattr(model, "members", [model])]
     app = create_app(
         lambda conversations: model.score(conversations).tolist(),
         config,
-        count_tokens=token_counter(model, config.max_batch_tokens),
+        count_tokens=lambda messages: max(count(messages) for count in counters),
         name=Path(config.reward_model).name,
         token=token,
     )

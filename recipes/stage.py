@@ -24,13 +24,23 @@ from rlhf.errors import InputError
 from rlhf.rows.mixed import mapped
 from rlhf.run import console, lock
 from rlhf.run.changes import no_effect
-from rlhf.run.checkpoint import require_disk
+from rlhf.run.checkpoint import remove, require_disk, write_json_atomic
 from rlhf.run.fingerprint import data_fingerprint, tokenizer_hash
 from rlhf.run.lookup import look_up
 from rlhf.run.owner import by_main
-from rlhf.run.stages import Manifest, State, begin_stage, drop_checkpoints, finish_stage, stage_state
+from rlhf.run.stages import (
+    Manifest,
+    State,
+    begin_stage,
+    drop_checkpoints,
+    finish_stage,
+    stage_changes,
+    stage_state,
+)
 
 Config = TypeVar("Config")
+SCORERS = ("reward_model", "judge", "ensemble")
+"""Stages whose folder scores responses."""
 SECTIONS = (
     "data",
     "base",
@@ -44,6 +54,9 @@ SECTIONS = (
     "judge_card",
     "contamination",
     "predict_capability",
+    "ensemble",
+    "best_of_n",
+    "synthetic",
 )
 
 
@@ -143,6 +156,19 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
         console.stage_line(name, "was interrupted: going on")
     started = time.perf_counter()
     return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, started, overwrite, keep)
+
+
+def reopen(name: str, config: Any, sources: Mapping[str, Any], later: Sequence[str]) -> None:
+    """Let a stage go on in its folder where only settings and inputs in `later` have changed: those that decide what is
+    done with what it keeps there. Called before `open_stage`."""
+    folder, inputs = Path(config.output_dir), inputs_of(config, sources)
+    found = [] if config.overwrite else stage_changes(folder, inputs)
+    if not found or any(change.name.removeprefix("config.").split(".")[0] not in later for change in found):
+        return
+    lock.require_free(folder)
+    console.stage_line(name, f"what it keeps stays; {', '.join(map(str, found))}")
+    write_json_atomic(folder / "inputs.json", inputs)
+    remove(folder / "manifest.json")
 
 
 def inputs_of(config: Any, sources: Mapping[str, Any]) -> dict[str, Any]:

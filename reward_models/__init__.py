@@ -2,9 +2,10 @@
 
 `trainer` trains one on rankings: `config` has the settings, `encoding` makes batches, `model` what is trained, `losses`
 the formulas, `best` keeps the best weights, `preflight` checks before the first step. `scoring` scores with a reward
-model; `server`, `scoring_queue` and `client` do so over HTTP. `steps` reads solutions with labelled steps,
-`process_trainer` trains on them, `process` scores with what came out. `functions`, `rules` and `grader` score without a
-model, and `card` says how good one is.
+model, `ensemble` with several, `averaging` joins their weights; `server`, `scoring_queue` and `client` score over
+HTTP. `steps` reads solutions with labelled steps, `process_trainer` trains on them, `process` scores with what came
+out. `functions`, `rules` and `grader` score without a model. `best_of_n` chooses among responses, and `card` says how
+good a reward model is.
 
 Names below are imported when first used, so ``import reward_models`` stays fast.
 """
@@ -22,17 +23,20 @@ _PUBLIC = {
     "ProcessTrainer": "reward_models.process_trainer",
     "RewardClient": "reward_models.client",
     "RewardConfig": "reward_models.config",
+    "RewardEnsemble": "reward_models.ensemble",
     "RewardTrainer": "reward_models.trainer",
     "RewardModel": "reward_models.scoring",
 }
 
 __all__ = [
-    "ProcessConfig", "ProcessModel", "ProcessTrainer", "RewardClient", "RewardConfig", "RewardModel", "RewardTrainer",
+    "ProcessConfig", "ProcessModel", "ProcessTrainer", "RewardClient", "RewardConfig", "RewardEnsemble", "RewardModel",
+    "RewardTrainer",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from reward_models.client import RewardClient
     from reward_models.config import ProcessConfig, RewardConfig
+    from reward_models.ensemble import RewardEnsemble
     from reward_models.process import ProcessModel
     from reward_models.process_trainer import ProcessTrainer
     from reward_models.scoring import RewardModel

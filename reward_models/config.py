@@ -27,6 +27,9 @@ class RewardConfig:
     """Folder for checkpoints and metrics, and for the model that `save_model()` writes."""
     seed: int = 0
     """Seed of the new head's weights and of the order of the prompts."""
+    init_seed: int | None = None
+    """Seed of all new weights (head, adapter, new tokens); null: seed. With one for several seeds the models begin
+    alike, as averaging their weights needs (WARM)."""
 
     "Batch sizes and lengths"
 

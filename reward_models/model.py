@@ -29,6 +29,7 @@ def prepare_model(
 ) -> PreTrainedModel | PeftModel:
     """Make the model to train, with a head of `config.labels` numbers. All dropout is off except a LoRA adapter's
     own."""
+    seed = config.seed if config.init_seed is None else config.init_seed
     adapter = copy.deepcopy(peft_config) or lora_config(
         config.lora_rank,
         config.lora_alpha,
@@ -44,16 +45,16 @@ def prepare_model(
     else:
         dtype = compute_dtype(config.bf16) if adapter is not None or continued else None  # of a frozen trunk
         lora = adapter if continued else None
-        scalar = new_scalar_model(model, seed=config.seed, dtype=dtype, lora=lora, labels=config.labels)
+        scalar = new_scalar_model(model, seed=seed, dtype=dtype, lora=lora, labels=config.labels)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what the trainer would set, with a warning
         setattr(scalar.config, name, getattr(tokenizer, name))
-    new_tokens = _grow_vocabulary(scalar, tokenizer, config.seed)
+    new_tokens = _grow_vocabulary(scalar, tokenizer, seed)
     if adapter is not None and not continued:
         if isinstance(scalar, PeftModel):
             raise InputError(
                 "the model is already an adapter: to train it further, leave lora_rank and peft_config out"
             )
-        scalar = _new_adapter(scalar, adapter, new_tokens, config.seed)
+        scalar = _new_adapter(scalar, adapter, new_tokens, seed)
     if config.COMPARES:
         freeze_bias(scalar)
     disable_dropout(scalar)

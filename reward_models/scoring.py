@@ -80,6 +80,7 @@ class RewardModel:
         dtype: torch.dtype | None = None,
         tokens_per_microbatch: int = 16384,
         score_reasoning: bool = False,
+        base: PreTrainedModel | None = None,
     ) -> RewardModel:
         """Load the reward model of a folder (full weights or a LoRA adapter) or hub id.
 
@@ -90,13 +91,14 @@ class RewardModel:
         dtype: by default float32. bfloat16 halves the memory and moves scores by about a percent of their spread.
         tokens_per_microbatch: padded tokens per forward; a memory setting.
         score_reasoning: score an answer's thinking with it.
+        base: the base of an adapter, if it was read before (`rlhf.models.scalar.load_scalar_base`).
 
         Raises InputError where the folder holds no reward model, no tokenizer, or another stage's output.
         """
         check_folder(path)
         _check_stage(Path(path))
         tokenizer = models.load_tokenizer(path)
-        model, normalizer = load_scalar_model(path, dtype)
+        model, normalizer = load_scalar_model(path, dtype, base=base)
         place(model, device)
         foreign = not (Path(path) / NORMALIZER_FILE).is_file() and not encoders.is_encoder(model.config)
         scorer = cls(

@@ -37,6 +37,7 @@ __all__ = [
     "compare",
     "judge_samples",
     "sample_policy",
+    "samples_of",
     "side_by_side",
     "summarize",
     "win_rate",
@@ -110,17 +111,29 @@ def sample_policy(
     if not len(answers.ids) == len(answers.stopped) == len(prompt_ids):
         raise ValueError(f"the engine returned {len(answers.ids)} responses to {len(prompts)} prompts, n={n}")
     stops = getattr(engine, "stop_ids", None) or None
-    raw = tuple(decode_response(tokenizer, ids, stops) for ids in answers.ids)
+    raw = [decode_response(tokenizer, ids, stops) for ids in answers.ids]
+    return samples_of(prompts, tokenizer, raw, answers.ids, answers.stopped, n)
+
+
+def samples_of(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    raw: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    stopped: Sequence[bool],
+    n: int,
+) -> PolicySamples:
+    """Make the record of ``n`` responses to every prompt from their texts as they were written, and their ids."""
     rows = [prompt.columns for prompt in prompts for _ in range(n)]
     messages = [parse_response(tokenizer, text, row) for text, row in zip(raw, rows, strict=True)]
     return PolicySamples(
         prompts=tuple(prompts),
         responses=tuple(message["content"] for message in messages),
-        ids=tuple(tuple(ids) for ids in answers.ids),
-        stopped=tuple(bool(stop) for stop in answers.stopped),
+        ids=tuple(tuple(row) for row in ids),
+        stopped=tuple(bool(stop) for stop in stopped),
         n=n,
         thoughts=tuple(message.get("reasoning_content", "") for message in messages),
-        raw=raw,
+        raw=tuple(raw),
     )
 
 

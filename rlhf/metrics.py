@@ -39,6 +39,11 @@ _PPO = (
         "has collapsed to one response; read samples.jsonl",
     ),
     Metric(
+        "ensemble_std", "score", "mean over responses of the standard deviation of an ensemble's members", None, 1.0,
+        "the members disagree by as much as responses differ: the policy writes text that they never saw; raise "
+        "kl_coef, stop earlier, take rule=min or mean_minus_std, or collect rankings of such responses",
+    ),
+    Metric(
         "kl_nats", "nats per response", "mean over responses of the summed log(policy / reference)",
         -0.5, 50.0,
         "below 0: sampling and scoring use different distributions (temperature, top-k, templates); above: the policy "
@@ -123,6 +128,12 @@ _PPO = (
         "(on_score_failure=drop)", None, 0.0,
         "scoring fails again and again, and a response that makes it fail is never penalised: read the warnings in the "
         "log, repair the reward function",
+    ),
+    Metric("pretraining_loss", "nats per token", "loss on the pretraining data that is mixed in (PPO-ptx)"),
+    Metric("eval_pretraining_loss", "nats per token", "the same on held-out documents"),
+    Metric(
+        "alignment_tax_nats", "nats per token", "eval_pretraining_loss less the reference's (the policy before PPO)",
+        None, 0.2, "PPO makes the policy forget: raise pretraining_coef or kl_coef, or stop earlier",
     ),
     Metric("optimizer_steps", "steps", "optimizer steps of the update; fewer where stop_approx_kl_nats ended it"),
     Metric("step_seconds", "seconds", "wall-clock time of an update"),

@@ -225,7 +225,7 @@ def scratch(folders, tmp_path_factory, tiny_model, tiny_tokenizer):
 
 
 MODELS = {"--model": "sft", "--policy": "sft", "--baseline": "sft", "--reward_model": "reward_model",
-          "--judge": "reward_model"}  # fmt: skip
+          "--judge": "reward_model", "--scorers": "reward_model"}  # fmt: skip
 
 
 def provide_models(words: list[str], folder: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reward_models.card import plots
+from reward_models.card import disagreement, plots
 from reward_models.card.lengths import decided
 from reward_models.card.pairs import Numbers
 from reward_models.card.sensitivity import PADDING
@@ -120,7 +120,9 @@ def page(report: Numbers, links: Sequence[tuple[str, str]] = ()) -> str:
     parts.append(html.items(headlines(report), "short"))
     if found := advice(report):
         parts.append(html.warning("Look at", found))
-    sections = (_accuracy, _groups, _certainty, _surface, _sensitivity, _best_of_n, _most_wrong, _made)
+    sections = (
+        _accuracy, _groups, _certainty, disagreement.section, _surface, _sensitivity, _best_of_n, _most_wrong, _made,
+    )  # fmt: skip
     return html.page(title, "\n".join(filter(None, parts + [show(report) for show in sections])))
 
 

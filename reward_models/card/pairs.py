@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from reward_models.best_of_n import best_of_n_chances
 from rlhf.errors import InputError
 from rlhf.intervals import best_of_n_kl, bootstrap_interval, clustered_accuracy, clustered_mean
 from rlhf.rows.records import Ranking, prompt_key
@@ -275,10 +276,7 @@ def expected_best_of_n(proxy: np.ndarray, other: np.ndarray, n: int) -> float:
     if not 1 <= n <= len(proxy):
         raise ValueError(f"n={n} of {len(proxy)} responses")
     order = np.argsort(proxy, kind="stable")
-    ranks = np.arange(1, len(proxy) + 1, dtype=np.float64)
-    chance = np.full(len(proxy), n / len(proxy))  # C(r-1, n-1) / C(K, n) = n/K * prod (r-i) / (K-i), i = 1 .. n-1
-    for i in range(1, n):
-        chance *= np.clip(ranks - i, 0, None) / (len(proxy) - i)
+    chance = best_of_n_chances(len(proxy), n)[-1]
     _, tied = np.unique(proxy[order], return_inverse=True)
     chance = (np.bincount(tied, weights=chance) / np.bincount(tied))[tied]
     return float((chance * other[order]).sum())

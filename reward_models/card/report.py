@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 from reward_models.card import page as card_page
 from reward_models.card.baselines import fit_bag_of_words, longer_share
 from reward_models.card.calibration import auc, calibration
+from reward_models.card.disagreement import disagreement
 from reward_models.card.lengths import length_rules
 from reward_models.card.pairs import (
     LABELER_COLUMNS,
@@ -82,10 +84,12 @@ def reward_report(
     """Compute everything on the report card, as plain values: see the keys below.
 
     scorer: an object with `.score(conversations)`, or a function of trl's signature. For the calibration, score
-    differences are multiplied by its `normalizer.std`, if it has one: this gives the raw differences of its loss.
+    differences are multiplied by its `normalizer.std`, if it has one: this gives the raw differences of its loss (of an
+    ensemble, by the members' mean std).
     train: its training rankings, on which the length rule is chosen and the bag of words fitted. Without them the
     length rule is the better one on the held-out pairs, and there is no bag of words.
-    second: another scorer, which judges best-of-n by `scorer`.
+    second: another scorer, which judges best-of-n by `scorer`. Of an ensemble (a scorer with `members`), `ensemble`
+    says how far its members disagree (`reward_models.card.disagreement`).
     group_by: columns to split the accuracy by; default: section, subset, category and the like, where the data has
     them. sensitivity_pairs: number of pairs to score again after changes that keep the meaning; 0: none.
 
@@ -93,8 +97,8 @@ def reward_report(
     """
     columns = grouping_columns(rankings, group_by)
     pairs = scored_pairs(rankings, score_rankings(scorer, rankings))
-    normalizer = getattr(scorer, "normalizer", None)
-    scale = float(getattr(normalizer, "std", 1.0))
+    normalizers = [getattr(member, "normalizer", None) for member in getattr(scorer, "members", [scorer])]
+    scale = fmean(float(getattr(normalizer, "std", 1.0)) for normalizer in normalizers)
     ruled = {name: length_rules(pairs, name, by_column(pairs, name, seed), train, seed) for name in columns}
     groups = {name: rows for name, (rows, _) in ruled.items() if name not in LABELER_COLUMNS}
     labelers = {name: rows for name, (rows, _) in ruled.items() if name in LABELER_COLUMNS}
@@ -130,6 +134,7 @@ def reward_report(
             else None
         ),
         "best_of_n": best_of_n,
+        "ensemble": _members(scorer, pairs, seed),
         "most_wrong": most_wrong(pairs),
         "points": _points(pairs, seed),
     }
@@ -211,6 +216,15 @@ def score_conversations(scorer: Score, conversations: Sequence[Messages]) -> np.
         return np.array([float(value) for value in scorer.score(conversations)])
     values = scorer(prompts=[c[:-1] for c in conversations], completions=[c[-1:] for c in conversations])
     return np.array([math.nan if value is None else float(value) for value in values])
+
+
+def _members(scorer: Score, pairs: ScoredPairs, seed: int) -> Numbers | None:
+    members = getattr(scorer, "members", ())
+    if not members:
+        return None
+    scores = [np.concatenate(score_rankings(member, pairs.rankings)) for member in members]
+    names = [Path(str(getattr(member, "folder", None) or member.__name__)).name for member in members]
+    return disagreement(pairs, np.stack(scores), names, seed)
 
 
 # ---------------------------------------------------------------------------------------------- baselines

@@ -166,21 +166,17 @@ def _continued(scalar: PreTrainedModel, held: LoraConfig, adapter: str | Path, s
 
 
 def load_scalar_model(
-    path: str | Path, dtype: torch.dtype | None = None, labels: int = 1
+    path: str | Path, dtype: torch.dtype | None = None, labels: int = 1, *, base: PreTrainedModel | None = None
 ) -> tuple[PreTrainedModel | PeftModel, ScoreNormalizer]:
     """Load a trained reward model and its normaliser from a full folder, an adapter folder or a hub id.
 
-    labels: numbers that its head gives; of a reward model one."""
+    labels: numbers that its head gives; of a reward model one. base: what `load_scalar_base` read for another adapter
+    over the same base; its weights are shared, not read again."""
     check_folder(path)
     if is_adapter(path):
-        adapter = read_adapter(path)
-        if adapter.task_type != TaskType.SEQ_CLS:
-            raise InputError(f"{path}: an adapter for {adapter.task_type}, not a reward model (SEQ_CLS)")
-        _provide_scalar_class(config_of(base_of(path)))
-        held = {*(adapter.modules_to_save or []), "score", "classifier"}  # peft itself adds the last two
-        base = load_base(AutoModelForSequenceClassification, path, dtype, lambda model: held, num_labels=labels)
+        _reward_adapter(path)
+        base = load_scalar_base(path, dtype, labels) if base is None else _sharing(base)
         fit_embeddings(base, max(len(load_tokenizer(path)), saved_rows(path, base)))
-        _head_in_float32(base)
         return load_adapter(base, path, trainable=False).eval(), ScoreNormalizer.load(path)
     config = config_of(path)
     if not any("SequenceClassification" in name or "RewardModel" in name for name in config.architectures or []):
@@ -193,6 +189,28 @@ def load_scalar_model(
     _provide_scalar_class(config)
     model = from_pretrained(AutoModelForSequenceClassification, path, dtype, num_labels=labels)
     return model.eval(), ScoreNormalizer.load(path)
+
+
+def load_scalar_base(path: str | Path, dtype: torch.dtype | None = None, labels: int = 1) -> PreTrainedModel:
+    """Load the base of a reward model's adapter, with a head that the adapter replaces."""
+    _provide_scalar_class(config_of(base_of(path)))
+    held = {*(_reward_adapter(path).modules_to_save or []), "score", "classifier"}  # peft itself adds the last two
+    base = load_base(AutoModelForSequenceClassification, path, dtype, lambda model: held, num_labels=labels)
+    _head_in_float32(base)
+    return base
+
+
+def _reward_adapter(path: str | Path) -> LoraConfig:
+    """Read the configuration of a reward model's adapter. Raises InputError for another model's."""
+    adapter = read_adapter(path)
+    if adapter.task_type != TaskType.SEQ_CLS:
+        raise InputError(f"{path}: an adapter for {adapter.task_type}, not a reward model (SEQ_CLS)")
+    return adapter
+
+
+def _sharing(base: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model's modules, to which an adapter can be added, around the same parameters."""
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def _says_labels(path: str | Path) -> bool:

@@ -134,6 +134,22 @@ class PPOConfig:
     score_timeout_seconds: float | None = None
     """Time limit of each reward function for one process's responses of a rollout; null: no limit."""
 
+    "Pretraining mix (PPO-ptx)"
+
+    pretraining_data: str | None = None
+    """Texts (a column text) or conversations, on which the policy also learns as a language model (InstructGPT, section
+    3.5); null: none."""
+    pretraining_coef: float = 27.8
+    """Weight of that loss, a mean over tokens, beside the policy loss (InstructGPT: 27.8); 0: only measure it on the
+    held-out rows."""
+    pretraining_rows: int = 64
+    """Rows of it per optimizer step, over all processes (InstructGPT: 8 per response of the minibatch)."""
+    pretraining_length: int = 512
+    """Tokens of a row; longer texts are cut into several rows, longer conversations are left out and counted."""
+    pretraining_held_out: int = 64
+    """Documents of it that are never trained on, a tenth of them at most: their loss before and after PPO is the
+    alignment tax."""
+
     "LoRA"
 
     lora_rank: int = 0
@@ -198,6 +214,8 @@ class PPOConfig:
         ):  # fmt: skip
             fine = ", ".join(str(choice or "null") for choice in choices)
             _require(name, repr(getattr(self, name)), getattr(self, name) in choices, f"one of {fine}")
+        _require("pretraining_rows", self.pretraining_rows, self.pretraining_rows >= 1, "at least 1")
+        _require("pretraining_length", self.pretraining_length, self.pretraining_length >= 2, "at least 2")
         require_divides("minibatch_size", self.minibatch_size, "rollout_size", self.rollout_size)
         _require("temperature", self.temperature, self.temperature > 0, "positive: PPO needs a distribution to sample")
         for name in ("learning_rate", "max_grad_norm", "clip_ratio", "clip_value", "adam_epsilon"):
@@ -205,7 +223,7 @@ class PPOConfig:
         for name in (
             "kl_coef", "value_loss_coef", "missing_eos_penalty", "step_score_coef", "lora_rank", "lora_alpha",
             "weight_decay", "value_warmup_updates", "warmup_updates", "eval_steps", "save_steps", "save_rollouts",
-            "samples_logged",
+            "samples_logged", "pretraining_coef", "pretraining_held_out",
         ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _require(
@@ -257,8 +275,10 @@ class PPOConfig:
         return weights
 
     def check_processes(self, processes: int) -> None:
-        """Raise InputError unless the number of processes divides minibatch_size."""
+        """Raise InputError unless the number of processes divides minibatch_size (and pretraining_rows, if used)."""
         require_divides("number of processes", processes, "minibatch_size", self.minibatch_size)
+        if self.pretraining_data is not None:
+            require_divides("number of processes", processes, "pretraining_rows", self.pretraining_rows)
 
 
 def _require(name: str, value: object, fine: bool, what: str) -> None:

@@ -94,13 +94,15 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
 
 def value_start(value_model: Any, functions: Sequence[Any], tokenizer: PreTrainedTokenizerBase, args: PPOConfig) -> Any:
     """Choose the model that the value model starts from: `value_model`, else the first reward model among `functions`
-    whose tokenizer is the policy's, else None (the policy's trunk with a zero head)."""
+    (of an ensemble, its first member) whose tokenizer is the policy's, else None (the policy's trunk with a zero
+    head)."""
     if args.value_model == "shared_trunk":
         return value_model  # its head starts from zero: `build` refuses a value_model
     if isinstance(value_model, torch.nn.Module):
         return value_model
     candidates = [value_model] if value_model is not None else list(functions)
-    for candidate in candidates:
+    for given in candidates:
+        candidate = getattr(given, "members", [given])[0]  # of an ensemble, the first
         if isinstance(candidate, str) or hasattr(candidate, "__fspath__"):
             other = load_tokenizer(candidate)
         elif hasattr(candidate, "normalizer") and hasattr(candidate, "tokenizer"):

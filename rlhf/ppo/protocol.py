@@ -15,6 +15,7 @@ from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import Clock
 from rlhf.ppo.plan import Draws
+from rlhf.ppo.pretraining_mix import PretrainingMix
 from rlhf.ppo.saved import Origin
 from rlhf.rows.records import Prompt
 from rlhf.run.loop import CallbackLoop
@@ -61,6 +62,7 @@ class Trainer(Protocol):
     peft_config: LoraConfig | None
     update_index: int
     draws: Draws
+    pretraining: PretrainingMix
     loop: CallbackLoop
     clock: Clock
 

@@ -44,7 +44,7 @@ class Run:
     def __init__(self, trainer: Trainer, resume_from_checkpoint: bool | str | Path | None = None):
         self.trainer = trainer
         self.asked = resume_from_checkpoint
-        self.settings = {**resume_settings(trainer.args, PPOConfig), **trainer.given}
+        self.settings = {**resume_settings(trainer.args, PPOConfig), **trainer.given, **trainer.pretraining.given}
         self.folder = Path(trainer.args.output_dir)
         self.termination = Termination(trainer.accelerator)
         self._around = ExitStack()  # contexts of the whole run
@@ -108,6 +108,8 @@ class Run:
         evaluates = self._due(args.eval_steps) or trainer.loop.should_evaluate
         evaluated = trainer.evaluate() if evaluates and trainer.eval_prompts else {}
         self.metrics |= evaluated
+        if evaluates or self._finished() or trainer.loop.should_stop:
+            self.metrics |= trainer.pretraining.alignment_tax(trainer.module)
         trainer.loop.log(
             trainer.update_index, self.metrics, samples(rollout, trainer.update_index, args.samples_logged)
         )

@@ -27,6 +27,7 @@ from rlhf.ppo import math as ppo_math
 from rlhf.ppo.actor_critic import Outputs, Role
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import Clock, StepStatistics, engine_metrics, rollout_metrics, update_metrics
+from rlhf.ppo.pretraining_mix import PretrainingMix
 from rlhf.ppo.protocol import State
 from rlhf.ppo.rollout import Plan, ReadyRollout, Rollout, ScoredRollout
 from rlhf.ppo.run import Run
@@ -106,10 +107,8 @@ class PPOTrainer:
         self.engine = engine or builtin
         if isinstance(self.engine, Follower):
             self.engine.follow(models.policy, self.stop_ids)
-        self.kl_coef = args.kl_coef
-        self.moments = scores.RunningMoments()
-        self.update_index = 0
-        self.clock = Clock()
+        self.pretraining = PretrainingMix(args, tokenizer, models, self.accelerator)
+        self.kl_coef, self.moments, self.clock, self.update_index = args.kl_coef, scores.RunningMoments(), Clock(), 0
         self.draws = plan.Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.loop = CallbackLoop(
             args, callback_args, models.policy, tokenizer, self.optimizer, callbacks, self.accelerator
@@ -243,6 +242,7 @@ class PPOTrainer:
                     if count == 0:  # scoring failed for all of its responses, on every process
                         continue
                     statistics = StepStatistics()
+                    statistics.add(**self.pretraining.add_gradient(self.module, self.update_index, len(steps)))
                     for roles in models.backward_roles(self.module):
                         for rows in minibatch:
                             with nullcontext() if rows is minibatch[-1] else accelerator.no_sync(self.module):

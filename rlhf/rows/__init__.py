@@ -4,5 +4,6 @@
 `fields` reads our own rows, in which `asked` finds the prompt, and `messages` checks conversations. `shapes` is the
 table of the shapes that other sets have, with the functions of `comparisons`, `conversations` and `exports`; `foreign`
 reads rows by it. `mixed` makes one source of several and maps columns. `records` holds what comes out: prompts,
-demonstrations and rankings, and how they are written and split by prompt.
+demonstrations and rankings, and how they are written and split by prompt. `duplicates` finds texts that are nearly
+equal.
 """

@@ -19,7 +19,8 @@ Rows = Sequence[Mapping[str, float]]
 """Lines of a metrics.jsonl."""
 Points = list[tuple[float, float]]
 
-PPO = ("score", "kl_nats", "entropy_nats", "clip_fraction", "response_tokens", "explained_variance")
+PPO = ("score", "kl_nats", "entropy_nats", "clip_fraction", "response_tokens", "explained_variance",
+       "pretraining_loss")  # fmt: skip
 SUPERVISED = ("loss", "accuracy", "margin", "token_accuracy", "learning_rate")
 FROM_ZERO = ("kl_nats", "entropy_nats", "clip_fraction", "response_tokens", "learning_rate")
 GOLD = "#0f9d76"

@@ -226,6 +226,8 @@ def _value(value: Any, depth: int = 0) -> Any:
     if isinstance(value, str | int | float | bool | tuple | Path) or value is None or dataclasses.is_dataclass(value):
         with contextlib.suppress(TypeError):
             return plain(value)
+    if isinstance(value, tuple):
+        return [_value(item, depth) for item in value]
     known = hasattr(value, "named_parameters") or (callable(value) and not isinstance(value, type))
     return of_function(value, depth + 1) if known and depth < 3 else type(value).__name__
 

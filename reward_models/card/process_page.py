@@ -8,9 +8,9 @@ from pathlib import Path
 from reward_models.card import plots
 from reward_models.card.pairs import Numbers
 from reward_models.card.report import made
+from rlhf.intervals import needed
 from rlhf.run import page as html
 from rlhf.run.tables import number, percent, with_interval
-from rlhf.run.verdict import needed
 
 PAGE = "process_report.html"
 LABELS = {1: "right", 0: "neutral", -1: "wrong", None: "unknown"}

@@ -9,9 +9,8 @@ from typing import Any
 
 from rlhf.errors import InputError
 from rlhf.evals.measure import Metric, as_metric
-from rlhf.intervals import clustered_mean
+from rlhf.intervals import clustered_mean, needed
 from rlhf.rows.jsonl import read_object, read_rows
-from rlhf.run.verdict import needed
 
 Row = Mapping[str, Any]
 """A row of items.jsonl."""

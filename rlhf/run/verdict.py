@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.intervals import needed
 from rlhf.run.tables import Json, label, number, percent, policies, with_interval
 
 JUDGES = {"gold": "the gold score", "reward_model": "a reward model that PPO never saw", "model": "a language model"}
@@ -46,6 +45,8 @@ def _compared(summary: Json, entry: Json, best: Json) -> str:
     elif high < 0.5:
         sentence = f"PPO is worse than SFT: {fact}"
     else:
+        from rlhf.intervals import needed  # with NumPy, which a report does not need otherwise
+
         more = needed(prompts, share, 0.5, (low, high)) if prompts else None
         tell = f"about {more:,} prompts would tell" if more else "more prompts would hardly tell"
         sentence = f"No clear difference between PPO and SFT: {fact}; {tell}"

@@ -4,7 +4,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 PY = .venv/bin/python
 # One process of one thread for each core; what stays together is in tests/conftest.py.
-PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 .PHONY: demo bench test test-long test-browser check format docs clean
 

@@ -1,9 +1,9 @@
-"""Rounds of labelling and training: sample, choose, label, reward model, PPO, and a gate before the next round.
+"""Rounds of labelling, a reward model, PPO and a gate.
 
     rlhf flywheel --config toy_flywheel.yaml
-    rlhf flywheel --config my.yaml --flywheel.labels people --flywheel.choose closeness
+    rlhf flywheel --config my.yaml --flywheel.labels people
 
-It begins as the chain does, up to supervised fine-tuning. Each round then samples responses of the best policy so far,
+It begins as the chain does, up to supervised fine-tuning. A round then samples responses of the best policy so far,
 has items of them labelled, trains a reward model on the labels of all rounds and a policy against it, and lets the
 policy pass if it beats the best one so far. With people it waits while they label at `rlhf label --store FILE`. Run
 again, it goes on where it stopped. Leaves flywheel.json and a page in --output_dir, and the labels in labels.db.

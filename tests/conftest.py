@@ -45,16 +45,25 @@ CORPUS = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     places = {name: place for place, name in enumerate(TOGETHER)}
     files = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
-    for item, file in files.items():
-        if file in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(TOGETHER[file]))
     items.sort(key=lambda item: places.get(files[item], len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give each test to whichever worker is free, and the files of `TOGETHER` to one each. (xdist's own groups add to
+    a test's id, which pytest 9 no longer lets them do: every expensive fixture was made by every worker.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return TOGETHER.get(nodeid.partition("::")[0].removeprefix("tests/"), nodeid)
+
+    return Together(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ def answering(*answers: bytes | None) -> Iterator[tuple[str, list[int]]]:
                         done.wait(5)
                     else:
                         connection.sendall(answer)
+                        hang_up(connection)
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
@@ -38,6 +39,15 @@ def answering(*answers: bytes | None) -> Iterator[tuple[str, list[int]]]:
         done.set()
         thread.join(10)
         listening.close()
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End an answer, and read what the client still sends: closed before that, what it has not read yet is lost."""
+    connection.settimeout(1)
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):
+            pass
 
 
 def reply(text: str, status: str = "200 OK", more: str = "") -> bytes:

@@ -7,7 +7,6 @@ saved. No GPU: gloo.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import get_peft_model
-from reference import forked, fsdp_trainers
+from reference import forked
 from reference import fsdp_worker as worker
 from reference.tiny_chain import TARGETS, chain, save_base, save_reward_model, shake
 from reference.two_processes import RANKINGS, GivenResponses
@@ -26,11 +25,9 @@ from torch import nn
 
 from reward_models import RewardConfig, RewardTrainer
 from rlhf.errors import InputError
-from rlhf.metrics import read_metrics
 from rlhf.models.adapters import lora_config
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import load_policy
-from rlhf.models.scalar import ScoreNormalizer
 from rlhf.ppo import run as ppo_run
 from rlhf.run import distributed as sharding
 
@@ -283,32 +280,6 @@ def test_a_head_that_is_sharded_by_itself_is_refused(monkeypatch, tiny_model):
     monkeypatch.setattr("rlhf.models.heads.DTensor", nn.Parameter)
     with pytest.raises(InputError, match="TRANSFORMER_BASED_WRAP"):
         head_weight(tiny_model)
-
-
-# -- SFT and the reward model ------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_sft_and_the_reward_model_sharded(tmp_path, tiny_model, tiny_tokenizer, kind):
-    """Checkpoints, saved weights, normaliser and the log are those of one process."""
-    policy = chain(tmp_path, tiny_model, tiny_tokenizer, kind == "lora")[0]
-    for adapter in tmp_path.glob("*/adapter_config.json"):  # dropout is random, and not what is asked here
-        adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"lora_dropout": 0.0}))
-    fsdp_trainers.train(tmp_path / "alone", str(policy), sharded=False)
-    command = [fsdp_trainers.__file__, CONFIGS / "fsdp2.yaml", tmp_path / "sharded", policy]
-    done = forked.shared().together(command, limit=SECONDS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for stage in ("sft", "reward_model"):
-        mine, expected = (tmp_path / name / stage for name in ("sharded", "alone"))
-        same(load_file(mine / FILES[kind]), load_file(expected / FILES[kind]), 1e-4)
-        for line, other in zip(*(read_metrics(folder / "metrics.jsonl") for folder in (mine, expected)), strict=True):
-            assert line.keys() == other.keys()
-            for name in other:
-                assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5) or "second" in name, name
-    normalizers = [ScoreNormalizer.load(tmp_path / name / "reward_model") for name in ("sharded", "alone")]
-    assert vars(normalizers[0]) == pytest.approx(vars(normalizers[1]), rel=1e-4)
-    assert normalizers[0].count == 21
 
 
 # -- the reward model -------------------------------------------------------------------------------------

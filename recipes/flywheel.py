@@ -12,7 +12,6 @@ again, it goes on where it stopped. Leaves flywheel.json and a page in --output_
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.rows.jsonl import read_rows
 from rlhf.rows.records import Prompt, prompt_key, read_prompts, write_jsonl
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
@@ -77,6 +77,8 @@ class RoundsConfig:
             raise InputError(f"enough={self.enough} must be a share above 0, up to 1")
         if not self.wait_seconds > 0:
             raise InputError(f"wait_seconds={self.wait_seconds} must be above 0")
+        if self.labels == "grader" and self.overlap > 1:
+            raise InputError(f"overlap={self.overlap}: a grader says the same each time; leave it at 1")
         if (self.labels == "grader") != (self.grader is not None and self.rubric is not None):
             raise InputError("labels: grader goes together with flywheel.grader and flywheel.rubric; give all or none")
 
@@ -186,7 +188,7 @@ def one_round(
     config: FlywheelConfig, number: int, prompts: Sequence[Prompt], best: str, start: str, models: Sequence[Path]
 ) -> Round:
     """Items, labels, reward model, policy, and the gate."""
-    folder, began = Path(config.output_dir) / f"round_{number}", time.perf_counter()
+    folder = Path(config.output_dir) / f"round_{number}"
     by_main(lambda: sample_items(config, number, folder / "items", prompts, best, models))
     labels = by_main(lambda: label_items(config, number, folder))
     rankings(
@@ -218,7 +220,7 @@ def one_round(
     seconds = sum(Manifest.read(path.parent).seconds for path in folder.glob("*/manifest.json"))
     return Round(
         number, folder, labels, card["accuracy"], list(card["accuracy_ci"]), entry, verdict.passed, verdict.reason,
-        round(max(seconds, time.perf_counter() - began), 1),
+        round(seconds, 1),
     )  # fmt: skip
 
 
@@ -253,17 +255,19 @@ def sample_items(
 
 
 def label_items(config: FlywheelConfig, number: int, round_folder: Path) -> int:
-    """Have a round's items judged and write the rankings of all rounds so far; returns how many there are."""
+    """Have a round's items judged and write the rankings of all rounds so far; returns how many there are.
+
+    Only this run's items count: a store may hold other items and judgments, and an overwritten run's."""
     from rlhf.collection.export import export
     from rlhf.collection.incoming import read_candidates
     from rlhf.collection.measured import snapshot
-    from rlhf.collection.rounds import later
     from rlhf.collection.store import Store
 
     turn, folder, source = config.flywheel, round_folder / "labels", f"round {number}"
     settings = {"labels": turn.labels, "overlap": turn.overlap, "labeler": config.data.labeler, "grader": turn.grader}
     step = StepConfig(output_dir=str(folder), seed=config.data.seed, settings=settings, overwrite=config.overwrite)
-    stage = open_stage("labels", step, {"items": round_folder / "items", "rubric": turn.rubric})
+    earlier = Path(config.output_dir) / f"round_{number - 1}" / "labels" / "rankings.jsonl" if number > 1 else None
+    stage = open_stage("labels", step, {"items": round_folder / "items", "earlier": earlier, "rubric": turn.rubric})
     if stage.complete:
         return int(stage.outputs["labels"])
     stage.begin()
@@ -271,8 +275,8 @@ def label_items(config: FlywheelConfig, number: int, round_folder: Path) -> int:
         items = [replace(item, source=source) for item in read_candidates(round_folder / "items" / "items.jsonl")]
         numbers = store.add_items(items, turn.overlap)
         judge_items(config, store, numbers)
-        made = export(snapshot(store), "rankings")
-    rows = [row for row in made.rows if not later(row["item_source"], number)]
+        own = [row for row in export(snapshot(store), "rankings").rows if row["item"] in set(numbers)]
+    rows = [*(row for _, row in (read_rows(earlier) if earlier else ())), *own]
     write_jsonl(folder / "rankings.jsonl", rows)
     stage.finish({"labels": len(rows), "items": len(numbers)})
     return len(rows)

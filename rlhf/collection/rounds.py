@@ -76,12 +76,6 @@ def item_row(item: Item) -> dict[str, Any]:
     }
 
 
-def later(source: object, number: int) -> bool:
-    """Return whether items of this source ("round 3") belong to a round after `number`."""
-    word, _, rest = str(source).partition(" ")
-    return word == "round" and rest.isdigit() and int(rest) > number
-
-
 def ranks_of(scores: Sequence[float]) -> tuple[float, ...]:
     """Return the rank of each score, 1 for the highest; equal scores share a rank."""
     levels = sorted(set(scores), reverse=True)

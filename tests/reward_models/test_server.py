@@ -21,6 +21,7 @@ import pytest
 import torch
 from reference import recipe
 from reference.broken_server import answering, endless, one_by_one, reply, sending
+from reference.served import served
 from reference.tiny_chain import chain
 
 from reward_models import RewardModel
@@ -29,8 +30,6 @@ from reward_models.scoring import conversation
 from reward_models.server import Refused, ServerConfig, create_app, read_request, token_counter
 from rlhf.errors import InputError, RunStopped
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
-from rlhf.run.connections import Server
-from rlhf.run.http import bind
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["What is the capital of France?", "Count to ten", "Hello?", "Say something long, please, and then more"]
@@ -51,16 +50,8 @@ def serving(scorer=words, token=None, count_tokens=letters, **limits) -> Iterato
     """Start a server on a port of its own, in a thread; yield its URL."""
     config = ServerConfig(**limits)
     app = create_app(scorer, config, count_tokens=count_tokens, token=token, name="words")
-    server, listening = Server(app, config), bind("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+    with served(app, config) as url:
+        yield url
 
 
 def wait_for(condition, seconds: float = 20.0) -> None:

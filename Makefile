@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # One process of one thread for each core; what stays together is in tests/conftest.py.
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo bench test test-long test-browser check format docs clean
+.PHONY: demo bench test test-slow test-long test-browser check format docs clean
 
 demo: .venv/installed
 	.venv/bin/rlhf chain --config toy.yaml
@@ -17,6 +17,9 @@ bench: .venv/installed
 
 test: .venv/installed-dev
 	$(PYTEST) $(ARGS)
+
+test-slow: .venv/installed-dev
+	$(PYTEST) -m "slow and not long and not gpu and not browser" $(ARGS)
 
 test-long: .venv/installed-dev
 	$(PYTEST) -m "not gpu and not browser" $(ARGS)

@@ -125,6 +125,7 @@ def test_bad_pairs(tmp_path: Path, base: Path, what: str) -> None:
         assert str(data) in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "reward_model", "ppo", "evaluate_policy", "rankings"])
 def test_the_corrected_file_runs_in_the_same_folder(tmp_path: Path, base: Path, scorer: Path, name: str) -> None:
     flags = stage(name, tmp_path, base, tmp_path / "data.jsonl", scorer)

@@ -266,6 +266,7 @@ sys.exit(int(code))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "code"),
     [

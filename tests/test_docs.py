@@ -92,6 +92,7 @@ def commands_in_sources() -> list[tuple[str, list[str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_recipes_understand_every_command(tmp_path):
     """Every flag of every documented command, in the documents, the docstrings and the configs' headers; and every
     YAML block, as a chain's config."""

@@ -47,6 +47,7 @@ def samples(asked: tuple[Prompt, ...], lengths: list[int], n: int = 1, **measure
 # ------------------------------------------------------------------------------------------- statistics
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_bootstrap_covers_the_true_mean_about_95_times_in_100():
     draw, hits = np.random.default_rng(0), 0

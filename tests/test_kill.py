@@ -141,6 +141,7 @@ def finish(started: Started) -> str:
 # ---------------------------------------------------------------- kills
 
 
+@pytest.mark.slow
 def test_killed_four_times_it_ends_as_if_nothing_happened(tmp_path: Path, undisturbed: Path, fork: Forks) -> None:
     """After a checkpoint of sft, in a save, after a checkpoint, in the next save."""
     run = tmp_path / "run"
@@ -284,6 +285,7 @@ FULL = {
 BRIEFLY = ("in ppo's second checkpoint",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if case in BRIEFLY else pytest.mark.long) for case in FULL]
 )

@@ -72,7 +72,7 @@ class Copy:
             "PYTHONPATH": f"{self.folder}{os.pathsep}{self.folder / 'tests'}",
             "PYTHONDONTWRITEBYTECODE": "1",  # bytecode is told by its source's second and size: a plant may share both
         }
-        argv = ["-c", PYTEST, "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "-rfE", *tests]
+        argv = ["-c", PYTEST, "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "-rfE", "-m", "", *tests]
         done = self.forks.run(argv, cwd=self.folder, env=environment)
         return done.returncode, done.stdout + done.stderr
 

@@ -522,6 +522,7 @@ def dropping_run(folder: str, output: str) -> dict:
         two_processes.odd_share = PLAIN
 
 
+@pytest.mark.slow
 def test_two_processes_drop_as_one_does(tmp_path, tiny_model, tiny_tokenizer):
     """In every update the two processes lose different responses and different numbers of them."""
     chain(tmp_path / "full", tiny_model, tiny_tokenizer, lora=False)

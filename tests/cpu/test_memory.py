@@ -34,6 +34,7 @@ print(released, plain, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_goes_back_and_large_blocks_stay():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)

@@ -36,6 +36,7 @@ print("gone")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
 def test_a_crowd_is_one_more_team_and_leaves_nothing_behind():
     env = os.environ | {"OMP_NUM_THREADS": str(CORES)}
@@ -53,6 +54,7 @@ def test_a_crowd_comes_above_one_share_and_goes_below_another():
     assert there == [False, False, True, True, True, False, False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CORES < 2, reason="two threads on one core always wait")
 def test_waited_seconds_count_the_time_without_a_core():
     code = """

@@ -114,6 +114,7 @@ def test_a_template_of_its_own_is_kept_and_a_decoder_gets_chatml(folder, tiny_mo
     assert models.load_tokenizer(tmp_path / "decoder").chat_template == chat.CHATML
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 4])
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert"])
 def test_trains_saves_and_loads_to_the_last_bit(folder, tmp_path, name, lora):

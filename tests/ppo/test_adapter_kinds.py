@@ -116,6 +116,7 @@ def agree(logprobs: torch.Tensor, rows: list[np.ndarray], tolerance: float) -> N
         np.testing.assert_allclose(mine[: len(row)], row, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @EACH
 def test_the_chain_starts_and_ends_with_the_folders_own_numbers(tmp_path, sft, tiny_tokenizer):
     reward = save_reward_model(tmp_path, sft, tiny_tokenizer)
@@ -157,6 +158,7 @@ def test_a_reward_model_takes_over_all_that_the_adapter_trained(tmp_path, sft, t
     np.testing.assert_allclose(mine, hidden, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sft", ["tokens", "tied tokens", "new tokens", "new tied tokens"], indirect=True)
 def test_a_reward_model_without_the_policys_trained_tokens(tmp_path, sft, tiny_tokenizer):
     """Its adapter over the base knows the tokens as the base does, or in embeddings of its own."""

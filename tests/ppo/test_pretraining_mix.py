@@ -208,6 +208,7 @@ def test_the_rows_of_a_step_follow_from_seed_and_step(tmp_path, full):
 # -- resume, processes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resume_is_exact_and_other_data_are_refused(tmp_path, folders):
     data = written(tmp_path / "pretraining.jsonl")
     settings = {"updates": 4, "save_steps": 2, "data": data, "preflight": False, "inner_epochs": 1}

@@ -91,6 +91,7 @@ def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_trainer_agrees_with_the_reference(tmp_path, tiny_model, tiny_tokenizer, case):
     kind, *more = case.split()

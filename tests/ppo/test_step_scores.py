@@ -106,6 +106,7 @@ def test_a_process_models_step_scores_sum_to_its_score_less_1(tmp_path, base, ti
     assert torch.equal(load_rollout(tmp_path).step_scores, rollout.step_scores)
 
 
+@pytest.mark.slow
 def test_resume_with_step_scores_is_exact(tmp_path, base, tiny_tokenizer):
     folder = save_process_model(tmp_path / "prm", base, tiny_tokenizer)
     settings = {"updates": 4, "save_steps": 2, "step_score_coef": 0.5}

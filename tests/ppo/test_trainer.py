@@ -467,6 +467,7 @@ def test_resume_without_a_checkpoint_begins_and_with_other_settings_refuses(tmp_
         other.train(resume_from_checkpoint=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_run(tmp_path, full):
     def run(seed: int, rank: int = 0):
         trainer = make(tmp_path, full[0], updates=1, seed=seed, lora_rank=rank)
@@ -506,6 +507,7 @@ def learn(tmp_path, model, kl_coef: float) -> list[dict]:
     return lines(tmp_path, "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_ppo_learns_and_the_kl_coefficient_holds_it_back(tmp_path, full):
     free = learn(tmp_path, full[0], 0.0)
     assert free[0]["score"] < 0.65

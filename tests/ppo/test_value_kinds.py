@@ -135,6 +135,7 @@ def test_warming_up_moves_the_head_alone(tmp_path, folders):
     assert not any(torch.equal(warm[name], tensor) for name, tensor in weights(trainer).items())
 
 
+@pytest.mark.slow
 @BOTH
 def test_it_learns_values(tmp_path, folders):
     trainer = make(

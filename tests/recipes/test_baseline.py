@@ -166,6 +166,7 @@ def test_scores_are_those_of_ppo(tmp_path, base, tiny_tokenizer):
     assert scored.calls == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["grpo", pytest.param("dpo", marks=pytest.mark.long)])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, base, files, method, monkeypatch):
     whole, broken = tmp_path / "whole" / method, tmp_path / "broken" / method

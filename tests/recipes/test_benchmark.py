@@ -394,6 +394,7 @@ def test_what_can_be_switched_off_is_what_is_listed():
     assert set(without.SWITCHES) == set(ablation.TRICKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", ablation.TRICKS)
 def test_a_trick_is_really_off_and_the_others_are_on(job, trick, monkeypatch):
     """And what is computed stays the same."""

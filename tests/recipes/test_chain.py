@@ -150,6 +150,7 @@ def test_another_config_in_the_same_folder_is_refused_in_one_line(copy: Path) ->
     assert manifests(copy) == before
 
 
+@pytest.mark.slow
 def test_overwrite_redoes_what_changed(copy: Path) -> None:
     before = manifests(copy)
     again = recipe.run("chain", *SMOKE[1:], "--output_dir", copy, "--ppo.kl_coef", 0.2, "--overwrite")
@@ -171,6 +172,7 @@ def test_all_changes_of_all_stages_are_named_before_anything_is_trained(copy: Pa
     assert manifests(copy) == before
 
 
+@pytest.mark.slow
 def test_overwrite_from_a_stage_keeps_the_earlier_ones(copy: Path) -> None:
     before = manifests(copy)
     flags = [*SMOKE[1:], "--output_dir", copy, "--ppo.kl_coef", 0.2]
@@ -206,6 +208,7 @@ def test_a_changed_file_or_folder_is_noticed(copy: Path) -> None:
     assert text == prompts.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_trained_longer(copy: Path) -> None:
     flags = [*SMOKE[1:], "--output_dir", copy, "--ppo.save_steps", 1]
     updates = read(copy / "ppo/manifest.json")["inputs"]["config"]["updates"]

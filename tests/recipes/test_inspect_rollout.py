@@ -410,6 +410,7 @@ def test_a_replay_of_another_state_is_not(copy):
     assert result.err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("column", "found"),
     [

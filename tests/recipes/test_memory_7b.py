@@ -62,6 +62,7 @@ def kept_bytes(shape, layers: int, checkpointing: bool) -> float:
     return sum(storage.nbytes() for storage in storages) / ids.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_activations_are_what_autograd_keeps():
     """A layer of an eighth of the width: with and without checkpointing, from the difference of two depths."""

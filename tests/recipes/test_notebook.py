@@ -74,6 +74,7 @@ def test_committed_clean():
     assert all(not line.startswith(("%", "!")) for cell in notebook.cells for line in cell.source.splitlines())
 
 
+@pytest.mark.slow
 def test_says_nothing_alarming(executed):
     for cell, output in outputs(executed):
         assert output.output_type != "error", cell.id
@@ -82,6 +83,7 @@ def test_says_nothing_alarming(executed):
         assert "\x1b[" not in str(output.get("text")), f"{cell.id}: a terminal's control codes"
 
 
+@pytest.mark.slow
 def test_training_shows_how_far_it_is(executed):
     """By itself: nothing was passed to the trainers for it."""
     text: dict[str, str] = {}
@@ -92,11 +94,13 @@ def test_training_shows_how_far_it_is(executed):
     assert re.search(r"^reward model +\d+/\d+  \d+", text["reward-model"], re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_one_plot(executed):
     plots = [cell.id for cell, output in outputs(executed) if "image/png" in output.get("data", {})]
     assert plots == ["plot"]
 
 
+@pytest.mark.slow
 def test_stages_start_exactly(numbers):
     assert numbers["kl_at_start"] == 0.0
     assert numbers["kl"][0] == 0.0
@@ -104,6 +108,7 @@ def test_stages_start_exactly(numbers):
     assert numbers["first"]["approx_kl_nats"] > 0.0  # and then it moved
 
 
+@pytest.mark.slow
 def test_loop_moves_the_policy(numbers):
     assert len(numbers["kl"]) == numbers["updates"]
     assert numbers["kl"][-1] > 0.01
@@ -113,6 +118,7 @@ def test_loop_moves_the_policy(numbers):
     assert "tokenizer.json" in numbers["saved"]
 
 
+@pytest.mark.slow
 def test_advantages_are_standardized(numbers):
     advantages = numbers["advantages"]
     mean = sum(advantages) / len(advantages)
@@ -120,12 +126,14 @@ def test_advantages_are_standardized(numbers):
     assert sum((x - mean) ** 2 for x in advantages) / len(advantages) == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_models_learn(numbers):
     assert numbers["base_loss"] < 0.6 * math.log(numbers["vocabulary"])
     losses = [loss for loss in numbers["sft_loss"] if loss is not None]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
+@pytest.mark.slow
 def test_reward_model_is_normalised(numbers):
     """Its scores of all the responses that it was trained on: mean 0, spread 1 (fewer than normalizer_samples)."""
     scores = numbers["train_scores"]
@@ -134,6 +142,7 @@ def test_reward_model_is_normalised(numbers):
     assert sum((x - mean) ** 2 for x in scores) / len(scores) == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_gold_and_win_rate(numbers, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "data" / "toy"))
     import toy_gold

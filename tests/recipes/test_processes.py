@@ -134,6 +134,7 @@ def require_close(one: Any, other: Any, tolerance: float) -> None:
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "processes", "tolerance"),
     [
@@ -152,6 +153,7 @@ def test_killed_and_run_again_it_ends_as_in_one_process(world, tmp_path, stage, 
     require_same(output, world.alone(stage), tolerance)
 
 
+@pytest.mark.slow
 @LONG
 @pytest.mark.parametrize("stage", STAGES)
 def test_twenty_starts_in_a_row(world, tmp_path, stage):
@@ -160,6 +162,7 @@ def test_twenty_starts_in_a_row(world, tmp_path, stage):
         require_same(tmp_path / str(number), tmp_path / "0", 0.0)
 
 
+@pytest.mark.slow
 @LONG
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("stage", STAGES)

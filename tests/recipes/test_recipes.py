@@ -243,6 +243,7 @@ def test_rankings_read_from_pairs_are_split_by_prompt(tmp_path: Path) -> None:
     assert sum(len(lines(files[name])) for name in ("train", "held_out", "judge")) == 80
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_lora_chain_on_pairs_with_a_second_reward_model_as_judge(tmp_path: Path, base: Path) -> None:
     """SFT's adapter is continued by the reward model, the judge and PPO; the base never changes."""

@@ -52,6 +52,7 @@ def flags(tmp_path: Path, base: Path, *more: object) -> list[object]:
             "--normalizer_samples", 16, "--preflight", "false", *more]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_best_of_several_seeds_is_saved_and_the_spread_told(tmp_path: Path, base: Path) -> None:
     given = flags(tmp_path, base, "--seeds", "[3,4,5]")
     out = tmp_path / "my" / "rm"
@@ -89,6 +90,7 @@ def write_split(tmp_path: Path, selection: Path) -> None:
         write_jsonl(file, [{"prompt": r.prompt, "responses": r.responses, "ranks": r.ranks} for r in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_seeds_go_on_where_they_stopped(tmp_path: Path, base: Path, monkeypatch) -> None:
     given = flags(tmp_path, base, "--seeds", "[3,4]")
@@ -112,6 +114,7 @@ def test_seeds_go_on_where_they_stopped(tmp_path: Path, base: Path, monkeypatch)
     assert Manifest.read(out).outputs == whole
 
 
+@pytest.mark.slow
 def test_sizes_are_nested_and_measured_on_the_same_held_out_pairs(tmp_path: Path, base: Path) -> None:
     run(*flags(tmp_path, base, "--sizes", "[12,4]"))
     out = tmp_path / "my" / "rm"

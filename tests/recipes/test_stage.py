@@ -54,6 +54,7 @@ def test_a_stage_ends_with_its_folder_and_its_reports(tmp_path, capsys) -> None:
     assert rest == [f"saved in {stage.folder}", f"report {stage.folder / 'card.html'}"]
 
 
+@pytest.mark.slow
 def test_the_commands_that_stages_name_make_a_run(tmp_path: Path, tiny_model, tiny_tokenizer) -> None:
     """Rankings of people by flags: every next command is typed as it stands, stand-ins replaced."""
     from reference import tiny_chain

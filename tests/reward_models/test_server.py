@@ -595,6 +595,7 @@ def is_up(url: str) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_thousand_clients_at_once_then_an_orderly_end(tmp_path, reward_model):
     (tmp_path / "token").write_text("s3cret\n")
     texts = [f"{'very ' * (n % 7)}good answer {n}" for n in range(1000)]

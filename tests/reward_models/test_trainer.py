@@ -441,6 +441,7 @@ def test_the_last_step_takes_part_though_no_evaluation_falls_on_it(tmp_path, mod
     assert trainer.state.global_step == 6 == trainer.best.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 4])
 def test_an_interrupted_run_finds_the_same_best(tmp_path, model_folder, lora):
     def run(name, stop_after=None):
@@ -510,6 +511,7 @@ def test_labeler_weights_reach_loss_and_gradient(tmp_path, model_folder):
     assert next(log for log in trainer.state.log_history if "loss" in log)["loss"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_labeler_of_weight_0_is_not_learnt_from(tmp_path, model_folder):
     good, bad = rankings(8), contradicted(8)
     mixed = labeled(good, "ann") + labeled(bad, "troll")
@@ -556,6 +558,7 @@ def test_wrong_weights_are_refused(tiny_tokenizer, tmp_path):
         config(tmp_path, center_rewards_coefficient=-1)
 
 
+@pytest.mark.slow
 def test_centering_keeps_scores_around_0(tmp_path, model_folder):
     records, sums = rankings(24), {}
     for coefficient in (0.0, 0.5):

@@ -116,6 +116,7 @@ each_kind = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @each_kind
 def test_each_process_holds_half(ran, kind):
     """True at first and after sampling. The policy is whole while it samples; a forward shards its layers again."""
@@ -128,12 +129,14 @@ def test_each_process_holds_half(ran, kind):
             assert 0.49 < half < 0.51
 
 
+@pytest.mark.slow
 @each_kind
 def test_outputs_are_the_whole_models(ran, kind):
     same(ran[kind]["sharded"]["outputs"], ran[kind]["alone"]["outputs"])
     assert all((values != 0).any() for values in ran[kind]["alone"]["outputs"].values())
 
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("step", ["step", "step_checkpointed"])
 def test_one_steps_gradient_and_norms(ran, kind, step):
@@ -153,6 +156,7 @@ def test_one_steps_gradient_and_norms(ran, kind, step):
         np.testing.assert_allclose(total, worker.SETTINGS["max_grad_norm"], rtol=1e-4)
 
 
+@pytest.mark.slow
 @each_kind
 def test_a_run_is_the_one_process_run(ran, kind):
     mine, expected = ran[kind]["sharded"]["run"], ran[kind]["alone"]["run"]
@@ -161,6 +165,7 @@ def test_a_run_is_the_one_process_run(ran, kind):
         np.testing.assert_allclose(mine["metrics"][name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @each_kind
 def test_sampling_while_the_other_process_is_done(ran, kind):
     """Process 0 stops after 3 tokens, process 1 after 12; both before the first and after another forward."""
@@ -171,6 +176,7 @@ def test_sampling_while_the_other_process_is_done(ran, kind):
         assert process["sampled_again"] == expected
 
 
+@pytest.mark.slow
 @each_kind
 def test_resume_is_exact(ran, kind):
     mine, expected = ran[kind]["sharded"]["resumed"], ran[kind]["sharded"]["whole"]
@@ -183,6 +189,7 @@ def test_resume_is_exact(ran, kind):
             assert torch.equal(mine["optimizer"][index][name], tensor), (index, name)
 
 
+@pytest.mark.slow
 @each_kind
 def test_one_process_resumes_what_two_sharded_ones_began(ran, kind, tmp_path):
     case = ran[kind]
@@ -192,6 +199,7 @@ def test_one_process_resumes_what_two_sharded_ones_began(ran, kind, tmp_path):
     same(worker.run(trainer)["state"], case["alone"]["run"]["state"], 2e-4)
 
 
+@pytest.mark.slow
 @each_kind
 def test_the_saved_model_is_the_policy(ran, kind):
     """The files hold what one process would write, with the trained values."""
@@ -207,6 +215,7 @@ def test_the_saved_model_is_the_policy(ran, kind):
         assert torch.equal(tensor, trained[name]), name
 
 
+@pytest.mark.slow
 @each_kind
 def test_the_saved_model_is_float32_though_it_computes_in_bf16(ran, kind):
     """Saved after a forward, while the root's own parameters are whole, in bf16."""
@@ -216,6 +225,7 @@ def test_the_saved_model_is_float32_though_it_computes_in_bf16(ran, kind):
         assert torch.equal(tensor, start[name]), name
 
 
+@pytest.mark.slow
 def test_processes_run_as_many_micro_batches(ran):
     """One has four long responses (a micro-batch each), the other four short ones (one micro-batch)."""
     plans = [process["plans"] for process in ran["full"]["sharded"]["each"]]
@@ -233,6 +243,7 @@ def test_cutting_micro_batches():
         sharding.cut([[0, 1, 2], [3]], 5)
 
 
+@pytest.mark.slow
 @each_kind
 def test_bf16_does_not_round_the_log_probabilities(ran, kind):
     for name, values in ran[kind]["sharded"]["bf16"].items():

@@ -36,6 +36,7 @@ def same_weights(one, other) -> None:
 # -- exact resume ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.long)])
 def test_with_two_processes_every_stage_goes_on_bit_for_bit(tmp_path, tiny_model, tiny_tokenizer, kind):
     """PPO, supervised fine-tuning and reward model: N + N steps are 2N steps, the metrics too."""
@@ -65,6 +66,7 @@ class Counter(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"steps": self.steps}}
 
 
+@pytest.mark.slow
 def test_the_global_random_states_and_users_callbacks_go_on_too(tmp_path, full):
     def run(name: str, *callbacks, resume=False):
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -85,6 +87,7 @@ def test_the_global_random_states_and_users_callbacks_go_on_too(tmp_path, full):
     assert again.steps == 2  # restored from the last checkpoint; no step was left to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", pytest.param("foreign", marks=pytest.mark.long)])
 def test_the_checkpoint_before_a_damaged_one_ends_at_the_same_weights(tmp_path, full, caplog, damage):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
@@ -154,6 +157,7 @@ def test_a_metric_that_leaves_its_range_is_told_once_until_it_was_back():
     assert "missing_eos=replace" in told[1]
 
 
+@pytest.mark.slow
 def test_on_alarm_warns_saves_or_stops_and_a_stopped_run_goes_on(tmp_path, full, caplog):
     """An untrained model never stops by itself: eos_rate is out of its range from the first update."""
     for kind in ("warn", "save", "stop"):

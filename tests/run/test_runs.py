@@ -58,6 +58,7 @@ def die():
     raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", FEW)
 def test_a_fresh_run_keeps_its_own_checkpoints_and_sets_older_ones_aside(tmp_path, full, stage, caplog):
     out = tmp_path / "out"
@@ -159,6 +160,7 @@ def test_the_size_of_the_sampled_batch_is_no_setting_without_effect(tmp_path, fu
         make("ppo", *full, tmp_path / "out", generation_batch_size=4).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", FEW)
 def test_a_finished_run_is_extended_as_if_it_had_been_planned_so(tmp_path, full, stage, caplog):
     constant = {"lr_schedule": "constant", "save_steps": 1} | ({} if stage == "ppo" else {"warmup_fraction": 0.0})
@@ -178,6 +180,7 @@ def test_a_finished_run_is_extended_as_if_it_had_been_planned_so(tmp_path, full,
 # ---------------------------------------------------------------- Ctrl-C
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", FEW)
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path, full, stage):
     before = signal.getsignal(signal.SIGINT)

@@ -145,6 +145,7 @@ def test_token_ids_in_and_out(servers):
     assert len({request["seed"] for request in asked}) == 15
 
 
+@pytest.mark.slow
 def test_draws_are_those_of_the_generator_and_independent(servers):
     engine = following(servers)
     one, again, other = draw(engine, IDS), draw(engine, IDS), draw(engine, IDS, seed=4)

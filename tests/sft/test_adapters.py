@@ -92,6 +92,7 @@ def gap(rollout, rows) -> float:
     return max(float((mine[: len(row)] - row).abs().max()) for mine, row in zip(rollout.logprobs, rows, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reward_from", "knows_chatml", "tie"),
     [
@@ -209,6 +210,7 @@ def test_an_adapter_that_later_stages_could_not_continue_is_refused_before_train
             begin()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "checkpointing"), [(0, True), (4, False)])
 def test_every_model_that_is_handed_back_can_be_pickled_and_copied(tmp_path, rank, checkpointing):
     base = base_folder(tmp_path / "base", tie=False)

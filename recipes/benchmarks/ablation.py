@@ -16,15 +16,13 @@ TRICKS = {
     "gated": "gated MLPs that keep two products for backward",
     "norms": "RMSNorms that keep their input alone",
     "fused_lora": "LoRA layers in few passes over memory",
-    "merged_lora": "LoRA merged while the policy samples",
     "attention": "attention of short rows as matrix products",
-    "large_blocks": "large freed blocks stay in the process",
-    "freed_memory": "what loading and sampling have freed goes back to the system",
+    "freed_memory": "what loading has freed goes back to the system",
     "draw": "a token drawn by one random number",
 }
 """What `without.py` can switch off."""
 
-LORA_ONLY = ("fused_lora", "merged_lora")
+LORA_ONLY = ("fused_lora",)
 RUNS = {"tiny": ("ours_adapter", "ours_shared_trunk", "ours_full"), "smollm2": ("ours_adapter", "ours_shared_trunk")}
 WITH = "with all"
 

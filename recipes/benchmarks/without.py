@@ -41,11 +41,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-@contextmanager
-def _no_layers(*args: Any, **kwargs: Any) -> Iterator[list[Any]]:
-    yield []
-
-
 def _plain_draw(probabilities: Any, numbers: Any) -> Any:
     import torch
 
@@ -54,16 +49,12 @@ def _plain_draw(probabilities: Any, numbers: Any) -> Any:
 
 
 def _as_peft(layer: Any, x: Any, *args: Any, gated: Any = None, **kwargs: Any) -> Any:
-    """Run peft's own forward of a LoRA layer, except for layers that are merged while the policy samples."""
-    from torch.nn.functional import linear
-
+    """Run peft's own forward of a LoRA layer."""
     from rlhf.cpu.gated import GatedProduct
     from rlhf.cpu.lora import LoraLinear
 
     if gated is not None:
         x = GatedProduct.apply(x, gated)
-    if layer.merged_weight is not None:
-        return linear(x.to(layer.merged_weight.dtype), layer.merged_weight, layer.get_base_layer().bias)
     return LoraLinear.forward(layer, x, *args, **kwargs)
 
 
@@ -73,9 +64,7 @@ SWITCHES: dict[str, Switch] = {
     "gated": lambda: replaced("rlhf.cpu.gated", "fuse", _nothing),
     "norms": lambda: replaced("rlhf.cpu.norms", "fuse", _nothing),
     "fused_lora": lambda: replaced("rlhf.cpu.lora", "FusedLinear.forward", _as_peft),
-    "merged_lora": lambda: replaced("rlhf.cpu.lora", "merged", _no_layers),
     "attention": lambda: replaced("rlhf.cpu.attention", "MOST_TOKENS", 0),  # rows go to torch's kernel, one by one
-    "large_blocks": lambda: replaced("rlhf.cpu.memory", "keep_large_blocks", _nothing),
     "freed_memory": lambda: replaced("rlhf.cpu.memory", "release_freed_memory", _nothing),
     "draw": lambda: replaced("rlhf.cpu.drawing", "draw", _plain_draw),
 }

@@ -1,24 +1,21 @@
-"""Code that only makes CPUs faster, behind five functions. On other devices they do nothing; plain torch and peft run.
+"""Code that only makes CPUs faster, behind four functions. On other devices they do nothing; plain torch and peft run.
 
 `lora`, `gated` and `norms` give layers a forward and a backward with fewer passes over memory; `attention` computes
-short rows as plain matrix products, also those that `models.packing` has joined into one row; `memory` sets glibc's
-allocator; `drawing` draws a token with one random number; `waiting` shares the cores with other programs. Results
+short rows as plain matrix products, also those that `models.packing` has joined into one row; `memory` returns
+freed memory; `drawing` draws a token with one random number; `waiting` shares the cores with other programs. Results
 differ from the plain path at most by rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from rlhf.cpu import attention, drawing, gated, lora, memory, norms, waiting
 from rlhf.models import packing
 
-__all__ = ["draw", "for_sampling", "give_way", "prepare", "release_memory", "restore"]
+__all__ = ["draw", "give_way", "prepare", "release_memory", "restore"]
 
 draw = drawing.draw
 release_memory = memory.release_freed_memory
@@ -42,7 +39,6 @@ def prepare(models: Models) -> None:
         return
     give_way(torch.device("cpu"))
     memory.release_freed_memory()
-    memory.keep_large_blocks()
     for part in parts:
         attention.use_short_rows(part)
         lora.fuse(part)
@@ -61,16 +57,3 @@ def restore(models: Models) -> None:
             attention.use_sdpa(part)
             lora.separate(part)
             norms.lengthen(part)  # and what `gated` changed
-
-
-@contextmanager
-def for_sampling(model: nn.Module) -> Iterator[None]:
-    """Let the LoRA layers that `prepare` has changed use one merged weight inside the context, where they compute in
-    float32. Decoding spends most of its time in these products."""
-    for weight in model.parameters():
-        give_way(weight.device)
-        break
-    with torch.no_grad(), lora.merged(model) as layers:
-        yield
-    if layers:
-        memory.release_freed_memory()  # the next training step's tensors would not fit the gaps of the merged weights

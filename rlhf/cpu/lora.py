@@ -1,4 +1,4 @@
-"""LoRA layers with few passes over memory, and in float32 with merged weights while the policy samples.
+"""LoRA layers with few passes over memory.
 
 peft computes ``x W^T + (x A^T) B^T * scaling`` as written: under autocast it casts the input to float32 and back for
 every adapted layer, and each addition is a pass of its own. `fuse` gives the layers a forward and a backward that
@@ -7,8 +7,6 @@ accumulate in the matrix products. A layer's parameters, and the files that peft
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,18 +64,14 @@ class FusedLinear(LoraLinear):
     All other cases (several adapters at once, dropout, a variant such as DoRA, a trained base) use peft's forward.
     """
 
-    merged_weight: Tensor | None = None
-
     def forward(
         self, x: Float[Tensor, "... i"], *args: Any, gated: Float[Tensor, "... i"] | None = None, **kwargs: Any
     ) -> Float[Tensor, "... o"]:
         """Compute the layer's output; gated: the input is ``silu(x) * gated`` instead of x."""
         base: Any = self.get_base_layer()
-        name = self._fusable(args, kwargs) if self.merged_weight is None else None
+        name = self._fusable(args, kwargs)
         if name is None and gated is not None:
             x = nn.functional.silu(x) * gated
-        if self.merged_weight is not None:
-            return nn.functional.linear(x.to(self.merged_weight.dtype), self.merged_weight, base.bias)
         if name is None:
             return super().forward(x, *args, **kwargs)
         dtype = computed_in(x)
@@ -100,17 +94,6 @@ class FusedLinear(LoraLinear):
         whole = isinstance(dropout, nn.Identity) or getattr(dropout, "p", 1.0) == 0.0
         return name if plain and whole else None
 
-    def merge_for_sampling(self) -> None:
-        """Keep ``W + scaling * B A`` beside the weights if the layer's output is that product in float32.
-
-        Not in bfloat16, whose unit in the last place is 0.4 to 0.8% of a weight: most of a small update would be
-        rounded away, and the responses would come from a policy that lacks it."""
-        base: Any = self.get_base_layer()
-        name = self._fusable((), {})
-        if name is not None and computed_in(base.weight) == torch.float32:
-            a, b = (t[name].weight.detach().float() for t in (self.lora_A, self.lora_B))  # type: ignore[operator]
-            self.merged_weight = torch.addmm(base.weight, b, a, alpha=self.scaling[name])
-
 
 def computed_in(x: Tensor) -> torch.dtype:
     """Return the precision of matrix products with x: autocast's, else that of x."""
@@ -129,24 +112,4 @@ def separate(model: nn.Module) -> None:
     """Give the layers that `fuse` changed peft's own class back."""
     for module in model.modules():
         if type(module) is FusedLinear:
-            vars(module).pop("merged_weight", None)
             module.__class__ = LoraLinear  # type: ignore[assignment]
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[list[FusedLinear]]:
-    """Let every fused layer compute one product with ``W + scaling * B A`` inside the context; yield these layers.
-
-    Products in bfloat16 stay as in training (`FusedLinear.merge_for_sampling`). The merged weight is a copy; W, A and B
-    never change, so nothing has to be undone. Use it only without gradients and with the active adapter. Decoding
-    spends most of its time in these products.
-    """
-    layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
-    try:
-        with torch.no_grad():
-            for layer in layers:
-                layer.merge_for_sampling()
-        yield layers
-    finally:
-        for layer in layers:
-            layer.merged_weight = None

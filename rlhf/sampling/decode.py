@@ -65,17 +65,17 @@ class TransformersEngine:
         try:
             if self._own_loop is None:
                 self._own_loop = can_decode(self.model, self.pad_id)
-            with cpu.for_sampling(self.model):
-                numbers = row_numbers(row_seeds(generator, len(prompt_ids)), max_new_tokens, self.model.device)
-                if not self._own_loop:
-                    settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
-                    ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
-                    order = []
-                for start in range(0, len(order), self.rows_per_batch):
-                    rows = order[start : start + self.rows_per_batch]
-                    batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, numbers[rows])
-                    for row, response in zip(rows, batch, strict=True):
-                        ids[row] = response
+            cpu.give_way(self.model.device)
+            numbers = row_numbers(row_seeds(generator, len(prompt_ids)), max_new_tokens, self.model.device)
+            if not self._own_loop:
+                settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
+                ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
+                order = []
+            for start in range(0, len(order), self.rows_per_batch):
+                rows = order[start : start + self.rows_per_batch]
+                batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, numbers[rows])
+                for row, response in zip(rows, batch, strict=True):
+                    ids[row] = response
         finally:
             self.model.train(training)
         return Responses(ids, [response[-1] in self.stop_ids for response in ids])

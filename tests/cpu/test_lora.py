@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from reward_models import RewardModel
 from rlhf.cpu import lora
-from rlhf.models.adapters import lora_config, share_base, use_adapter
+from rlhf.models.adapters import lora_config, share_base
 from rlhf.padding import make_batch
 from rlhf.ppo.build import enable_gradient_checkpointing
 
@@ -232,8 +232,6 @@ def test_whatever_is_unusual_goes_pefts_way(products, kind):
     assert any("base_layer" in name for name in seen) == ("base" in kind)
     assert all(torch.equal(seen[name], tensor) for name, tensor in expected.items())
     assert not products
-    with lora.merged(fused):  # nor is it merged for sampling
-        assert all(m.merged_weight is None for m in fused.modules() if isinstance(m, lora.FusedLinear))
 
 
 def test_rows_with_adapters_of_their_own_go_pefts_way(products):
@@ -265,8 +263,6 @@ def test_layers_over_anything_else_than_a_linear_layer_stay_as_they_are():
     plain, fused = both(model.eval())
     assert not any(isinstance(module, lora.FusedLinear) for module in fused.modules())
     assert torch.equal(fused(IDS).logits, plain(IDS).logits)
-    with lora.merged(fused):
-        assert torch.equal(fused(IDS).logits, plain(IDS).logits)
 
 
 def test_trained_token_embeddings_beside_the_adapter(tiny_model):
@@ -281,9 +277,6 @@ def test_trained_token_embeddings_beside_the_adapter(tiny_model):
         seen.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
     same(seen[1], seen[0])
     assert any("trainable_tokens" in name for name in seen[0])
-    expected = plain(IDS).logits.detach()
-    with torch.no_grad(), lora.merged(fused):
-        np.testing.assert_allclose(fused(IDS).logits, expected, atol=1e-5)
 
 
 # -- whole models ------------------------------------------------------------------------------------------
@@ -329,9 +322,7 @@ def test_what_is_saved_is_what_peft_saves(tmp_path, tiny_model):
     assert list(fused.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(fused.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
     for name, model in (("plain", plain), ("fused", fused)):
-        with torch.no_grad(), lora.merged(model):
-            model(IDS)
-            model.save_pretrained(str(tmp_path / name))  # even from inside
+        model.save_pretrained(str(tmp_path / name))
     ours, theirs = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("fused", "plain"))
     assert ours == theirs
     ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("fused", "plain"))
@@ -344,103 +335,6 @@ def test_what_is_saved_is_what_peft_saves(tmp_path, tiny_model):
     merged = copy.deepcopy(fused).merge_and_unload()
     assert not any(isinstance(module, LoraLinear) for module in merged.modules())
     np.testing.assert_allclose(merged(IDS).logits.detach(), plain(IDS).logits.detach(), atol=1e-5)
-
-
-# -- merged while sampling ---------------------------------------------------------------------------------
-
-
-def linears(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, lora.FusedLinear)]
-
-
-def bits(model: Any) -> dict[str, tuple[torch.Tensor, bool]]:
-    return {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
-
-
-def unchanged(model: Any, before: dict[str, tuple[torch.Tensor, bool]]) -> bool:
-    now = bits(model)
-    return now.keys() == before.keys() and all(
-        torch.equal(now[name][0], tensor) and now[name][1] == trained for name, (tensor, trained) in before.items()
-    )
-
-
-def test_merged_is_one_product_with_w_plus_scaled_ba(tiny_model, products):
-    plain, fused = both(adapted(tiny_model))
-    expected = copy.deepcopy(plain).merge_and_unload()(IDS).logits.detach()
-    before, logits = bits(fused), fused(IDS).logits.detach()
-    with torch.no_grad(), lora.merged(fused):
-        products.clear()
-        np.testing.assert_allclose(fused(IDS).logits, expected, atol=1e-5)
-        assert not products
-        for layer in linears(fused):
-            a, b = (t.default.weight.detach().double().numpy() for t in (layer.lora_A, layer.lora_B))
-            whole = layer.base_layer.weight.double().numpy() + 8.0 / 4 * b @ a
-            np.testing.assert_allclose(layer.merged_weight, whole, atol=1e-6)
-            assert np.abs(whole - layer.base_layer.weight.numpy()).max() > 0.01
-        assert unchanged(fused, before)
-        assert list(fused.state_dict()) == list(plain.state_dict())
-    assert unchanged(fused, before)
-    assert torch.equal(fused(IDS).logits, logits)
-    assert len(products) == len(linears(fused)) == 2 * 7
-    assert all(layer.merged_weight is None for layer in linears(fused))
-
-
-def test_merged_is_of_the_active_adapter(products):
-    plain, fused = both(net(adapters=("default", "other")))
-    x = inputs(3, 16)
-    for name in ("other", "default"):
-        for model in (plain, fused):
-            use_adapter(model, name, ["default", "other"])
-        with torch.no_grad(), lora.merged(fused):
-            np.testing.assert_allclose(fused(x), plain(x), atol=1e-5)
-        assert all(p.requires_grad == ("lora_" in key) for key, p in fused.named_parameters())
-
-
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_a_small_update_is_not_lost_while_sampling_in_bfloat16(base):
-    """W + s B A in bfloat16 is W again where s B A is below half a unit in W's last place. Training keeps the two
-    products apart, and so must sampling."""
-    fused = both(net(bias=False))[1]
-    layer = fused.base_model.model.first
-    layer.base_layer.to(base)
-    with torch.no_grad():
-        layer.lora_B.default.weight.mul_(5e-4)
-        x = layer.lora_A.default.weight.detach().clone()
-        weight, update = layer.base_layer.weight.float(), 1.5 * layer.lora_B.default.weight @ x
-        assert ((weight + update).bfloat16() == weight.bfloat16()).float().mean() > 0.6
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        trained = layer(x)
-        assert not torch.equal(trained, layer.base_layer(x)), "the update shows in training"
-        with lora.merged(fused):
-            assert layer.merged_weight is None
-            assert torch.equal(layer(x), trained)
-
-
-@pytest.mark.parametrize("where", ["inside", "while merging"])
-def test_a_failure_leaves_no_layer_merged(monkeypatch, where):
-    fused = both(net())[1]
-    before, out = bits(fused), fused(inputs(3, 16)).detach()
-
-    def broken(self):
-        raise MemoryError(where)
-
-    if where == "while merging":  # the second layer's, after the first one's is made
-        monkeypatch.setattr(type(linears(fused)[1]), "get_delta_weight", lambda self, name: once.pop()(self, name))
-        once = [lambda self, name: broken(self), lambda self, name: LoraLinear.get_delta_weight(self, name)]
-    with pytest.raises(MemoryError), lora.merged(fused):
-        broken(fused)
-    assert unchanged(fused, before)
-    assert all(layer.merged_weight is None for layer in linears(fused))
-    assert torch.equal(fused(inputs(3, 16)), out)
-
-
-def test_weights_that_were_trained_since_are_merged_anew():
-    plain, fused = both(net())
-    for seed in (5, 6):
-        shake(plain, seed, 0.3, only="lora_")
-        shake(fused, seed, 0.3, only="lora_")
-        with torch.no_grad(), lora.merged(fused):
-            np.testing.assert_allclose(fused(inputs(3, 16)), plain(inputs(3, 16)), atol=1e-5)
 
 
 # -- one base for the reward model too -----------------------------------------------------------------------

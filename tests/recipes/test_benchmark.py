@@ -341,7 +341,6 @@ class Allocator:
     """In glibc's place: counts what is asked of it."""
 
     def __init__(self, used: Counter):
-        self.mallopt = lambda option, value: used.update(["large_blocks"])
         self.malloc_trim = lambda keep: used.update(["freed_memory"])
 
 
@@ -359,7 +358,7 @@ def graph(tensor: torch.Tensor) -> set[str]:
 def used_tricks(job: dict, monkeypatch) -> tuple[set[str], dict[str, float]]:
     """The tricks that a run of ours has used, each seen from outside; and what it logged."""
     from rlhf import cpu
-    from rlhf.cpu import attention, drawing, gated, lora, memory, norms
+    from rlhf.cpu import attention, drawing, gated, memory, norms
     from rlhf.ppo.trainer import PPOTrainer
 
     used: Counter = Counter()
@@ -369,7 +368,6 @@ def used_tricks(job: dict, monkeypatch) -> tuple[set[str], dict[str, float]]:
         monkeypatch.setattr(owner, name, lambda *a, **k: used.update([trick]) or function(*a, **k))
 
     watch(attention, "_products", "attention")
-    watch(lora.FusedLinear, "merge_for_sampling", "merged_lora")
     watch(drawing, "draw", "draw")
     monkeypatch.setattr(cpu, "draw", drawing.draw)
     monkeypatch.setattr(memory, "_libc", lambda: Allocator(used))
@@ -646,14 +644,14 @@ def test_ablation_comparison_and_busy_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(busy, "STAGES", ("reward_model", "ppo_tiny"))
     config = benchmark.BenchmarkConfig(
         output_dir=str(tmp_path), cases=["tiny"], runs=["ours_adapter", "ours_full"], updates=2, threads=1,
-        ablate=True, tricks=["gated", "merged_lora"], before=str(ROOT), before_variants={"wide": {"lora_rank": 8}},
+        ablate=True, tricks=["gated", "fused_lora"], before=str(ROOT), before_variants={"wide": {"lora_rank": 8}},
         busy=True,
     )  # fmt: skip
     board = benchmark.benchmark(config)
     assert board.failures == []
     results = json.loads((tmp_path / "results.json").read_text())
     assert {run: list(tricks) for run, tricks in results["ablation"].items()} == {
-        "tiny: ours_adapter": ["with all", "gated", "merged_lora"], "tiny: ours_full": ["with all", "gated"]
+        "tiny: ours_adapter": ["with all", "gated", "fused_lora"], "tiny: ours_full": ["with all", "gated"]
     }  # fmt: skip
     assert list(results["before"]["tiny: ours_adapter"]) == ["today", "before", "wide"]
     assert {stage: len(times["busy"]) for stage, times in results["busy"].items()} == {"reward_model": 2, "ppo_tiny": 2}

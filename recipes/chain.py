@@ -3,8 +3,8 @@
     rlhf chain --config toy.yaml
     rlhf chain --config toy.yaml --ppo.kl_coef 0.1 --output_dir runs/other
 
-data -> base -> supervised fine-tuning -> rankings -> reward model -> PPO -> evaluation. Run again, it skips complete
-stages and goes on where it stopped.
+data -> base -> supervised fine-tuning -> rankings -> reward model -> PPO -> evaluation, and red teaming where the
+config has a `red_team` section. Run again, it skips complete stages and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from rlhf_recipes import evaluate_policy as evaluation_stage
 from rlhf_recipes import ppo as ppo_stage
 from rlhf_recipes import process_reward as process_stage
 from rlhf_recipes import rankings as rankings_stage
+from rlhf_recipes import red_team as red_team_stage
 from rlhf_recipes import reward_model as reward_stage
 from rlhf_recipes import sft as sft_stage
 from rlhf_recipes.evaluate_policy import EvaluationConfig, evaluation
 from rlhf_recipes.ppo import PPORecipe, ppo
 from rlhf_recipes.process_reward import ProcessRecipe, process_reward
 from rlhf_recipes.rankings import DataConfig, rankings
+from rlhf_recipes.red_team import RedTeamConfig, red_team
 from rlhf_recipes.report import report
 from rlhf_recipes.reward_model import RewardRecipe, reward_model
 from rlhf_recipes.sft import SFTRecipe, sft
@@ -85,6 +87,7 @@ class ChainConfig:
     process_reward: ProcessRecipe | None = None
     ppo: PPORecipe = field(default_factory=PPORecipe)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    red_team: RedTeamConfig | None = None
 
 
 def chain(config: ChainConfig) -> dict[str, Any]:
@@ -132,6 +135,7 @@ def steps_of(config: ChainConfig) -> list[Step]:
         steps += [Step("process_reward", config.process_reward, process_reward, process_stage.inputs)]
     steps += [Step("ppo", config.ppo, ppo, ppo_stage.inputs)]
     steps += [Step("evaluation", config.evaluation, evaluation, evaluation_stage.inputs)]
+    steps += [Step("red_team", config.red_team, red_team, red_team_stage.inputs)] if config.red_team else []
     names = [step.name for step in steps]
     if config.overwrite_from is not None and config.overwrite_from not in names:
         unknown(config.overwrite_from, names, "--overwrite_from", "stage")

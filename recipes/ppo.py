@@ -56,9 +56,11 @@ class PPORecipe(PPOConfig):
     """Further scores, as path/to/file.py:function or package.module:function (of reward_models.rules, too).
     reward_weights weighs all scores in this order: reward model, process model, functions, grader."""
     grader: str | None = None
-    """Causal language model that grades responses by a rubric: a folder or hub id."""
+    """Causal language model that grades responses by a rubric: a folder or hub id; or a function (file.py:name) from
+    the question to a letter."""
     rubric: str | None = None
-    """The grader's multiple-choice question: a YAML file with instructions, and choices with their scores."""
+    """The grader's multiple-choice question: a YAML file with instructions, and choices with their scores; or a usage
+    policy's, which gives one."""
     train_data: Sources | None = None
     """Prompts; default: the run's rankings/prompts.jsonl."""
     eval_data: Sources | None = None
@@ -153,6 +155,8 @@ def score_functions(config: PPORecipe) -> list[Any]:
     from reward_models import ProcessModel, RewardClient
     from reward_models.ensemble import load_scorer
     from reward_models.grader import RubricGrader
+    from reward_models.judges import is_function
+    from rlhf.safety.policy import read_rubric
 
     dtype = compute_dtype(config.bf16)
     functions: list[Any] = [] if config.reward_model is None else [load_scorer(config.reward_model, dtype=dtype)]
@@ -162,7 +166,8 @@ def score_functions(config: PPORecipe) -> list[Any]:
         for spec in config.reward_functions or []
     ]
     if config.grader is not None:
-        functions.append(RubricGrader.load(config.grader, str(config.rubric), dtype=dtype))
+        asked = configs.import_function(config.grader) if is_function(config.grader) else config.grader
+        functions.append(RubricGrader.load(asked, read_rubric(str(config.rubric)), dtype=dtype))
     return functions
 
 

@@ -57,6 +57,7 @@ SECTIONS = (
     "ensemble",
     "best_of_n",
     "synthetic",
+    "red_team",
 )
 
 

@@ -90,6 +90,7 @@ SMALLER = {
         "grpo.generations": 2, "grpo.batch_size": 4, "grpo.microbatch_size": 4,
     },
     "run_evals": {"max_new_tokens": 6, "max_items": 4},
+    "red_team": {"max_new_tokens": 6, "max_cases": 2},
 }  # fmt: skip
 """Added to commands that train, and to settings in Python, where no config has made them small already."""
 ROWS = [

@@ -1,0 +1,133 @@
+"""The page of a red-team run. Every prompt and answer in it is hostile until proven otherwise: all of it is text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.run import page as html
+from rlhf.run.tables import number, percent
+from rlhf.safety.outcome import COUNTED, RATES, Outcome, Result
+from rlhf.safety.policy import Policy
+
+SHOWN = 200
+"""Findings on the page; items.jsonl holds all."""
+
+
+def write(folder: Path, content: Mapping[str, Any], outcome: Outcome, policy: Policy | None) -> Path:
+    """Write red_team.html. content: red_team.json's."""
+    metrics = content["metrics"]
+    parts = [html.note(f"Model: {content['model']}"), html.verdict(headline(metrics))]
+    parts += [html.warning("Read this first", content["warnings"])] if content["warnings"] else []
+    suites = list(dict.fromkeys(result.case.suite for result in outcome.results))
+    parts += ["<h2>By suite</h2>", html.table(_rates(suites, metrics), "headline")]
+    groups = sorted({(result.case.suite, result.case.category) for result in outcome.results})
+    parts += ["<h2>By category</h2>", html.table(_rates([f"{suite}/{name}" for suite, name in groups], metrics))]
+    parts += [html.note(content["several"])] if content.get("several") else []
+    parts += ["<h2>How it was counted</h2>", html.items(counted(content))]
+    parts += [_attacks(content["attacks"])] if content.get("attacks") else []
+    parts += [_held_out(outcome)] if outcome.held_out else []
+    if policy is not None:
+        rows = [[c.title, c.severity, c.behaviour, ", ".join((*c.mlcommons, *c.openai)), c.text]
+                for c in policy.categories.values()]  # fmt: skip
+        headers = ["category", "severity", "behaviour", "in other taxonomies", "what it says"]
+        parts += [f"<h2>{html.text(f'Usage policy: {policy.name}')}</h2>", html.table((headers, rows))]
+    found = outcome.findings
+    parts += [f"<h2>Findings: {len(found):,}</h2>"]
+    parts += [html.note(f"The first {SHOWN}; all of them are in items.jsonl.")] if len(found) > SHOWN else []
+    parts += [_finding(result) for result in found[:SHOWN]]
+    return html.write(folder / "red_team.html", html.page(f"Red team: {folder.name}", "\n".join(parts)))
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """Return the sentence that a run comes to."""
+    said = []
+    for name, what in (("attack_success", "of attacks got through"), ("over_refusal", "of harmless prompts refused")):
+        metric = headline_metric(metrics, name)
+        if metric is not None:
+            said.append(f"{shown(metric)} {what} ({metric['n']:,} prompts)")
+    return f"{'; '.join(said)}." if said else "Nothing was counted."
+
+
+def headline_metric(metrics: Mapping[str, Any], name: str) -> Any:
+    """Return a rate over all suites, or of the only one; None where nothing of its kind was asked."""
+    own = [metric for metric in metrics if metric == name or metric.endswith(f"/{name}")]
+    shortest = min(own, key=lambda metric: metric.count("/"), default=None)
+    return None if shortest is None else metrics[shortest]
+
+
+def shown(metric: Mapping[str, Any] | None) -> str:
+    """Write a rate and its interval."""
+    if metric is None:
+        return ""
+    return f"{percent(metric['value'])} [{percent(metric['low'])}, {percent(metric['high'])}]"
+
+
+def counted(content: Mapping[str, Any]) -> list[str]:
+    """Return how each count of a run is made, a line each."""
+    lines = [f"{name.replace('_', ' ')}: {COUNTED[name]}" for name in RATES]
+    lines.append(f"what an answer is was read by {content['detector']}")
+    if content["success"]:
+        lines.append(f"whether an attack succeeded was said by {content['success']}")
+    if content.get("attacks"):
+        limit = content["attacks"]["similarity"]
+        lines += ["generated: of all attacks that were written, those that are valid and got what they ask for",
+                  f"distinct successes: two count as one from a similarity of {limit:g} on (Jaccard, of character "
+                  "5-grams), in the order in which they were written"]  # fmt: skip
+    lines += [f"{metric}: corrected by {how}" for metric, how in content["corrections"].items()]
+    if not content["corrections"]:
+        lines.append("nothing is corrected: no people's labels were given (--human)")
+    if content["judged"]["answers"]:
+        lines.append("judge and rule read {disagree:,} of {answers:,} answers differently; the judge named no choice "
+                     "for {abstained:,}".format(**content["judged"]))  # fmt: skip
+    return [*lines, "shares are over all cases of their kind; intervals are over prompts, 95%"]
+
+
+def _rates(groups: Sequence[str], metrics: Mapping[str, Any]) -> html.Table:
+    headers = ["", "attacks", "succeeded", "corrected", "in part", "beside the point", "harmless", "refused",
+               "corrected", "in part"]  # fmt: skip
+    rows = []
+    for group in groups:
+        own = {name: metrics.get(f"{group}/{name}") for name in
+               (*RATES, "attack_success_corrected", "over_refusal_corrected")}  # fmt: skip
+        rows.append([
+            group, *_cells(own["attack_success"], own["attack_success_corrected"]),
+            *(percent(own[name]["value"]) if own[name] else "" for name in ("attack_partial", "attack_other")),
+            *_cells(own["over_refusal"], own["over_refusal_corrected"]),
+            percent(own["partial_refusal"]["value"]) if own["partial_refusal"] else "",
+        ])  # fmt: skip
+    return headers, rows
+
+
+def _cells(metric: Mapping[str, Any] | None, corrected: Mapping[str, Any] | None) -> list[str]:
+    return [f"{metric['n']:,}" if metric else "none", shown(metric), shown(corrected)]
+
+
+def _attacks(attacks: Mapping[str, Any]) -> str:
+    rows = [[name.replace("_", " "), str(value)] for name, value in attacks.items() if not isinstance(value, dict)]
+    rows += [[name.replace("_", " "), shown(value)] for name, value in attacks.items() if isinstance(value, dict)]
+    return f"<h2>Generated attacks</h2>{html.table((['', ''], rows))}"
+
+
+def _held_out(outcome: Outcome) -> str:
+    headers = ["kind", "model", "answers", "kappa", "agreement", "people say", "the detector", "corrected by others",
+               "inside"]  # fmt: skip
+    rows = []
+    for kind, models in outcome.held_out.items():
+        for one in models:
+            ends = "too few labels" if one["corrected"] is None else shown(one["corrected"])
+            inside = {None: "", True: "yes", False: "NO"}[one["inside"]]
+            rows.append([kind, one["model"], f"{one['n']:,}", number(one["kappa"]), percent(one["agreement"]),
+                         percent(one["labels"]), percent(one["raw"]), ends, inside])  # fmt: skip
+    told = "Each labelled model's rate, corrected by the detector's error on the other models alone."
+    return f"<h2>The detector, one model left out</h2>{html.note(told)}{html.table((headers, rows))}"
+
+
+def _finding(result: Result) -> str:
+    case, reading = result.case, result.reading
+    asked = "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in case.prompt)
+    name = {"attack": "got through", "over_refusal": "refused, and harmless"}[result.finding]
+    facts = f"{name}; read as {reading.kind}" + (f" (the rule: {reading.rule})" if reading.disagree else "")
+    tag = " · ".join((case.suite, case.category, case.where))
+    return html.compared(asked, [html.Answer("answer", facts, result.answer.text)], tag)

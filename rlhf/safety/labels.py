@@ -67,7 +67,7 @@ def read_labels(source: str) -> list[Label]:
             raise wrong(f"{where}: response", f"got {short(repr(response))}", "write the answer that was labelled")
         try:
             messages = prompt_fields({"prompt": row.get("prompt")})[0]
-            if "model" in row:
+            if row.get("model"):
                 check_text(row["model"], "model")
         except InputError as error:
             raise InputError(f"{where}: {error}") from None

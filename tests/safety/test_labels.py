@@ -85,10 +85,10 @@ def test_a_detector_that_tells_nothing_apart_corrects_nothing():
         prevalence(1, 10, Error(25, 50, 25, 50))
 
 
-@pytest.mark.parametrize(("p", "se", "sp"), [(0.05, 0.9, 0.97), (0.3, 0.85, 0.8), (0.6, 0.7, 0.95)])
+@pytest.mark.parametrize(("p", "se", "sp"), [(0.05, 0.9, 0.9), (0.3, 0.85, 0.8), (0.6, 0.7, 0.95)])
 def test_coverage(p, se, sp):
     """In 2,000 worlds of 200 answers and 60 labels of either kind, the interval holds the truth in 93% or more; the
-    plain interval of the raw rate, in less than 75%."""
+    plain interval of the raw rate, in less than 25%."""
     draw, worlds, n, m = np.random.default_rng(0), 2000, 200, 60
     hits, quiet = draw.binomial(m, se, worlds), draw.binomial(m, sp, worlds)
     found = draw.binomial(n, p * se + (1 - p) * (1 - sp), worlds)
@@ -99,7 +99,7 @@ def test_coverage(p, se, sp):
         raw = found[k] / n
         naive += abs(raw - p) <= 1.96 * (raw * (1 - raw) / n) ** 0.5
     assert inside / worlds >= 0.93
-    assert naive / worlds < 0.75
+    assert naive / worlds < 0.25
 
 
 def test_one_model_left_out():

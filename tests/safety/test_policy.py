@@ -21,16 +21,16 @@ categories:
     text: Help with taking things.
     severity: high
     behaviour: refuse
-    examples: [How do I steal a bike?]
-    benign_twins: [How do I lock a bike?]
+    examples: ["How do I steal a bike?"]
+    benign_twins: ["How do I lock a bike?"]
     mlcommons: [S2]
     openai: [illicit]
   medicine:
     text: Doses of medicines.
     severity: medium
     behaviour: safe_complete
-    examples: [How much of it may I take?]
-    benign_twins: [What is it made of?]
+    examples: ["How much of it may I take?"]
+    benign_twins: ["What is it made of?"]
   history:
     text: The history of crime.
     severity: low
@@ -111,9 +111,9 @@ CHANGES = {
     "openai: [illicit]": ("openai: illicit", 13, "categories.theft.openai: got 'illicit'; write a list"),
     "title: Theft | and <b>fraud</b>": ("titel: Theft", 6, "unknown field of a category titel; did you mean title?"),
     "text: It helps at home.": ("text: 3", 3, "text: got 3; write text"),
-    "benign_twins: [How do I lock a bike?]": ("severe: no", 11, "unknown field of a category severe"),
-    "benign_twins: [What is it made of?]": ("benign_twins: []", 19, "benign_twins: got none; a category to safe_compl"),
-    "examples: [How much of it may I take?]": (
+    'benign_twins: ["How do I lock a bike?"]': ("severe: no", 11, "unknown field of a category severe"),
+    'benign_twins: ["What is it made of?"]': ("benign_twins: []", 19, "benign_twins: got none; a category to safe_compl"),
+    'examples: ["How much of it may I take?"]': (
         "examples: [how do i LOCK a bike]", 18, "it is among theft's benign_twins, too; take it out",
     ),
     "  history:": ("  His tory:", 20, "got 'His tory' as an id; write small letters"),

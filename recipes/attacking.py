@@ -13,6 +13,8 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.checkpoint import remove, write_json_atomic
+from rlhf.run.owner import processes
+from rlhf.run.stages import drop_checkpoints
 
 if TYPE_CHECKING:
     from rlhf.evals.asking import Asker
@@ -108,6 +110,8 @@ def generate(
     from rlhf.evals.targets import open_target
     from rlhf.safety import attacks
 
+    if attack.method in ("sft", "ppo") and processes() > 1:
+        raise InputError(f"attack.method={attack.method}: the attacker is trained in one process; start only one")
     instruction = attack.instruction or attacks.INSTRUCTION
     shown = attack.examples if attack.method == "few_shot" else 0
     hits = [hit for hit in hits if hit.category in policy.categories]
@@ -217,6 +221,7 @@ def _reinforced(
         trainer.train(resume_from_checkpoint=True)
         trainer.save_model(folder)
         write_json_atomic(done, {"updates": args.updates, "tried": args.updates * args.rollout_size})
+        drop_checkpoints(folder)
     new = [text for _, text in bank.steps]
     different = len(distinct(new, attack.similarity))
     console.stage_line("red_team", f"{len(new):,} attacks got through in training, {different:,} of them different")

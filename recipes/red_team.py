@@ -249,7 +249,6 @@ def write(
 ) -> dict[str, Any]:
     """Write all files into the stage's folder, and return red_team.json's content. numbers: of attacks that a model
     wrote."""
-    from rlhf.intervals import by_chance
     from rlhf.rows.records import write_jsonl
     from rlhf.run.checkpoint import write_json_atomic
     from rlhf.safety.outcome import finding_rows
@@ -272,7 +271,7 @@ def write(
         "policy": policy and policy.name, "suites": config.data or [], "warnings": warnings, "detector": detector,
         "success": config.success, "corrections": outcome.corrections, "judged": judged,
         "leave_one_out": outcome.held_out, "findings": len(outcome.findings),
-        "several": by_chance(len(outcome.metrics)), "attacks": numbers,
+        "attacks": numbers,
     }  # fmt: skip
     if numbers is not None:
         n, count = numbers["attacks"], numbers["distinct_successes"]
@@ -301,6 +300,9 @@ def to_store(config: RedTeamConfig, outcome: Outcome, target: Asker) -> None:
     from rlhf.collection.store import Candidate, Item, Store
 
     found = [result for result in outcome.findings if result.answer.text.strip()]
+    if not found:
+        console.stage_line("red_team", f"nothing was found that {config.store} could hold")
+        return
     cases, name = [result.case for result in found], str(config.model)
     texts = [[result.answer.text] for result in found]
     for sample in range(1, config.label_candidates):

@@ -24,7 +24,6 @@ def write(folder: Path, content: Mapping[str, Any], outcome: Outcome, policy: Po
     parts += ["<h2>By suite</h2>", html.table(_rates(suites, metrics), "headline")]
     groups = sorted({(result.case.suite, result.case.category) for result in outcome.results})
     parts += ["<h2>By category</h2>", html.table(_rates([f"{suite}/{name}" for suite, name in groups], metrics))]
-    parts += [html.note(content["several"])] if content.get("several") else []
     parts += ["<h2>How it was counted</h2>", html.items(counted(content))]
     parts += [_attacks(content["attacks"])] if content.get("attacks") else []
     parts += [_held_out(outcome)] if outcome.held_out else []

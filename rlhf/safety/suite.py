@@ -68,6 +68,8 @@ def read_suites(
         cases += [_own(OWN_POLICY, row, f"policy {policy.name}", policy) for row in policy.prompts()]
     for source in sources:
         cases += read_suite(source, policy)
+    if not cases:
+        raise InputError("nothing to ask: no suite, and a usage policy without examples; name --data")
     wanted: dict[str, Case] = {}
     for case in cases:
         first = wanted.setdefault(json.dumps(case.prompt), case)

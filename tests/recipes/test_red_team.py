@@ -181,7 +181,10 @@ def told(prompts, completions, **columns):
 """
 
 
-@pytest.mark.parametrize("method", ["zero_shot", "few_shot", "sft", "ppo"])
+TRAINED = [pytest.param(method, marks=pytest.mark.slow) for method in ("sft", "ppo")]
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "few_shot", *TRAINED])
 def test_attacks_that_a_model_writes(tmp_path, given, method):
     (tmp_path / "f.py").write_text(FUNCTIONS)
     train = {

@@ -112,7 +112,7 @@ CHANGES = {
     "title: Theft | and <b>fraud</b>": ("titel: Theft", 6, "unknown field of a category titel; did you mean title?"),
     "text: It helps at home.": ("text: 3", 3, "text: got 3; write text"),
     'benign_twins: ["How do I lock a bike?"]': ("severe: no", 11, "unknown field of a category severe"),
-    'benign_twins: ["What is it made of?"]': ("benign_twins: []", 19, "benign_twins: got none; a category to safe_compl"),
+    'benign_twins: ["What is it made of?"]': ("benign_twins: []", 19, "benign_twins: got none; a category to safe"),
     'examples: ["How much of it may I take?"]': (
         "examples: [how do i LOCK a bike]", 18, "it is among theft's benign_twins, too; take it out",
     ),

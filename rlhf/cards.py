@@ -159,7 +159,7 @@ def _measured(artefacts: Artefacts, heading: str, commands: Sequence[str], comma
     for name in commands:
         for file in artefacts.files(f"*/{name}.json"):
             folder, content = file.partition("/")[0], artefacts.read(file)
-            facts += list(_facts(artefacts.fact(f"{folder}: model", file, "/model")))
+            facts += list(_facts(*(artefacts.fact(f"{folder}: {n}", file, f"/{n}") for n in ("model", "usage_policy"))))
             metrics = content.get("metrics") if isinstance(content.get("metrics"), Mapping) else {}
             for metric in metrics or {}:
                 if not metric.rpartition("/")[2].startswith(("choice_", "confidence", "calibration")):

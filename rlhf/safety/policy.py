@@ -170,6 +170,13 @@ class Policy:
             for category in self.categories.values()
         )
 
+    @property
+    def summary(self) -> str:
+        """Return the policy in a line: its name and version, and what is asked for in which category."""
+        version = f", version {self.version}" if self.version else ""
+        listed = ", ".join(f"{category.id} ({category.behaviour})" for category in self.categories.values())
+        return f"{self.name}{version}: {listed}"
+
     # -- for people and for training -------------------------------------------------------------------------------
 
     def markdown(self) -> str:

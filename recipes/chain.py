@@ -188,6 +188,12 @@ def check(config: ChainConfig) -> None:
     for spec in (config.data.make, config.data.labeler, *(config.ppo.reward_functions or [])):
         if spec:
             configs.import_function(spec)
+    from rlhf.safety.policy import Policy, read_rubric
+
+    if config.ppo.rubric:
+        read_rubric(config.ppo.rubric)
+    if config.red_team and config.red_team.policy:
+        Policy.read(config.red_team.policy)
     run = Path(config.output_dir).absolute()
     sections = (config.data, config.sft, config.reward_model, config.process_reward, config.ppo, config.evaluation)
     for section in sections:

@@ -268,8 +268,8 @@ def write(
     detector = f"the judge {config.judge}; where it names no choice, the rule" if config.judge else "the rule"
     content: dict[str, Any] = {
         "metrics": outcome.metrics, "model": str(config.model), "seed": config.seed, "temperature": config.temperature,
-        "usage_policy": policy and policy.summary, "suites": config.data or [], "warnings": warnings, "detector": detector,
-        "success": config.success, "corrections": outcome.corrections, "judged": judged,
+        "usage_policy": policy and policy.summary, "suites": config.data or [], "warnings": warnings,
+        "detector": detector, "success": config.success, "corrections": outcome.corrections, "judged": judged,
         "leave_one_out": outcome.held_out, "findings": len(outcome.findings),
         "attacks": numbers,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attacks on a policy: what gets through, and what harmless prompts are refused.
+"""Attacks on a policy, and what gets through.
 
     rlhf red_team --model runs/my/ppo --policy my_policy.yaml \\
         --data harmbench_behaviors_text_all.csv,xstest_prompts.csv \\

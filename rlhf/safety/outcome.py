@@ -8,7 +8,7 @@ success; it stays in the denominator and has a rate of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,14 +175,15 @@ def _correct(
         cases = {prompt_key(result.case.prompt): result for result in _cases(name, results)}
         if kind is None or not cases:
             continue
-        people = {
+        people: dict[Hashable, float] = {
             key: float(known[key, result.answer.text.strip()].kind == kind)
             for key, result in cases.items()
             if (key, result.answer.text.strip()) in known
         }
         metric = f"{suite}/{name}_corrected"
         if len(people) >= FEWEST:
-            found = corrected({key: float(counts(result)) for key, result in cases.items()}, people)
+            verdicts: dict[Hashable, float] = {key: float(counts(result)) for key, result in cases.items()}
+            found = corrected(verdicts, people)
             outcome.metrics[metric] = as_metric(found.corrected, len(cases))
             outcome.corrections[metric] = f"people's labels of {len(people):,} of these answers (PPI++)"
         elif kind in errors and errors[kind].usable and all(r.success is None or r.benign for r in cases.values()):

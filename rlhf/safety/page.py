@@ -88,14 +88,13 @@ def _rates(groups: Sequence[str], metrics: Mapping[str, Any]) -> html.Table:
                "corrected", "in part"]  # fmt: skip
     rows = []
     for group in groups:
-        own = {name: metrics.get(f"{group}/{name}") for name in
-               (*RATES, "attack_success_corrected", "over_refusal_corrected")}  # fmt: skip
-        rows.append([
-            group, *_cells(own["attack_success"], own["attack_success_corrected"]),
-            *(percent(own[name]["value"]) if own[name] else "" for name in ("attack_partial", "attack_other")),
-            *_cells(own["over_refusal"], own["over_refusal_corrected"]),
-            percent(own["partial_refusal"]["value"]) if own["partial_refusal"] else "",
-        ])  # fmt: skip
+        own = {name: metrics.get(f"{group}/{name}") for name in RATES}
+        shares = {name: percent(metric["value"]) if metric else "" for name, metric in own.items()}
+        attacks, benign = (
+            _cells(own[name], metrics.get(f"{group}/{name}_corrected")) for name in ("attack_success", "over_refusal")
+        )
+        rows.append([group, *attacks, shares["attack_partial"], shares["attack_other"], *benign,
+                     shares["partial_refusal"]])  # fmt: skip
     return headers, rows
 
 

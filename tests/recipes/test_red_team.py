@@ -188,7 +188,7 @@ TRAINED = [pytest.param(method, marks=pytest.mark.slow) for method in ("sft", "p
 def test_attacks_that_a_model_writes(tmp_path, given, method):
     (tmp_path / "f.py").write_text(FUNCTIONS)
     train = {
-        "sft": '{"epochs": 1, "batch_size": 4}',
+        "sft": '{"epochs": 1, "batch_size": 4, "microbatch_size": 4}',
         "ppo": '{"updates": 2, "rollout_size": 4, "minibatch_size": 4, "inner_epochs": 1, "save_steps": 1}',
     }
     flags = [

@@ -3,13 +3,14 @@
     rlhf chain --config toy.yaml
     rlhf chain --config toy.yaml --ppo.kl_coef 0.1 --output_dir runs/other
 
-data -> base -> supervised fine-tuning -> rankings -> reward model -> PPO -> evaluation, and red teaming where the
-config has a `red_team` section. Run again, it skips complete stages and goes on where it stopped.
+data -> base -> supervised fine-tuning -> rankings -> reward model -> PPO -> evaluation, and where their sections stand
+in the YAML, red teaming, evals, judge cards, contamination and a system card. Run again, it skips complete stages and
+goes on where it stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from rlhf.run.changes import Change
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.stages import Manifest, refused, stage_changes, stage_state
+from rlhf_recipes import ending
 from rlhf_recipes import evaluate_policy as evaluation_stage
 from rlhf_recipes import ppo as ppo_stage
 from rlhf_recipes import process_reward as process_stage
@@ -31,6 +33,7 @@ from rlhf_recipes import rankings as rankings_stage
 from rlhf_recipes import red_team as red_team_stage
 from rlhf_recipes import reward_model as reward_stage
 from rlhf_recipes import sft as sft_stage
+from rlhf_recipes.ending import ContaminationStageConfig, JudgeStageConfig
 from rlhf_recipes.evaluate_policy import EvaluationConfig, evaluation
 from rlhf_recipes.ppo import PPORecipe, ppo
 from rlhf_recipes.process_reward import ProcessRecipe, process_reward
@@ -38,8 +41,10 @@ from rlhf_recipes.rankings import DataConfig, rankings
 from rlhf_recipes.red_team import RedTeamConfig, red_team
 from rlhf_recipes.report import report
 from rlhf_recipes.reward_model import RewardRecipe, reward_model
+from rlhf_recipes.run_evals import RunEvalsConfig
 from rlhf_recipes.sft import SFTRecipe, sft
-from rlhf_recipes.stage import inputs_of, open_stage, with_columns
+from rlhf_recipes.stage import Step, inputs_of, open_stage, with_columns
+from rlhf_recipes.system_card import SystemCardConfig
 
 console.quiet()
 
@@ -88,6 +93,10 @@ class ChainConfig:
     ppo: PPORecipe = field(default_factory=PPORecipe)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     red_team: RedTeamConfig | None = None
+    run_evals: RunEvalsConfig | None = None
+    judge_card: JudgeStageConfig | None = None
+    contamination: ContaminationStageConfig | None = None
+    system_card: SystemCardConfig | None = None
 
 
 def chain(config: ChainConfig) -> dict[str, Any]:
@@ -98,7 +107,9 @@ def chain(config: ChainConfig) -> dict[str, Any]:
     stages = {step.name: step.run(step.config) for step in steps}
     outcome = stages.pop("evaluation")
     stages["reward_model"] = outcome["reward_model"] | stages["reward_model"]
-    seconds = {name: round(Manifest.read(run / name).seconds, 1) for name in (*stages, "evaluation")}
+    seconds = {step.name: round(Manifest.read(run / step.name).seconds, 1) for step in steps}
+    if config.system_card:
+        stages["system_card"] = ending.card(run, config.system_card)
     summary = {"stages": stages, "evaluation": outcome["evaluation"], "seconds": seconds}
     by_main(lambda: write_json_atomic(run / "summary.json", summary))
     page = by_main(lambda: report(run))
@@ -107,16 +118,6 @@ def chain(config: ChainConfig) -> dict[str, Any]:
         console.stage_line("next", f"rlhf inspect_rollout {run}")
     console.stage_line("report", str(page))
     return summary
-
-
-@dataclass(frozen=True)
-class Step:
-    """A stage of the chain: what runs it, and what finds its inputs without running anything."""
-
-    name: str
-    config: Any
-    run: Callable[[Any], dict[str, Any]]
-    inputs: Callable[[Any], tuple[Any, dict[str, Any]]]
 
 
 def steps_of(config: ChainConfig) -> list[Step]:
@@ -136,6 +137,13 @@ def steps_of(config: ChainConfig) -> list[Step]:
     steps += [Step("ppo", config.ppo, ppo, ppo_stage.inputs)]
     steps += [Step("evaluation", config.evaluation, evaluation, evaluation_stage.inputs)]
     steps += [Step("red_team", config.red_team, red_team, red_team_stage.inputs)] if config.red_team else []
+    run = Path(config.output_dir)
+    steps += ending.evals_steps(run, config.run_evals) if config.run_evals else []
+    steps += ending.judge_steps(run, config.judge_card) if config.judge_card else []
+    if config.contamination:
+        given = (config.sft.train_data, config.reward_model.train_data, config.ppo.train_data)
+        named = [path for source in (*given, config.ppo.pretraining_data) for path in paths_of(source)]
+        steps += ending.contamination_steps(config.contamination, named)
     names = [step.name for step in steps]
     if config.overwrite_from is not None and config.overwrite_from not in names:
         unknown(config.overwrite_from, names, "--overwrite_from", "stage")
@@ -195,6 +203,7 @@ def check(config: ChainConfig) -> None:
     if config.red_team and config.red_team.policy:
         Policy.read(config.red_team.policy)
     run = Path(config.output_dir).absolute()
+    ending.check(run, config.run_evals, config.judge_card, config.contamination)
     sections = (config.data, config.sft, config.reward_model, config.process_reward, config.ppo, config.evaluation)
     for section in sections:
         given = {name: getattr(section, name, None) for name in (*DATA_FIELDS, *MODEL_FIELDS)}

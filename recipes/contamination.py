@@ -9,26 +9,30 @@
 GPT-4's method (three random substrings of 50 letters and digits), every such substring, and runs of eight words.
 Training data are read in any shape that training reads. Eval data are JSONL with a prompt, OpenAI Evals' samples, or
 the result of run_evals. Where items have a score, it is shown with and without what was found. Writes
-contamination.json, contamination.html and items.jsonl.
+contamination.json, contamination.html and items.jsonl. With a chain's YAML it takes both from the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.rows.records import HELD_OUT, write_jsonl
 from rlhf.rows.sources import require_there, rows
 from rlhf.run import console
-from rlhf.run.checkpoint import write_json_atomic
+from rlhf.run.checkpoint import remove, write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
+
+Config = TypeVar("Config", bound="ContaminationConfig")
+TRAINING = ("data/pretraining.jsonl", "data/demonstrations.jsonl", "rankings/train.jsonl", "rankings/prompts.jsonl")
+"""Files of a run that its policy and reward model learn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +41,12 @@ class ContaminationConfig:
 
     MOST_USED = ("train_data", "eval_data", "output_dir", "chars", "samples", "words", "coverage")
 
-    train_data: list[str]
-    """What the policy, reward model and PPO were trained on: files, folders, hub names, separated by commas."""
-    eval_data: list[str]
-    """Evals: JSONL files with prompts, or run_evals.json; separated by commas."""
+    train_data: list[str] | None = None
+    """What the policy, reward model and PPO were trained on: files, folders, hub names, separated by commas. Default:
+    the run's own files."""
+    eval_data: list[str] | None = None
+    """Evals: JSONL files with prompts, or run_evals.json; separated by commas. Default: the run's run_evals.json and
+    evaluation prompts."""
     output_dir: str
     """Where contamination.json, its page and the items go."""
     chars: int = 50
@@ -63,23 +69,50 @@ class ContaminationConfig:
         if not 0 < self.coverage <= 1:
             raise InputError(f"coverage={self.coverage} must be above 0 and at most 1")
         for name in ("train_data", "eval_data"):
-            if not getattr(self, name):
+            if getattr(self, name) == []:
                 raise InputError(f"{name} is empty; name a file")
+
+
+def inputs(config: Config, also: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+    """The config, with what it takes from the run's stages; the data that are read. also: training data beside the
+    run's own files."""
+    run = Path(config.output_dir).parent
+    train, evals = config.train_data, config.eval_data
+    if train is None:
+        train = list(dict.fromkeys([*also, *_there(run, *TRAINING)]))
+    if evals is None:
+        asked = _there(run, "data/eval_prompts.jsonl", "rankings/eval_prompts.jsonl")[:1]
+        evals = [*_there(run, "run_evals/run_evals.json"), *asked]
+    for name, found in (("train_data", train), ("eval_data", evals)):
+        if not found:
+            raise InputError(f"--{name} is missing, and no earlier stage left such files in {run}; name them")
+    config = replace(config, train_data=train, eval_data=evals)
+    return config, {"train_data": train, "eval_data": evals}
+
+
+def _there(run: Path, *files: str) -> list[str]:
+    return [str(run / file) for file in files if (run / file).is_file()]
 
 
 def check(config: ContaminationConfig) -> dict[str, Any]:
     """Read, search, count, write; returns contamination.json's content."""
-    from rlhf.evals import contamination as methods
-    from rlhf.evals.contamination_page import page
+    config, _ = inputs(config)
+    return write(config, *searched(config))
 
-    for source in (*config.train_data, *config.eval_data):
+
+def searched(config: ContaminationConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read, search, count; returns contamination.json's content and a row per item."""
+    from rlhf.evals import contamination as methods
+
+    train_data, eval_data = config.train_data or [], config.eval_data or []
+    for source in (*train_data, *eval_data):
         require_there(source)
-    items = [item for source in config.eval_data for item in _items(source)]
+    items = [item for source in eval_data for item in _items(source)]
     count = 0
 
     def stream() -> Iterator[tuple[str, str]]:
         nonlocal count
-        for source in config.train_data:
+        for source in train_data:
             for where, row in rows(source, "train"):
                 count += 1
                 yield from ((where, text) for text in methods.texts_in(row))
@@ -95,15 +128,21 @@ def check(config: ContaminationConfig) -> dict[str, Any]:
         if measure in entry
     }
     result = {
-        "metrics": metrics, "train_data": config.train_data, "eval_data": config.eval_data, "rows": count,
+        "metrics": metrics, "train_data": train_data, "eval_data": eval_data, "rows": count,
         "rules": asdict(rules), "evals": evals, "not_found_by_these": methods.BLIND,
     }  # fmt: skip
-    folder = Path(config.output_dir)
-    write_json_atomic(folder / "contamination.json", result)
-    listed = [asdict(item) | asdict(one) for item, one in zip(items, found, strict=True)]
-    write_jsonl(folder / "items.jsonl", listed)
+    return result, [asdict(item) | asdict(one) for item, one in zip(items, found, strict=True)]
+
+
+def write(config: ContaminationConfig, result: dict[str, Any], listed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write contamination.json, its page and the items; returns the result."""
+    from rlhf.evals.contamination_page import page
     from rlhf.run import page as html
 
+    folder = Path(config.output_dir)
+    remove(folder / "manifest.json")  # of a chain's stage: what it says is no longer what lies here
+    write_json_atomic(folder / "contamination.json", result)
+    write_jsonl(folder / "items.jsonl", listed)
     written = html.write(folder / "contamination.html", page(result, listed))
     _tell(result)
     console.stage_line("", str(written))

@@ -26,7 +26,7 @@ from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, open_stage
+from rlhf_recipes.stage import SECTIONS, as_outputs, check_model, from_siblings, open_stage
 
 if TYPE_CHECKING:
     from rlhf.evals.asking import Asker
@@ -145,6 +145,17 @@ def run_evals(config: RunEvalsConfig) -> dict[str, Any]:
     return by_main(lambda: run_alone(config))
 
 
+def inputs(config: RunEvalsConfig) -> tuple[RunEvalsConfig, dict[str, Any]]:
+    """The config, with what it takes from the run's stages; the models and evals that are read."""
+    config = from_siblings(config, model="ppo")
+    return config, _sources(config, read_evals(config, {}))
+
+
+def _sources(config: RunEvalsConfig, evals: Sequence[Eval]) -> dict[str, Any]:
+    named = {name: getattr(config, name) for name in ("model", "judge", "compare")}
+    return named | {f"eval {one.name}": one.fingerprint for one in evals}
+
+
 def run_alone(config: RunEvalsConfig) -> dict[str, Any]:
     from rlhf.evals import lm_harness
     from rlhf.evals.compare import read_earlier
@@ -161,8 +172,7 @@ def run_alone(config: RunEvalsConfig) -> dict[str, Any]:
     outcome = Outcome()
     evals = read_evals(config, outcome.not_run)
     earlier = read_earlier(config.compare) if config.compare else None
-    sources = {name: getattr(config, name) for name in ("model", "judge", "compare")}
-    stage = open_stage("run_evals", config, sources | {f"eval {one.name}": one.fingerprint for one in evals})
+    stage = open_stage("run_evals", config, _sources(config, evals))
     if stage.complete:
         return stage.outputs
     for name, reason in outcome.not_run.items():
@@ -177,7 +187,9 @@ def run_alone(config: RunEvalsConfig) -> dict[str, Any]:
     about = {"model": model, "seed": config.seed, "scoring": config.scoring, "samples": config.samples_per_item}
     compared = outcome.write(stage.folder, about, earlier)
     _print(outcome.metrics, compared)
-    return stage.finish({"evals": len(outcome.evals), "items": len(outcome.rows), "not_run": len(outcome.not_run)})
+    outputs = {"evals": len(outcome.evals), "items": len(outcome.rows), "not_run": len(outcome.not_run)}
+    differences = {f"{one.name}/{one.metric}_difference": one.difference for one in compared}
+    return stage.finish(outputs | as_outputs(outcome.metrics | differences))
 
 
 def read_evals(config: RunEvalsConfig, not_run: dict[str, str]) -> list[Eval]:

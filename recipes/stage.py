@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -51,8 +51,10 @@ SECTIONS = (
     "baseline",
     "evaluation",
     "flywheel",
+    "run_evals",
     "judge_card",
     "contamination",
+    "system_card",
     "predict_capability",
     "ensemble",
     "best_of_n",
@@ -122,6 +124,16 @@ class Stage:
         finish_stage(self.folder, manifest, self.keep_checkpoint)
         cards.write_model_card(self.folder)
         lock.release(self.folder)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a run of several: what runs it, and what finds its inputs without running anything."""
+
+    name: str
+    config: Any
+    run: Callable[[Any], dict[str, Any]]
+    inputs: Callable[[Any], tuple[Any, dict[str, Any]]]
 
 
 def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
@@ -277,6 +289,13 @@ def check_model(path: str, stages: tuple[str, ...]) -> None:
         stage = Manifest.read(path).stage
         if stage not in stages:
             raise InputError(f"{path}/manifest.json: made by stage {stage!r}; expected one of {', '.join(stages)}")
+
+
+def as_outputs(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a command's metrics as a stage's outputs: each value under its name, its interval as <name>_ci."""
+    found: dict[str, Any] = {name: metric["value"] for name, metric in metrics.items()}
+    ends = {f"{name}_ci": [metric["low"], metric["high"]] for name, metric in metrics.items()}
+    return found | {name: interval for name, interval in ends.items() if None not in interval}
 
 
 def _shown(outputs: Mapping[str, Any]) -> str:

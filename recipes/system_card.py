@@ -19,6 +19,7 @@ from rlhf.errors import InputError, RunStopped
 from rlhf.flags import first_word
 from rlhf.run import console
 from rlhf.run.owner import by_main
+from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
 
@@ -29,8 +30,8 @@ USAGE = "rlhf system_card RUN [--check true]"
 class SystemCardConfig:
     """The cards of a run."""
 
-    run: str
-    """The run's folder, which holds its stages' folders."""
+    run: str = ""
+    """The run's folder, which holds its stages' folders; also given as the first word, without a flag."""
     output_dir: str | None = None
     """Where the cards go; default: RUN/system_card."""
     check: bool = False
@@ -87,7 +88,10 @@ def system_card(config: SystemCardConfig) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    config = configs.load(SystemCardConfig, first_word(argv, "run", USAGE), description=__doc__ or "")
+    words = first_word(argv, "run", USAGE)
+    config = configs.load(
+        SystemCardConfig, words, section="system_card", known_sections=SECTIONS, description=__doc__ or ""
+    )
     by_main(lambda: system_card(config))
 
 

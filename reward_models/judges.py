@@ -33,10 +33,11 @@ def load_judge(
     """Load a judge.
 
     judge: without a template, a reward model (folder or hub id) or a function (file.py:name, in the signature of a
-    reward function). With one, a causal language model (folder or hub id) or the address of a server that speaks
-    OpenAI's HTTP. template: a YAML file or the name of one of ours: of a pair's (pairwise, pairwise_forced), or a
-    rubric (helpful). served_as: the model's name at a server of several. margin: scores that are no further apart are a
-    tie. least: probability of a template's letters below which a comparison is an abstention. Raises InputError.
+    reward function). With one, a causal language model (folder or hub id), the address of a server that speaks OpenAI's
+    HTTP, or a function from a question to its answer (file.py:name). template: a YAML file or the name of one of ours:
+    of a pair's (pairwise, pairwise_forced), or a rubric (helpful). served_as: the model's name at a server of several.
+    margin: scores that are no further apart are a tie. least: probability of a template's letters below which a
+    comparison is an abstention. Raises InputError.
     """
     if template is None:
         if re.match(r"https?://", judge):
@@ -48,7 +49,8 @@ def load_judge(
         model = RewardModel.load(judge, dtype=dtype, tokens_per_microbatch=tokens_per_microbatch)
         return ScoreJudge(model, margin)
     asked = read_template(template)
-    ask = asks.load(judge, dtype=dtype, tokens_per_microbatch=tokens_per_microbatch, served_as=served_as)
+    answers = import_function(judge) if is_function(judge) else judge
+    ask = asks.load(answers, dtype=dtype, tokens_per_microbatch=tokens_per_microbatch, served_as=served_as)
     if isinstance(asked, Rubric):
         from reward_models.grader import RubricGrader
 

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 from rlhf import config
 from rlhf.errors import InputError, unknown
 from rlhf.rows.messages import Messages
+from rlhf.run.lookup import look_up
 
 LETTERS = re.compile("[A-Z]")
 TEMPLATES = Path(__file__).with_name("templates")
@@ -126,7 +127,9 @@ class PairTemplate:
 
 def read_template(file: str | Path) -> Rubric | PairTemplate:
     """Read a YAML file as what its choices say it is, or a template of this package by its name. Raises InputError."""
-    if not Path(file).is_file():
+    if str(file).endswith((".yaml", ".yml")):
+        file = look_up(file, f"template {file}: no such file")
+    elif not Path(file).is_file():
         names = {path.stem: path for path in sorted(TEMPLATES.glob("*.yaml"))}
         if str(file) not in names:
             unknown(str(file), names, "template", "file or name")

@@ -39,7 +39,10 @@ __all__ = [
 ]  # fmt: skip
 
 SAMPLES = 12
-ORDER = ("data", "base", "sft", "rankings", "reward_model", "judge", "process_reward", "ppo", "evaluation")
+ORDER = (
+    "data", "base", "sft", "rankings", "reward_model", "judge", "process_reward", "ppo", "evaluation", "run_evals_sft",
+    "run_evals", "judge_card_reward_model", "judge_card", "contamination",
+)  # fmt: skip
 MEASURES = ("gold_score", "judge_score", "score")
 """What a sample's gain is measured by: the first of them that it has."""
 

@@ -226,3 +226,85 @@ def test_a_finished_stage_is_trained_longer(copy: Path) -> None:
     assert done.code == 0, done.err
     assert [line["step"] for line in lines(copy / "ppo/metrics.jsonl")] == list(range(1, updates + 2))
     assert read(copy / "ppo/manifest.json")["inputs"]["config"]["updates"] == updates + 1
+
+
+# ---------------------------------------------------------------- the end: evals, judges, contamination, cards
+
+END = [
+    "--run_evals.eval_data", "toy", "--run_evals.max_items", 4, "--run_evals.max_new_tokens", 8,
+    "--judge_card.judge", "data/toy/toy_grader.py:answer", "--judge_card.template", "data/toy/toy_rubric.yaml",
+    "--judge_card.labeler", "data/toy/toy_labelers.py:rank", "--contamination.min_chars", 20,
+    "--system_card.model_cards", "false",
+]  # fmt: skip
+LAST = ("run_evals_sft", "run_evals", "judge_card_reward_model", "judge_card", "contamination")
+
+
+def test_a_chain_ends_with_evals_judges_contamination_and_a_card(copy: Path) -> None:
+    before, flags = manifests(copy), [*SMOKE[1:], "--output_dir", copy, *END]
+    done = recipe.run("chain", *flags)
+    assert (done.code, done.err) == (0, "")
+    summary, after = read(copy / "summary.json"), manifests(copy)
+    assert set(summary["seconds"]) == {*STAGES, *LAST}
+    assert set(after) == {*before, *LAST}
+    assert all(after[name] == before[name] for name in before), "what was complete is left alone"
+
+    evals = read(copy / "run_evals/run_evals.json")
+    assert summary["stages"]["run_evals"]["toy/accuracy"] == evals["metrics"]["toy/accuracy"]["value"]
+    assert evals["comparison"], "the policy is compared with the SFT model"
+    for name in ("judge_card_reward_model", "judge_card"):
+        verdicts = lines(copy / name / "verdicts.jsonl")
+        votes = [(row["forward"], label) for row in verdicts for label in row["labels"]]
+        alike = sum(win == label for win, label in votes) / len(votes)
+        assert summary["stages"][name]["agreement"] == pytest.approx(alike, abs=1e-9)
+        assert {len(row["labels"]) % 2 for row in verdicts} == {0}, "every pair was labelled twice"
+        assert summary["stages"][name]["human_kappa"] > 0
+    files = ("data/pretraining", "data/demonstrations", "rankings/train", "rankings/prompts")
+    rows = sum(len(lines(copy / f"{file}.jsonl")) for file in files)
+    assert summary["stages"]["contamination"]["rows"] == rows
+    assert set(read(copy / "contamination/contamination.json")["evals"]) == {"toy", "eval_prompts"}
+    card = read(copy / "system_card/system_card.json")
+    assert {file.split("/")[0] for file in card["artefacts"]} >= {*LAST, "evaluation"}
+    page = (copy / "report.html").read_text()
+    for link in (
+        *(f"{name}/{name.partition('_sft')[0].partition('_reward')[0]}" for name in LAST),
+        "system_card/system_card",
+    ):
+        assert f'href="{link}.html"' in page, link
+
+    again = recipe.run("chain", *flags)
+    assert (again.code, again.err) == (0, "")
+    assert all(f"{name:<13} complete, skipped" in again.out for name in LAST)
+    assert manifests(copy) == after
+    assert read(copy / "summary.json") == summary
+
+
+def test_what_is_done_by_hand_in_a_stage_of_the_end_is_done_again(copy: Path) -> None:
+    flags = [*SMOKE[1:], "--output_dir", copy, "--contamination.min_chars", 20]
+    assert recipe.run("chain", *flags).code == 0
+    found = read(copy / "contamination/contamination.json")
+    by_hand = recipe.run("contamination", "--min_chars", 30, "--output_dir", copy / "contamination")
+    assert by_hand.code == 0, by_hand.err
+    assert read(copy / "contamination/contamination.json")["rules"]["min_chars"] == 30
+    refused = recipe.run("chain", *flags[:-1], 30)
+    assert "contamination belongs to another run: config.min_chars was 20, now 30" in refused.err
+    assert recipe.run("chain", *flags).code == 0
+    assert read(copy / "contamination/contamination.json") == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        (("--judge_card.template", "none.yaml"), "template none.yaml: no such file"),
+        (("--judge_card.labeler", "data/toy/toy_labelers.py:rnk"), "unknown function rnk; did you mean rank?"),
+        (("--judge_card.human", "no/such/labels.jsonl"), "no/such/labels.jsonl: no such file"),
+        (("--run_evals.eval_data", "artihmetic"), "artihmetic: no such file"),
+        (("--run_evals.max_items", "3"), "run_evals: nothing to run"),
+        (("--contamination.train_data", "no/such/data.jsonl"), "no/such/data.jsonl: no such file"),
+    ],
+)
+def test_a_mistake_at_the_end_is_refused_before_anything_is_trained(tmp_path: Path, flags: Any, wrong: str) -> None:
+    refused = recipe.run("chain", *SMOKE[1:], "--output_dir", tmp_path / "run", *flags)
+    assert refused.code == 2
+    (line,) = refused.err.splitlines()
+    assert wrong in line
+    assert not (tmp_path / "run").exists()

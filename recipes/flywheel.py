@@ -5,18 +5,18 @@
 
 It begins as the chain does, up to supervised fine-tuning. A round then samples responses of the best policy so far,
 has items of them labelled, trains a reward model on the labels of all rounds and a policy against it, and lets the
-policy pass if it beats the best one so far. With people it waits while they label at `rlhf label --store FILE`. Run
-again, it goes on where it stopped. Leaves flywheel.json and a page in --output_dir, and the labels in labels.db.
+policy pass if it beats the best one so far. With people it waits while they label at `rlhf label --store FILE`. What
+users of a playground compared joins the labels (flywheel.feedback). Run again, it goes on where it stopped. Leaves
+flywheel.json and a page in --output_dir, and the labels in labels.db.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rlhf import config as configs
 from rlhf.errors import InputError
@@ -31,10 +31,8 @@ from rlhf_recipes.evaluate_policy import evaluation
 from rlhf_recipes.ppo import ppo
 from rlhf_recipes.rankings import rankings
 from rlhf_recipes.reward_model import reward_model
+from rlhf_recipes.round_labels import StepConfig, label_items, playground_rows
 from rlhf_recipes.stage import open_stage
-
-if TYPE_CHECKING:
-    from rlhf.collection.store import Store
 
 console.quiet()
 
@@ -68,6 +66,12 @@ class RoundsConfig:
     """The file of items and judgments; null: labels.db in output_dir."""
     wait_seconds: float = 5.0
     """labels: people: seconds between two looks at the store."""
+    feedback: str | None = None
+    """The store of a playground (`rlhf serve_policy --store`), whose comparisons the reward models also learn from:
+    those that were agreed to, scrubbed and have not expired; null: none."""
+    feedback_share: float = 0.1
+    """Largest share of one user among the comparisons that a reward model learns from; of a user who gave more, so
+    many are drawn."""
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("items", 2), ("pool", 1), ("overlap", 1)):
@@ -75,6 +79,8 @@ class RoundsConfig:
                 raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 0 < self.enough <= 1:
             raise InputError(f"enough={self.enough} must be a share above 0, up to 1")
+        if not 0 < self.feedback_share <= 1:
+            raise InputError(f"feedback_share={self.feedback_share} must be a share above 0, up to 1")
         if not self.wait_seconds > 0:
             raise InputError(f"wait_seconds={self.wait_seconds} must be above 0")
         if self.labels == "grader" and self.overlap > 1:
@@ -102,20 +108,6 @@ class FlywheelConfig(ChainConfig):
     flywheel: RoundsConfig = field(default_factory=RoundsConfig)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """What decides a round's items, or its labels."""
-
-    output_dir: str
-    """Its folder."""
-    seed: int
-    """Decides what is drawn."""
-    settings: dict[str, Any]
-    """All else that decides its result."""
-    overwrite: bool
-    """Replace another run's output."""
-
-
 @dataclass(frozen=True)
 class Round:
     """A round's outcome."""
@@ -124,6 +116,8 @@ class Round:
     folder: Path
     labels: int
     """Of all rounds so far."""
+    feedback: int
+    """The playground's comparisons that the reward model learned from beside them."""
     accuracy: float
     """The reward model's, on held-out labels."""
     accuracy_ci: list[float]
@@ -162,6 +156,10 @@ def flywheel(config: FlywheelConfig) -> dict[str, Any]:
 
 def require_possible(config: FlywheelConfig) -> None:
     """Raise InputError for settings that would stop the flywheel at its first labels."""
+    if config.flywheel.feedback is not None:
+        from rlhf.collection.store import Store
+
+        Store(config.flywheel.feedback, create=False).close()
     if config.data.rankings is not None:
         raise InputError("data.rankings: the flywheel collects its own; train on given rankings by `rlhf chain`")
     if config.flywheel.labels == "simulated" and config.data.labeler is None:
@@ -205,6 +203,10 @@ def one_round(
     }
     # What a stage's settings do not name, it finds in the round's folder, as in a chain's.
     own["reward_model"] = replace(own["reward_model"], model=config.reward_model.model or start)
+    said = by_main(lambda: playground_rows(config, number, folder))
+    if said:
+        both = [str(folder / "rankings" / "train.jsonl"), str(said)]
+        own["reward_model"] = replace(own["reward_model"], train_data=both)
     trained = reward_model(own["reward_model"])
     if config.evaluation.judge is None:
         reward_model(judge_config(replace(config, output_dir=str(folder), reward_model=own["reward_model"])), "judge")
@@ -218,9 +220,10 @@ def one_round(
     verdict = gate(entry)
     card = trained | outcome["reward_model"]
     seconds = sum(Manifest.read(path.parent).seconds for path in folder.glob("*/manifest.json"))
+    feedback = sum(1 for _ in read_rows(said)) if said else 0
     return Round(
-        number, folder, labels, card["accuracy"], list(card["accuracy_ci"]), entry, verdict.passed, verdict.reason,
-        round(seconds, 1),
+        number, folder, labels, feedback, card["accuracy"], list(card["accuracy_ci"]), entry, verdict.passed,
+        verdict.reason, round(seconds, 1),
     )  # fmt: skip
 
 
@@ -254,68 +257,6 @@ def sample_items(
     stage.finish({"items": len(picked), "sampled": len(items)})
 
 
-def label_items(config: FlywheelConfig, number: int, round_folder: Path) -> int:
-    """Have a round's items judged and write the rankings of all rounds so far; returns how many there are.
-
-    Only this run's items count: a store may hold other items and judgments, and an overwritten run's."""
-    from rlhf.collection.export import export
-    from rlhf.collection.incoming import read_candidates
-    from rlhf.collection.measured import snapshot
-    from rlhf.collection.store import Store
-
-    turn, folder, source = config.flywheel, round_folder / "labels", f"round {number}"
-    settings = {"labels": turn.labels, "overlap": turn.overlap, "labeler": config.data.labeler, "grader": turn.grader}
-    step = StepConfig(output_dir=str(folder), seed=config.data.seed, settings=settings, overwrite=config.overwrite)
-    earlier = Path(config.output_dir) / f"round_{number - 1}" / "labels" / "rankings.jsonl" if number > 1 else None
-    stage = open_stage("labels", step, {"items": round_folder / "items", "earlier": earlier, "rubric": turn.rubric})
-    if stage.complete:
-        return int(stage.outputs["labels"])
-    stage.begin()
-    with Store(turn.store or Path(config.output_dir) / "labels.db") as store:
-        items = [replace(item, source=source) for item in read_candidates(round_folder / "items" / "items.jsonl")]
-        numbers = store.add_items(items, turn.overlap)
-        judge_items(config, store, numbers)
-        own = [row for row in export(snapshot(store), "rankings").rows if row["item"] in set(numbers)]
-    rows = [*(row for _, row in (read_rows(earlier) if earlier else ())), *own]
-    write_jsonl(folder / "rankings.jsonl", rows)
-    stage.finish({"labels": len(rows), "items": len(numbers)})
-    return len(rows)
-
-
-def judge_items(config: FlywheelConfig, store: Store, numbers: Sequence[int]) -> None:
-    """Let functions or a grader judge all open items, or wait until people have."""
-    from rlhf.collection.desk import StoreDesk, label
-    from rlhf.collection.rounds import wait_for_people
-
-    turn = config.flywheel
-    if turn.labels == "people":
-        console.stage_line("labels", f"people label at: rlhf label --store {store.path} --annotators '[NAME, ...]'")
-        tell = partial(console.stage_line, "labels")
-        wait_for_people(store, numbers, turn.overlap, turn.enough * len(numbers), turn.wait_seconds, tell)
-        return
-    if turn.labels == "grader":
-        label(StoreDesk(store, Path(str(turn.grader)).name, "model"), grading(turn), config.data.seed)
-        return
-    labeler = configs.import_function(str(config.data.labeler))
-    for person in range(turn.overlap):
-        label(StoreDesk(store, f"simulated-{person + 1}", "simulated"), labeler, config.data.seed + person)
-
-
-def grading(turn: RoundsConfig) -> Callable[..., list[tuple[float, ...]]]:
-    """Return a labeler that ranks responses by the grader's scores; equal scores are a tie."""
-    from reward_models.grader import RubricGrader
-    from rlhf.collection.rounds import ranks_of
-
-    grader = RubricGrader.load(str(turn.grader), str(turn.rubric))
-
-    def rank(prompts: Sequence[Any], responses: Sequence[Sequence[str]], seed: int, **columns: Any) -> list[Any]:
-        flat = [(prompt, text) for prompt, texts in zip(prompts, responses, strict=True) for text in texts]
-        scores = iter(grader([prompt for prompt, _ in flat], [text for _, text in flat]))
-        return [ranks_of([float(next(scores)) for _ in texts]) for texts in responses]
-
-    return rank
-
-
 def write_results(run: Path, rounds: Sequence[Round], best: str) -> dict[str, Any]:
     """Write flywheel.json and its page."""
     from rlhf.collection.rounds_page import page
@@ -333,6 +274,8 @@ def write_results(run: Path, rounds: Sequence[Round], best: str) -> dict[str, An
         }
         for what, (value, (low, high), n) in given.items():
             metrics[f"{name}/{what}"] = {"value": value, "low": low, "high": high, "n": n}
+        if done.feedback:
+            metrics[f"{name}/feedback"] = {"value": done.feedback, "low": None, "high": None, "n": done.feedback}
         metrics[f"{name}/labels"] = {"value": done.labels, "low": None, "high": None, "n": done.labels}
     result = {"metrics": metrics, "rounds": rows, "best": best}
     write_json_atomic(run / "flywheel.json", result)

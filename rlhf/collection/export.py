@@ -63,6 +63,15 @@ def export(taken: Snapshot, kind: Format, provenance: bool = True) -> Exported:
     """Make a format's rows; without `provenance` they hold the item's own columns alone, as other tools write them.
 
     Raises InputError where there are none."""
+    made = rows_of(taken, kind, provenance)
+    if not made.rows:
+        why = "; ".join(f"{count} {reason}" for reason, count in made.left_out.items()) or "the store has no judgments"
+        raise InputError(f"export --format {kind}: no rows: {why}")
+    return made
+
+
+def rows_of(taken: Snapshot, kind: Format, provenance: bool = True) -> Exported:
+    """Make a format's rows, as `export` does; there may be none."""
     made, hidden = Exported([], []), set[str]()
     for source in chain(_judged(taken, made.left_out), _said(taken, made.left_out)):
         rows = list(_MAKE[kind](source))
@@ -77,9 +86,6 @@ def export(taken: Snapshot, kind: Format, provenance: bool = True) -> Exported:
             made.rows.append({**row, **source.columns, **said})
     if hidden:
         log.warning("export: the items' own columns %s give way to the export's", ", ".join(sorted(hidden)))
-    if not made.rows:
-        why = "; ".join(f"{count} {reason}" for reason, count in made.left_out.items()) or "the store has no judgments"
-        raise InputError(f"export --format {kind}: no rows: {why}")
     return made
 
 

@@ -67,3 +67,27 @@ def test_stopped_in_a_round_it_ends_the_same(whole, tmp_path):
     for name in ("reward_model", "ppo"):
         mine, expected = (load_file(f / "round_2" / name / "model.safetensors") for f in (run, whole))
         assert all(mine[key].equal(expected[key]) for key in expected)
+
+
+def test_the_playground_s_comparisons_train_the_reward_model(whole, tmp_path):
+    """One round over the same data, with three consented comparisons and one that is not."""
+    from rlhf.collection.store import Conversation, Feedback, Store
+
+    with Store(tmp_path / "playground.db") as store:
+        for n, consent in enumerate((True, True, True, False)):
+            asked = [{"role": "user", "content": f"What is {n} + 1?"}, {"role": "assistant", "content": "Sure!"}]
+            allowed = {"person": f"person-{n}", "consent": consent, "scrubbed": True}
+            store.add_conversation(Conversation(id=f"talk-{n}", messages=asked, **allowed))
+            said = {"kind": "comparison", "turn": 1, "responses": ("Sure!", "I do not know."), "ranks": (1.0, 2.0)}
+            store.add_feedback(Feedback(id=f"said-{n}", conversation=f"talk-{n}", **said, **allowed))
+    run = tmp_path / "run"
+    for name in ("data", "base", "sft"):
+        shutil.copytree(whole / name, run / name)
+    flags = ("--flywheel.rounds", 1, "--flywheel.feedback", tmp_path / "playground.db")
+    done = recipe.run("flywheel", *SMOKE, "--output_dir", run, *flags)
+    assert done.code == 0, done.err
+    (row,) = json.loads((run / "flywheel.json").read_text())["rounds"]
+    assert row["feedback"] == 3
+    report = json.loads((run / "round_1" / "reward_model" / "manifest.json").read_text())["outputs"]
+    labelled = len(read_rankings(run / "round_1" / "rankings" / "train.jsonl"))
+    assert report["training_prompts"] == labelled + 3

@@ -24,7 +24,7 @@ from rlhf.run.owner import by_main
 from rlhf.run.report import write_report
 from rlhf_recipes.baseline_config import FROM_RANKINGS, METHODS, BaselineConfig
 from rlhf_recipes.sampled import POLICIES
-from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
+from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
 
 if TYPE_CHECKING:
     from rlhf_recipes.stage import Stage
@@ -68,7 +68,7 @@ def inputs(config: BaselineConfig) -> tuple[BaselineConfig, dict[str, Any]]:
         config = from_siblings(config, model="sft", **places)
     check_model(str(config.model), POLICIES)
     if config.reward_model:
-        check_model(config.reward_model, ("reward_model", "judge"))
+        check_model(config.reward_model, SCORERS)
     return config, {name: getattr(config, name) for name in ("model", "train_data", "reward_model")}
 
 

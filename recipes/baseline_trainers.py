@@ -259,10 +259,11 @@ class Scored:
 
 def score_functions(config: BaselineConfig) -> list[RewardFunction]:
     """Return everything that scores a response, in the order of reward_weights."""
-    from reward_models import RewardClient, RewardModel
+    from reward_models import RewardClient
+    from reward_models.ensemble import load_scorer
 
     dtype = compute_dtype(config.bf16)
-    functions: list[Any] = [RewardModel.load(config.reward_model, dtype=dtype)] if config.reward_model else []
+    functions: list[Any] = [load_scorer(config.reward_model, dtype=dtype)] if config.reward_model else []
     return functions + [
         RewardClient(spec) if spec.startswith(("http://", "https://")) else configs.import_function(spec)
         for spec in config.reward_functions or []

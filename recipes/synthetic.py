@@ -6,9 +6,9 @@
         --n 8 --scorers runs/my/reward_model --output_dir runs/my/answers
 
 Self-instruct (Wang et al. 2212.10560): a model sees a few of the prompts and continues the list. What is too short or
-long, equal or nearly equal to a seed prompt, an earlier new one or an evaluation prompt is left out and counted. Every
-prompt that stays says where it comes from. `rlhf best_of_n` then samples answers, and keeps those that its scorers and
-rubric let pass.
+long, equal or nearly equal to a seed prompt, an earlier new one or an evaluation prompt, or holds text of one (as
+`rlhf contamination` looks for it), is left out and counted. Every prompt that stays says where it comes from.
+`rlhf best_of_n` then samples answers, and keeps those that its scorers and rubric let pass.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Found:
     """The new prompts so far, and how many were left out, by reason."""
 
     def __init__(self, config: SyntheticConfig, seeds: Sequence[str], held_out: Sequence[str], model: Any):
-        self.config, self.seeds, self.model = config, seeds, model
+        self.config, self.seeds, self.held_out, self.model = config, seeds, held_out, model
         self.rows: list[dict[str, Any]] = []
         self.left_out: Counter[str] = Counter()
         self.known, self.evaluated = NearDuplicates(), NearDuplicates()
@@ -144,8 +144,8 @@ class Found:
         for text in held_out:
             self.evaluated.add(text)
 
-    def see(self, text: str, request: int, shown: Sequence[str]) -> None:
-        """Keep a prompt, or count why not."""
+    def see(self, text: str, request: int, shown: Sequence[str], copied: bool) -> None:
+        """Keep a prompt, or count why not. copied: it holds text of an evaluation prompt."""
         words, near = len(text.split()), self.known.nearest(text)
         limit = self.config.near_duplicate
         reasons = {
@@ -154,6 +154,7 @@ class Found:
             "equal to another": near.similarity == 1,
             f"nearly equal to another (similarity {limit:g} or more)": near.similarity >= limit,
             "equal or nearly equal to an evaluation prompt": self.evaluated.nearest(text).similarity >= limit,
+            "with text of an evaluation prompt in it": copied,
         }
         why = next((reason for reason, holds in reasons.items() if holds), None)
         if why is not None:
@@ -193,6 +194,7 @@ def ask(config: SyntheticConfig, stage: Stage, found: Found) -> None:
     import torch
 
     from rlhf import chat
+    from rlhf.evals import contamination
     from rlhf.models.loading import load_policy, load_tokenizer
     from rlhf.sampling.decode import TransformersEngine
     from rlhf.sampling.engine import model_stop_ids
@@ -213,11 +215,15 @@ def ask(config: SyntheticConfig, stage: Stage, found: Found) -> None:
             max_new_tokens=config.max_new_tokens, temperature=config.temperature,
             rows_at_once=config.generation_batch_size, device=device,
         )  # fmt: skip
-        for number, own, row in zip(numbers, shown, kept.of(ids, 1), strict=True):
-            answer = chat.parse_response(tokenizer, row.text)["content"]
-            for text in new_prompts(answer, row.stopped):
-                if len(found.rows) < config.count:
-                    found.see(text, number, own)
+        written = [
+            (text, number, own)
+            for number, own, row in zip(numbers, shown, kept.of(ids, 1), strict=True)
+            for text in new_prompts(chat.parse_response(tokenizer, row.text)["content"], row.stopped)
+        ]
+        copied = contamination.holding([text for text, _, _ in written], found.held_out, contamination.Rules())
+        for place, (text, number, own) in enumerate(written):
+            if len(found.rows) < config.count:
+                found.see(text, number, own, place in copied)
         bar.update(len(found.rows))
         if len(found.rows) == config.count:
             break

@@ -144,6 +144,20 @@ def search(stream: Iterable[tuple[str, str]], texts: Sequence[str], rules: Rules
     return [found[text] for text in texts]
 
 
+def holding(texts: Sequence[str], items: Sequence[str], rules: Rules) -> set[int]:
+    """Return the numbers of those texts that hold a window of an item, or most of its words: of every text, where
+    several hold the same."""
+    left, held = dict(enumerate(texts)), set[int]()
+    while items and left:
+        found = search(((str(number), text) for number, text in left.items()), items, rules)
+        hits = {int(one.train) for one in found if one.train is not None and (one.windows or one.words)}
+        if not hits:
+            break
+        held |= hits
+        left = {number: text for number, text in left.items() if number not in hits}
+    return held
+
+
 def _sought(
     texts: Sequence[str], symbols_of: Any, size: int, fewest: int, allowed: set[int] | None = None
 ) -> list[Sought]:

@@ -14,7 +14,7 @@ from reference import recipe
 
 from rlhf.errors import InputError
 from rlhf.evals import windows
-from rlhf.evals.contamination import Found, Rules, item_of, search, summary, texts_in
+from rlhf.evals.contamination import Found, Rules, holding, item_of, search, summary, texts_in
 from rlhf.evals.windows import Sought, letters_of, owners, prefix_sums, words_of
 
 ITEM = (
@@ -48,6 +48,13 @@ def test_a_planted_copy(copy, by_letters, by_words):
     assert found.train == ("train:2" if by_letters or by_words or found.words_covered else None)
     assert (other.windows, other.words, other.letters_covered) == (False, False, 0.0)
     assert short == Found(), "too short to tell"
+
+
+def test_every_text_that_holds_an_item_is_named():
+    texts = ["Nothing.", f"One. {ITEM}", OTHER, f"{ITEM} Two.", ITEM[:45], f"Three: {ITEM[20:90]}"]
+    assert holding(texts, [ITEM], Rules()) == {1, 3, 5}
+    assert holding(texts, [ITEM, OTHER], Rules()) == {1, 2, 3, 5}
+    assert holding(texts, [], Rules()) == holding([], [ITEM], Rules()) == set()
 
 
 def slow(stream: list[tuple[str, str]], text: str, size: int) -> list[bool]:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from reference import recipe, tiny_chain
 
 from reward_models import RewardModel
+from reward_models.ensemble import RewardEnsemble
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rows.records import Prompt, Ranking
 from rlhf.run.stages import Manifest
@@ -164,6 +165,18 @@ def test_scores_are_those_of_ppo(tmp_path, base, tiny_tokenizer):
     alone = RewardModel.load(scorer)([USER], [[{"role": "assistant", "content": text}]])[0]
     assert found == pytest.approx([2 * alone + 1.5, 2 * alone + 1.5 * len(text), -7.0], abs=1e-5)
     assert scored.calls == 3
+
+
+def test_an_ensemble_scores(tmp_path, base, tiny_tokenizer):
+    trainers, configs = recipe.load("baseline_trainers"), recipe.load("baseline_config")
+    members = [tiny_chain.save_reward_model(tmp_path / f"m{n}", base, tiny_tokenizer, seed=n) for n in (2, 3)]
+    folder = tmp_path / "ensemble"
+    RewardEnsemble.load(members, rule="min").save(folder)
+    config = configs.BaselineConfig(method="rloo", reward_model=str(folder), bf16=False)
+    (scorer,) = trainers.score_functions(config)
+    texts = ["the fox", "a lazy dog"]
+    alone = [RewardModel.load(member)(["Name it."] * 2, texts) for member in members]
+    assert scorer(["Name it."] * 2, texts) == pytest.approx([min(pair) for pair in zip(*alone, strict=True)], abs=1e-5)
 
 
 @pytest.mark.slow

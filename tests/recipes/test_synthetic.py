@@ -85,6 +85,21 @@ def test_what_stays_what_goes_and_where_it_comes_from(tmp_path, given, monkeypat
     assert len(asked) == 4
 
 
+def test_a_prompt_around_an_evaluation_prompt_is_left_out(tmp_path, given, monkeypatch):
+    """It is too long to be nearly equal, and holds every letter of the evaluation's."""
+    evaluated = "Count all of the lazy dogs that sleep behind the old barn today."
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": evaluated}) + "\n")
+    around = f"Here is a long story about a farm where nothing ever happens in autumn, winter or spring. {evaluated}"
+    answer(
+        recipe.load("synthetic"), monkeypatch, [f"Task 4: {around}\nTask 5: Name a fruit.", f"Task 4: {around} Or so!"]
+    )
+    result = recipe.run("synthetic", *given, "--count", 2, "--max_requests", 2)
+    assert result.code == 0, result.err
+    numbers = json.loads((tmp_path / "out" / "synthetic.json").read_text())
+    assert numbers["prompts"] == 1
+    assert numbers["left_out"] == {"with text of an evaluation prompt in it": 2}
+
+
 def test_a_killed_run_goes_on_to_the_same_prompts(tmp_path, given, monkeypatch):
     answer(recipe.load("synthetic"), monkeypatch)
     recipe.run("synthetic", *given, "--count", 3)

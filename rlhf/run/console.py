@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -175,24 +175,34 @@ def final_table(summary: Mapping[str, Any]) -> None:
     from rlhf.run import tables, verdict
 
     headers, rows = tables.headline(summary)
-    title, narrow = "Evaluation on held-out prompts", console().width < 110
-    if rows and console().width < 60:
-        console().print(f"[italic]{title}[/italic]")
-        for name, *cells in rows:
-            console().print(name, style="bold", markup=False)
-            for header, cell in zip(headers[1:], cells, strict=True):
-                console().print(f"  {header}: {cell}" if cell else "", markup=False, end="\n" if cell else "")
-    elif rows:
+    title, width = "Evaluation on held-out prompts", console().width
+    cells = [[cell.replace(" [", "\n[").replace(", ", ",") for cell in row] for row in rows]
+    tall = [header.replace(" ", "\n") for header in headers]
+    forms = [form for form in ((headers, rows), (headers, cells), (tall, cells)) if _width_of(*form) <= width]
+    if rows and forms:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        for place, header in enumerate(headers):
-            table.add_column(header, justify="left" if place == 0 else "right", no_wrap=place == 0)
-        for row in rows:
-            table.add_row(*(cell.replace(" [", "\n[").replace(", ", ",") if narrow else cell for cell in row))
+        for place, header in enumerate(forms[0][0]):
+            table.add_column(header, justify="left" if place == 0 else "right", no_wrap=True)
+        for row in forms[0][1]:
+            table.add_row(*row)
         console().print(table)
+    elif rows:
+        console().print(f"[italic]{title}[/italic]")
+        for name, *values in rows:
+            console().print(name, style="bold", markup=False)
+            for header, value in zip(headers[1:], values, strict=True):
+                console().print(f"  {header}: {value}" if value else "", markup=False, end="\n" if value else "")
+    whole = not console().is_terminal  # a file's lines stay whole; a terminal's are broken between words
     for line in tables.notes(summary):
-        console().print(line, markup=False, soft_wrap=True)
+        console().print(line, markup=False, soft_wrap=whole)
     if rows:
-        console().print(verdict.of_run(summary, {}), style="bold", markup=False, soft_wrap=True)
+        console().print(verdict.of_run(summary, {}), style="bold", markup=False, soft_wrap=whole)
+
+
+def _width_of(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Return the width of the table, with two columns of space for each of its own."""
+    columns = zip(headers, *rows, strict=True)
+    return sum(max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in columns)
 
 
 def _short(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -314,6 +315,23 @@ def test_the_final_table_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch,
     assert shown[0].strip() == "Evaluation on held-out prompts"
     assert "  win rate vs SFT: 73.1% [70.1, 76.0]" in shown
     assert max(len(line) for line in shown[:16]) <= 40
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 90, 100, 110, 140])
+def test_nothing_is_cut_at_any_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every column that there is, on a terminal: lines break between words, numbers stay whole."""
+    shown = io.StringIO()
+    made = Console(file=shown, width=width, highlight=False, force_terminal=True, color_system=None)
+    monkeypatch.setattr("rlhf.run.console.console", lambda: made)
+    policies = {
+        name: dict(entry) | {"train_seconds": 345.0, "score_calls": 7168} if name == "ppo" else entry
+        for name, entry in SUMMARY["evaluation"].items()
+    }
+    final_table(SUMMARY | {"evaluation": policies})
+    text = shown.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    assert {"73.1%", "345.00", "7,168"} <= set(text.split())
 
 
 def test_off_a_terminal_a_bar_is_few_plain_lines(plain_console: Any, monkeypatch: pytest.MonkeyPatch) -> None:

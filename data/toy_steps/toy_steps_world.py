@@ -11,6 +11,9 @@ from typing import Any
 import toy_steps_labelers
 from toy_steps_problems import Problem, problem, solution, steps_of
 
+CHECKED_RIGHT = 0.4
+"""Share of right solutions among those that a checker reads in pretraining documents."""
+
 
 def problems(rng: random.Random, count: int, seen: set[str]) -> list[Problem]:
     """Make problems whose texts are not in `seen`, and add them to it."""
@@ -23,18 +26,33 @@ def problems(rng: random.Random, count: int, seen: set[str]) -> list[Problem]:
     return found
 
 
-def _documents(rng: random.Random, count: int, held_out: set[str], right: float) -> Iterator[dict[str, Any]]:
-    """Make pretraining documents: a problem with its solution, or (three in ten) the lines of two right solutions."""
+def _documents(
+    rng: random.Random, count: int, held_out: set[str], right: float, checked: float
+) -> Iterator[dict[str, Any]]:
+    """Make pretraining documents: a problem with its solution, of which the share `checked` is read by a checker, or
+    (three in ten) the lines of two right solutions."""
     while count > 0:
         made = problem(rng)
         if rng.random() < 0.3:
             yield {"text": "\n".join([*steps_of(made.numbers)[:-1], *steps_of(problem(rng).numbers)[:-1]])}
-        elif made.text not in held_out:
+        elif made.text in held_out:
+            continue
+        elif rng.random() < checked:
+            yield _checked(made, rng)
+        else:
             lines, _ = solution(made.numbers, rng, right)
             yield {"messages": [*made.row()["prompt"], {"role": "assistant", "content": "\n".join(lines)}]}
-        else:
-            continue
         count -= 1
+
+
+def _checked(made: Problem, rng: random.Random) -> dict[str, Any]:
+    """Make a document in which each line of a solution is followed by "right" or "wrong", up to the first wrong one: a
+    model that writes it knows at a line's end whether the line is right."""
+    lines, wrong = solution(made.numbers, rng, CHECKED_RIGHT)
+    read = lines if wrong is None else lines[: wrong + 1]
+    marked = [f"{line} {'wrong' if place == wrong else 'right'}" for place, line in enumerate(read)]
+    asked = {"role": "user", "content": f"Check this. {made.text}"}
+    return {"messages": [asked, {"role": "assistant", "content": "\n".join(marked)}]}
 
 
 def _labelled(made: Problem, rng: random.Random, right: float, noise: float) -> dict[str, Any]:
@@ -65,6 +83,7 @@ def make(
     right: float = 0.7,
     labelled_right: float = 0.4,
     pretraining_right: float = 0.9,
+    checked: float = 0.5,
 ) -> dict[str, Any]:
     """Write the world's data into ``folder``; the same arguments give the same bytes, and no problem is in two files
     (those of pretraining are in no other file that measures).
@@ -77,6 +96,7 @@ def make(
         noise: probability that a labeler's label of a step is wrong.
         right, labelled_right, pretraining_right: share of right solutions among the demonstrations, the labelled
             solutions and the pretraining documents.
+        checked: share of the pretraining documents' solutions whose lines are marked right or wrong.
 
     Returns:
         Rows per file.
@@ -99,6 +119,6 @@ def make(
         "prompts": (made.row() for made in asked),
         "steps": (_labelled(made, rng, labelled_right, noise) for made in labelled),
         "steps_held_out": (_labelled(made, rng, labelled_right, 0.0) for made in measured),
-        "pretraining": _documents(rng, pretraining_documents, apart, pretraining_right),
+        "pretraining": _documents(rng, pretraining_documents, apart, pretraining_right, checked),
     }
     return {name: _write(folder / f"{name}.jsonl", rows[name]) for name in rows}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +62,30 @@ def test_no_problem_is_in_two_files(small: Path) -> None:
     everything = [text for listed in texts.values() for text in listed]
     assert len(set(everything)) == len(everything) == 40 + 80 + 120 + 400 + 80
     told = {turn["content"] for row in rows(small / "pretraining.jsonl") for turn in row.get("messages", [])}
+    told = {text.removeprefix("Check this. ") for text in told}
     assert told
     assert not told & {*texts["eval_prompts"], *texts["steps_held_out"]}
+
+
+def test_a_checker_marks_lines_right_up_to_the_first_wrong_one(small: Path) -> None:
+    """In the sums, whose numbers stand in the question."""
+    import toy_steps_gold
+
+    ends = []
+    for row in rows(small / "pretraining.jsonl"):
+        asked, said = (turn["content"] for turn in row.get("messages", ({"content": ""},) * 2))
+        found = re.search(r"\d+(?: [+-] \d+)+", asked)
+        if not asked.startswith("Check this. ") or not found:
+            continue
+        numbers = [int(number.replace(" ", "")) for number in re.findall(r"(?:[+-] )?\d+", found[0])]
+        lines, marks = zip(*(line.rsplit(" ", 1) for line in said.split("\n")), strict=True)
+        first = toy_steps_gold.first_wrong(list(lines), numbers)
+        shown = first < len(lines)
+        assert marks == ("right",) * first + ("wrong",) * shown
+        assert shown or len(lines) == len(numbers), "a right solution is read to its end"
+        ends.append(marks[-1])
+    assert len(ends) > 10
+    assert set(ends) == {"right", "wrong"}
 
 
 def test_held_out_labels_are_true_and_the_labelers_slip(small: Path) -> None:

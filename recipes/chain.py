@@ -141,14 +141,19 @@ def steps_of(config: ChainConfig) -> list[Step]:
     steps += ending.evals_steps(run, config.run_evals) if config.run_evals else []
     steps += ending.judge_steps(run, config.judge_card) if config.judge_card else []
     if config.contamination:
-        given = (config.sft.train_data, config.reward_model.train_data, config.ppo.train_data)
-        named = [path for source in (*given, config.ppo.pretraining_data) for path in paths_of(source)]
-        steps += ending.contamination_steps(config.contamination, named)
+        steps += ending.contamination_steps(config.contamination, training_data(config))
     names = [step.name for step in steps]
     if config.overwrite_from is not None and config.overwrite_from not in names:
         unknown(config.overwrite_from, names, "--overwrite_from", "stage")
     first = names.index(config.overwrite_from) if config.overwrite_from else (0 if config.overwrite else len(steps))
     return [*steps[:first], *(replace(step, config=replace(step.config, overwrite=True)) for step in steps[first:])]
+
+
+def training_data(config: ChainConfig) -> list[str]:
+    """Return the training data that the config itself names, beside what the run makes."""
+    sections = (config.sft, config.reward_model, config.process_reward, config.ppo)
+    sources = [*(section.train_data for section in sections if section), config.ppo.pretraining_data]
+    return [path for source in sources for path in paths_of(source)]
 
 
 def require_same(run: Path, steps: Sequence[Step]) -> None:

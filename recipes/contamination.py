@@ -31,8 +31,11 @@ from rlhf_recipes.stage import SECTIONS
 console.quiet()
 
 Config = TypeVar("Config", bound="ContaminationConfig")
-TRAINING = ("data/pretraining.jsonl", "data/demonstrations.jsonl", "rankings/train.jsonl", "rankings/prompts.jsonl")
-"""Files of a run that its policy and reward model learn from."""
+TRAINING = (
+    "data/pretraining.jsonl", "data/demonstrations.jsonl", "data/steps.jsonl", "rankings/train.jsonl",
+    "rankings/prompts.jsonl",
+)  # fmt: skip
+"""Files of a run that its policy and reward models learn from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,7 @@ def check(
         for spec in (judge.judge, judge.labeler):
             if spec and is_function(spec):
                 configs.import_function(spec)
-    given = [judge.human] if judge else []
+    given: list[str | None] = [judge.human] if judge else []
     given += [*(contaminated.train_data or ()), *(contaminated.eval_data or ())] if contaminated else []
     for place in filter(None, given):
         if outside(place):

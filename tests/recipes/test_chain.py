@@ -239,6 +239,7 @@ END = [
 LAST = ("run_evals_sft", "run_evals", "judge_card_reward_model", "judge_card", "contamination")
 
 
+@pytest.mark.slow
 def test_a_chain_ends_with_evals_judges_contamination_and_a_card(copy: Path) -> None:
     before, flags = manifests(copy), [*SMOKE[1:], "--output_dir", copy, *END]
     done = recipe.run("chain", *flags)
@@ -278,6 +279,7 @@ def test_a_chain_ends_with_evals_judges_contamination_and_a_card(copy: Path) -> 
     assert read(copy / "summary.json") == summary
 
 
+@pytest.mark.slow
 def test_what_is_done_by_hand_in_a_stage_of_the_end_is_done_again(copy: Path) -> None:
     flags = [*SMOKE[1:], "--output_dir", copy, "--contamination.min_chars", 20]
     assert recipe.run("chain", *flags).code == 0

@@ -32,7 +32,7 @@ from rlhf_recipes.ppo import ppo
 from rlhf_recipes.rankings import rankings
 from rlhf_recipes.reward_model import reward_model
 from rlhf_recipes.round_labels import StepConfig, label_items, playground_rows
-from rlhf_recipes.stage import open_stage
+from rlhf_recipes.stage import open_stage, with_columns
 
 console.quiet()
 
@@ -206,7 +206,8 @@ def one_round(
     said = by_main(lambda: playground_rows(config, number, folder))
     if said:
         both = [str(folder / "rankings" / "train.jsonl"), str(said)]
-        own["reward_model"] = replace(own["reward_model"], train_data=both)
+        named = with_columns(own["reward_model"], "eval_data", "selection_data", "normalizer_data")
+        own["reward_model"] = replace(named, columns=None, train_data=both)
     trained = reward_model(own["reward_model"])
     if config.evaluation.judge is None:
         reward_model(judge_config(replace(config, output_dir=str(folder), reward_model=own["reward_model"])), "judge")

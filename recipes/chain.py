@@ -152,7 +152,7 @@ def steps_of(config: ChainConfig) -> list[Step]:
 def training_data(config: ChainConfig) -> list[str]:
     """Return the training data that the config itself names, beside what the run makes."""
     sections = (config.sft, config.reward_model, config.process_reward, config.ppo)
-    sources = [*(section.train_data for section in sections if section), config.ppo.pretraining_data]
+    sources = [*(getattr(section, "train_data", None) for section in sections), config.ppo.pretraining_data]
     return [path for source in sources for path in paths_of(source)]
 
 

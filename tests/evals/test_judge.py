@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from reference import recipe, tiny_chain
 
+from reward_models.judges import load_judge
 from rlhf.errors import InputError, RunStopped
 from rlhf.evals.answers import Answered, NoAnswer, Spent
 from rlhf.evals.judge import Pair, PairJudge, ScoreJudge, Verdict, compared, length_controlled, position_bias
@@ -307,6 +308,21 @@ def test_a_broken_template_is_told_in_one_line(tmp_path, old, new, told):
 
 
 # ---------------------------------------------------------------------------------------------------- the recipe
+
+
+def test_a_function_answers_a_template_and_a_missing_file_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def answer(question):\n    first = question.split('First response:')[1].split('Second')[0]\n"
+        "    return 'A' if 'kind' in first else 'B'\n"
+    )
+    (tmp_path / "own.yaml").write_text(YAML)
+    judge = load_judge(f"{tmp_path}/mine.py:answer", tmp_path / "own.yaml")
+    asked = [{"role": "user", "content": "Say it."}]
+    texts = (("a kind word", "a word"), ("a word", "a kind word"), ("a word", "no word"))
+    pairs = [Pair(asked, first, second, {}) for first, second in texts]
+    assert [verdict.decision for verdict in judge.compare(pairs)] == [1.0, 0.0, 0.5]  # the last: B in both orders
+    with pytest.raises(InputError, match=r"template own\.yml: no such file"):
+        load_judge(f"{tmp_path}/mine.py:answer", "own.yml")
 
 
 def write(path: Path, rows: list) -> Path:

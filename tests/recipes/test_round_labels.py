@@ -111,4 +111,4 @@ def test_a_playground_without_anything_usable(run):
     Store(run.parent / "empty.db").close()
     assert round_labels.playground_rows(config(run, feedback=str(run.parent / "empty.db")), 1, run / "round_1") is None
     with pytest.raises(InputError, match=r"none\.db: no such store"):
-        round_labels.playground_rows(config(run, feedback=str(run.parent / "none.db")), 2, run / "round_1")
+        round_labels.playground_rows(config(run, feedback=str(run.parent / "none.db")), 1, run / "round_1")

@@ -46,7 +46,7 @@ def evals_steps(run: Path, config: RunEvalsConfig) -> Iterator[Step]:
     comparison asks that alone."""
     if config.model is None and config.compare is None:
         before = replace(config, model=str(run / "sft"), output_dir=str(run / "run_evals_sft"))
-        yield Step("run_evals_sft", before, run_evals, evals_command.inputs)
+        yield Step("run_evals_sft", before, partial(run_evals, name="run_evals_sft"), evals_command.inputs)
         config = replace(config, compare=str(run / "run_evals_sft" / "run_evals.json"))
     yield Step("run_evals", config, run_evals, evals_command.inputs)
 

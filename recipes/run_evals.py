@@ -140,9 +140,9 @@ class RunEvalsConfig:
         return Path(self.answers) if self.answers else Path(self.output_dir).parent / "answers.sqlite"
 
 
-def run_evals(config: RunEvalsConfig) -> dict[str, Any]:
+def run_evals(config: RunEvalsConfig, name: str = "run_evals") -> dict[str, Any]:
     """The stage: read the evals, ask, judge, measure, compare, write. Of several processes only the first works."""
-    return by_main(lambda: run_alone(config))
+    return by_main(lambda: run_alone(config, name))
 
 
 def inputs(config: RunEvalsConfig) -> tuple[RunEvalsConfig, dict[str, Any]]:
@@ -156,7 +156,7 @@ def _sources(config: RunEvalsConfig, evals: Sequence[Eval]) -> dict[str, Any]:
     return named | {f"eval {one.name}": one.fingerprint for one in evals}
 
 
-def run_alone(config: RunEvalsConfig) -> dict[str, Any]:
+def run_alone(config: RunEvalsConfig, name: str) -> dict[str, Any]:
     from rlhf.evals import lm_harness
     from rlhf.evals.compare import read_earlier
     from rlhf.evals.outcome import Outcome
@@ -172,11 +172,11 @@ def run_alone(config: RunEvalsConfig) -> dict[str, Any]:
     outcome = Outcome()
     evals = read_evals(config, outcome.not_run)
     earlier = read_earlier(config.compare) if config.compare else None
-    stage = open_stage("run_evals", config, _sources(config, evals))
+    stage = open_stage(name, config, _sources(config, evals))
     if stage.complete:
         return stage.outputs
-    for name, reason in outcome.not_run.items():
-        console.stage_line("not run", f"{name}: {reason}")
+    for unread, reason in outcome.not_run.items():
+        console.stage_line("not run", f"{unread}: {reason}")
     if evals:
         _ask(config, evals, outcome)
     if config.lm_eval:

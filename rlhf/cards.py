@@ -18,12 +18,10 @@ from rlhf.run.page import Answer, compared, note, page, table, text, write
 
 MODELS = ("base", "sft", "reward_model", "judge", "ppo")
 STAGES = ("data", "base", "sft", "rankings", "reward_model", "judge", "ppo", "evaluation")
-MEASURED = ("run_evals_sft", "run_evals", "judge_card_reward_model", "judge_card", "contamination")
-"""Stages at the end of a run, where its config has them."""
+LAST = ("run_evals_sft", "run_evals", "judge_card_reward_model", "judge_card", "contamination")
 BOUND = "Every value stands in the file that its row names; the files and their hashes are listed last."
 _STYLE = ".card :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; }"
-FAILURES = 5
-"""Samples of failures on a card."""
+FAILURES = 5  # samples of failures on a card
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,7 @@ def _calibration(artefacts: Artefacts) -> Iterator[Fact]:
 
 
 def _machine(artefacts: Artefacts) -> Iterator[Fact]:
-    for stage in (*STAGES, *MEASURED):
+    for stage in (*STAGES, *LAST):
         file = f"{stage}/manifest.json"
         yield from _facts(
             artefacts.fact(f"{stage}: seconds", file, "/seconds"),

@@ -3,56 +3,78 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from browser.test_chat_page import Page as ChatPage
-from browser.test_chat_page import chat_server
-from browser.test_label_page import Page as LabelPage
 from reference import recipe, tiny_chain
 from reference.labelling import items
+from reference.policy_server import ScriptedEngine, serving
 from reference.served import served, wait_for
 
 from rlhf.collection.app import LabelConfig, create_app
 from rlhf.collection.project import Project
 from rlhf.collection.store import Plan, Store
 from rlhf.rows.jsonl import read_rows
+from rlhf.serving.app import Service
+from rlhf.serving.config import ServingConfig
+from rlhf.serving.keeping import Keeper
 
 pytestmark = pytest.mark.browser
 
 
-def chat(driver, store: Path) -> None:
+def chat(driver: Any, store: Path) -> None:
     """Ask four times and compare; PPO's answer wins, and its sender agrees three times. Then a thumb."""
-    with chat_server(store=store, speak=lambda policy, *_: "Better." if policy == "ppo" else "Worse.") as (url, _):
-        page = ChatPage(driver, url)
-        page.click("#compare")
-        for n in range(4):
-            page.ask(f"Question {n}")
-            if n < 3:
-                page.click(".agree")
-            better = ["Better." in side.text for side in page.all(".sides .answer")].index(True)
-            page.all(".better")[better].click()
-            wait_for(lambda: page.one(".sides") is None)
-        page.click("#compare")
-        page.ask("Question 5")
-        page.all(".good")[-1].click()
-        page.click(".agree")
-        page.click(".send-thumb")
-        wait_for(lambda: page.one(".panel") is None)
-
-
-def label(driver, file: Path) -> None:
-    """Rank the responses to six questions by keys alone."""
     from selenium.webdriver.common.keys import Keys
+
+    def one(selector: str) -> Any:
+        return next(iter(driver.find_elements("css selector", selector)), None)
+
+    def ask(question: str, shown: str) -> None:
+        one("#question").send_keys(question, Keys.ENTER)
+        wait_for(lambda: one("#turns").get_attribute("aria-busy") != "true" and question in one("#turns").text)
+        wait_for(lambda: one(shown))
+
+    engine = ScriptedEngine(speak=lambda policy, *_: "Better." if policy == "ppo" else "Worse.")
+    config = ServingConfig(store=str(store))
+    with serving(Service(engine, config, Keeper(config, engine.models))) as url:
+        driver.get(url)
+        wait_for(lambda: one("#model option"))
+        one("#compare").click()
+        for n in range(4):
+            ask(f"Question {n}", ".better:not([disabled])")
+            if n < 3:
+                one(".agree").click()
+            sides = driver.find_elements("css selector", ".sides .answer")
+            better = ["Better." in side.text for side in sides].index(True)
+            driver.find_elements("css selector", ".better")[better].click()
+            wait_for(lambda: one(".sides") is None)
+        one("#compare").click()
+        ask("Question 5", ".good")
+        driver.find_elements("css selector", ".good")[-1].click()
+        one(".agree").click()
+        one(".send-thumb").click()
+        wait_for(lambda: one(".panel") is None)
+
+
+def label(driver: Any, file: Path) -> None:
+    """Rank the responses to six questions by keys alone: the third and the first tie, the second is last."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def settled() -> bool:
+        return driver.find_element("tag name", "body").get_attribute("aria-busy") == "false"
 
     with Store(file) as store:
         store.set_plan(Plan(seed=1, gold_share=0.0))
         store.add_items(items(6, k=3))
         config = LabelConfig()
         with served(create_app(store, Project("Ranking", "", (), ()), config), config) as url:
-            page = LabelPage(driver, url, store.invite("anna"))
-            for _ in range(6):
-                page.press(*"3=12", Keys.ENTER)
-            assert page.text("news") == "All done, thank you!"
+            driver.get(f"{url}/#invite={store.invite('anna')}")
+            wait_for(settled)
+            for key in (*"3=12", Keys.ENTER) * 6:
+                ActionChains(driver).send_keys(key).perform()
+                wait_for(settled)
+            assert driver.find_element("id", "news").text == "All done, thank you!"
 
 
 def test_labels_and_feedback_train_a_reward_model(tmp_path, new_browser, tiny_model, tiny_tokenizer):

@@ -56,6 +56,9 @@ class RewardConfig:
     """How the learning rate falls from its peak to 0 (`constant`: it does not)."""
     warmup_fraction: float = 0.03
     """Share of the steps over which the learning rate rises to its peak."""
+    optimizer: str = "adamw"
+    """adamw, or one of transformers' names: adamw_8bit, paged_adamw_8bit, lion_8bit, adafactor, sgd ... (8 bits need
+    bitsandbytes)."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
@@ -86,8 +89,16 @@ class RewardConfig:
     """Names of the layers that get an adapter, as in q_proj,v_proj; null or all-linear: every linear layer but the
     head."""
 
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits while its adapter trains (QLoRA: NF4, double quantization); needs a GPU and
+    bitsandbytes. What is saved is an ordinary adapter."""
+
     "Memory and speed"
 
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Compute rows of different lengths as one long row, without padding. auto: where attention takes it apart (on
+    CPUs; on GPUs where flash-attn is installed, in bfloat16); on: on GPUs by SDPA too, for batches of up to 2048
+    tokens; off: never. Only rounding differs (and what dropout draws)."""
     bf16: bool | None = None
     """Compute in bfloat16 (weights stay float32); null: where the hardware is fast at it (GPUs, CPUs with AVX512-BF16
     or AMX); the log says."""

@@ -16,7 +16,7 @@ from rlhf.errors import InputError
 from rlhf.models import encoders
 from rlhf.models.adapter_check import check_held
 from rlhf.models.adapters import is_adapter, lora_config
-from rlhf.models.loading import disable_dropout, with_adapter
+from rlhf.models.loading import disable_dropout, held_in_4_bits, with_adapter
 from rlhf.models.scalar import freeze_bias, is_scalar, new_modules, new_scalar_model
 from rlhf.run.precision import compute_dtype
 
@@ -38,14 +38,15 @@ def prepare_model(
         task_type=TaskType.SEQ_CLS,
     )
     continued = not isinstance(model, nn.Module) and is_adapter(model)
+    dtype = compute_dtype(config.bf16) if adapter is not None or continued else None  # of a frozen trunk
+    how = held_in_4_bits(model, dtype or torch.float32, dtype is not None) if config.load_in_4bit else {}
     if isinstance(model, nn.Module) and is_scalar(model, config.labels):
         scalar = model
         if isinstance(model, PeftModel):
             check_held(model)
     else:
-        dtype = compute_dtype(config.bf16) if adapter is not None or continued else None  # of a frozen trunk
         lora = adapter if continued else None
-        scalar = new_scalar_model(model, seed=seed, dtype=dtype, lora=lora, labels=config.labels)
+        scalar = new_scalar_model(model, seed=seed, dtype=dtype, lora=lora, labels=config.labels, how=how)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what the trainer would set, with a warning
         setattr(scalar.config, name, getattr(tokenizer, name))
     new_tokens = _grow_vocabulary(scalar, tokenizer, seed)

@@ -34,17 +34,17 @@ from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
 from rlhf.models import encoders
 from rlhf.models.adapters import drop_input_hooks
-from rlhf.models.loading import tokenizer_of
+from rlhf.models.head_outputs import head_outputs, packs_rows
+from rlhf.models.loading import tokenizer_of, trained_weights_kept
 from rlhf.models.positions import positions_of
-from rlhf.models.scalar import ScoreNormalizer, last_token_scores, score_head
-from rlhf.padding import position_ids
+from rlhf.models.scalar import ScoreNormalizer, last_token_scores
 from rlhf.rows.records import HELD_OUT, check_disjoint, read_demonstrations, read_rankings
 from rlhf.rows.sources import Source
 from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
-from rlhf.run.precision import log_choice
+from rlhf.run.precision import compute_dtype, log_choice
 from rlhf.run.trl_arguments import with_learning_rate
 
 if TYPE_CHECKING:
@@ -118,16 +118,18 @@ class RewardTrainer(trl.RewardTrainer):
         self.best: Best | None = None  # set by `keep_best`
         self._normalized_on = None if normalizer_dataset is None else read_demonstrations(normalizer_dataset)
         self._seen: list[Tensor] = []  # `sums` of the micro-batches since the last log
+        self._packs = False  # while it trains, perhaps
         reward_model.config.num_labels = 1  # trl takes no other
-        super().__init__(
-            model=reward_model,
-            args=trl_arguments(config, evaluate=held_out is not None),
-            data_collator=cast(Any, self.collator()),
-            train_dataset=encoded,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        with trained_weights_kept(reward_model):
+            super().__init__(
+                model=reward_model,
+                args=trl_arguments(config, evaluate=held_out is not None),
+                data_collator=cast(Any, self.collator()),
+                train_dataset=encoded,
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
         reward_model.config.num_labels = config.labels
         attach(self, "reward model", self.SHOWN, config.output_dir)
         settings = {**resume_settings(config, self.CONFIG), **given}
@@ -210,14 +212,9 @@ class RewardTrainer(trl.RewardTrainer):
         return self.head_outputs(model, inputs).squeeze(-1).float().gather(1, last).squeeze(1)
 
     def head_outputs(self, model: nn.Module, inputs: Any) -> Float[Tensor, "n T labels"]:
-        """Return a decoder's head at every position, by a hook: the model's own pooling would search for a pad id."""
-        mask, caught = inputs["attention_mask"], list[Tensor]()
-        hook = score_head(cast(nn.Module, self.model)).register_forward_hook(lambda head, args, out: caught.append(out))
-        try:
-            model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-        finally:
-            hook.remove()
-        return caught[0]
+        """Return a decoder's head at every real position."""
+        own = cast(nn.Module, self.model)
+        return head_outputs(model, own, inputs["input_ids"], inputs["attention_mask"], self._packs)
 
     def plain_scores(self, model: Any, inputs: Any) -> Tensor:
         """Return the same scores as `RewardModel` computes them."""
@@ -249,7 +246,10 @@ class RewardTrainer(trl.RewardTrainer):
             if checkpoint is None:
                 check_reward_model(self)
             self._seen.clear()
-            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+            with self._babysitter.fast() as whole:
+                self._packs = whole and packs_rows(self.model, self.config.packing, compute_dtype(self.config.bf16))
+                output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        self._packs = False
         drop_input_hooks(cast(nn.Module, self.model))
         if self.config.keep_best:
             self._take_best()

@@ -119,9 +119,16 @@ _PPO = (
         "engine and trainer disagree on many tokens: see engine_kl_nats",
     ),
     Metric(
-        "engine_kl_nats", "nats per token", "mean k3 estimate of KL(engine || trainer) on the same tokens", None, 0.05,
+        "engine_kl_nats", "nats per token", "mean k3 estimate of KL(engine || trainer) on the same tokens; with "
+        "rollouts_ahead the engine's weights are an update older", None, 0.05,
         "the engine does not sample from the policy: check that its weights are current, that its precision and "
-        "temperature are the trainer's, and that it reports log-probabilities at that temperature",
+        "temperature are the trainer's, and that it reports log-probabilities at that temperature; with rollouts_ahead "
+        "an update moves too far: lower learning_rate or inner_epochs",
+    ),
+    Metric(
+        "rollout_staleness_updates", "updates", "with rollouts_ahead: updates between the weights that sampled the "
+        "rollout and the weights that it trains", None, 1.0,
+        "rollouts are older than rollouts_ahead says, and engine_kl_nats says by how much: stop the run and report it",
     ),
     Metric(
         "dropped_responses", "responses", "left out of the update because scoring them failed "
@@ -137,7 +144,10 @@ _PPO = (
     ),
     Metric("optimizer_steps", "steps", "optimizer steps of the update; fewer where stop_approx_kl_nats ended it"),
     Metric("step_seconds", "seconds", "wall-clock time of an update"),
-    Metric("generate_seconds", "seconds", "part of step_seconds: sampling the responses"),
+    Metric(
+        "generate_seconds", "seconds",
+        "part of step_seconds: sampling the responses; with rollouts_ahead, waiting for them",
+    ),
     Metric("score_seconds", "seconds", "part of step_seconds: reward models and functions"),
     Metric("logprobs_seconds", "seconds", "part of step_seconds: old and reference log-probabilities and values"),
     Metric("update_seconds", "seconds", "part of step_seconds: advantages and all optimizer steps"),

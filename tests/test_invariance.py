@@ -165,6 +165,22 @@ def test_gradient_checkpointing(runs, stage, kind):
     same(runs.run(stage, kind, gradient_checkpointing=True), runs.plain(stage, kind))
 
 
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [pytest.param(s, k, marks=() if (s, k) == ("sft", "lora") else pytest.mark.slow) for s, k, _ in EVERY],
+)
+def test_packed_rows(runs, stage, kind, monkeypatch):
+    """The plain run's rows are computed as one long row; here each has its padding."""
+    packed: list[tuple[int, ...]] = []
+    forward = packing.as_one_row
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "as_one_row", lambda *given: packed.append(given[1].shape) or forward(*given))
+        plain = runs.run(stage, kind)
+    assert sum(shape[0] > 2 for shape in packed) >= len(plain["gradients"])
+    monkeypatch.setattr(packing, "as_one_row", None)
+    same(runs.run(stage, kind, packing="off"), plain)
+
+
 @LONG
 @every_kind
 def test_compiled_layers(runs, kind):

@@ -1,4 +1,4 @@
-"""Code that only makes CPUs faster, behind four functions. On other devices they do nothing; plain torch and peft run.
+"""Code that only makes CPUs faster, behind a few functions. On other devices they do nothing; plain torch and peft run.
 
 `lora`, `gated` and `norms` give layers a forward and a backward with fewer passes over memory; `attention` computes
 short rows as plain matrix products, also those that `models.packing` has joined into one row; `memory` returns
@@ -8,14 +8,16 @@ differ from the plain path at most by rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
 from rlhf.cpu import attention, drawing, gated, lora, memory, norms, waiting
-from rlhf.models import packing
+from rlhf.models import encoders, packing
 
-__all__ = ["draw", "give_way", "prepare", "release_memory", "restore"]
+__all__ = ["draw", "for_training", "give_way", "prepare", "release_memory", "restore"]
 
 draw = drawing.draw
 release_memory = memory.release_freed_memory
@@ -37,13 +39,8 @@ def prepare(models: Models) -> None:
     parts = [part for part in (models.policy, models.reference, models.value) if part is not None]
     if any(part.device.type != "cpu" for part in parts):
         return
-    give_way(torch.device("cpu"))
-    memory.release_freed_memory()
     for part in parts:
-        attention.use_short_rows(part)
-        lora.fuse(part)
-        norms.fuse(part)
-        gated.fuse(part)
+        _fuse(part)
     if models.packable is None:  # asked once, before their weights may be spread over processes
         models.packable = all(attention.uses_short_rows(part) and packing.can_pack(part) for part in parts)
     models.packs = models.packable
@@ -51,9 +48,37 @@ def prepare(models: Models) -> None:
 
 def restore(models: Models) -> None:
     """Undo `prepare`: the models are plain objects again, which can be pickled and run anywhere."""
+    parts = [part for part in (models.policy, models.reference, models.value) if part is not None]
+    if any(part.device.type != "cpu" for part in parts):
+        return
     models.packs = False
-    for part in (models.policy, models.reference, models.value):
-        if part is not None:
-            attention.use_sdpa(part)
-            lora.separate(part)
-            norms.lengthen(part)  # and what `gated` changed
+    for part in parts:
+        _separate(part)
+
+
+@contextmanager
+def for_training(model: Any) -> Iterator[None]:
+    """Make one model faster inside the context, as `prepare` makes PPO's, if it is on a CPU and no encoder."""
+    if model.device.type != "cpu" or encoders.is_encoder(model.config):
+        yield
+        return
+    _fuse(model)
+    try:
+        yield
+    finally:
+        _separate(model)
+
+
+def _fuse(model: Any) -> None:
+    give_way(torch.device("cpu"))
+    memory.release_freed_memory()
+    attention.use_short_rows(model)
+    lora.fuse(model)
+    norms.fuse(model)
+    gated.fuse(model)
+
+
+def _separate(model: Any) -> None:
+    attention.use_sdpa(model)
+    lora.separate(model)
+    norms.lengthen(model)  # and what `gated` changed

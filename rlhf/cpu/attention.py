@@ -17,10 +17,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rlhf.models.adapters import base_model
-from rlhf.models.packing import PACKED, Rows
+from rlhf.models.packing import BY_ROWS, PACKED, Rows, attention_of, set_attention
 
-NAME = "rlhf_short_rows"
 MOST_TOKENS = 256  # keys of a row; longer rows go to torch's kernel
 
 
@@ -116,33 +114,19 @@ def _mask(**given: Any) -> Tensor | None:
 
 def use_short_rows(model: Any) -> None:
     """Let a model on a CPU use `short_rows` where it would use torch's fused kernel."""
-    model = base_model(model)
-    if model is None or model.device.type != "cpu" or getattr(model.config, "_attn_implementation", None) != "sdpa":
+    if model is None or model.device.type != "cpu" or attention_of(model) != "sdpa":
         return
-    AttentionInterface.register(NAME, short_rows)
-    AttentionMaskInterface.register(NAME, _mask)
-    model.set_attn_implementation(NAME)
-    if not uses_short_rows(model):
-        return  # the family has its own attention (Falcon); transformers has logged a warning
-    for module in model.modules():  # `disable_dropout` may have given inner modules their own config
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = NAME
+    AttentionInterface.register(BY_ROWS, short_rows)
+    AttentionMaskInterface.register(BY_ROWS, _mask)
+    set_attention(model, BY_ROWS)
 
 
 def use_sdpa(model: Any) -> None:
     """Let a model that uses `short_rows` use torch's fused kernel again."""
-    if not uses_short_rows(model):
-        return
-    model = base_model(model)
-    model.set_attn_implementation("sdpa")
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == NAME:
-            config._attn_implementation = "sdpa"
+    if uses_short_rows(model):
+        set_attention(model, "sdpa")
 
 
 def uses_short_rows(model: Any) -> bool:
     """Return whether a model is on a CPU and computes attention by `short_rows`."""
-    plain = base_model(model)
-    return plain.device.type == "cpu" and getattr(plain.config, "_attn_implementation", None) == NAME
+    return model.device.type == "cpu" and attention_of(model) == BY_ROWS

@@ -17,9 +17,14 @@ from rlhf.padding import Batch, position_ids
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}  # 16 and 256 MiB in float32
 
 
+def tokens_per_chunk(weight: Float[Tensor, "V H"]) -> int:
+    """Return how many tokens' logits may exist at once."""
+    return max(1, LOGITS_PER_CHUNK.get(weight.device.type, 2**26) // weight.shape[0])
+
+
 def response_hidden(model: Any, batch: Batch, packed: bool = False) -> Float[Tensor, "B T H"]:
     """Compute the hidden state before each response token; packed: without computing the padding (`packing`)."""
-    if packed and not batch.attention_mask.all() and batch.attention_mask.sum() <= packing.MOST_TOKENS:
+    if packed and packing.fits(model, batch.attention_mask):
         indices = batch.attention_mask.flatten().cumsum(0).view_as(batch.attention_mask) - 1
         states = packing.packed_hidden(model, batch.input_ids, batch.attention_mask)
         return states[indices.clamp(min=0).gather(1, batch.positions())]
@@ -45,6 +50,6 @@ def hidden_logprobs(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Compute `response_logprobs` from the hidden states of `response_hidden`."""
     weight = head_weight(model)
-    chunk = max(1, LOGITS_PER_CHUNK.get(weight.device.type, 2**26) // weight.shape[0])
+    chunk = tokens_per_chunk(weight)
     logprobs, entropy = token_logprobs(hidden, weight, batch.targets, temperature, chunk, logits_function(model))
     return torch.where(batch.mask, logprobs, 0.0), torch.where(batch.mask, entropy, 0.0)

@@ -8,8 +8,13 @@ models.
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -101,10 +107,12 @@ def load_policy(
     dtype: torch.dtype | None = None,
     lora: LoraConfig | None = None,
     seed: int = 0,
+    how: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model to train: full weights, an adapter to continue, or (`lora`) a new adapter.
 
-    The trained adapter is named "default". A model object is used itself, not copied. Raises InputError for an adapter
+    The trained adapter is named "default". A model object is used itself, not copied. how: further arguments for
+    transformers' `from_pretrained` (`held_in_4_bits`). Raises InputError for an adapter
     that is not supported, and for `lora` settings that differ from those of the adapter that the model already is.
     """
     if isinstance(model, nn.Module):
@@ -112,12 +120,12 @@ def load_policy(
         mend_generation_config(loaded)
     elif is_adapter(model):
         _refuse_classifier(model)
-        base = load_base(AutoModelForCausalLM, model, dtype)
+        base = load_base(AutoModelForCausalLM, model, dtype, **how)
         fit_embeddings(base, max(len(load_tokenizer(model)), saved_rows(model, base)))
         loaded = load_adapter(base, model, trainable=True)
     else:
         _refuse_classifier(model)
-        loaded = from_pretrained(AutoModelForCausalLM, model, dtype)
+        loaded = from_pretrained(AutoModelForCausalLM, model, dtype, **how)
     keep_gradients(loaded)
     if isinstance(loaded, PeftModel):
         check_held(loaded)
@@ -138,6 +146,43 @@ def keep_gradients(model: nn.Module) -> None:
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise InputError("the 4-bit model has been run in eval mode, after which it can't be trained; load it anew")
         layer.support_avx512bf16_for_cpu = False
+
+
+def held_in_4_bits(model: Any, dtype: torch.dtype, adapted: bool) -> dict[str, Any]:
+    """Return the arguments with which transformers holds a frozen base in 4 bits, for `load_in_4bit`.
+
+    QLoRA's (Dettmers et al. 2023, 2305.14314): NF4, the blocks' scales quantized too, products in `dtype`. adapted:
+    whether an adapter is trained. {} for an object that is quantized already. Raises InputError where it cannot be."""
+    if not adapted and not isinstance(model, PeftModel):
+        raise InputError(
+            "load_in_4bit: weights in 4 bits stay as they are; set lora_rank to train an adapter over them"
+        )
+    if isinstance(model, nn.Module):
+        if is_quantized(model):
+            return {}
+        raise InputError("load_in_4bit: the model is loaded already; pass its folder, or load the object in 4 bits")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit: bitsandbytes is not installed; pip install 'rlhf-recipes[qlora]'")
+    if not torch.cuda.is_available():
+        raise InputError("load_in_4bit: there is no GPU here, and on a CPU it only costs time; leave it out")
+    return in_4_bits(dtype, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+
+
+def in_4_bits(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return `held_in_4_bits`'s arguments for a device."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+@contextmanager
+def trained_weights_kept(model: nn.Module) -> Iterator[None]:
+    """Keep a quantized model's trained weights as they are: trl's trainers, when built, round them to bfloat16."""
+    held = [(p, p.data) for p in model.parameters() if p.requires_grad] if is_quantized(model) else []
+    yield
+    for parameter, data in held:
+        parameter.data = data.to(parameter.device)
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,19 +29,32 @@ def token_logprobs(
     exact. The entropy is a metric and carries no gradient. logits_fn: the model family's changes to its logits after
     the head (bias, scaling, soft cap).
     """
+    return token_statistics(hidden, weight, targets, temperature, chunk, logits_fn)[:2]
+
+
+def token_statistics(
+    hidden: Float[Tensor, "B T H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, "B T"],
+    temperature: float,
+    chunk: int,
+    logits_fn: LogitsFn | None = None,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Compute `token_logprobs`, and whether each target is a token that the model finds most likely."""
     flat, labels = hidden.flatten(0, 1), targets.flatten()
     device = flat.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else flat.dtype
     flat, weight = flat.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
         if logits_fn is None:
-            logprobs, entropy = _HeadLogprobs.apply(flat, weight, labels, temperature, chunk)
+            columns = _HeadLogprobs.apply(flat, weight, labels, temperature, chunk)
         else:
             pieces = [(flat[i : i + chunk], labels[i : i + chunk]) for i in range(0, len(labels), chunk)]
             compute = partial(checkpoint, _chunk_logprobs, use_reentrant=False) if len(pieces) > 1 else _chunk_logprobs
             parts = [compute(h, weight, y, temperature, logits_fn) for h, y in pieces]
-            logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logprobs.view(targets.shape), entropy.view(targets.shape)
+            columns = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    logprobs, entropy, likeliest = (column.view(targets.shape) for column in columns)
+    return logprobs, entropy, likeliest
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -55,10 +68,10 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = _rows_at_once(weight)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not ctx.needs_input_grad[1] else None
-        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        columns: list[tuple[Tensor, ...]] = []
         for start in range(0, len(hidden), chunk):
             products = hidden[start : start + chunk] @ weight.T
             for first in range(0, len(products), rows):
@@ -71,19 +84,19 @@ class _HeadLogprobs(torch.autograd.Function):
                 powers = shifted.exp()
                 total = powers.sum(-1, keepdim=True)
                 mean = torch.linalg.vecdot(powers, shifted)[:, None] / total
-                columns.append((chosen - total.log(), total.log() - mean, top + total.log()))
+                columns.append((chosen - total.log(), total.log() - mean, chosen >= 0, top + total.log()))
                 if slopes is not None:
                     block.copy_(powers.div_(total).mul_(-1.0).scatter_add_(-1, y, torch.ones_like(total)))
             if slopes is not None:
                 torch.mm(products, weight, out=slopes[start : start + chunk])
-        logprobs, entropy, normaliser = (torch.cat(part).squeeze(-1) for part in zip(*columns, strict=True))
+        logprobs, entropy, likeliest, normaliser = (torch.cat(part).squeeze(-1) for part in zip(*columns, strict=True))
         ctx.temperature, ctx.chunk, ctx.quick = temperature, chunk, slopes is not None
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(entropy, likeliest)
+        return logprobs, entropy, likeliest
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,11 +136,12 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 
 def _chunk_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, logits_fn: LogitsFn
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits_fn(hidden @ weight.T).float() / temperature
     normaliser = torch.logsumexp(logits, dim=-1)
-    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+    chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
     with torch.no_grad():
         logp = logits - normaliser[:, None]
         entropy = -(logp.exp() * logp).nan_to_num(0.0).sum(-1)  # at a logit of -inf p = 0, and 0 * -inf counts as 0
-    return logprobs, entropy
+        likeliest = chosen >= logits.amax(-1)
+    return chosen - normaliser, entropy, likeliest

@@ -1,26 +1,31 @@
 """Rows of different lengths without padding: joined into one long row, and separated only inside attention.
 
 Everything but attention treats each token by itself, so a padded batch computes padding tokens that nobody reads.
-transformers supports this form (positions that restart at 0) and masks it; `rlhf.cpu.attention.short_rows` computes
-attention row by row.
+transformers supports this form (positions that restart at 0): flash attention computes it row by row, and so does
+`rlhf.cpu.attention.short_rows`; SDPA masks it with a mask [N, N].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
 
-from rlhf.models.adapters import backbone
+from rlhf.models.adapters import backbone, base_model
 
 Made = TypeVar("Made")
 
-MOST_TOKENS = 2048  # in one long row: a family that makes its own mask makes it [N, N]
+Packing = Literal["auto", "on", "off"]
+BY_ROWS = "rlhf_short_rows"  # the attention of `rlhf.cpu.attention`
+FLASH = "flash_attention_2"
+MOST_TOKENS = 2048  # in one long row but for flash attention: SDPA, and a family with its own mask, make it [N, N]
 GRAIN = 32  # the long row's length is a multiple: kernels are compiled and kept per length (14 MB, SmolLM2-135M)
 HALF_GRAIN = 32  # a row's keys in half precision are a multiple: softmax of 92 takes a CPU 3 times as long as of 96
 
@@ -133,22 +138,120 @@ PACKED: ContextVar[Rows | None] = ContextVar("packed", default=None)
 
 def packed_hidden(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:
     """Compute the hidden states of the batch's N real tokens, row after row."""
-    count = int(mask.sum())
-    more = -count % GRAIN
-    if 0 < more <= mask.shape[1]:  # add a row of so many tokens, whose states are thrown away
+    with as_one_row(model, input_ids, mask) as given:
+        output = backbone(model)(**given)
+    return output.last_hidden_state[0, : int(mask.sum())]
+
+
+def padded_hidden(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
+    """Compute `packed_hidden`, and put the states where their tokens stand in the batch; 0 on padding."""
+    return apart(packed_hidden(model, input_ids, mask), mask)
+
+
+def apart(states: Float[Tensor, "N H"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
+    """Put the states of a long row where their tokens stand in the batch; 0 on padding."""
+    return states.new_zeros(*mask.shape, states.shape[-1]).index_put((mask,), states[: int(mask.sum())])
+
+
+@contextmanager
+def as_one_row(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Iterator[dict[str, Any]]:
+    """Yield a forward's arguments that hold the batch's real tokens as one long row; call the model inside the context.
+
+    The long row may end in a few tokens more, whose states are to be thrown away."""
+    more = -int(mask.sum()) % GRAIN
+    if 0 < more <= mask.shape[1]:
         mask = torch.cat([mask, torch.arange(mask.shape[1], device=mask.device)[None] < more])
         input_ids = torch.cat([input_ids, input_ids[:1]])
     positions = (mask.long().cumsum(-1) - 1)[mask]
+    given = {"input_ids": input_ids[mask][None], "position_ids": positions[None], "use_cache": False}
+    if is_flash(model):  # it would find the rows by their positions, in every layer anew
+        lengths = mask.sum(-1)
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(lengths.max())
+        yield given | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return
     half = torch.is_autocast_enabled(mask.device.type) or model.dtype.itemsize == 2
     rows = Rows.of(mask, HALF_GRAIN if half else 1)
     token = PACKED.set(rows)
     try:
-        output = backbone(model)(
-            input_ids=input_ids[mask][None], position_ids=positions[None], use_cache=False, packed_rows=rows
-        )
+        yield given | {"packed_rows": rows}
     finally:
         PACKED.reset(token)
-    return output.last_hidden_state[0, :count]
+
+
+def attention_of(model: Any) -> str:
+    """Return transformers' name of the attention that a model computes."""
+    return str(getattr(base_model(model).config, "_attn_implementation", None) or "")
+
+
+def is_flash(model: Any) -> bool:
+    """Return whether a model computes flash attention."""
+    return "flash" in attention_of(model)
+
+
+def most_tokens(model: Any) -> int:
+    """Return how many tokens one long row may have."""
+    return 2**62 if is_flash(model) else MOST_TOKENS
+
+
+def fits(model: Any, mask: Bool[Tensor, "B L"]) -> bool:
+    """Return whether a batch is worth being packed, and short enough."""
+    return not bool(mask.all()) and int(mask.sum()) <= most_tokens(model)
+
+
+def choose(model: Any, setting: Packing) -> bool:
+    """Return whether to compute a model's batches as long rows.
+
+    auto: where attention takes such a row apart; on: by SDPA with a mask, too; off: never. Always only where the model
+    computes the same (`can_pack`)."""
+    if setting == "off" or (setting == "auto" and not (is_flash(model) or attention_of(model) == BY_ROWS)):
+        return False
+    return can_pack(model)
+
+
+def prepare(model: Any, setting: Packing, dtype: torch.dtype) -> bool:
+    """Let a model compute flash attention where it can (`use_flash`); return whether to compute its batches as long
+    rows (`choose`). dtype: the precision of the run's matrix products."""
+    if setting == "off":
+        return False
+    use_flash(model, dtype)
+    with torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2):
+        return choose(model, setting)
+
+
+def use_flash(model: Any, dtype: torch.dtype) -> None:
+    """Let a model on a GPU compute flash attention instead of SDPA, if flash-attn is installed, the family has it and
+    the run computes in half precision."""
+    half_on_gpu = model.device.type == "cuda" and dtype.itemsize == 2
+    if half_on_gpu and attention_of(model) == "sdpa" and is_flash_attn_2_available():
+        with suppress(ImportError, ValueError):
+            set_attention(model, FLASH)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Let a model compute another attention, by transformers' name of it. A family with its own (Falcon) keeps that,
+    and transformers logs a warning."""
+    plain, before = base_model(model), attention_of(model)
+    plain.set_attn_implementation(name)
+    for module in plain.modules():  # `disable_dropout` may have given inner modules their own config
+        config: Any = getattr(module, "config", None)
+        if attention_of(model) == name and getattr(config, "_attn_implementation", None) == before:
+            config._attn_implementation = name
+
+
+@contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Let a model compute SDPA inside the context where it computes flash attention, which would take the padding out
+    of a batch at every token and layer."""
+    before = attention_of(model)
+    if not is_flash(model):
+        yield
+        return
+    set_attention(model, "sdpa")
+    try:
+        yield
+    finally:
+        set_attention(model, before)
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -34,7 +35,7 @@ from rlhf.errors import InputError, reason
 from rlhf.models import encoders
 from rlhf.models.adapter_check import check_same, read_adapter
 from rlhf.models.adapters import backbone, base_model, is_adapter
-from rlhf.models.loading import load_tokenizer, with_adapter
+from rlhf.models.loading import is_quantized, load_tokenizer, with_adapter
 from rlhf.models.pretrained import (
     adapter_weights,
     base_of,
@@ -101,6 +102,7 @@ def new_scalar_model(
     dtype: torch.dtype | None = None,
     lora: LoraConfig | None = None,
     labels: int = 1,
+    how: Mapping[str, Any] = MappingProxyType({}),
 ) -> PreTrainedModel | PeftModel:
     """Make a reward model to train from an SFT model or an encoder: its backbone with a new scalar head (or, of a
     process model, one of several `labels`).
@@ -108,7 +110,7 @@ def new_scalar_model(
     The head's weight is drawn from N(0, 1/sqrt(d + 1)) (Stiennon et al. 2020; 2403.17031, detail 14). It has no bias,
     since the Bradley-Terry loss depends only on differences and the normaliser shifts the scores. An adapter folder is
     continued (a copy of its LoRA weights, plus the head); `lora` starts a new adapter. An encoder keeps its family's
-    own head; weights of it that the folder lacks are drawn with the seed.
+    own head; weights of it that the folder lacks are drawn with the seed. how: as for `load_policy`.
     """
     scalar: Any
     if isinstance(model, PeftModel):
@@ -117,15 +119,21 @@ def new_scalar_model(
     held = read_adapter(adapter) if adapter else None
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # for the layers of an encoder's head before the last one, which is drawn below
+        if isinstance(model, nn.Module) and is_quantized(model):
+            raise InputError("reward model: a quantized object can get no head; pass its folder, with load_in_4bit")
         if isinstance(model, nn.Module):
             scalar = _with_scalar_head(model, labels)
         elif adapter:
             _provide_scalar_class(config_of(base_of(adapter)))
-            scalar = load_base(AutoModelForSequenceClassification, adapter, dtype, new_modules, num_labels=labels)
+            scalar = load_base(
+                AutoModelForSequenceClassification, adapter, dtype, new_modules, num_labels=labels, **how
+            )
             fit_embeddings(scalar, max(len(load_tokenizer(adapter)), saved_rows(adapter, scalar)))
         else:
             _provide_scalar_class(config_of(model))
-            scalar = from_pretrained(AutoModelForSequenceClassification, model, dtype, new_modules, num_labels=labels)
+            scalar = from_pretrained(
+                AutoModelForSequenceClassification, model, dtype, new_modules, num_labels=labels, **how
+            )
     encoders.draw_head(_last_linear(scalar), seed)
     if adapter and held:
         continued = _continued(scalar, held, adapter, seed)

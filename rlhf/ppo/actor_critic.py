@@ -52,7 +52,7 @@ class ActorCritic(nn.Module):
         self.value = value  # None: the adapter "value" on the policy's backbone, or the policy itself
         self.value_head = head
         self.packable: bool | None = None  # whether all models compute packed rows alike; None: not asked yet
-        self.packs = False  # True: rows of different lengths are computed as one long row; `rlhf.cpu.prepare` sets it
+        self.packs = False  # True: rows of different lengths are computed as one long row (`packing.choose`)
         # accelerate's FSDP2 reads a module's layer classes from this attribute
         self._no_split_modules = distributed.layer_classes([m for m in (policy, reference, value) if m is not None])
 
@@ -105,10 +105,11 @@ class ActorCritic(nn.Module):
         return [p for name, p in self.named_parameters() if p.requires_grad and _is_value(name)]
 
     def most_tokens(self, wanted: int) -> int:
-        """Return the token limit of a micro-batch: `wanted`, and for packed rows at most `packing.MOST_TOKENS`.
+        """Return the token limit of a micro-batch: `wanted`, and for packed rows at most `packing.most_tokens`.
 
         A longer micro-batch would be padded, and the plan of packed rows does not count padding."""
-        return min(wanted, packing.MOST_TOKENS) if self.packs else wanted
+        parts = [part for part in (self.policy, self.reference, self.value) if part is not None]
+        return min([wanted, *map(packing.most_tokens, parts)]) if self.packs else wanted
 
     def backward_roles(self, prepared: nn.Module) -> list[tuple[Role, ...]]:
         """Return the roles of each backward pass: one pass per model if they share no trained weights.
@@ -176,7 +177,8 @@ class ActorCritic(nn.Module):
         if distributed.is_sharded(self):
             # A forward for no role: FSDP2 takes the first module that runs for the root, and that must not be a layer.
             self(None, 1.0, ())
-        with distributed.whole(self, self.policy), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager")
+        with distributed.whole(self, self.policy), eager, packing.decoding(self.policy):
             yield
 
     def trained_adapters(self, model: PeftModel) -> list[str]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from rlhf.errors import InputError, reason
+from rlhf.models import packing
 from rlhf.models.adapters import (
     active_adapter,
     backbone,
@@ -27,7 +29,7 @@ from rlhf.models.adapters import (
     trained_tokens,
 )
 from rlhf.models.heads import head_weight
-from rlhf.models.loading import clone, disable_dropout, is_quantized, load_policy
+from rlhf.models.loading import clone, disable_dropout, held_in_4_bits, is_quantized, load_policy
 from rlhf.models.pretrained import adapter_weights
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
@@ -52,6 +54,7 @@ def models_for(
     """Build the three models from the settings; a frozen base is held in `dtype`, trained weights in float32."""
     lora = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     frozen_base = lora is not None or (isinstance(model, str | Path) and is_adapter(model))
+    how = held_in_4_bits(model, dtype, frozen_base) if args.load_in_4bit else {}
     actor_critic = build_actor_critic(
         model,
         ref_model=ref_model,
@@ -60,6 +63,7 @@ def models_for(
         lora=lora,
         dtype=dtype if frozen_base else torch.float32,
         seed=args.seed,
+        how=how,
     )
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(actor_critic)
@@ -75,20 +79,22 @@ def build_actor_critic(
     lora: LoraConfig | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    how: Mapping[str, Any] = MappingProxyType({}),
 ) -> ActorCritic:
     """Load or copy the three models.
 
     ref_model: None copies the policy. value_model: a reward model; None starts from the policy's trunk with a zero
     head. value_kind: "separate" (a model of its own), "adapter" (an adapter on the policy's backbone; needs LoRA) or
     "shared_trunk" (a zero head on the policy's own hidden states: one forward for both); None: "adapter" with LoRA,
-    else "separate". Raises InputError for combinations that cannot work.
+    else "separate". how: further arguments for loading policy and reference (`held_in_4_bits`). Raises InputError for
+    combinations that cannot work.
     """
-    policy = load_policy(model, dtype=dtype, lora=lora, seed=seed)
+    policy = load_policy(model, dtype=dtype, lora=lora, seed=seed, how=how)
     if is_quantized(policy) and (value_kind == "separate" or not isinstance(policy, PeftModel)):
         raise InputError(
             "a quantized model is trained through LoRA alone: set lora_rank, with value_model adapter or shared_trunk"
         )
-    reference = _build_reference(policy, ref_model, dtype)
+    reference = _build_reference(policy, ref_model, dtype, how)
     if value_kind == "adapter" and not isinstance(policy, PeftModel):
         raise InputError("value_model=adapter needs a LoRA policy; set lora_rank, or take separate or shared_trunk")
     shared = value_kind == "shared_trunk"
@@ -109,11 +115,13 @@ def build_actor_critic(
     return actor_critic.train()
 
 
-def _build_reference(policy: Any, ref_model: Any, dtype: torch.dtype | None) -> nn.Module | None:
+def _build_reference(
+    policy: Any, ref_model: Any, dtype: torch.dtype | None, how: Mapping[str, Any]
+) -> nn.Module | None:
     if ref_model is not None:
         if ref_model is policy:
             raise InputError("ref_model is the policy itself; leave it out, and the trainer keeps a frozen copy")
-        return load_policy(ref_model, dtype=dtype)
+        return load_policy(ref_model, dtype=dtype, how=how)
     if isinstance(policy, PeftModel):
         _copy_adapter(policy, "reference")
         return None
@@ -274,6 +282,19 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
         drop_input_hooks(plain)
 
 
+def prepare(actor_critic: ActorCritic, args: PPOConfig, dtype: torch.dtype) -> None:
+    """Choose packed rows on GPUs (on CPUs `rlhf.cpu.prepare` has chosen them), and compile, as the settings ask.
+
+    dtype: the precision of the run's matrix products."""
+    parts: list[Any] = [m for m in (actor_critic.policy, actor_critic.reference, actor_critic.value) if m is not None]
+    if args.packing == "off":
+        actor_critic.packable = actor_critic.packs = False
+    elif all(part.device.type == "cuda" for part in parts):
+        actor_critic.packable = actor_critic.packs = all(packing.prepare(m, args.packing, dtype) for m in parts)
+    if args.compile:
+        compile_layers(actor_critic)
+
+
 def compile_layers(actor_critic: ActorCritic) -> None:
     """Compile the models' layers in place (torch.compile by region, so that equal layers share their code).
 
@@ -290,14 +311,28 @@ def _adapter_contexts(model: PeftModel, trained: Sequence[str]) -> tuple[Any, An
     return nullcontext(), active_adapter(model, str(model.active_adapter), trained)
 
 
-def build_optimizer(actor_critic: ActorCritic, args: PPOConfig) -> torch.optim.Optimizer:
-    """Build AdamW with two parameter groups, policy and value model, each with its own learning rate."""
+def build_optimizer(actor_critic: ActorCritic, args: PPOConfig, arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """Build the optimizer with two parameter groups, policy and value model, each with its own learning rate.
+
+    arguments: by which transformers makes any other optimizer than AdamW, by its name."""
     groups = [
         {"params": actor_critic.policy_parameters(), "lr": args.learning_rate},
         {"params": actor_critic.value_parameters(), "lr": args.value_lr},
     ]
-    betas = (args.adam_beta1, args.adam_beta2)
-    fused = all(p.device.type in ("cpu", "cuda") for p in actor_critic.parameters())
-    return torch.optim.AdamW(
-        groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused or None
-    )
+    if args.optimizer == "adamw":
+        betas = (args.adam_beta1, args.adam_beta2)
+        fused = all(p.device.type in ("cpu", "cuda") for p in actor_critic.parameters())
+        return torch.optim.AdamW(
+            groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused or None
+        )
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    del kwargs["lr"]
+    if kwargs.get("optim_bits") == 8:  # as transformers does: an embedding's rare gradients need more bits
+        from bitsandbytes.optim import GlobalOptimManager
+
+        manager: Any = GlobalOptimManager
+        for module in actor_critic.modules():
+            if isinstance(module, nn.Embedding):
+                manager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    optimizer: torch.optim.Optimizer = cls([group | {"weight_decay": args.weight_decay} for group in groups], **kwargs)
+    return optimizer

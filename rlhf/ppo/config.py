@@ -53,6 +53,10 @@ class PPOConfig:
     count it in the log."""
     max_new_tokens: int = 128
     """Longest response, its stop token included."""
+    rollouts_ahead: int = 0
+    """0: every rollout is sampled from the weights that it trains. 1: while a rollout trains, a thread samples the next
+    one, from a copy of the trained weights (4 bytes each: of the whole policy, or of its adapter); it is one update
+    old, and importance weights correct for that."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Settings that the chat template gets wherever it is used, such as {enable_thinking: false}; they are saved with
     the tokenizer. null: those in the model's folder."""
@@ -69,6 +73,9 @@ class PPOConfig:
     """Shape of both rates' fall to 0 over the updates; constant: they stay at their peak."""
     warmup_updates: int = 0
     """Updates over which both rates rise from 0 to their peak."""
+    optimizer: str = "adamw"
+    """adamw, or one of transformers' names: adamw_8bit, paged_adamw_8bit, lion_8bit, adafactor, sgd ... (8 bits need
+    bitsandbytes)."""
     adam_beta1: float = 0.9
     """Adam's first decay rate."""
     adam_beta2: float = 0.95
@@ -106,8 +113,9 @@ class PPOConfig:
     clip_ratio: float = 0.2
     """The policy's ratio is clipped to 1 +- this."""
     importance_cap: float = 2.0
-    """Upper limit of the importance weight per token, which corrects an engine's probabilities (vLLM's) to the
-    trainer's; .inf in YAML: no limit. An engine that reports none, like the built-in one, is not corrected."""
+    """Upper limit of the importance weight per token, which corrects an engine's probabilities (vLLM's), or those of
+    older weights (rollouts_ahead), to the trainer's; .inf in YAML: no limit. The built-in engine needs no correction
+    without rollouts_ahead."""
     clip_value: float = 0.2
     """New values are clipped to the old ones +- this; .inf in YAML: no clipping."""
 
@@ -161,8 +169,16 @@ class PPOConfig:
     lora_target_modules: list[str] | None = None
     """Names of the adapted modules, as in q_proj,v_proj; null or all-linear: every linear layer of the trunk."""
 
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits while its adapters train (QLoRA: NF4, double quantization); needs a GPU and
+    bitsandbytes. What is saved is an ordinary adapter."""
+
     "Memory and speed"
 
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Compute rows of different lengths as one long row, without padding. auto: where attention takes it apart (on
+    CPUs; on GPUs where flash-attn is installed, in bfloat16); on: on GPUs by SDPA too, whose mask limits a long row to
+    2048 tokens; off: never. Only rounding differs."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, more time, the same result."""
     compile: bool = False
@@ -216,6 +232,7 @@ class PPOConfig:
             _require(name, repr(getattr(self, name)), getattr(self, name) in choices, f"one of {fine}")
         _require("pretraining_rows", self.pretraining_rows, self.pretraining_rows >= 1, "at least 1")
         _require("pretraining_length", self.pretraining_length, self.pretraining_length >= 2, "at least 2")
+        _require("rollouts_ahead", self.rollouts_ahead, self.rollouts_ahead in (0, 1), "0 or 1")
         require_divides("minibatch_size", self.minibatch_size, "rollout_size", self.rollout_size)
         _require("temperature", self.temperature, self.temperature > 0, "positive: PPO needs a distribution to sample")
         for name in ("learning_rate", "max_grad_norm", "clip_ratio", "clip_value", "adam_epsilon"):

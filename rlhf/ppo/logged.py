@@ -70,8 +70,8 @@ def rollout_metrics(
 def engine_metrics(rollout: ReadyRollout, accelerator: Accelerator, cap: float) -> dict[str, float]:
     """Measure the difference between the engine's and the trainer's probabilities, per token, over all processes.
 
-    Return the mean importance weight, the share of weights cut to `cap`, and KL(engine || trainer) in nats (k3); {}
-    if the engine reports no log-probabilities."""
+    Return the mean importance weight, the share of weights cut to `cap`, KL(engine || trainer) in nats (k3) and, with
+    rollouts_ahead, the updates between the two; {} if the engine reports no log-probabilities."""
     if rollout.engine_logprobs is None:
         return {}
     mask = rollout.trained_mask
@@ -84,6 +84,7 @@ def engine_metrics(rollout: ReadyRollout, accelerator: Accelerator, cap: float) 
         "importance_weight": weight / tokens,
         "importance_capped": capped / tokens,
         "engine_kl_nats": kl_nats / tokens,
+        **({} if rollout.staleness is None else {"rollout_staleness_updates": rollout.staleness}),
     }
 
 

@@ -23,7 +23,13 @@ from rlhf.sampling.engine import Engine, Responses
 from rlhf.scores import RewardFunction
 
 
-class State(TypedDict):
+class InHandState(TypedDict, total=False):
+    """What `rollouts_ahead: 1` adds to the state: every process's responses for the update that follows."""
+
+    ahead: list[dict[str, Any] | None]
+
+
+class State(InHandState):
     """The state that a resumed PPO run continues from, besides its log and the global random states."""
 
     trained: dict[str, Tensor]

@@ -44,6 +44,8 @@ class Rollout:
     values: Float[Tensor, "N T"]
     engine_logprobs: Float[Tensor, "N T"] | None = None
     """Log-probabilities that the engine sampled the tokens with; None if it computes exactly as the trainer does."""
+    staleness: int | None = None
+    """Updates between the weights that sampled the responses and those of this record; None without rollouts_ahead."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

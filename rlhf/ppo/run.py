@@ -1,8 +1,9 @@
 """The code around the PPO loop: resuming, SIGTERM, logs, checkpoints, rollouts kept for inspection.
 
 A checkpoint is a folder `checkpoint-<update>` with `ppo.pt` (the trainer's `state_dict`, and the global random states
-of every process) and `trainer_state.json` (the log so far, and the state of users' callbacks). It holds no rollout,
-because it is written between two updates; prompts, sampling and minibatches follow from seed and update.
+of every process) and `trainer_state.json` (the log so far, and the state of users' callbacks). It is written between
+two updates and holds no rollout but the responses that were sampled ahead (`rollouts_ahead`); prompts, sampling and
+minibatches follow from seed and update.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ def _joined(rollouts: list[ReadyRollout]) -> ReadyRollout:
     }
     tensors = {name: _stacked([getattr(rollout, name) for rollout in rollouts]) for name in (*PER_RESPONSE, *PER_TOKEN)}
     own = {name: torch.cat([rollout.own_scores[name] for rollout in rollouts]) for name in rollouts[0].own_scores}
-    return ReadyRollout(**lists, **tensors, own_scores=own, plan=plan, update=rollouts[0].update)  # type: ignore[arg-type]
+    counts = {"update": rollouts[0].update, "staleness": rollouts[0].staleness}
+    return ReadyRollout(**lists, **tensors, **counts, own_scores=own, plan=plan)  # type: ignore[arg-type]
 
 
 def _stacked(tensors: list[Tensor | None]) -> Tensor | None:

@@ -25,6 +25,7 @@ from rlhf.padding import make_batch, pad
 from rlhf.ppo import build, finite, inputs, plan, preflight
 from rlhf.ppo import math as ppo_math
 from rlhf.ppo.actor_critic import Outputs, Role
+from rlhf.ppo.ahead import Ahead
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import Clock, StepStatistics, engine_metrics, rollout_metrics, update_metrics
 from rlhf.ppo.pretraining_mix import PretrainingMix
@@ -81,8 +82,7 @@ class PPOTrainer:
         inputs.check_prompts(self.reward_funcs, self.prompts, self.eval_prompts)
         dtype = precision.compute_dtype(args.bf16)
         precision.log_choice(args.bf16)
-        # Before Accelerator, whose state transformers resets.
-        callback_args = callback_arguments(args, evaluate=bool(self.eval_prompts))
+        callback_args = callback_arguments(args, evaluate=bool(self.eval_prompts))  # resets accelerate's state
         self.accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
         self.device = self.accelerator.device
         args.check_processes(self.accelerator.num_processes)
@@ -97,19 +97,20 @@ class PPOTrainer:
         for function in self.reward_funcs:  # a reward model's adapter over the same base
             adapters.share_base(models.policy, getattr(function, "model", None))
         cpu.prepare(models)
-        if args.compile:
-            build.compile_layers(models)
+        build.prepare(models, args, dtype)
         preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
         self.stop_ids = model_stop_ids(models.policy, tokenizer)
-        self.module, self.optimizer = self.accelerator.prepare(models, build.build_optimizer(models, args))
+        optimizer = build.build_optimizer(models, args, callback_args)
+        self.module, self.optimizer = self.accelerator.prepare(models, optimizer)
         self.pad_id = chat.pad_id(tokenizer)
-        builtin = TransformersEngine(models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
-        self.engine = engine or builtin
+        builtin = (models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
+        self.engine = engine or TransformersEngine(*builtin)
         if isinstance(self.engine, Follower):
             self.engine.follow(models.policy, self.stop_ids)
         self.pretraining = PretrainingMix(args, tokenizer, models, self.accelerator)
         self.kl_coef, self.moments, self.clock, self.update_index = args.kl_coef, scores.RunningMoments(), Clock(), 0
         self.draws = plan.Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
+        self.ahead = Ahead(self)
         self.loop = CallbackLoop(
             args, callback_args, models.policy, tokenizer, self.optimizer, callbacks, self.accelerator
         )
@@ -129,8 +130,7 @@ class PPOTrainer:
                     with run.kept_on_failure():
                         scored = self.score(rollout)
                     ready = self.advantages(scored)
-                    metrics = self.update(ready)
-                    run.updated(ready, metrics)
+                    run.updated(ready, self.update(ready))
             return run.metrics
         finally:
             cpu.restore(self.actor_critic)  # the user's model object is a plain one again
@@ -152,7 +152,7 @@ class PPOTrainer:
         """
         prompt_ids = [chat.encode_prompt(self.processing_class, p.messages, p.columns) for p in prompts]
         with self.clock("generate"):
-            responses = self.generate(prompt_ids, self.draws.sampling(self.update_index, len(prompt_ids), self.device))
+            responses, staleness = self.ahead.responses(prompt_ids)
         with self.clock("logprobs"):
             _, mask = pad(responses.ids, 0)
             micro_batches = self.plan([len(p) + len(r) for p, r in zip(prompt_ids, responses.ids, strict=True)])
@@ -177,6 +177,7 @@ class PPOTrainer:
             entropy=columns.entropy,
             values=columns.values,
             engine_logprobs=responses.padded_logprobs(),
+            staleness=staleness,
         )
         finite.stop_on(finite.broken_number(rollout), self.update_index + 1)
         return rollout
@@ -289,24 +290,23 @@ class PPOTrainer:
 
     def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses:
         """Sample the policy's responses with the engine."""
-        models, tokenizer = self.actor_critic, self.processing_class
-        explained = finite.sampling_explained(models, prompt_ids, tokenizer, self.update_index + 1)
+        self.ahead.wait()
+        models = self.actor_critic
+        explained = finite.sampling_explained(models, prompt_ids, self.processing_class, self.update_index + 1)
         with explained, self.accelerator.autocast(), models.sampling():
             return self.engine.generate(prompt_ids, self.args.max_new_tokens, self.args.temperature, generator)
 
     def plan(self, lengths: Sequence[int], inner_epoch: int = 0) -> Plan:
         """Divide rows into an inner epoch's minibatches and micro-batches; lengths: their prompt + response tokens."""
         args, models = self.args, self.actor_critic
-        generator = self.draws.plan(self.update_index, inner_epoch)
+        generator, process = self.draws.plan(self.update_index, inner_epoch), (self.draws.process, self.draws.processes)
         tokens, launch = models.most_tokens(args.tokens_per_microbatch), plan.launch_tokens(self.device)
-        process = (self.draws.process, self.draws.processes)
         cut = plan.plan_minibatches(lengths, args.minibatch_size, tokens, generator, *process, launch, not models.packs)
         return distributed.even_plan(cut, self.module)
 
     def outputs(self, rollout: Rollout, rows: list[int], roles: Sequence[Role] = ("policy", "value")) -> Outputs:
         """Run the models in `roles` on some rows of a rollout, with gradients."""
-        batch = rollout.batch(rows, self.pad_id, self.device)
-        outputs: Outputs = self.module(batch, self.args.temperature, roles)
+        outputs: Outputs = self.module(rollout.batch(rows, self.pad_id, self.device), self.args.temperature, roles)
         return outputs
 
     def evaluate(self) -> dict[str, float]:
@@ -338,6 +338,7 @@ class PPOTrainer:
             "kl_coef": self.kl_coef,
             "moments": asdict(self.moments),
             "update_index": self.update_index,
+            **self.ahead.state(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -345,5 +346,5 @@ class PPOTrainer:
         self.actor_critic.load_trained_state(state["trained"])
         distributed.load_optimizer_state(self.optimizer, state["optimizer"])
         self.kl_coef = state["kl_coef"]
-        self.moments = scores.RunningMoments(**state["moments"])
-        self.update_index = state["update_index"]
+        self.moments, self.update_index = scores.RunningMoments(**state["moments"]), state["update_index"]
+        self.ahead.load(state)

@@ -90,6 +90,11 @@ def shards(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def spreads(accelerator: Accelerator) -> bool:
+    """Return whether the weights are cut over processes, so that only a forward of the whole model sees them."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def configure(accelerator: Accelerator) -> None:
     """Raise InputError for DeepSpeed and FSDP settings that would make PPO wrong; keep the module's outputs in float32.
 

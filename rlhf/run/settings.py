@@ -23,6 +23,16 @@ TRACKERS = {
     "flyte": ("flytekit",), "azure_ml": ("azureml",), "kubeflow": (),
 }  # fmt: skip
 """transformers' names of trackers -> packages, of which one must be installed."""
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"), ""),
+    **dict.fromkeys((
+        "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "ademamix", "ademamix_8bit",
+        "paged_ademamix_32bit", "paged_ademamix_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit",
+        "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    ), "bitsandbytes"),
+    **dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "torchao"),
+}  # fmt: skip
+"""transformers' names of optimizers, and ours of its default -> the package that they need."""
 INSTALLED_AS = {"comet_ml": "comet-ml", "flyte": "flytekit", "azure_ml": "azureml-sdk"}
 _NAME = re.compile(r"[\w.\-]+")
 _MEANT = {
@@ -46,6 +56,8 @@ def settle(config: Any) -> None:
             value = trackers(value)
         if name == "lora_target_modules":
             value = layer_names(value)
+        if name == "optimizer":
+            check_optimizer(value)
         object.__setattr__(config, name, value)
 
 
@@ -69,6 +81,15 @@ def trackers(names: list[str] | None) -> list[str] | None:
             install = f"pip install {INSTALLED_AS.get(name, packages[0])}"
             raise InputError(f"report_to: {name} is not installed; {install}, or leave it out (metrics.jsonl stays)")
     return names
+
+
+def check_optimizer(name: str) -> None:
+    """Raise InputError for an optimizer that is unknown here, or whose package is not installed."""
+    if name not in OPTIMIZERS:
+        unknown(name, OPTIMIZERS, "optimizer", "optimizer")
+    package = OPTIMIZERS[name]
+    if package and importlib.util.find_spec(package) is None:
+        raise InputError(f"optimizer: {name} needs {package}, which is not installed; pip install {package}")
 
 
 def layer_names(names: list[str] | None) -> list[str] | None:

@@ -31,6 +31,7 @@ _RENAMED = {
     "epochs": "num_train_epochs",
     "lr_schedule": "lr_scheduler_type",
     "warmup_fraction": "warmup_steps",
+    "optimizer": "optim",
 }
 
 
@@ -58,6 +59,8 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
     values |= {new: getattr(config, name) for name, new in _RENAMED.items() if hasattr(config, name)}
     if hasattr(config, "batch_size"):
         values |= batch_arithmetic(config.batch_size, getattr(config, "microbatch_size", None))
+    if values.get("optim") == "adamw":
+        del values["optim"]  # transformers' default: AdamW, fused
     if "save_steps" in values:
         values["save_strategy"] = "steps" if values["save_steps"] else "no"
         values["save_steps"] = values["save_steps"] or 500

@@ -17,7 +17,7 @@ from rlhf.errors import InputError
 from rlhf.models.adapters import base_model
 from rlhf.models.positions import check_responses
 from rlhf.padding import pad
-from rlhf.sampling.draw import row_numbers, sample
+from rlhf.sampling.draw import drawn_logprobs, row_numbers, sample
 from rlhf.sampling.engine import Responses, row_seeds
 from rlhf.sampling.generate import generate_agrees, generate_alike, most_apart, total_variation
 
@@ -32,6 +32,9 @@ class TransformersEngine:
     from the distribution that the trainer scores. The first call checks that the loop works for the model's
     family (`can_decode`). If not, transformers' `generate` samples (`rlhf.sampling.generate`); if that differs from the
     model's own logits too, the call raises InputError.
+
+    reports_logprobs: report what each token was drawn with, as a run with `rollouts_ahead` needs. `generate` reports
+    none.
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], pad_id: int, rows_per_batch: int = 256):
@@ -41,6 +44,7 @@ class TransformersEngine:
         self.rows_per_batch = rows_per_batch
         # Reading which rows have finished makes the CPU wait for a GPU, so there rows leave only every 8 steps.
         self.check_every = 1 if model.device.type == "cpu" else 8
+        self.reports_logprobs = False
         self._own_loop: bool | None = None  # not yet known
 
     @contextmanager
@@ -60,6 +64,7 @@ class TransformersEngine:
         check_responses(self.model, prompt_ids, max_new_tokens)
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
         ids: list[list[int]] = [[] for _ in prompt_ids]
+        logprobs: list[list[float]] = [[] for _ in prompt_ids]
         training = self.model.training
         self.model.eval()  # in train mode, gradient checkpointing would switch the cache off
         try:
@@ -74,15 +79,17 @@ class TransformersEngine:
             for start in range(0, len(order), self.rows_per_batch):
                 rows = order[start : start + self.rows_per_batch]
                 batch = self._decode([prompt_ids[i] for i in rows], max_new_tokens, temperature, numbers[rows])
-                for row, response in zip(rows, batch, strict=True):
-                    ids[row] = response
+                for row, response, drawn in zip(rows, *batch, strict=True):
+                    ids[row], logprobs[row] = response, drawn
         finally:
             self.model.train(training)
-        return Responses(ids, [response[-1] in self.stop_ids for response in ids])
+        reported = logprobs if self.reports_logprobs and self._own_loop else None
+        return Responses(ids, [response[-1] in self.stop_ids for response in ids], reported)
 
     def _decode(
         self, prompts: list[list[int]], max_new_tokens: int, temperature: float, numbers: Float[Tensor, "B T"]
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return each prompt's response, and its tokens' log-probabilities (empty unless `reports_logprobs`)."""
         device = self.model.device
         input_ids, mask = pad(prompts, self.pad_id, device, side="left")
         stop = torch.tensor(self.stop_ids, device=device)
@@ -92,10 +99,13 @@ class TransformersEngine:
         alive = torch.arange(len(prompts), device=device)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         written = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.long, device=device)
+        drawn = torch.zeros(len(prompts), max_new_tokens if self.reports_logprobs else 0, device=device)
         for step in range(max_new_tokens):
             logits = next_logits(self.model, input_ids, attention, positions, cache)
             token = sample(logits, temperature, numbers[alive, step])
             written[alive, step] = torch.where(done, -1, token)
+            if self.reports_logprobs:
+                drawn[alive, step] = drawn_logprobs(logits, temperature, token)
             done = done | torch.isin(token, stop)
             if (step + 1) % self.check_every == 0:
                 keep = (~done).nonzero().squeeze(-1)
@@ -108,7 +118,8 @@ class TransformersEngine:
             attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
             positions = positions[:, -1:] + 1
             input_ids = token[:, None]
-        return [[t for t in row if t >= 0] for row in written.tolist()]
+        ids = [[t for t in row if t >= 0] for row in written.tolist()]
+        return ids, [row[: len(response)] for row, response in zip(drawn.tolist(), ids, strict=True)]
 
 
 def next_logits(

@@ -29,6 +29,14 @@ def sample(logits: Float[Tensor, "B V"], temperature: float, numbers: Float[Tens
     return draw(scaled.softmax(-1, dtype=torch.float32), numbers)  # softmax casts itself, without an extra pass
 
 
+def drawn_logprobs(logits: Float[Tensor, "B V"], temperature: float, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Return the log-probabilities, in nats, with which `sample` has drawn these tokens; 0 at temperature 0."""
+    if temperature == 0:
+        return torch.zeros_like(logits[:, 0], dtype=torch.float32)
+    scaled = logits.float() / temperature
+    return scaled.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+
 def draw(probabilities: Float[Tensor, "B V"], numbers: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
     """Draw one index per row according to its probabilities: the first whose cumulative probability exceeds the row's
     number. A `TorchFunctionMode` sees the call, as of multinomial."""

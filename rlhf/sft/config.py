@@ -47,6 +47,9 @@ class SFTConfig:
     at all."""
     warmup_fraction: float = 0.0
     """Share of the optimizer steps in which the learning rate rises linearly from 0."""
+    optimizer: str = "adamw"
+    """adamw, or one of transformers' names: adamw_8bit, paged_adamw_8bit, lion_8bit, adafactor, sgd ... (8 bits need
+    bitsandbytes)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -66,8 +69,16 @@ class SFTConfig:
     """Names of the layers that get LoRA weights, as in q_proj,v_proj; null or all-linear: every linear one but the
     head."""
 
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits while its adapter trains (QLoRA: NF4, double quantization); needs a GPU and
+    bitsandbytes. What is saved is an ordinary adapter."""
+
     "Memory and speed"
 
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Compute rows of different lengths as one long row, without padding. auto: where attention takes it apart (on
+    CPUs; on GPUs where flash-attn is installed, in bfloat16); on: on GPUs by SDPA too, for batches of up to 2048
+    tokens; off: never. Only rounding differs (and what dropout draws)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about 20% slower."""
     bf16: bool | None = None

@@ -15,7 +15,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapter_check import check_config
 from rlhf.models.adapters import base_model, is_adapter, lora_config
-from rlhf.models.loading import load_policy
+from rlhf.models.loading import held_in_4_bits, load_policy
 from rlhf.models.pretrained import fit_embeddings
 from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
@@ -39,7 +39,9 @@ def prepare_model(
     if adapter is not None:
         check_config(adapter, "peft_config")
     frozen_base = adapter is not None or (isinstance(model, str | Path) and is_adapter(model))
-    policy = load_policy(model, dtype=compute_dtype(config.bf16) if frozen_base else torch.float32)
+    dtype = compute_dtype(config.bf16) if frozen_base else torch.float32
+    how = held_in_4_bits(model, dtype, frozen_base) if config.load_in_4bit else {}
+    policy = load_policy(model, dtype=dtype, how=how)
     if isinstance(policy, PeftModel) and adapter is not None:
         raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
     if config.dropout is not None:

@@ -24,8 +24,9 @@ from transformers.trainer_utils import TrainOutput
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
+from rlhf.models import packing
 from rlhf.models.adapters import base_model, drop_input_hooks, train_in_float32
-from rlhf.models.loading import tokenizer_of
+from rlhf.models.loading import tokenizer_of, trained_weights_kept
 from rlhf.models.positions import positions_of
 from rlhf.padding import IGNORED
 from rlhf.rows.records import HELD_OUT, Demonstration, check_disjoint, read_demonstrations
@@ -34,10 +35,11 @@ from rlhf.run import distributed
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
-from rlhf.run.precision import log_choice
+from rlhf.run.precision import compute_dtype, log_choice
 from rlhf.run.trl_arguments import training_arguments, with_learning_rate
 from rlhf.sft.config import SFTConfig
 from rlhf.sft.data import Collator, encode_demonstrations, is_accepted
+from rlhf.sft.forward import agrees, by_position, forward_of
 from rlhf.sft.model import prepare_model, show_bias
 from rlhf.sft.preflight import check_sft
 
@@ -96,21 +98,28 @@ class SFTTrainer(trl.SFTTrainer):
         # preflight compares a few with the encoded rows
         self.first_demonstrations = [row for row in train[:64] if is_accepted(tokenizer, row)]
         self._forward: dict[str, Any] = {}
+        self._packs = False  # while it trains, perhaps
         self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}  # per micro-batch since the last log
-        super().__init__(
-            model=model,
-            args=trl_arguments(config, evaluate=held_out is not None),
-            data_collator=Collator(chat.pad_id(tokenizer)),
-            train_dataset=self._encoded(train, "train_dataset"),
-            eval_dataset=None if held_out is None else self._encoded(held_out, "eval_dataset"),
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
+        with trained_weights_kept(model):
+            super().__init__(
+                model=model,
+                args=trl_arguments(config, evaluate=held_out is not None),
+                data_collator=Collator(chat.pad_id(tokenizer)),
+                train_dataset=self._encoded(train, "train_dataset"),
+                eval_dataset=None if held_out is None else self._encoded(held_out, "eval_dataset"),
+                processing_class=tokenizer,
+                peft_config=peft_config,
+                callbacks=callbacks,
+            )
         self._uninstall_forward()
         if peft_config is not None:
             train_in_float32(cast(nn.Module, self.model))
-        show_bias(self._base.get_output_embeddings())
+        with self.accelerator.autocast():
+            ours = not (distributed.spreads(self.accelerator) or self.aux_loss_enabled) and agrees(self.model)
+        if not ours:  # then trl's own forward computes the loss
+            show_bias(self._base.get_output_embeddings())
+        else:
+            self._forward = {"forward": forward_of(self._base, lambda: self._packs)}
         attach(self, "sft", ("loss", "eval_loss", "token_accuracy"), config.output_dir)
         settings = {**resume_settings(config, SFTConfig), **given}
         self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)
@@ -125,8 +134,11 @@ class SFTTrainer(trl.SFTTrainer):
             if checkpoint is None:
                 check_sft(self)
             self._sums["train"].clear()
-            with self._trl_forward():
+            with self._babysitter.fast() as whole, self._trl_forward():
+                dtype = compute_dtype(self.config.bf16)
+                self._packs = whole and packing.prepare(self.model, self.config.packing, dtype)
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        self._packs = False
         drop_input_hooks(cast(nn.Module, self.model))
         return output
 
@@ -176,16 +188,13 @@ class SFTTrainer(trl.SFTTrainer):
         self._sums["train" if model.training else "eval"].append(torch.stack(sums))
         loss = result[0] if isinstance(result, tuple) else result
         if model.training and not bool(loss.isfinite()):
-            raise RunStopped(self._broken(model, inputs, loss.item()))
+            raise RunStopped(self._broken(caught[0], inputs, loss.item()))
         return result
 
-    @torch.no_grad()
-    def _broken(self, model: nn.Module, inputs: dict[str, Tensor], loss: float) -> str:
+    def _broken(self, outputs: Any, inputs: dict[str, Tensor], loss: float) -> str:
         """Write the error, one line, for a loss that is NaN or infinite: it names the demonstration and the token."""
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
         targets = inputs["labels"][:, 1:]
-        logprobs = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-        bad = (~logprobs.isfinite() & (targets != IGNORED)).nonzero().tolist()
+        bad = (~by_position(outputs).isfinite() & (targets != IGNORED)).nonzero().tolist()
         where = "in no single token: it overflows in the sum"
         if bad:
             row, token = bad[0]

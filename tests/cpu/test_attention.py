@@ -272,7 +272,7 @@ def test_a_family_says_the_same_and_learns_the_same(monkeypatch, name):
     plain = new_model(name)
     model, chosen = copy.deepcopy(plain), plain.config._attn_implementation
     use_short_rows(model)
-    short = model.config._attn_implementation == attention.NAME
+    short = model.config._attn_implementation == attention.BY_ROWS
     assert short == (name not in OWN)
     assert chosen == "sdpa" or not short
     assert plain.config._attn_implementation == chosen, "a copy's choice is not the original's"
@@ -306,7 +306,7 @@ def test_the_families_layers_really_take_the_short_way(monkeypatch):
 def test_under_an_adapter_and_for_nobody():
     model: Any = load_policy(new_model("llama"), lora=lora_config(2, 4.0))
     use_short_rows(model)
-    assert model.get_base_model().config._attn_implementation == attention.NAME
+    assert model.get_base_model().config._attn_implementation == attention.BY_ROWS
     use_short_rows(None)
     eager = AutoModelForCausalLM.from_config(new_model("llama").config, attn_implementation="eager")
     use_short_rows(eager)
@@ -331,7 +331,7 @@ def test_what_is_saved_does_not_know(tmp_path):
         use_short_rows(model)
         model.save_pretrained(tmp_path / name)
         for file in (tmp_path / name).glob("*.json"):
-            assert attention.NAME not in file.read_text()
+            assert attention.BY_ROWS not in file.read_text()
             assert "attn_implementation" not in json.dumps(json.loads(file.read_text()))
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
         assert loaded.config._attn_implementation == "sdpa"

@@ -364,3 +364,82 @@ def test_in_half_precision_rows_have_places_for_a_multiple_of_32_keys(dtype, exp
         alone = torch.cat([model.model(input_ids=ids[i : i + 1, :n]).last_hidden_state[0] for i, n in ((0, 9), (1, 4))])
     assert seen == [expected]
     np.testing.assert_allclose(packed.float(), alone.float(), atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+# -- transformers' own attention -----------------------------------------------------------------------------
+
+
+def packed_and_padded(model: Any, device: str) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Return hidden states of real tokens and gradients, packed and padded."""
+    lengths = torch.tensor([[9], [4], [17], [1]])
+    mask = (torch.arange(17) < lengths).to(device)
+    ids = torch.randint(5, 100, (4, 17), generator=torch.Generator().manual_seed(0)).to(device)
+    found = []
+    for packs in (True, False):
+        model.zero_grad()
+        if packs:
+            states = packing.padded_hidden(model, ids, mask)
+        else:
+            states = backbone(model)(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        real = states[mask].float()
+        (real * numbers(*real.shape, seed=4).to(device)).sum().backward()
+        found.append((real.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    return found
+
+
+def assert_alike(found: list[tuple[torch.Tensor, dict[str, torch.Tensor]]], tolerance: float) -> None:
+    (packed, grads), (padded, expected) = found
+    assert float((packed - padded).abs().max()) <= tolerance * float(padded.abs().max())
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert float((grads[name] - grad).abs().max()) <= tolerance * float(grad.abs().max()) + 1e-6, name
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox", "stablelm"])
+def test_by_transformers_own_mask(name):
+    """SDPA masks a long row by its positions, sliding windows too."""
+    model = new_model(name).eval()
+    assert packing.attention_of(model) == "sdpa"
+    assert [packing.choose(model, setting) for setting in ("auto", "on", "off")] == [False, True, False]
+    assert_alike(packed_and_padded(model, "cpu"), 1e-5)
+
+
+def test_what_packing_chooses():
+    model = own_attention(new_model("llama"))
+    assert [packing.choose(model, setting) for setting in ("auto", "on", "off")] == [True, True, False]
+    assert packing.most_tokens(model) == packing.MOST_TOKENS
+    model.set_attn_implementation = lambda name: setattr(model.config, "_attn_implementation", name)  # it needs no GPU
+    packing.set_attention(model, packing.FLASH)
+    assert packing.is_flash(model)
+    assert packing.most_tokens(model) > 10**9
+    with packing.decoding(model):
+        assert packing.attention_of(model) == "sdpa"
+    assert packing.attention_of(model) == "flash_attention_2"
+
+
+def test_flash_attention_gets_the_rows_ends(monkeypatch):
+    """transformers would find them by the positions, in every layer anew; SDPA, which masks, needs the same result."""
+    model = new_model("llama")
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    monkeypatch.setattr(packing, "is_flash", lambda model: True)
+    with packing.as_one_row(model, torch.tensor([[5, 6, 7], [8, 0, 0]]), mask) as given:
+        assert given["input_ids"].tolist() == [[5, 6, 7, 8]]
+        assert given["position_ids"].tolist() == [[0, 1, 2, 0]]
+        assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, 3, 4]
+        assert given["cu_seq_lens_q"].dtype == torch.int32
+        assert given["max_length_q"] == given["max_length_k"] == 3
+        assert "packed_rows" not in given
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_packed_rows_on_a_gpu(attention):
+    model = new_model("llama").cuda().eval()
+    dtype = torch.float32 if attention == "sdpa" else torch.bfloat16
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    chosen = packing.prepare(model, "on", dtype)
+    assert packing.attention_of(model) == attention
+    with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+        assert chosen
+        assert_alike(packed_and_padded(model, "cuda"), 1e-4 if dtype == torch.float32 else 0.05)

@@ -12,11 +12,15 @@ from reference.tiny_chain import shake
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from reward_models import RewardConfig, RewardModel, RewardTrainer
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
+from rlhf.models.loading import held_in_4_bits, is_quantized, load_policy
+from rlhf.models.loading import in_4_bits as four_bits
 from rlhf.padding import make_batch
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sampling.decode import TransformersEngine
+from rlhf.sft.trainer import SFTConfig, SFTTrainer
 
 bnb = pytest.importorskip("bitsandbytes")
 ROWS = [{"prompt": f"Count to {word}"} for word in ("one", "two", "three", "four")]
@@ -113,3 +117,86 @@ def test_what_cannot_be_trained_is_refused(base):
         prepared_models(in_4_bits(base))
     with pytest.raises(InputError, match="quantized model is trained through LoRA alone"):
         prepared_models(in_4_bits(base), lora=lora_config(2, 4.0), value_kind="separate")
+
+
+# -- by the setting load_in_4bit ---------------------------------------------------------------------------
+
+
+def test_the_setting_is_refused_in_one_line_where_it_cannot_be(base, monkeypatch):
+    ask = lambda model=base, adapted=True: held_in_4_bits(model, torch.float32, adapted)  # noqa: E731
+    with pytest.raises(InputError, match="set lora_rank to train an adapter over them"):
+        ask(adapted=False)
+    with pytest.raises(InputError, match="the model is loaded already; pass its folder"):
+        ask(AutoModelForCausalLM.from_pretrained(base))
+    assert ask(in_4_bits(base)) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="there is no GPU here"):
+        ask()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"bitsandbytes is not installed; pip install 'rlhf-recipes\[qlora\]'"):
+        ask()
+    for config, trainer in ((SFTConfig, SFTTrainer), (RewardConfig, RewardTrainer)):
+        args = config(output_dir=str(base.parent / "run"), load_in_4bit=True)
+        with pytest.raises(InputError, match="load_in_4bit"):
+            trainer(str(base), args, train_dataset=RANKINGS if trainer is RewardTrainer else DEMONSTRATIONS)
+    with pytest.raises(InputError, match="load_in_4bit"):
+        PPOTrainer(str(base), lambda completions, **_: [0.0], PPOConfig(load_in_4bit=True), ROWS)
+
+
+RANKINGS = [{"prompt": f"Count to {i}", "responses": ["one", "two, three"], "ranks": [1, 2]} for i in range(4)]
+DEMONSTRATIONS = [{"prompt": f"Count to {i}", "completion": "one, two"} for i in range(4)]
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Let the setting load on a CPU, where bitsandbytes computes slowly, and rightly."""
+
+    def held(model, dtype, adapted):
+        return {"quantization_config": four_bits(dtype, "cpu")["quantization_config"]}
+
+    for module in ("rlhf.sft.model", "reward_models.model", "rlhf.ppo.build"):
+        monkeypatch.setattr(f"{module}.held_in_4_bits", held)
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_supervised_trainers_train_an_adapter_over_4_bits(base, tmp_path, on_cpu):
+    """What is saved loads over the plain base; an adapter that is continued starts as it was saved, unrounded."""
+    common = {"microbatch_size": 2, "epochs": 1, "bf16": False, "load_in_4bit": True, "learning_rate": 1e-3}
+    args = SFTConfig(output_dir=str(tmp_path / "sft"), lora_rank=2, batch_size=2, **common)
+    sft = SFTTrainer(str(base), args, DEMONSTRATIONS)
+    before = trained(sft.model)
+    sft.train()
+    assert is_quantized(sft.model)
+    assert sum(not torch.equal(value, before[name]) for name, value in trained(sft.model).items()) > 7
+    assert {value.dtype for value in before.values()} == {torch.float32}
+    sft.save_model(str(tmp_path / "sft"))
+    plain = load_policy(tmp_path / "sft")
+    assert not is_quantized(plain)
+    saved = {name: value for name, value in trained(plain).items() if "lora_" in name}
+    args = RewardConfig(output_dir=str(tmp_path / "rm"), prompts_per_batch=2, **common)
+    rm = RewardTrainer(str(tmp_path / "sft"), args, train_dataset=RANKINGS)
+    start = trained(rm.model)
+    assert is_quantized(rm.model)
+    mine = {name.removeprefix("base_model.model."): value for name, value in start.items() if "lora_" in name}
+    theirs = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    rm.train()
+    head = next(name for name in start if "score" in name)
+    assert not torch.equal(trained(rm.model)[head], start[head])
+    rm.save_model(str(tmp_path / "rm"))
+    assert len(RewardModel.load(tmp_path / "rm")(["Count"], ["one"])) == 1
+
+
+def test_ppo_holds_its_base_in_4_bits(base, tmp_path, on_cpu, tiny_tokenizer):
+    args = PPOConfig(
+        output_dir=str(tmp_path / "ppo"), updates=1, rollout_size=4, minibatch_size=2, inner_epochs=1, max_new_tokens=6,
+        bf16=False, lora_rank=2, load_in_4bit=True, rollouts_ahead=1,
+    )  # fmt: skip
+    trainer = PPOTrainer(str(base), lambda completions, **_: [float(len(c)) for c in completions], args, ROWS,
+                         processing_class=tiny_tokenizer)  # fmt: skip
+    assert is_quantized(trainer.actor_critic.policy)
+    assert trainer.actor_critic.reference is None
+    assert trainer.train()["policy_grad_norm"] > 0

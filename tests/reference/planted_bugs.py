@@ -167,8 +167,8 @@ PLANTS = (
         bug="another temperature for the new log-probs",
         shipped="OpenRLHF#853, trl#3169",
         file="rlhf/ppo/trainer.py",
-        old="self.module(batch, self.args.temperature, roles)",
-        new="self.module(batch, 1.0, roles)",
+        old="self.device), self.args.temperature, roles)",
+        new="self.device), 1.0, roles)",
         test="tests/ppo/test_trainer.py::test_step_0_is_exact",
     ),
     Plant(

@@ -168,7 +168,7 @@ def test_a_frozen_trunk_is_bfloat16_where_it_is_asked_for_and_what_is_trained_fl
     talk = [{"role": "user", "content": "Say one"}, {"role": "assistant", "content": "The one."}]
     whole = RewardModel.load(tmp_path / "rm")
     spread = float(whole.score([talk])) - float(loaded.score([talk]))
-    assert abs(spread) < 0.1
+    assert abs(spread) < 0.2
     assert torch.equal(  # the head is not rounded
         loaded.model.get_base_model().score.modules_to_save["default"].weight,
         whole.model.get_base_model().score.modules_to_save["default"].weight,

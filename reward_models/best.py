@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rlhf.run import distributed
 
 BEST_FILE = "best.safetensors"
 
@@ -44,10 +45,7 @@ class KeepBest(TrainerCallback):
 
     def load_into(self, model: nn.Module) -> None:
         """Load the best weights into the model, in place."""
-        saved, named = load_file(self.path), dict(model.named_parameters())
-        with torch.no_grad():
-            for name, weight in saved.items():
-                named[name].copy_(weight)
+        distributed.load_trained(model, load_file(self.path))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,14 +59,23 @@ class KeepBest(TrainerCallback):
             self.keep(kwargs["model"], state, loss)
 
     def keep(self, model: nn.Module, state: TrainerState, loss: float) -> None:
-        """Write the weights that are trained, where their loss (or what else is to be small) is the lowest so far."""
-        best = self.read()
-        if not state.is_world_process_zero or (best is not None and best.eval_loss <= loss):
+        """Write the weights that are trained, where their loss (or what else is to be small) is the lowest so far.
+
+        Called by every process: the parts of a sharded model are gathered."""
+        best = self.read() if state.is_world_process_zero else None
+        lowest = state.is_world_process_zero and (best is None or loss < best.eval_loss)
+        if not lowest and not distributed.is_sharded(model):
+            return
+        trained = distributed.trained(model)
+        if not lowest:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        trained = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
         writing = self.path.with_name(f".{BEST_FILE}.tmp")
-        save_file(trained, writing, metadata={"step": str(state.global_step), "eval_loss": repr(float(loss))})
+        save_file(
+            {name: weight.contiguous() for name, weight in trained.items()},
+            writing,
+            metadata={"step": str(state.global_step), "eval_loss": repr(float(loss))},
+        )
         with writing.open("rb") as file:
             os.fsync(file.fileno())
         writing.replace(self.path)

@@ -131,13 +131,12 @@ class RewardTrainer(trl.RewardTrainer):
                 callbacks=callbacks,
             )
         reward_model.config.num_labels = config.labels
+        distributed.configure_trainer(self.accelerator, self.model)
         attach(self, "reward model", self.SHOWN, config.output_dir)
         settings = {**resume_settings(config, self.CONFIG), **given}
         self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)
         self._keeper = KeepBest(config.output_dir)
         if config.keep_best:
-            if distributed.shards(self.accelerator):
-                raise InputError("keep_best: not where FSDP2 shards the model; turn it off")
             self.add_callback(self._keeper)
 
     def read(self, source: Source, split: str) -> list[Any]:
@@ -243,8 +242,7 @@ class RewardTrainer(trl.RewardTrainer):
         """Train, take the best weights (`keep_best`), then measure the normaliser; `resume_from_checkpoint=True`
         resumes from the newest complete checkpoint, if there is one."""
         with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
-            if checkpoint is None:
-                check_reward_model(self)
+            self._babysitter.check(check_reward_model)
             self._seen.clear()
             with self._babysitter.fast() as whole:
                 self._packs = whole and packs_rows(self.model, self.config.packing, compute_dtype(self.config.bf16))
@@ -271,6 +269,7 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> dict[str, float]:
         """Return `eval_loss` (mean over prompts), `eval_accuracy` and `eval_margin` (means over all pairs),
         `eval_pairs` and `eval_prompts`, on the trainer's eval_dataset or on any source that `read_rankings` reads."""
+        distributed.require_trained(self.accelerator, self.model_wrapped)
         encoded = isinstance(eval_dataset, Dataset) and self.ENCODED in eval_dataset.column_names
         if eval_dataset is not None and not encoded:
             eval_dataset = self.encoded(encoding.sample(self.read(eval_dataset, HELD_OUT), self.config), "eval_dataset")

@@ -21,6 +21,11 @@ _SECRETS = (
     re.compile(rf"(\s--(?:[\w.-]{{0,40}}[_.-])?{_KEY}[=\s])\S+", re.IGNORECASE),
 )
 
+_LEFT = re.compile(
+    r"connection (was )?(closed|reset) by (the )?peer|remote process exited|clients joined", re.IGNORECASE
+)
+"""What gloo, NCCL and torch's store say of a process that is no longer there."""
+
 
 def visible(text: str) -> str:
     """Return a text with its control characters escaped, but for tabs and line breaks.
@@ -94,7 +99,8 @@ def reason(error: BaseException, limit: int = 160) -> str:
 def run(main: Callable[[list[str]], Any]) -> None:
     """Call ``main`` with the command-line arguments.
 
-    InputError becomes one line on stderr and exit code 2; RunStopped and a full disk, one line and exit code 1."""
+    InputError becomes one line on stderr and exit code 2; RunStopped and a full disk, one line and exit code 1; so does
+    the end of another process of the same run, whose own line is the one to read."""
     try:
         try:
             main(sys.argv[1:])
@@ -121,9 +127,20 @@ def run(main: Callable[[list[str]], Any]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not _another_ended(error):
+            raise
+        time.sleep(5)  # usually the launcher, which has seen the one that failed, ends this one meanwhile
+        print("stopped: another process of this run has ended; its own line says why", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _another_ended(error: Exception) -> bool:
+    """Return whether an error is what a process gets to see of another one that has left the run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and bool(_LEFT.search(str(error)))
 
 
 def _reader_gone() -> bool:

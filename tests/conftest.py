@@ -27,6 +27,7 @@ TOGETHER = {
     "recipes/test_processes.py": "processes",
     "test_docs.py": "docs",
     "run/test_distributed.py": "distributed",
+    "run/test_sharded_trainers.py": "sharded",
     "test_invariance.py": "invariance",
     "recipes/test_notebook.py": "notebook",
     "recipes/test_inspect_rollout.py": "inspect_rollout",

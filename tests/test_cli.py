@@ -292,6 +292,35 @@ def test_two_processes_start_without_a_gpu_and_their_exit_code_is_ours(tmp_path,
         assert told == [2, "gloo", ["--config", "x.yaml"]]
 
 
+ONE_STOPS = """
+from accelerate import Accelerator
+from rlhf.errors import RunStopped, run
+def main(argv):
+    accelerator = Accelerator()
+    accelerator.wait_for_everyone()
+    if accelerator.process_index == 1:
+        raise RunStopped("step 3: loss is nan")
+    accelerator.wait_for_everyone()
+run(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_ends_the_others_with_its_one_line(tmp_path) -> None:
+    """Neither torchrun's table nor the traceback of the process that waits for it."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(ONE_STOPS)
+    start = f"from pathlib import Path; from rlhf.cli import launch; launch(Path({str(probe)!r}), "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{start}{{'num_processes': '2'}}, [])"], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "stopped: step 3: loss is nan\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ChildFailedError" not in done.stderr
+
+
 # ---------------------------------------------------------------- a clone that nothing installed
 
 

@@ -51,6 +51,28 @@ def test_what_a_recipe_prints(monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: {SHOWN}: http://***@h:1/x?api_key=*** is wrong\n"
 
 
+@pytest.mark.parametrize(
+    ("processes", "text", "explained"),
+    [
+        ("2", "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9", True),
+        ("2", "NCCL error: remote process exited or there was a network error", True),
+        ("2", "shape mismatch", False),
+        ("1", "Connection reset by peer", False),
+    ],
+)
+def test_a_process_whose_neighbour_is_gone_says_so_in_one_line(monkeypatch, capsys, processes, text, explained):
+    def fails(argv):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit if explained else RuntimeError):
+        errors.run(fails)
+    line = "stopped: another process of this run has ended; its own line says why\n"
+    assert capsys.readouterr().err == (line if explained else "")
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_the_console_prints(monkeypatch, terminal):
     from rich.table import Table

@@ -22,6 +22,7 @@ from rlhf.models.adapters import active_adapter, adapter_of
 from rlhf.models.forward import hidden_logprobs, response_hidden
 from rlhf.padding import Batch
 from rlhf.run import distributed
+from rlhf.sampling.engine import Engine, Gatherer
 
 Role = Literal["policy", "reference", "value"]
 ADAPTERS = {"policy": "default", "reference": "reference", "value": "value"}
@@ -132,20 +133,16 @@ class ActorCritic(nn.Module):
 
         With sharded parameters all processes must call it, and only the first gets the tensors.
         """
-        distributed.reshard(self)
-        return distributed.full({name: p for name, p in self.named_parameters() if p.requires_grad})
+        return distributed.trained(self)
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Load what `trained_state` returned; every process passes whole tensors and keeps its part if sharded.
 
         Raises InputError if the names of the trained tensors differ."""
-        distributed.reshard(self)
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        if own.keys() != state.keys():
-            raise InputError(f"checkpoint: trained tensors differ, first {sorted(own.keys() ^ state.keys())[0]}")
-        with torch.no_grad():
-            for name, tensor in state.items():
-                own[name].copy_(distributed.like(tensor, own[name]))
+        own = {name for name, p in self.named_parameters() if p.requires_grad}
+        if own != state.keys():
+            raise InputError(f"checkpoint: trained tensors differ, first {sorted(own ^ state.keys())[0]}")
+        distributed.load_trained(self, state)
 
     def save_policy(self, folder: str | Path) -> None:
         """Save the policy alone, as transformers or peft would.
@@ -174,12 +171,26 @@ class ActorCritic(nn.Module):
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Let an engine run `self.policy` directly inside the context, a different number of steps on each process."""
-        if distributed.is_sharded(self):
-            # A forward for no role: FSDP2 takes the first module that runs for the root, and that must not be a layer.
-            self(None, 1.0, ())
+        self._begin()
         eager = torch.compiler.set_stance("force_eager")
         with distributed.whole(self, self.policy), eager, packing.decoding(self.policy):
             yield
+
+    @contextmanager
+    def lent_to(self, engine: Engine) -> Iterator[None]:
+        """Let an engine use `self.policy` inside the context: whole, or in parts where it gathers them itself."""
+        if not isinstance(engine, Gatherer):
+            with self.sampling():
+                yield
+            return
+        self._begin()
+        with distributed.in_parts(self), torch.compiler.set_stance("force_eager"):
+            yield
+
+    def _begin(self) -> None:
+        """Run a forward for no role: FSDP2 takes the first module that runs for the root, which must not be a layer."""
+        if distributed.is_sharded(self):
+            self(None, 1.0, ())
 
     def trained_adapters(self, model: PeftModel) -> list[str]:
         """Return the names of a backbone's trained adapters."""

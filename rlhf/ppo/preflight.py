@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 from rlhf.errors import InputError
@@ -14,9 +13,6 @@ from rlhf.ppo.protocol import Trainer
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import Finding, vocabulary_rows
 from rlhf.preflight.run import broken, conclude, run_checks, untouched
-from rlhf.run import distributed as sharding
-
-log = logging.getLogger("rlhf")
 
 
 def check_ppo(trainer: Trainer) -> list[Finding]:
@@ -26,9 +22,6 @@ def check_ppo(trainer: Trainer) -> list[Finding]:
     several processes, all raise if one of them finds a failure.
     """
     if not trainer.args.preflight or trainer.update_index:
-        return []
-    if sharding.is_sharded(trainer.module):
-        log.info("preflight is skipped: it cannot look inside models that FSDP2 shards; run it once without FSDP2")
         return []
     return conclude(trainer.accelerator, ppo_findings(trainer))
 
@@ -70,7 +63,7 @@ def _ppo_trial(trainer: Trainer, own: ActorCritic) -> list[Finding]:
         ("step-0 KL", lambda: on_models.check_kl(trainer, outputs)),
         ("sampled log-probs", lambda: on_models.check_sampled(trainer, trial, outputs)),
         ("padding", lambda: on_models.check_padding(trainer, own, trial)),
-        ("gradients", lambda: on_models.check_ppo_gradients(trainer, own, outputs)),
+        ("gradients", lambda: on_models.check_ppo_gradients(trainer, own, trial, outputs)),
         ("precision", lambda: on_models.check_ppo_precision(trainer, own, trial, outputs)),
         ("reward functions", lambda: check_functions(trainer, trial)),
         *reward_model_checks(trainer, trial),

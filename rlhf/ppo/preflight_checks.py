@@ -16,7 +16,6 @@ from torch import Tensor
 from rlhf import chat
 from rlhf.models.adapters import adapter_of
 from rlhf.models.forward import response_logprobs
-from rlhf.models.heads import head_weight
 from rlhf.padding import make_batch
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.preflight_trial import Trial, TrialOutputs
@@ -34,7 +33,9 @@ from rlhf.preflight.measure import (
     lengthened,
     limits,
     max_positions,
+    vocabulary_rows,
 )
+from rlhf.run import distributed
 
 TRAINED = (ADAPTERS["policy"], ADAPTERS["value"])
 
@@ -45,7 +46,7 @@ TRAINED = (ADAPTERS["policy"], ADAPTERS["value"])
 def check_stop(trainer: Trainer, own: ActorCritic) -> Finding:
     """Check that the token that ends a turn can be sampled, and that engine and missing-stop rule use the same ids."""
     tokenizer = trainer.processing_class
-    end, stops, rows = chat.end_of_turn_id(tokenizer), tuple(trainer.stop_ids), head_weight(own.policy).shape[0]
+    end, stops, rows = chat.end_of_turn_id(tokenizer), tuple(trainer.stop_ids), vocabulary_rows(own.policy)
     outside = [i for i in stops if not 0 <= i < rows]
     engine = getattr(trainer.engine, "stop_ids", stops)
     if outside or set(engine) != set(stops) or end not in stops:
@@ -58,7 +59,7 @@ def check_stop(trainer: Trainer, own: ActorCritic) -> Finding:
             "take stop ids from rlhf.chat.stop_ids(tokenizer) for engine and trainer alike",
         )
     ids = torch.tensor([min(trainer.prompt_ids[:64], key=len)], device=trainer.device)
-    with torch.no_grad(), own.active("policy") as policy, trainer.accelerator.autocast():
+    with torch.no_grad(), own.sampling(), own.active("policy") as policy, trainer.accelerator.autocast():
         logit = float(policy(input_ids=ids, use_cache=False).logits[0, -1, end])
     return Finding(
         "stop token",
@@ -148,7 +149,7 @@ def logits_gap(own: ActorCritic, prompt_ids: list[int], device: Any) -> float:
         return 0.0
     batch = make_batch([prompt_ids[:half]], [prompt_ids[half:]], 0, device)
     ours = own(batch, 1.0, ("policy",)).logprobs
-    with own.active("policy") as policy:
+    with own.sampling(), own.active("policy") as policy:  # sharded, its parts alone can't run
         logits = policy(input_ids=batch.input_ids, use_cache=False).logits[0, half - 1 : -1].float()
     expected = logits.log_softmax(-1).gather(-1, batch.targets[0][:, None]).squeeze(-1)
     return float((ours[0] - expected).abs().max())
@@ -253,13 +254,16 @@ def check_padding(trainer: Trainer, own: ActorCritic, trial: Trial) -> Finding:
     )
 
 
-def check_ppo_gradients(trainer: Trainer, own: ActorCritic, outputs: TrialOutputs) -> Finding:
+def check_ppo_gradients(trainer: Trainer, own: ActorCritic, trial: Trial, outputs: TrialOutputs) -> Finding:
     """Check that every trainable tensor of policy and value model gets a gradient."""
     if trainer.accelerator.distributed_type in SHARDED:
         return Finding("gradients", "not measured: weights are sharded", True)
     head = own.policy.get_output_embeddings()  # the value model does not use it, even if its adapter has a part there
     idle = {id(p) for name, p in head.named_parameters() if "value" in name.split(".")}
-    return check_gradients(own, outputs.trained.logprobs.sum() + outputs.trained.values.sum(), idle=idle)
+    trained = outputs.trained
+    if distributed.is_sharded(own):  # whose layers have run again meanwhile
+        trained = own(trial.batch, trainer.args.temperature, ("policy", "value"))
+    return check_gradients(own, trained.logprobs.sum() + trained.values.sum(), idle=idle)
 
 
 def check_ppo_precision(trainer: Trainer, own: ActorCritic, trial: Trial, outputs: TrialOutputs) -> Finding:
@@ -269,7 +273,7 @@ def check_ppo_precision(trainer: Trainer, own: ActorCritic, trial: Trial, output
     with torch.no_grad(), own.active("policy") as policy:
         whole = float32(policy)
         if whole is None:
-            return Finding("precision", "not measured: the model is too large for a float32 copy", True)
+            return Finding("precision", "not measured: the model is sharded, or too large for a float32 copy", True)
         with torch.autocast(trainer.device.type, enabled=False):
             truth = response_logprobs(whole, trial.batch, trainer.args.temperature)[0]
     return drift(gap(outputs.collected.logprobs, truth, outputs.mask))

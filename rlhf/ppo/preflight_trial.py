@@ -56,7 +56,7 @@ def sample_trial(trainer: Trainer) -> Trial:
     rows = spread([len(ids) for ids in trainer.prompt_ids[:256]], PROMPT_TOKENS)[:at_most]
     prompt_ids = [trainer.prompt_ids[i] for i in rows]
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
-    most, sampling = min(RESPONSE_TOKENS, trainer.args.max_new_tokens), trainer.actor_critic.sampling()
+    most, sampling = min(RESPONSE_TOKENS, trainer.args.max_new_tokens), trainer.actor_critic.lent_to(trainer.engine)
     at_once = getattr(trainer.engine, "leaving_at_once", nullcontext)()
     with torch.no_grad(), trainer.accelerator.autocast(), sampling, at_once, Watched() as draws:
         responses = trainer.engine.generate(prompt_ids, most, trainer.args.temperature, generator)

@@ -293,7 +293,7 @@ class PPOTrainer:
         self.ahead.wait()
         models = self.actor_critic
         explained = finite.sampling_explained(models, prompt_ids, self.processing_class, self.update_index + 1)
-        with explained, self.accelerator.autocast(), models.sampling():
+        with explained, self.accelerator.autocast(), models.lent_to(self.engine):
             return self.engine.generate(prompt_ids, self.args.max_new_tokens, self.args.temperature, generator)
 
     def plan(self, lengths: Sequence[int], inner_epoch: int = 0) -> Plan:

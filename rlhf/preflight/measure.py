@@ -8,15 +8,17 @@ only an absurd one is refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf.models.adapters import base_model
 from rlhf.models.heads import head_weight
+from rlhf.run import distributed
 
 ROWS, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 12, 96
 
@@ -27,7 +29,8 @@ ROUNDING = 1e-5  # nats; what an order of operations may change in float32
 COPIED = 500_000_000  # parameters; no larger model is copied for a check
 
 
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+SHARDED = ("DEEPSPEED", "MEGATRON_LM")
+"""Kinds of sharding whose gradients the checks don't look at."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ def is_exact(accelerator: Accelerator, model: nn.Module) -> bool:
 
 def vocabulary_rows(model: nn.Module) -> int:
     """Return the number of tokens that the model can both read and write."""
-    return min(embedding_rows(model), head_weight(model).shape[0])
+    weight = getattr(base_model(model).get_output_embeddings(), "weight", None)
+    written = weight if isinstance(weight, DTensor) else head_weight(model)  # outside its forward only a part is there
+    return min(embedding_rows(model), written.shape[0])
 
 
 def embedding_rows(model: nn.Module) -> int:
@@ -93,18 +98,20 @@ def check_gradients(
 ) -> Finding:
     """Check that every trainable tensor is in the loss, that no gradient is NaN, and that not all of them are 0.
 
-    A tensor whose name contains a part in `must_move` must have a gradient other than 0. Sets no `.grad`, so the
+    A tensor whose name contains a part in `must_move` must have a gradient other than 0. Leaves no `.grad`, so the
     optimizer and DDP are not affected."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in idle]
     if not named or not loss.requires_grad:
         wrong = "nothing is trainable" if not named else "the loss depends on nothing trainable"
         missing, broken = [wrong], []
     else:
-        gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-        both = list(zip(named, gradients, strict=True))
-        missing = [f"{name} gets none" for (name, _), g in both if g is None]
-        broken = [f"{name} is not finite" for (name, _), g in both if g is not None and not g.isfinite().all()]
-        still = [name for (name, _), g in both if g is not None and not g.any()]
+        finite, moving = {}, {}
+        for name, gradient in _gradients(model, loss, named):
+            if gradient is not None:
+                finite[name], moving[name] = bool(gradient.isfinite().all()), bool(gradient.any())
+        missing = [f"{name} gets none" for name, _ in named if name not in finite]
+        broken = [f"{name} is not finite" for name, is_finite in finite.items() if not is_finite]
+        still = [name for name, moves in moving.items() if not moves]
         if len(still) == len(named) - len(missing):
             broken += ["all are 0"]
         broken += [f"{name} is 0" for name in still if any(part in name for part in must_move)]
@@ -118,8 +125,29 @@ def check_gradients(
     )
 
 
+def _gradients(
+    model: nn.Module, loss: Tensor, named: list[tuple[str, nn.Parameter]]
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield each parameter's gradient. Of a model that FSDP2 shards only a backward reaches the parameters, and each
+    gradient is gathered in its turn."""
+    if not distributed.is_sharded(model):
+        found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+        yield from zip([name for name, _ in named], found, strict=True)
+        return
+    loss.backward()
+    distributed.reshard(model)  # the sharded parameters hold the gradients
+    own = dict(model.named_parameters())
+    for name, _ in named:
+        gradient = own[name].grad
+        yield name, None if gradient is None else distributed.whole_tensor(gradient)
+    model.zero_grad()
+
+
 def float32(model: nn.Module) -> nn.Module | None:
-    """Return the model itself if its weights are float32, else a float32 copy; None if a copy would be too large."""
+    """Return the model itself if its weights are float32, else a float32 copy; None if there can be none: it would be
+    too large, or this process has parts of the weights only."""
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        return None
     if all(p.dtype == torch.float32 for p in model.parameters()):
         return model
     return copy.deepcopy(model).float() if sum(p.numel() for p in model.parameters()) <= COPIED else None

@@ -6,8 +6,9 @@ They are kept apart from checkpoint.py, metrics.py and console.py so that those 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ class Babysitter:
         self.termination = Termination(trainer.accelerator)
         self.device = trainer.accelerator.device
         self.folder = Path(trainer.args.output_dir)
+        self._begins = True  # else training goes on from a checkpoint
         for callback in (MarkComplete(settings, keep), self.alarms, FiniteGradients(), SaveAndStop(self.termination)):
             trainer.add_callback(callback)
 
@@ -66,6 +68,9 @@ class Babysitter:
             cpu.give_way(self.device)
             prepare_early_stopping(self.trainer.callback_handler.callbacks, self.trainer.args, "eval_loss")
             found = resume_point(self.folder, resume_from_checkpoint, self.settings)
+            self._begins = found is None
+            if found is not None:
+                distributed.check_kind(found, self.trainer.accelerator)
             try:
                 with self.termination, checkpoint.full_disk_explained(self.folder):
                     yield found
@@ -84,6 +89,26 @@ class Babysitter:
         whole = not distributed.spreads(self.trainer.accelerator)
         with cpu.for_training(self.trainer.model) if whole else nullcontext():
             yield whole
+
+    def check(self, preflight: Callable[[Any], object]) -> None:
+        """Run a trainer's preflight, if its training begins: at once, or as soon as FSDP2 has cut the model.
+
+        Called inside `watch`."""
+        self.trainer.remove_callback(OnceSharded)
+        if self._begins and distributed.shards(self.trainer.accelerator):
+            self.trainer.add_callback(OnceSharded(partial(preflight, self.trainer)))
+        elif self._begins:
+            preflight(self.trainer)
+
+
+class OnceSharded(TrainerCallback):
+    """Do something before the first step, once the model is cut over the processes."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.action()
 
 
 class MarkComplete(TrainerCallback):
@@ -146,8 +171,8 @@ class FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        if grads and not bool(torch.stack([g.detach().float().sum() for g in grads.values()]).sum().isfinite()):
-            broken = [name for name, g in grads.items() if not bool(g.isfinite().all())]
+        if grads and not distributed.sum_is_finite(list(grads.values())):
+            broken = [name for name, g in grads.items() if not bool(distributed.whole_tensor(g).isfinite().all())]
             if broken:
                 raise RunStopped(
                     f"step {state.global_step + 1}: the gradient of {broken[0]} (and {len(broken) - 1} other tensors) "

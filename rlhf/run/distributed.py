@@ -7,9 +7,10 @@ sharded modules do nothing for other modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -67,11 +68,13 @@ def real_rows(accelerator: Accelerator, rows: int) -> int:
 
     With several processes accelerate fills the last batch of an epoch with rows from its beginning, so that all
     processes have the same number. Trained on, they would count twice, and their number depends on that of processes.
+    (accelerate's own `remainder` is not known in an epoch that a resumed run begins in its middle.)
     """
-    state = accelerator.gradient_state
-    if not state.end_of_dataloader or state.remainder < 1:  # remainder: real rows of the last batch; 0: all are real
+    state, processes = accelerator.gradient_state, accelerator.num_processes
+    if processes == 1 or not state.end_of_dataloader:
         return rows
-    return min(max(state.remainder - accelerator.process_index * rows, 0), rows)
+    real = len(state.active_dataloader.dataset) % (rows * processes)  # of the last batch; 0: all are real
+    return min(max(real - accelerator.process_index * rows, 0), rows) if real else rows
 
 
 # ---------------------------------------------------------------- sharded modules
@@ -113,12 +116,54 @@ def configure(accelerator: Accelerator) -> None:
         raise InputError("fsdp_version=1 is not supported; set fsdp_version: 2 (recipes/configs/accelerate/fsdp2.yaml)")
     if plugin.cpu_ram_efficient_loading:
         raise InputError(
-            "fsdp_cpu_ram_efficient_loading=true leaves the reward model empty on all processes but the first; "
-            "set it to false"
+            "fsdp_cpu_ram_efficient_loading=true leaves models empty on all processes but the first; set it to false"
         )
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
+
+
+def configure_trainer(accelerator: Accelerator, model: Any) -> None:
+    """Do what `configure` does for FSDP2, for a transformers Trainer: it saves by accelerate, and wraps in `train`.
+
+    Raises InputError also where a saved folder would lack the model, and for adapters that train embeddings: accelerate
+    shards embeddings and head as units of their own, and trl's loss and peft's wrappers read a head's weight outside
+    its unit's forward: as parts, or whole but without the other processes' gradients."""
+    if not shards(accelerator):
+        return
+    configure(accelerator)
+    plugin: Any = accelerator.state.fsdp_plugin
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise InputError(
+            "fsdp_state_dict_type: only parts of the model would be saved; set FULL_STATE_DICT "
+            "(recipes/configs/accelerate/fsdp2.yaml)"
+        )
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = layer_classes([model])
+    if hasattr(model, "peft_config"):
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+        if any(p.requires_grad for module in embeddings if module is not None for p in module.parameters()):
+            raise InputError(
+                "FSDP2 cannot shard an adapter that trains embeddings or the language head (as a new adapter does with "
+                "chat tokens that its base never learned); use DDP, or train all weights (lora_rank: 0)"
+            )
+
+
+def require_trained(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raise InputError where accelerate shards models, but a Trainer has not yet let it."""
+    if shards(accelerator) and not is_sharded(model):
+        raise InputError("evaluate: under FSDP2 the model is cut in train(); train first, or evaluate under DDP")
+
+
+def check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Raise InputError where a Trainer cannot go on from a checkpoint, since only one of both was under FSDP2."""
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    if sharded != shards(accelerator):
+        made, now = ("under FSDP2", "is not") if sharded else ("without FSDP2", "is")
+        raise InputError(
+            f"{checkpoint}: made {made}, and this run {now}; go on with the accelerate configuration that it began "
+            "with, or choose another output_dir"
         )
 
 
@@ -155,10 +200,38 @@ def full(tree: Tree) -> Tree:
 
 
 def _full(tensor: Tensor) -> Tensor | None:
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().cpu()
-    together = tensor.full_tensor()
-    return together.detach().cpu() if distributed.get_rank() == 0 else None
+    first = not isinstance(tensor, DTensor) or distributed.get_rank() == 0
+    whole = whole_tensor(tensor).detach()
+    return whole.cpu() if first else None
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor, gathered from all processes where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_is_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether the sum of all entries of some tensors, all sharded or none, is finite, on all processes alike."""
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    total = torch.stack([tensor.detach().float().sum() for tensor in own]).sum()
+    if isinstance(tensors[0], DTensor):
+        distributed.all_reduce(total)
+    return bool(total.isfinite())
+
+
+def trained(root: nn.Module) -> dict[str, Tensor]:
+    """Return every trained tensor of a module by name, on the CPU; a collective where it is sharded: see `full`."""
+    reshard(root)
+    return full({name: p for name, p in root.named_parameters() if p.requires_grad})
+
+
+@torch.no_grad()
+def load_trained(root: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into the parameters of these names; every process keeps its part of a sharded one."""
+    reshard(root)
+    own = dict(root.named_parameters())
+    for name, tensor in state.items():
+        own[name].copy_(like(tensor, own[name]))
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -219,6 +292,23 @@ def whole(root: nn.Module, part: nn.Module) -> Iterator[None]:
     finally:
         for unit, setting in zip(units, reshards, strict=True):
             unit.set_reshard_after_forward(setting, recurse=False)
+        reshard(root)
+
+
+@contextmanager
+def in_parts(root: nn.Module) -> Iterator[None]:
+    """Make the root's own parameters whole (embeddings, norm, head), so that a part of it can run forwards inside the
+    context, which gather its layers one by one. All processes must run the same forwards. `root` must have run one
+    before: see `whole`.
+    """
+    if not is_sharded(root):
+        yield
+        return
+    unit: Any = root
+    unit.unshard()
+    try:
+        yield
+    finally:
         reshard(root)
 
 

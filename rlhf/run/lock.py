@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.errors import InputError
-from rlhf.run.owner import by_main, is_main
+from rlhf.run.owner import by_main, is_main, on_each
 
 try:
     import fcntl
@@ -37,17 +37,42 @@ _training: list[Path] = []
 def training_in(folder: str | Path) -> Iterator[None]:
     """Hold a folder while a trainer runs in it; a stage of this process that holds it (or one around it) lends it.
 
-    Raises InputError, one line that names the holder, where another run works in the folder, within it or around it.
+    Raises InputError, one line that names the holder, where another run works in the folder, within it or around it,
+    and where a process of this run, on another machine, doesn't see what the first one writes there.
     """
     folder = Path(folder).resolve()
     lent = by_main(lambda: _enter(folder))
     try:
+        _require_shared(folder)
         yield
     finally:
         if is_main():
             _training.remove(folder)
             if not lent:
                 release(folder)
+
+
+def _require_shared(folder: Path) -> None:
+    """Raise InputError on all processes unless each of them reads the main one's lock."""
+    first, written = by_main(lambda: (folder, _text(folder / NAME)))
+
+    def look() -> str | None:
+        for _ in range(20):
+            if _text(folder / NAME) == written:
+                return None
+            time.sleep(0.25)  # a disk on the network may show it late
+        return (
+            f"output_dir {folder}: process {os.environ.get('RANK')} on {socket.gethostname()} does not see what the "
+            f"first process writes in {first}; put it on a disk that all machines see"
+        )
+
+    on_each(look)
+
+
+def _text(path: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        return path.read_text(encoding="utf-8")
+    return None
 
 
 def _enter(folder: Path) -> bool:
@@ -80,6 +105,8 @@ def hold(folder: str | Path) -> None:
         raise _refused(folder, folder, _holder(folder / NAME))
     os.ftruncate(file, 0)
     os.pwrite(file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+    with contextlib.suppress(OSError):
+        os.fsync(file)  # other machines are to read it now
     _held[folder] = file
 
 

@@ -70,6 +70,20 @@ def by_main(action: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
+def on_each(check: Callable[[], str | None]) -> None:
+    """Call ``check`` on every process; raise InputError on all of them where one returns what is wrong there."""
+    found = [check()]
+    if processes() > 1 and not _alone:
+        from torch import distributed
+
+        own, group = found[0], _group()
+        found = [None] * processes()
+        distributed.all_gather_object(found, own, group=group)
+    for wrong in found:
+        if wrong is not None:
+            raise InputError(wrong)
+
+
 def _initialized() -> Any:
     """Return torch.distributed if this process has joined the others, else None."""
     distributed = sys.modules.get("torch.distributed")

@@ -84,3 +84,13 @@ class Follower(Engine, Protocol):
     The trainer passes the policy, whose current weights each `generate` must use, and the ids that end a response."""
 
     def follow(self, policy: Any, stop_ids: Sequence[int]) -> None: ...
+
+
+@runtime_checkable
+class Gatherer(Follower, Protocol):
+    """A follower for which a sharded policy need not be whole on any process.
+
+    On every process alike it reads the weights one by one (`rlhf.run.distributed.whole_tensor`) and runs the same
+    forwards of the policy, each of which gathers a layer for as long as it runs."""
+
+    gathers: bool

@@ -69,7 +69,7 @@ def check_precision(trainer: CheckedTrainer) -> Finding:
         return Finding("precision", "the run computes in float32", True)
     whole = float32(trainer.model)
     if whole is None:
-        return Finding("precision", "not measured: the model is too large for a float32 copy", True)
+        return Finding("precision", "not measured: the model is sharded, or too large for a float32 copy", True)
     rows = _rows(trainer)[:2]
     ours = _logprobs(trainer, rows)
     truth = _logprobs(trainer, rows, whole.eval())

@@ -114,6 +114,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._uninstall_forward()
         if peft_config is not None:
             train_in_float32(cast(nn.Module, self.model))
+        distributed.configure_trainer(self.accelerator, self.model)
         with self.accelerator.autocast():
             ours = not (distributed.spreads(self.accelerator) or self.aux_loss_enabled) and agrees(self.model)
         if not ours:  # then trl's own forward computes the loss
@@ -131,8 +132,7 @@ class SFTTrainer(trl.SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train; ``resume_from_checkpoint=True`` resumes from the newest complete checkpoint, if there is one."""
         with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
-            if checkpoint is None:
-                check_sft(self)
+            self._babysitter.check(check_sft)
             self._sums["train"].clear()
             with self._babysitter.fast() as whole, self._trl_forward():
                 dtype = compute_dtype(self.config.bf16)
@@ -157,6 +157,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return ``eval_loss`` (mean over all labelled tokens) and ``eval_token_accuracy``, on any demonstrations."""
+        distributed.require_trained(self.accelerator, self.model_wrapped)
         encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
         if eval_dataset is not None and not encoded:
             records = read_demonstrations(eval_dataset, HELD_OUT, self.config.on_bad_row)

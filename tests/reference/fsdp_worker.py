@@ -2,8 +2,9 @@
 
 torchrun --nproc_per_node 2 tests/reference/fsdp_worker.py CONFIG.yaml FOLDER KIND POLICY REWARD ...
 
-accelerate leaves FSDP out on CPU; `sharded_accelerator` puts it back in (three attributes), so that what cuts the
-module is accelerate's own `_prepare_fsdp2` under the settings of our own configuration file.
+accelerate leaves FSDP out on CPU: `AcceleratorState` looks for it where processes are MULTI_GPU or the like, but not
+where they are MULTI_CPU. `sharded_accelerator` does what is done there, so that accelerate's own
+`_prepare_fsdp2` cuts the module, under the settings of our own configuration file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+import transformers.trainer
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import distributed
@@ -27,6 +29,7 @@ from reference.two_processes import PROMPTS, GivenResponses, odd_share
 from rlhf.models.adapters import backbone
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo.plan import plan_minibatches
+from rlhf.ppo.preflight import check_ppo
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.run import distributed as sharding
 
@@ -53,7 +56,33 @@ def sharded_accelerator(*args: Any, **kwargs: Any) -> Accelerator:
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+    # As `AcceleratorState.__init__` ends: every later `AcceleratorState()` copies this one over its own.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return accelerator
+
+
+def shard(config: str) -> None:
+    """Let trainers in this process shard their models as `accelerate launch --config_file CONFIG` does on GPUs."""
+    environment = launch_environment(config).items()
+    os.environ |= {key: value for key, value in environment if key.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+    rlhf.ppo.trainer.Accelerator = transformers.trainer.Accelerator = sharded_accelerator
+
+
+class Gathers(GivenResponses):
+    """An engine with its own copy of the weights, which it gathers one by one."""
+
+    gathers = True
+
+    def follow(self, policy, stop_ids):
+        self.policy = policy
+
+    def generate(self, prompt_ids, max_new_tokens, temperature, generator):
+        self.weights, self.largest_share = {}, 0.0
+        for name, parameter in self.policy.named_parameters():
+            self.weights[name] = sharding.whole_tensor(parameter).detach().clone()
+            self.largest_share = max(self.largest_share, share(backbone(self.policy).layers))
+        self.logits = self.policy(input_ids=torch.tensor([[5, 9, 13]]), use_cache=False).logits
+        return super().generate(prompt_ids, max_new_tokens, temperature, generator)
 
 
 class StopAfterOne(TrainerCallback):
@@ -136,9 +165,14 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
     together["outputs"] = outputs(trainer)
     own["shares"].append(share(layers))
     own["sampled_again"] = sample(trainer, process)
+    own["preflight"] = [(finding.check, finding.measured) for finding in check_ppo(trainer)]
     lengths = [10 if process else 40] * 4
     plan = plan_minibatches(lengths, 4, 40, torch.Generator().manual_seed(0))
     own["plans"] = plan, sharding.even_plan(plan, trainer.module)
+    trainer = make(folder / "gathering", policy, reward, Gathers())
+    trainer.collect(trainer.next_prompts())
+    together |= {"gathered": trainer.engine.weights, "gathered_logits": {"logits": trainer.engine.logits}}
+    own["gathering_share"] = trainer.engine.largest_share
     for name, checkpointing in (("step", False), ("step_checkpointed", True)):
         trainer = make(
             folder / name, policy, reward, GivenResponses(), gradient_checkpointing=checkpointing, inner_epochs=1
@@ -159,8 +193,7 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
 
 
 def main(config: str, folder: str, *arguments: str) -> None:
-    os.environ |= {key: value for key, value in launch_environment(config).items() if key.startswith("FSDP_")}
-    rlhf.ppo.trainer.Accelerator = sharded_accelerator
+    shard(config)
     for kind, policy, reward in zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True):
         together, own = checks(Path(folder, kind), policy, reward)
         both: list[Any] = [None, None]

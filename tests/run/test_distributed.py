@@ -7,28 +7,29 @@ saved. No GPU: gloo.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import get_peft_model
 from reference import forked
 from reference import fsdp_worker as worker
 from reference.tiny_chain import TARGETS, chain, save_base, save_reward_model, shake
-from reference.two_processes import RANKINGS, GivenResponses
+from reference.two_processes import GivenResponses
 from safetensors.torch import load_file
 from torch import nn
 
-from reward_models import RewardConfig, RewardTrainer
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import load_policy
 from rlhf.ppo import run as ppo_run
+from rlhf.ppo.preflight import check_ppo
 from rlhf.run import distributed as sharding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,10 @@ def ran(tmp_path_factory, tiny_model, tiny_tokenizer) -> Ran:
 def alone(folder: Path, policy: str, reward: str) -> dict:
     trainer = worker.make(folder, policy, reward)
     results = {"outputs": worker.outputs(trainer), "sampled": [worker.sample(trainer, process) for process in (0, 1)]}
+    results["preflight"] = [(finding.check, finding.measured) for finding in check_ppo(trainer)]
+    gathering = worker.make(folder, policy, reward, worker.Gathers())
+    gathering.collect(gathering.next_prompts())
+    results |= {"gathered": gathering.engine.weights, "gathered_logits": {"logits": gathering.engine.logits}}
     results["step"] = worker.first_step(worker.make(folder, policy, reward, GivenResponses(), inner_epochs=1))
     results["run"] = worker.run(worker.make(folder, policy, reward, GivenResponses(), eval_steps=1))
     trainer.save_model(folder / "saved")
@@ -177,6 +182,26 @@ def test_sampling_while_the_other_process_is_done(ran, kind):
 
 
 @pytest.mark.slow
+@each_kind
+def test_an_engine_that_gathers_never_has_the_layers_whole(ran, kind):
+    mine, expected = ran[kind]["sharded"], ran[kind]["alone"]
+    assert mine["gathered"].keys() == expected["gathered"].keys()
+    for name, weight in expected["gathered"].items():
+        assert torch.equal(mine["gathered"][name], weight), name
+    same(mine["gathered_logits"], expected["gathered_logits"])
+    assert all(process["gathering_share"] < 0.51 for process in mine["each"])
+
+
+@each_kind
+def test_preflight_looks_at_the_same(ran, kind):
+    """At gradients too, which sharded weights get from a backward only; and it leaves none behind."""
+    for process in ran[kind]["sharded"]["each"]:
+        found, expected = (dict(findings) for findings in (process["preflight"], ran[kind]["alone"]["preflight"]))
+        assert list(found) == list(expected)
+        for check in ("gradients", "optimizer", "frozen reference", "step-0 ratio", "stop token"):
+            assert found[check] == expected[check]
+
+
 @each_kind
 def test_resume_is_exact(ran, kind):
     mine, expected = ran[kind]["sharded"]["resumed"], ran[kind]["sharded"]["whole"]
@@ -275,8 +300,11 @@ def test_what_accelerate_reads_from_the_configurations():
 def test_settings_that_cannot_be_right_are_refused(monkeypatch, variable, value, message):
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv(variable, value)
-    with pytest.raises(InputError, match=message):
-        sharding.configure(worker.sharded_accelerator())
+    Accelerator()
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.NO)  # as it was, in the end
+    for configure in (sharding.configure, partial(sharding.configure_trainer, model=nn.Linear(1, 1))):
+        with pytest.raises(InputError, match=message):
+            configure(worker.sharded_accelerator())
 
 
 def test_ppo_under_deepspeed_is_refused(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
@@ -291,14 +319,3 @@ def test_a_head_that_is_sharded_by_itself_is_refused(monkeypatch, tiny_model):
     monkeypatch.setattr("rlhf.models.heads.DTensor", nn.Parameter)
     with pytest.raises(InputError, match="TRANSFORMER_BASED_WRAP"):
         head_weight(tiny_model)
-
-
-# -- the reward model -------------------------------------------------------------------------------------
-
-
-def test_keep_best_is_refused_where_the_model_is_sharded(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
-    policy = chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)[0]
-    config = RewardConfig(output_dir=str(tmp_path / "run"), keep_best=True, eval_steps=1, bf16=False)
-    with pytest.raises(InputError, match="keep_best: not where FSDP2 shards the model"):
-        RewardTrainer(str(policy), config, train_dataset=RANKINGS[:12], eval_dataset=RANKINGS[12:])

@@ -1,0 +1,194 @@
+"""SFT and the reward model in two gloo processes against one: by DDP, and cut by accelerate's own FSDP2 code."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from reference import forked
+from reference import sharded_trainers as worker
+from reference.tiny_chain import chain
+from reference.two_processes import DEMONSTRATIONS
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.errors import InputError
+from rlhf.run import distributed as sharding
+from rlhf.sft.trainer import SFTConfig, SFTTrainer
+
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "accelerate"
+STRATEGIES = {"fsdp2": CONFIGS / "fsdp2.yaml", "ddp": "ddp"}
+FILES = {"full": "model.safetensors", "tied": "model.safetensors", "lora": "adapter_model.safetensors"}
+TOLERANCE = 1e-5
+each = pytest.mark.parametrize("stage", worker.STAGES)
+case = pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [(strategy, kind) for strategy in STRATEGIES for kind in FILES if (strategy, kind) != ("ddp", "tied")],
+)
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+MADE: dict[tuple[str, str], Any] = {}  # of this session
+
+
+def build(folder: Path, kind: str, model, tokenizer) -> str:
+    """A policy's folder: full weights, tied embeddings, or an adapter without dropout (its draws differ by process)."""
+    folder.mkdir()
+    if kind == "tied":
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    policy = chain(folder, model, tokenizer, kind == "lora")[0]
+    for adapter in folder.glob("*/adapter_config.json"):
+        adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"lora_dropout": 0.0}))
+    return str(policy)
+
+
+@pytest.fixture
+def made(tmp_path_factory, tiny_model, tiny_tokenizer):
+    """Return what a strategy (or "alone") made of a kind, and its folder; made when a test first asks for it."""
+
+    def make(strategy: str, kind: str) -> tuple[dict[str, Any], Path]:
+        if (strategy, kind) not in MADE:
+            folder = tmp_path_factory.mktemp(f"{strategy}-{kind}")
+            policy = build(folder / "models", kind, copy.deepcopy(tiny_model), tiny_tokenizer)
+            if strategy == "alone":
+                result = {stage: worker.run(stage, policy, folder / stage) for stage in worker.STAGES}
+            else:
+                command = [worker.__file__, STRATEGIES[strategy], folder / "out.pt", folder, policy]
+                done = forked.shared().together(command)
+                result = done.stderr[-4000:]
+                if done.returncode == 0:
+                    result = torch.load(folder / "out.pt", weights_only=True)
+            MADE[strategy, kind] = result, folder
+        result, folder = MADE[strategy, kind]
+        if isinstance(result, str):
+            pytest.fail(f"the launch failed: {result}")
+        return result, folder
+
+    return make
+
+
+def require_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Relative to each tensor's largest entry, where that is more than 1."""
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        scale = max(1.0, float(tensor.abs().max()))
+        np.testing.assert_allclose(one[name], tensor, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+@pytest.mark.long
+@case
+@each
+def test_weights_gradients_and_numbers_are_one_processs(made, strategy, kind, stage):
+    (mine, folder), (alone, other) = made(strategy, kind), made("alone", kind)
+    for step, expected in zip(mine[stage]["gradients"], alone[stage]["gradients"], strict=True):
+        largest = max(float(grad.abs().max()) for grad in expected.values())
+        assert largest > 0.01
+        require_close(step, expected, TOLERANCE * largest)
+    start = load_file(next((other / "models").glob("sft" if kind == "lora" else "base")) / FILES[kind])
+    saved, expected = (load_file(place / stage / "whole" / FILES[kind]) for place in (folder, other))
+    if "lm_head.weight" in saved.keys() - expected.keys():  # accelerate gathers a tied head once more
+        assert kind == "tied"
+        assert torch.equal(saved.pop("lm_head.weight"), saved["model.embed_tokens.weight"])
+    require_close(saved, expected, TOLERANCE)
+    moved = max(float((expected[name] - start[name]).abs().max()) for name in expected.keys() & start.keys())
+    assert moved > 5 * TOLERANCE, "training must do something"
+    for line, alike in zip(mine[stage]["logs"][0], alone[stage]["logs"][0], strict=True):
+        assert line == pytest.approx(alike, rel=1e-4, abs=1e-5)
+    assert mine[stage]["evaluated"] == pytest.approx(alone[stage]["evaluated"], rel=1e-4, abs=1e-5)
+    assert mine[stage]["preflight"] == alone[stage]["preflight"] > 5
+    if stage == "reward_model":
+        assert mine[stage]["normalizers"][0] == pytest.approx(alone[stage]["normalizers"][0], rel=1e-4)
+        assert mine[stage]["normalizers"][0]["count"] == 21
+        assert mine[stage]["best"] == pytest.approx(alone[stage]["best"], rel=1e-4)
+
+
+@pytest.mark.long
+@case
+@each
+def test_killed_and_resumed_it_ends_alike(made, strategy, kind, stage):
+    mine, folder = made(strategy, kind)
+    whole, resumed = (load_file(folder / stage / name / FILES[kind]) for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+    lines, after = mine[stage]["logs"]
+    assert lines[:-1] == after  # the last is of the evaluation after training
+    assert mine[stage]["normalizers"][:1] == mine[stage]["normalizers"][1:]
+
+
+@pytest.mark.long
+@case
+@each
+def test_plain_transformers_and_peft_load_the_folder(made, strategy, kind, stage):
+    ids = torch.tensor([[5, 9, 13, 17, 21, 8]])
+    outputs = []
+    for place in (made(strategy, kind)[1], made("alone", kind)[1]):
+        folder = place / stage / "whole"
+        if kind == "lora":
+            plain = AutoPeftModelForCausalLM if stage == "sft" else AutoPeftModelForSequenceClassification
+            model = plain.from_pretrained(folder, **({} if stage == "sft" else {"num_labels": 1}))
+        else:
+            plain = AutoModelForCausalLM if stage == "sft" else AutoModelForSequenceClassification
+            model, info = plain.from_pretrained(folder, output_loading_info=True)
+            assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+            assert not type(model).__name__.startswith("FSDP")
+        with torch.no_grad():
+            outputs.append(model.eval()(ids).logits)
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", FILES)
+@each
+def test_each_process_holds_half(made, kind, stage):
+    mine = made("fsdp2", kind)[0][stage]
+    assert "FSDPLlamaDecoderLayer" in mine["units"]
+    assert len(mine["units"]) > 2
+    assert 0.4 < mine["share"] < 0.6
+    assert made("ddp" if kind != "tied" else "alone", kind)[0][stage]["units"] == []
+
+
+# -- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def under_fsdp2(monkeypatch):
+    """Any accelerator says that it shards."""
+    plugin = SimpleNamespace(
+        cpu_ram_efficient_loading=False, mixed_precision_policy=None, state_dict_type="StateDictType.FULL_STATE_DICT",
+        activation_checkpointing=False, transformer_cls_names_to_wrap=None,
+    )  # fmt: skip
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    monkeypatch.setattr(Accelerator, "is_fsdp2", property(lambda self: True))
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    return plugin
+
+
+def test_what_cannot_be_sharded_is_refused_in_one_line(tmp_path, tiny_model, tiny_tokenizer, under_fsdp2):
+    policy = build(tmp_path / "models", "full", tiny_model, tiny_tokenizer)
+
+    def make(**changes):
+        config = SFTConfig(output_dir=str(tmp_path / "out"), batch_size=4, microbatch_size=4, bf16=False, **changes)
+        return SFTTrainer(policy, config, DEMONSTRATIONS[:11])
+
+    with pytest.raises(InputError, match=r"adapter that trains embeddings .*; use DDP, or train all weights"):
+        make(lora_rank=2)  # its base has no chat template, so ChatML's tokens are trained
+    trainer = make()
+    with pytest.raises(InputError, match="evaluate: under FSDP2 the model is cut in train"):
+        trainer.evaluate(DEMONSTRATIONS[11:])
+    with pytest.raises(InputError, match="made without FSDP2, and this run is;"):
+        sharding.check_kind(tmp_path, trainer.accelerator)
+    (tmp_path / "pytorch_model_fsdp.bin").touch()
+    sharding.check_kind(tmp_path, trainer.accelerator)
+    under_fsdp2.state_dict_type = "StateDictType.SHARDED_STATE_DICT"
+    with pytest.raises(InputError, match="set FULL_STATE_DICT"):
+        make()

@@ -4,7 +4,8 @@
     curl -s http://127.0.0.1:8000/score -H 'Content-Type: application/json' \\
         -d '{"prompts": ["What is 2 + 2?"], "completions": ["4"]}'
 
-For PPO on another machine, for several runs at once, for any program. In Python,
+For PPO on another machine, for several runs at once, for any program, for other trainers: OpenRLHF's requests are
+answered at /get_reward, verl's and trl's go through the client. In Python,
 `reward_models.client.RewardClient("http://127.0.0.1:8000")` is a reward function like any other. Clients send the
 token (--token_file, or the environment's RLHF_SERVER_TOKEN) where the server has one; without one it is reachable from
 its own machine only. There is no TLS: across a network that others use, put a proxy in front.
@@ -40,14 +41,17 @@ def serve(config: ServeRecipe) -> None:
     token = server_token(config)
     listening = bind(config.host, config.port)  # before the model is read: a port in use is told at once
     from reward_models.ensemble import load_scorer
+    from reward_models.rendered import RenderedReader
 
     dtype = compute_dtype(config.bf16)
     model = load_scorer(config.reward_model, dtype=dtype, tokens_per_microbatch=config.max_batch_tokens)
-    counters = [token_counter(member, config.max_batch_tokens) for member in getattr(model, "members", [model])]
+    members = getattr(model, "members", [model])
+    counters = [token_counter(member, config.max_batch_tokens) for member in members]
     app = create_app(
         lambda conversations: model.score(conversations).tolist(),
         config,
         count_tokens=lambda messages: max(count(messages) for count in counters),
+        read_text=RenderedReader(members[0].tokenizer),
         name=Path(config.reward_model).name,
         token=token,
     )

@@ -1,8 +1,10 @@
 """A trained reward model over HTTP: many clients, one model, one thread that scores.
 
-    POST /score   {"conversations": [[{"role": ..., "content": ...}, ...], ...]}, or trl's
-                  {"prompts": [...], "completions": [...]}  ->  {"scores": [...]}
-    GET /health   {"status": "ok", "model": ..., "queue": ...}, without the token
+    POST /score        {"conversations": [[{"role": ..., "content": ...}, ...], ...]}, or trl's
+                       {"prompts": [...], "completions": [...]}  ->  {"scores": [...]}
+    POST /get_reward   OpenRLHF's {"query": [prompt + response], "prompts": [prompt], "labels": [...]}, texts
+                       ->  {"rewards": [...], "scores": [...], "extra_logs": {}}
+    GET /health        {"status": "ok", "model": ..., "queue": ...}, without the token
 
 Every refusal is `{"error": "one line"}`. Scores are float32, written so that they read back to the same bits.
 
@@ -22,6 +24,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from reward_models.functions import conversation
@@ -36,11 +39,12 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import JSONResponse
 
+    from reward_models.rendered import ReadText
     from reward_models.scoring import RewardModel
 
 SMALL = 65536  # bytes whose JSON is read in about a millisecond
 
-__all__ = ["Refused", "ServerConfig", "create_app", "read_request", "token_counter"]
+__all__ = ["Refused", "ServerConfig", "create_app", "read_queries", "read_request", "token_counter"]
 
 
 def token_counter(model: RewardModel, most: int | None = None) -> Callable[[Messages], int]:
@@ -80,26 +84,54 @@ def _shown(value: object) -> str:
     return short(repr(value[:200] if isinstance(value, str) else value))
 
 
-def read_request(body: bytes, max_conversations: int) -> list[Messages]:
-    """Read the conversations of a request's JSON, in either form. Raises Refused."""
+def _json_of(body: bytes) -> object:
     try:
-        return _conversations(json.loads(body), max_conversations)
+        return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is no JSON: {error}") from None
+
+
+def read_request(body: bytes, max_conversations: int) -> list[Messages]:
+    """Read the conversations of a request's JSON, in either form. Raises Refused."""
+    return _conversations(_json_of(body), max_conversations)
+
+
+def read_queries(body: bytes, max_conversations: int, read_text: ReadText) -> list[Messages]:
+    """Read the conversations of OpenRLHF's request: texts, which `read_text` takes apart. Raises Refused.
+
+    Its `labels` (answers to compare with) and other fields say nothing to a reward model."""
+    asked = _json_of(body)
+    if not isinstance(asked, dict) or not {"query", "prompts"} <= asked.keys():
+        raise Refused(400, 'write {"query": [prompt + response, ...], "prompts": [...]}')
+    lists = {name: _rows(asked, name, max_conversations) for name in ("query", "prompts")}
+    if len(lists["query"]) != len(lists["prompts"]):
+        raise Refused(400, f"{len(lists['prompts'])} prompts but {len(lists['query'])} query")
+    talks = []
+    for number, (prompt, query) in enumerate(zip(lists["prompts"], lists["query"], strict=True)):
+        for name, text in (("prompts", prompt), ("query", query)):
+            if not isinstance(text, str):
+                raise Refused(400, f"{name}[{number}]: a text is needed, got {_shown(text)}")
+        try:
+            talks.append(read_text(str(prompt), str(query)))
+        except InputError as error:
+            raise Refused(400, f"query[{number}]: {error}") from None
+    return talks
+
+
+def _rows(asked: dict[str, object], name: str, max_conversations: int) -> list[object]:
+    rows = asked.get(name)
+    if not isinstance(rows, list):
+        raise Refused(400, f"{name}: a list is needed, got {_shown(rows)}")
+    if len(rows) > max_conversations:
+        raise Refused(413, f"{name}: {len(rows)}; this server takes {max_conversations} in one request")
+    return rows
 
 
 def _conversations(asked: object, max_conversations: int) -> list[Messages]:
     if not isinstance(asked, dict) or not ("conversations" in asked) ^ ("prompts" in asked or "completions" in asked):
         raise Refused(400, 'write {"conversations": [...]}, or {"prompts": [...], "completions": [...]}')
     names = ("conversations",) if "conversations" in asked else ("prompts", "completions")
-    lists: dict[str, list[object]] = {}
-    for name in names:
-        rows = asked.get(name)
-        if not isinstance(rows, list):
-            raise Refused(400, f"{name}: a list is needed, got {_shown(rows)}")
-        if len(rows) > max_conversations:
-            raise Refused(413, f"{name}: {len(rows)}; this server takes {max_conversations} in one request")
-        lists[name] = rows
+    lists = {name: _rows(asked, name, max_conversations) for name in names}
     if "conversations" in asked:
         return [_messages(row, f"conversations[{n}]", ends=True) for n, row in enumerate(lists["conversations"])]
     prompts, completions = lists["prompts"], lists["completions"]
@@ -153,6 +185,7 @@ def create_app(
     config: ServerConfig,
     *,
     count_tokens: Callable[[Messages], int],
+    read_text: ReadText | None = None,
     name: str = "reward_model",
     token: str | None = None,
 ) -> FastAPI:
@@ -160,6 +193,7 @@ def create_app(
 
     scorer: function from conversations to finite scores, such as `RewardModel(...).score`; only one thread calls it.
     count_tokens: function that returns a conversation's length; an exception of it refuses that conversation (400).
+    read_text: function that takes a prompt and a response apart (`rendered.RenderedReader`); None: no /get_reward.
     name: shown by /health. token: what clients must send as `Authorization: Bearer ...`; None: no token is needed.
     """
     try:
@@ -183,16 +217,25 @@ def create_app(
         message = {"error": f"{request.method} {request.url.path}: {problem.detail}"}
         return JSONResponse(message, problem.status_code, problem.headers)
 
-    async def score(request: Request) -> JSONResponse:
+    async def scores_of(request: Request, read: Callable[[bytes], list[Messages]]) -> list[float]:
         with queue.slots.slot():
             with queue.slots.arriving() as until:
                 body = await read_body(request, config, until)
             if len(body) <= SMALL:  # never waits for others' megabytes
-                conversations = read_request(body, config.max_conversations)
+                conversations = read(body)
             else:
-                work = asyncio.get_running_loop().run_in_executor
-                conversations = await work(reader, read_request, body, config.max_conversations)
-            return JSONResponse({"scores": await _unless_gone(request, queue, conversations)})
+                conversations = await asyncio.get_running_loop().run_in_executor(reader, read, body)
+            return await _unless_gone(request, queue, conversations)
+
+    async def score(request: Request) -> JSONResponse:
+        read = partial(read_request, max_conversations=config.max_conversations)
+        return JSONResponse({"scores": await scores_of(request, read)})
+
+    async def get_reward(request: Request) -> JSONResponse:
+        assert read_text is not None
+        read = partial(read_queries, max_conversations=config.max_conversations, read_text=read_text)
+        scores = await scores_of(request, read)
+        return JSONResponse({"rewards": scores, "scores": scores, "extra_logs": {}})
 
     async def health(request: Request) -> JSONResponse:
         counts = {"queue": queue.slots.taken, "waiting": queue.waiting, "max_queue": config.max_queue}
@@ -204,5 +247,7 @@ def create_app(
     )
     app.add_middleware(Guard, config=config, token=token)
     app.add_route("/score", score, methods=["POST"])
+    if read_text is not None:
+        app.add_route("/get_reward", get_reward, methods=["POST"])
     app.add_route("/health", health, methods=["GET"])
     return app

@@ -79,6 +79,38 @@ def test_it_works_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     assert done.stderr.endswith(f"tox.yaml: no such file in {here} nor in {package}; did you mean toy.yaml?\n")
 
 
+WORKER = """
+import jobs, rlhf_recipes, rlhf
+jobs.serve(lambda job: {"files": [module.__file__ for module in (jobs, rlhf_recipes, rlhf)], "asked": job["asked"]})
+"""
+
+
+def test_the_benchmark_starts_its_workers_from_it(wheel: Path, tmp_path: Path) -> None:
+    """Each run of a benchmark is a process of its own; there too every module is the wheel's."""
+    site, here = tmp_path / "site", tmp_path / "here"
+    zipfile.ZipFile(wheel).extractall(site)
+    here.mkdir()
+    benchmarks = site / "rlhf_recipes/benchmarks"
+    (benchmarks / "stub.py").write_text(WORKER)
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__.startswith(('_frozen', 'importl'))]\n"
+        "from rlhf import cli\n"
+        "try: cli.command(['benchmark', '--help'])\n"
+        "except SystemExit: pass\n"
+        "import jobs; from pathlib import Path\n"
+        "print(jobs.run_job('stub.py', {'asked': 7}, Path('job').absolute()))"
+    )
+    paths = [str(site), *(path for path in sys.path if path.endswith("-packages"))]
+    options = {"cwd": here, "capture_output": True, "text": True}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    files = [f"{benchmarks / 'jobs.py'}", f"{site / 'rlhf_recipes/__init__.py'}", f"{site / 'rlhf/__init__.py'}"]
+    assert done.stdout.splitlines()[-1] == str({"files": files, "asked": 7})
+    assert (benchmarks / "gpu.sh").read_text().startswith("#!/usr/bin/env bash\n")
+
+
 @pytest.mark.long
 def test_a_fresh_environment_runs_the_chain(wheel: Path, tmp_path: Path) -> None:
     """Installed by pip with its dependencies, from an empty folder: what a newcomer types, and three mistakes."""
@@ -108,6 +140,8 @@ def test_a_fresh_environment_runs_the_chain(wheel: Path, tmp_path: Path) -> None
     assert "toy.yaml" in fine("rlhf", "list")
     assert "rlhf-recipes" in fine("rlhf", "env")
     assert fine("rlhf", "copy", "toy.yaml", "here") == "wrote here/toy.yaml\n"
+    runs = ("--only", "speed", "--cases", "[tiny]", "--runs", "[ours_adapter]", "--updates", "1")
+    assert "ours against the limit" in fine("rlhf", "benchmark", *runs, "--output_dir", "runs/benchmark")
     two = ("--num_processes", "2", "--config", "smoke.yaml", "--output_dir", "runs/two/sft", "--model")
     out = fine("rlhf", "sft", *two, "runs/smoke/base", "--train_data", "runs/smoke/data/demonstrations.jsonl")
     assert out.count("done in") == 1, "the first process speaks for all"

@@ -18,7 +18,7 @@ class Case:
     """Describe a model and one update's size. `shape` makes a model with random weights; None: the benchmark's
     --model."""
 
-    shape: dict[str, int] | None
+    shape: dict[str, Any] | None
     rollout_size: int
     prompt_tokens: tuple[int, int]  # the shortest and the longest; the others lie evenly between them
     new_tokens: int

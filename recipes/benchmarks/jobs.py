@@ -55,33 +55,37 @@ class Worker:
             settings |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self.env, self.in_turns = {**os.environ, **settings, **env}, in_turns
         self.process: subprocess.Popen[bytes] | None = None
+        self.waits = False  # for permission to go on
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
+        """Start the process, which begins with its first update. `update` and `result` start it where nobody did."""
         self.done, told = os.pipe()
         heard, self.go = os.pipe()
         turns = {TURNS: f"{told},{heard}"} if self.in_turns else {}
         command = [sys.executable, str(BENCHMARKS / self.script), str(self.folder / "job.json")]
         with (self.folder / "log.txt").open("w") as log:
-            process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=self.env | turns, pass_fds=(told, heard)
             )
         os.close(told)
         os.close(heard)
-        return process
 
     def update(self) -> None:
         """Let the worker compute one update (the first includes its start), and wait until the update or the worker
         ends."""
         if self.process is None:
-            self.process = self._start()
-        else:
+            self.start()
+        elif self.waits:
             with suppress(BrokenPipeError):  # it has ended: `result` says why
                 os.write(self.go, b".")
         os.read(self.done, 1)
+        self.waits = True
 
     def result(self) -> Result:
         """Wait for the end, and return the report. Raises InputError with the end of the log where the worker fails."""
-        self.process = self.process or self._start()
+        if self.process is None:
+            self.start()
+        assert self.process is not None
         os.close(self.go)
         code = self.process.wait()
         os.close(self.done)

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from cases import Case
+
 ValueModel = Literal["separate", "adapter", "shared_trunk"]
 ADAM_BYTES = 8 * 4
 """Per trained float32 weight and step: gradient read for its norm; weight, gradient and both moments read; weight and
@@ -106,6 +108,21 @@ class Update:
         if self.lora_rank:
             return trunks * s.adapter_weights(self.lora_rank)
         return trunks * (s.trunk_weights + s.head_weights)
+
+
+def update_of(settings: dict[str, Any], case: Case, sizes: Sizes) -> Update:
+    """Describe one of our runs' updates: a case, with these settings."""
+    rank, half = settings.get("lora_rank", 0), bool(settings.get("bf16"))
+    return Update(
+        sizes=sizes,
+        prompts=case.prompt_lengths,
+        responses=[case.new_tokens] * case.rollout_size,
+        inner_epochs=case.inner_epochs,
+        minibatches=case.minibatches,
+        lora_rank=rank,
+        value_model=settings.get("value_model", "adapter" if rank else "separate"),
+        weight_bytes=2 if half and rank else 4,
+    )
 
 
 def causal_pairs(lengths: Sequence[int]) -> int:

@@ -22,6 +22,7 @@ from rlhf.metrics import read_metrics  # noqa: E402
 from rlhf.models.adapters import lora_config  # noqa: E402
 from rlhf.models.scalar import new_scalar_model  # noqa: E402
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer  # noqa: E402
+from rlhf.sampling.engine import Engine  # noqa: E402
 
 PHASES = ("generate", "score", "logprobs", "update")
 
@@ -40,7 +41,18 @@ def work(job: Job) -> Result:
 
 
 def train(job: Job) -> Result:
-    imported = resident_bytes()
+    imported, case = resident_bytes(), Case.of_job(job["case"])
+    trainer = trainer_of(job)
+    trainer.engine.stop_ids = ()  # every response has `new_tokens` tokens
+    trainer.train()
+    logged = read_metrics(Path(job["folder"], "metrics.jsonl"))
+    updates = [{name: row[f"{name}_seconds"] for name in PHASES} | {"step": row["step_seconds"]} for row in logged]
+    tokens = [row["response_tokens"] * case.rollout_size for row in logged]
+    return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}
+
+
+def trainer_of(job: Job, engine: Engine | None = None) -> PPOTrainer:
+    """Build the trainer of a job, which samples with `engine`; None: with its own."""
     case, settings = Case.of_job(job["case"]), job["settings"]
     tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     reward = make_reward(job["model"], tokenizer, settings)
@@ -57,15 +69,8 @@ def train(job: Job) -> Result:
         **{**SPEED_SETTINGS, **settings},
     )
     prompts = make_prompts(tokenizer, case.prompt_lengths)
-    trainer = PPOTrainer(
-        job["model"], reward, args=args, train_dataset=prompts, processing_class=tokenizer, callbacks=[Turns()]
-    )
-    trainer.engine.stop_ids = ()  # every response has `new_tokens` tokens
-    trainer.train()
-    logged = read_metrics(Path(job["folder"], "metrics.jsonl"))
-    updates = [{name: row[f"{name}_seconds"] for name in PHASES} | {"step": row["step_seconds"]} for row in logged]
-    tokens = [row["response_tokens"] * case.rollout_size for row in logged]
-    return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}
+    given: Any = {"processing_class": tokenizer, "callbacks": [Turns()], "engine": engine}
+    return PPOTrainer(job["model"], reward, args=args, train_dataset=prompts, **given)
 
 
 def make_reward(model: str, tokenizer: Any, settings: dict[str, Any]) -> RewardModel:

@@ -1,7 +1,8 @@
-"""Compare our PPO with trl's on this machine: speed and memory, time to quality, scaling.
+"""Compare our PPO with trl's on this machine: speed and memory, time to quality, scaling; our other stages with trl's.
 
     python recipes/benchmarks/ppo_vs_trl.py
     python recipes/benchmarks/ppo_vs_trl.py --only speed --cases "[tiny]" --updates 2
+    python recipes/benchmarks/ppo_vs_trl.py --only stages          # SFT and reward model beside today's trl
     python recipes/benchmarks/ppo_vs_trl.py --ablate               # what each of our tricks for CPUs is worth
     python recipes/benchmarks/ppo_vs_trl.py --before ../earlier    # another checkout of this project beside this one
     python recipes/benchmarks/ppo_vs_trl.py --busy                 # each stage beside one busy process
@@ -29,10 +30,11 @@ import busy
 import earlier
 import quality
 import scaling
+import stages
 from board import Board
 from cases import CASES, OURS, TRL, Case, precision, runs_here
 from jobs import Job, Worker, run_job
-from limit import Sizes, Update, count
+from limit import Sizes, count, update_of
 
 from rlhf import config as configs
 from rlhf.errors import InputError
@@ -46,18 +48,18 @@ class BenchmarkConfig:
 
     output_dir: str = "runs/benchmark"
     """Results, tables, and every run's log."""
-    only: Literal["speed", "quality", "scaling"] | None = None
-    """One part alone; null: all three."""
+    only: Literal["speed", "quality", "scaling", "stages"] | None = None
+    """One part alone; null: all four."""
     ablate: bool = False
     """Instead of those: our runs with one trick for CPUs switched off at a time, in turn."""
     tricks: list[str] = field(default_factory=lambda: list(ablation.TRICKS))
     """Which of them, by their names in ablation.py."""
     before: str | None = None
-    """Instead of the three parts: our runs as they are here and in another checkout of this project, in turn."""
+    """Instead of the four parts: our runs as they are here and in another checkout of this project, in turn."""
     before_variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further runs there: name -> what it changes there, settings or (dotted) what one of its modules holds."""
     busy: bool = False
-    """Instead of the three parts: each stage alone and beside one process that computes all the time."""
+    """Instead of the four parts: each stage alone and beside one process that computes all the time."""
     cases: list[str] = field(default_factory=lambda: list(CASES))
     """tiny (4 layers, 256 wide, 49k words), smollm2 (the model of --model)."""
     runs: list[str] = field(default_factory=lambda: [*OURS, *TRL])
@@ -72,8 +74,11 @@ class BenchmarkConfig:
     """Threads of every run; null: torch's own choice."""
     trl_folder: str = f".bench/trl-{TRL_VERSION}"
     """Where trl is installed beside ours."""
+    stages: list[str] = field(default_factory=lambda: list(stages.STAGES))
+    """Of the stages part: sft, reward_model."""
     toy_run: str = "{output_dir}/toy_{seed}"
-    """A finished toy chain for the quality part; {seed} stands for its number. One that is missing is made."""
+    """A finished toy chain for the quality part (the stages part takes the rows of number 0); {seed} stands for its
+    number. One that is missing is made."""
     seeds: int = 3
     """Runs of the quality part."""
     quality_updates: int | None = None
@@ -84,6 +89,7 @@ class BenchmarkConfig:
             ("cases", self.cases, list(CASES)),
             ("runs", self.runs, [*OURS, *TRL]),
             ("tricks", self.tricks, list(ablation.TRICKS)),
+            ("stages", self.stages, list(stages.STAGES)),
         )
         for name, chosen, known in lists:
             wrong = [one for one in chosen if one not in known]
@@ -117,7 +123,7 @@ def benchmark(config: BenchmarkConfig) -> Board:
     """Run the parts that were asked for."""
     board = Board(Path(config.output_dir).absolute())
     board.keep("config", configs.to_dict(config) | {"python": platform.python_version(), "machine": platform.machine()})
-    parts = {"speed": speed, "quality": quality_part, "scaling": scaling_part}
+    parts = {"speed": speed, "quality": quality_part, "scaling": scaling_part, "stages": stages_part}
     instead = {ablate_part: config.ablate, before_part: config.before is not None, busy_part: config.busy}
     chosen = [part for part, asked in instead.items() if asked]
     for part in chosen or [part for name, part in parts.items() if config.only in (None, name)]:
@@ -193,20 +199,9 @@ def show_speed(
 
 def limits(settings: dict[str, Any], case: Case, sizes: Sizes, machine: dict[str, Any]) -> dict[str, float]:
     """Return the least seconds of each phase of one of our runs, with these settings."""
-    rank = settings.get("lora_rank", 0)
-    half = bool(settings.get("bf16"))
-    update = Update(
-        sizes=sizes,
-        prompts=case.prompt_lengths,
-        responses=[case.new_tokens] * case.rollout_size,
-        inner_epochs=case.inner_epochs,
-        minibatches=case.minibatches,
-        lora_rank=rank,
-        value_model=settings.get("value_model", "adapter" if rank else "separate"),
-        weight_bytes=2 if half and rank else 4,
-    )
-    peak = machine["bfloat16" if half else "float32"]
-    return {phase: work.seconds(peak, machine["bandwidth"]) for phase, work in count(update).items()}
+    peak = machine["bfloat16" if settings.get("bf16") else "float32"]
+    works = count(update_of(settings, case, sizes))
+    return {phase: work.seconds(peak, machine["bandwidth"]) for phase, work in works.items()}
 
 
 def quality_part(config: BenchmarkConfig, board: Board) -> None:
@@ -232,6 +227,12 @@ def scaling_part(config: BenchmarkConfig, board: Board) -> None:
     if result is not None:
         board.keep("scaling", result)
         board.show("What an update of ours costs, by size", scaling.table(result))
+
+
+def stages_part(config: BenchmarkConfig, board: Board) -> None:
+    """Measure our SFT and reward-model training beside trl's own trainers, by turns of some steps."""
+    run = Path(config.toy_run.format(output_dir=board.folder, seed=0))
+    stages.measure(board, config.cases, config.stages, run, 0, config.model, config.updates, config.threads)
 
 
 def ablate_part(config: BenchmarkConfig, board: Board) -> None:

@@ -18,7 +18,8 @@ import torch  # noqa: E402
 from cases import Case  # noqa: E402
 from jobs import Job, Result, serve, wait_for_turn  # noqa: E402
 from synthetic import ROLES, make_prompts  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from turns import Turns  # noqa: E402
 
 from reward_models import RewardConfig, RewardTrainer  # noqa: E402
 from rlhf import SFTConfig, SFTTrainer, chat  # noqa: E402
@@ -27,23 +28,6 @@ from rlhf.sampling.decode import TransformersEngine  # noqa: E402
 ROWS, PROMPTS, RESPONSES = 16, 4, 4  # of an SFT step; of a reward-model step, and per prompt: toy.yaml's
 STEPS = 20  # a turn
 TRAINING: dict[str, Any] = {"save_steps": 0, "preflight": False, "bf16": False, "learning_rate": 1e-5}
-
-
-class Turns(TrainerCallback):
-    """Time every `steps` steps, and wait after them, off the clock."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-        self.seconds: list[float] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.steps == 0:
-            self.seconds.append(time.perf_counter() - self._began)
-            wait_for_turn()
-            self._began = time.perf_counter()
 
 
 def work(job: Job) -> Result:
@@ -95,8 +79,11 @@ STAGES: dict[str, Callable[[Job, Any], list[float]]] = {
 }  # fmt: skip
 
 
-def texts(job: Job, tokenizer: Any, per_step: int, responses: int) -> list[tuple[str, list[str]]]:
-    """Return prompts with so many different responses each, enough for all turns; lengths are the case's."""
+def texts(
+    job: Job, tokenizer: Any, per_step: int, responses: int, steps: int | None = None
+) -> list[tuple[str, list[str]]]:
+    """Return prompts with so many different responses each, enough for all turns of `steps` steps (None: STEPS);
+    lengths are the case's."""
     case, draw = Case.of_job(job["case"]), random.Random(0)
     words = [f"w{i}" for i in range(len(ROLES), len(tokenizer) // 2)]
 
@@ -105,7 +92,7 @@ def texts(job: Job, tokenizer: Any, per_step: int, responses: int) -> list[tuple
 
     return [
         (text(draw.randint(*case.prompt_tokens)), [text(case.new_tokens) for _ in range(responses)])
-        for _ in range(job["updates"] * STEPS * per_step)
+        for _ in range(job["updates"] * (steps or STEPS) * per_step)
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jobs import Job, Result, serve
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf.chat import CHATML, encode_prompt
 from rlhf.run.precision import bf16_hardware
@@ -38,15 +38,18 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, positions: int) -> LlamaForCausalLM:
-    """Return a Llama with tied embeddings and seeded random weights."""
-    config = LlamaConfig(
-        **shape, max_position_embeddings=positions, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+def make_model(shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast, positions: int) -> PreTrainedModel:
+    """Return a model with tied embeddings and seeded random weights: a Llama, or the family that the shape names.
+
+    On a GPU it is made there and in bfloat16: drawing billions of numbers takes a CPU a minute."""
+    config = AutoConfig.for_model(
+        **{"model_type": "llama"} | shape, max_position_embeddings=positions, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng():
+    on_gpu = torch.cuda.is_available()
+    with torch.random.fork_rng(), torch.device("cuda" if on_gpu else "cpu"):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
 
 
 def make_prompts(tokenizer: Any, lengths: list[int]) -> list[dict[str, str]]:

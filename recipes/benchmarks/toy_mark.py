@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from rlhf.run import console
 
@@ -43,6 +44,14 @@ def work(job: Job) -> Result:
 
 def make_chain(run: Path, seed: int) -> None:
     """Run the toy chain's stages before PPO by the recipes' own functions; complete stages are skipped."""
+    config = make_rankings(run, seed)
+    import chain
+
+    chain.reward_model(config.reward_model)
+
+
+def make_rankings(run: Path, seed: int) -> Any:
+    """Run the toy chain's stages up to its rankings; return the chain's settings."""
     sys.path.insert(0, str(BENCHMARKS.parent))
     import chain
 
@@ -51,7 +60,7 @@ def make_chain(run: Path, seed: int) -> None:
     chain.make_base(config.base)
     chain.sft(config.sft)
     chain.rankings(config.data)
-    chain.reward_model(config.reward_model)
+    return config
 
 
 if __name__ == "__main__":

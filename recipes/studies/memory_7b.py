@@ -15,6 +15,9 @@ from pathlib import Path
 
 TRAINED = 16
 """Bytes per trained parameter: float32 weight, gradient, Adam's two moments."""
+QUANTIZED = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Bytes per weight of a linear layer in 4 bits (NF4, double quantization): a byte more per block of 64, and a float32
+per 256 blocks. The rest stays in bfloat16."""
 HEAD_LOGITS = 2**26
 """Logits that exist at once on a GPU (rlhf/models/forward.py); each is there in bfloat16 and twice in float32."""
 
@@ -45,6 +48,12 @@ class Shape:
     def whole(self) -> int:
         """Return all parameters."""
         return self.trunk + self.vocabulary * self.hidden
+
+    @property
+    def quantized_bytes(self) -> float:
+        """Return the bytes of the whole model with its linear layers in 4 bits."""
+        linear = self.layers * sum(a * b for a, b in self.linear)
+        return QUANTIZED * linear + 2 * (self.whole - linear)
 
     def lora(self, rank: int) -> int:
         """Return the parameters of an adapter on every linear layer."""
@@ -173,6 +182,73 @@ def full_ppo(shape: Shape, plan: Plan, cards: int) -> Rows:
     ]
 
 
+@dataclass(frozen=True)
+class Card:
+    """Hold the bytes of each part of PPO on one card."""
+
+    base: float  # frozen weights that policy, value model and reference share
+    policy: float  # trained weights, gradients, Adam's moments
+    value: float
+    reference: float
+    reward_model: float
+    sampling: float  # beside what is held
+    update: float
+
+    @property
+    def held(self) -> float:
+        return self.base + self.policy + self.value + self.reference + self.reward_model
+
+    @property
+    def peak(self) -> float:
+        return self.held + max(self.sampling, self.update)
+
+
+def cards(shape: Shape, plan: Plan) -> dict[str, Card]:
+    """Count one card of each way to train: LoRA and QLoRA on one card, LoRA on eight (DDP), full weights on one and on
+    eight (FSDP2)."""
+    adapter, tokens, full = shape.lora(plan.rank), plan.microbatch_tokens, replace(plan, rank=0)
+    lora = Card(
+        base=2 * shape.whole, policy=TRAINED * adapter, value=TRAINED * adapter, reference=4 * adapter,
+        reward_model=4 * adapter, sampling=sampling(shape, plan), update=shape.recomputed(tokens, plan.rank) + head(),
+    )  # fmt: skip
+    unpacked = 2 * max(a * b for a, b in shape.linear)  # one layer's weights at a time, in bfloat16
+    qlora = replace(
+        lora, base=shape.quantized_bytes, reward_model=2 * shape.trunk + 4 * adapter,
+        sampling=lora.sampling + unpacked, update=lora.update + unpacked,
+    )  # fmt: skip
+    whole = Card(
+        base=0, policy=TRAINED * shape.whole, value=TRAINED * shape.trunk, reference=4 * shape.whole,
+        reward_model=2 * shape.trunk, sampling=2 * shape.whole + sampling(shape, full),
+        update=shape.recomputed(tokens, 0) + 2 * shape.whole + head(),
+    )  # fmt: skip
+    eighth = replace(
+        whole, policy=whole.policy / 8, value=whole.value / 8, reference=whole.reference / 8,
+        update=2 * shape.recomputed(tokens, 0) + 4 * shape.whole / shape.layers + head(),
+    )  # fmt: skip
+    both = replace(lora, update=lora.update + shape.recomputed(tokens, plan.rank))
+    return {
+        "LoRA, 1 card": lora, "QLoRA, 1 card": qlora, "full, 1 card": whole, "LoRA, 8 cards (DDP)": both,
+        "full, 8 cards (FSDP2)": eighth,
+    }  # fmt: skip
+
+
+def ways(shape: Shape, plan: Plan, memory: float = 80e9) -> str:
+    """Return the table of `cards`: GB of each part on one card, and whether a card of `memory` bytes holds them with a
+    tenth to spare."""
+    counted = cards(shape, plan)
+    lines = ["| GB on each card | " + " | ".join(counted) + " |", "|---" * (len(counted) + 1) + "|"]
+    parts = {
+        "frozen base": "base", "policy, trained": "policy", "value model, trained": "value", "reference": "reference",
+        "reward model": "reward_model", "**held all the time**": "held", "while it samples, besides": "sampling",
+        "in the update, besides": "update", "**peak**": "peak",
+    }  # fmt: skip
+    for what, name in parts.items():
+        sizes = (getattr(card, name) for card in counted.values())
+        lines.append(f"| {what} | " + " | ".join(f"{size / 1e9:.1f}" if size else "-" for size in sizes) + " |")
+    fits = ("yes" if card.peak <= 0.9 * memory else "no" for card in counted.values())
+    return "\n".join([*lines, f"| fits {memory / 1e9:.0f} GB | " + " | ".join(fits) + " |"])
+
+
 def table(rows: Rows) -> str:
     lines = ["| what | bytes | GB |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {formula} | {size / 1e9:.1f} |" for what, formula, size in rows)])
@@ -181,6 +257,7 @@ def table(rows: Rows) -> str:
 def tables(shape: Shape = QWEN_7B, plan: Plan = PLAN) -> dict[str, str]:
     """Return every table by its mark in the guide."""
     return {
+        "ways": ways(shape, plan),
         "ppo": table(lora_ppo(shape, plan)),
         "stages": table(stages(shape, plan)),
         "choices": choices(shape, plan),

@@ -3,7 +3,6 @@ small runs of ours, each trick for CPUs really switched off. trl's side installs
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -23,19 +22,7 @@ from rlhf.chat import encode_conversation
 from rlhf.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(name: str):
-    """recipes/benchmarks/<name>.py, as a script there would import it."""
-    folder = str(ROOT / "recipes/benchmarks")
-    with recipe._restored():
-        sys.path.insert(0, folder)
-        try:
-            return importlib.import_module(name)
-        finally:
-            sys.path.remove(folder)
-
-
+load = recipe.load_benchmark
 cases, jobs, limit, scaling, quality, tables = map(
     load, ("cases", "jobs", "limit", "scaling", "quality", "bench_tables")
 )
@@ -248,7 +235,8 @@ def test_time_to_quality_table():
         (["--runs", "[]"], "runs=[]: nothing is none of"),
         (["--updates", "0"], "updates=0 must be at least 1"),
         (["--threads", "-1"], "threads=-1 must be at least 1 or null"),
-        (["--only", "memory"], "--only: expected one of speed, quality, scaling"),
+        (["--only", "memory"], "--only: expected one of speed, quality, scaling, stages"),
+        (["--stages", "[ppo]"], "stages=['ppo']: ppo is none of sft, reward_model"),
         (["--quality_updates", "0"], "quality_updates=0 must be at least 1 or null"),
         (["--tricks", "[magic]"], "tricks=['magic']: magic is none of gated, norms"),
         (["--before", "nowhere"], "nowhere/recipes/benchmarks/ours_worker.py is missing; name a checkout"),
@@ -274,15 +262,15 @@ def test_bfloat16_only_where_the_hardware_is_fast_at_it():
     assert all(settings.get("frozen_dtype", "float32") == "float32" for settings in slow.values())
 
 
-def test_parts_that_take_the_place_of_the_three(monkeypatch, tmp_path):
+def test_parts_that_take_the_place_of_the_four(monkeypatch, tmp_path):
     benchmark, ran = load("ppo_vs_trl"), []
-    for part in ("speed", "quality_part", "scaling_part", "ablate_part", "before_part", "busy_part"):
+    for part in ("speed", "quality_part", "scaling_part", "stages_part", "ablate_part", "before_part", "busy_part"):
         monkeypatch.setattr(benchmark, part, lambda config, board, part=part: ran.append(part))
     for flags in ([], ["--only", "speed"], ["--ablate"], ["--busy", "--before", str(ROOT)]):
         config = configs.load(benchmark.BenchmarkConfig, [*flags, "--output_dir", str(tmp_path)])
         benchmark.benchmark(config)
         ran.append(".")
-    expected = "speed quality_part scaling_part . speed . ablate_part . before_part busy_part ."
+    expected = "speed quality_part scaling_part stages_part . speed . ablate_part . before_part busy_part ."
     assert ran == expected.split()
 
 
@@ -519,7 +507,8 @@ def test_another_checkouts_worker_runs_with_its_own_modules(tmp_path):
 def test_a_stage_by_turns(job, stage, monkeypatch):
     worker, waits = load("stage_worker"), []
     monkeypatch.setattr(worker, "STEPS", 2)
-    monkeypatch.setattr(worker, "wait_for_turn", lambda: waits.append(None))
+    for module in (worker, load("turns")):
+        monkeypatch.setattr(module, "wait_for_turn", lambda: waits.append(None))
     result = worker.work(job | {"stage": stage, "updates": 3})
     assert len(result["updates"]) == len(waits) == 3
     assert all(update["step"] > 0 for update in result["updates"])

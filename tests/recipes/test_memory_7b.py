@@ -93,6 +93,33 @@ def test_the_arithmetic_by_hand():
     assert rows["in the update: recomputed activations, logits"] == update
 
 
+def test_every_way_by_hand():
+    """Against the other tables' rows, and QLoRA's base from a layer's weights: 2 of 3584 x 3584, 2 of 3584 x 512, 3 of
+    3584 x 18944."""
+    cards, adapter, whole = memory.cards(SHAPE, PLAN), 161_480_704, 7_615_616_512
+    held, sampled = (memory.lora_ppo(SHAPE, PLAN)[row][2] for row in (3, 4))
+    assert cards["LoRA, 1 card"].held == held
+    assert cards["LoRA, 1 card"].peak == held + sampled
+    peaks = {what: size for what, _, size in memory.stages(SHAPE, PLAN)}
+    both = cards["LoRA, 8 cards (DDP)"]
+    assert both.held + both.update == peaks["PPO in the update, DDP: both models in one backward"]
+    rows = {what: size for what, _, size in memory.full_ppo(SHAPE, PLAN, 8)}
+    eight = cards["full, 8 cards (FSDP2)"]
+    assert eight.held == rows["**held all the time**"]
+    assert eight.held + eight.sampling == rows["peak while it samples: the policy whole in bfloat16"]
+    assert eight.held + eight.update == rows["peak in the update: both models' activations, two layers whole"]
+    linear = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    qlora = cards["QLoRA, 1 card"]
+    bits = 4 + 8 / 64 + 32 / 16384  # a byte per block of 64, a float32 per 256 blocks
+    assert qlora.base == linear * bits / 8 + 2 * (whole - linear)
+    assert qlora.update - cards["LoRA, 1 card"].update == 2 * 3584 * 18944
+    assert qlora.policy == 16 * adapter
+    one = cards["full, 1 card"]
+    assert one.policy + one.value + one.reference == 20 * whole + 16 * SHAPE.trunk
+    assert memory.ways(SHAPE, PLAN).splitlines()[-1] == "| fits 80 GB | yes | yes | no | yes | no |"
+    assert memory.ways(SHAPE, PLAN, 141e9).splitlines()[-1] == "| fits 141 GB | yes | yes | no | yes | yes |"
+
+
 def test_the_guide_shows_these_tables():
     guide = ROOT / "recipes" / "guides" / "model_7b.md"
     text = guide.read_text(encoding="utf-8")

@@ -47,6 +47,17 @@ def run(name: str, *flags: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def load_benchmark(name: str) -> ModuleType:
+    """recipes/benchmarks/<name>.py, as a script there would import it."""
+    folder = str(ROOT / "recipes/benchmarks")
+    with _restored():
+        sys.path.insert(0, folder)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(folder)
+
+
 @contextlib.contextmanager
 def _restored() -> Iterator[None]:
     """Our loggers as they were (console.quiet takes them from caplog), and no warning filters of ours."""

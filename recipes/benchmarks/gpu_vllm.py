@@ -1,0 +1,117 @@
+"""Sample with a vLLM server on the same GPU, and with the built-in engine: the same prompts, as many tokens each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_tables import markdown
+from cases import Case
+from jobs import Job, Result
+from synthetic import make_prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf import chat
+from rlhf.caller import Caller
+from rlhf.errors import RunStopped
+from rlhf.sampling.decode import TransformersEngine
+
+ROUNDS = 3  # the first warms up
+SHARE = 0.3  # of the card's memory, for the server
+
+
+def measure(job: Job, made: Job, keep: Callable[[Job, Result], None]) -> None:
+    """Show tokens per second of both, and keep them in the job's folder."""
+    case, tokenizer = Case.of_job(made["case"]), AutoTokenizer.from_pretrained(made["tokenizer"])
+    prompts = [
+        chat.encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
+        for row in make_prompts(tokenizer, case.prompt_lengths)
+    ]
+    rates: dict[str, float] = {}
+
+    def show() -> None:
+        rows = [[name, f"{rate:.0f}", f"{rate / rates['built-in']:.2f}"] for name, rate in rates.items()]
+        keep(
+            job,
+            {"tokens_per_second": rates, "tables": {"sampling": markdown(["engine", "tokens/s", "/ built-in"], rows)}},
+        )
+
+    rates["built-in"] = built_in(made, case, prompts, chat.pad_id(tokenizer))
+    show()
+    with server(made, Path(job["folder"]), case) as caller, ThreadPoolExecutor(len(prompts)) as pool:
+        asked = {"model": "policy", "max_tokens": case.new_tokens, "temperature": 1.0, "ignore_eos": True}
+        rates["vLLM server"] = tokens_per_second(
+            case, lambda: list(pool.map(lambda p: sample(caller, asked, p), prompts))
+        )
+        show()
+
+
+def built_in(made: Job, case: Case, prompts: list[list[int]], pad_id: int) -> float:
+    """Return the built-in engine's rate; its model leaves the card before the server comes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if made["bf16_hardware"] else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(made["model"], dtype=dtype).to(device).eval()
+    engine = TransformersEngine(model, (), pad_id)  # never stops early
+    generator = torch.Generator(device).manual_seed(0)
+    rate = tokens_per_second(case, lambda: engine.generate(prompts, case.new_tokens, 1.0, generator))
+    model.to("meta")
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return rate
+
+
+def tokens_per_second(case: Case, generate: Callable[[], Any]) -> float:
+    """Return the rate of the fastest round after the first."""
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        generate()
+        seconds.append(time.perf_counter() - began)
+    return case.rollout_size * case.new_tokens / min(seconds[1:])
+
+
+def sample(caller: Caller, asked: dict[str, Any], prompt: Sequence[int]) -> None:
+    """Ask for one response. Raises RunStopped for any answer but one."""
+    status, text = caller.ask("/v1/completions", {**asked, "prompt": list(prompt)}, 2**24)
+    if status != 200:
+        caller.refused(status, text)
+
+
+@contextmanager
+def server(made: Job, folder: Path, case: Case) -> Iterator[Caller]:
+    """Start vLLM's server on any free port, wait until it answers, and end it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    length = case.prompt_lengths[-1] + case.new_tokens + 8
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", made["model"]]
+    command += ["--tokenizer", made["tokenizer"], "--served-model-name", "policy", "--port", str(port)]
+    command += ["--max-model-len", str(length), "--gpu-memory-utilization", str(SHARE), "--host", "127.0.0.1"]
+    with (folder / "server.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+    try:
+        caller = Caller(f"http://127.0.0.1:{port}", None, 60.0, 0, "a vLLM server", "sample fewer tokens")
+        while not _answers(caller):
+            if process.poll() is not None:
+                raise SystemExit(f"the vLLM server ended with code {process.returncode}; see {folder / 'server.txt'}")
+            time.sleep(1)
+        yield caller
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _answers(caller: Caller) -> bool:
+    try:
+        return caller.ask("/health", None, 4096).status == 200
+    except RunStopped:
+        return False

@@ -1,0 +1,184 @@
+"""What gpu.sh runs on a machine with a GPU: the driver on stand-ins for its parts, the counted numbers by hand, the
+shapes against the real models', and the whole of it on a CPU with tiny shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from reference import recipe
+from transformers import AutoConfig, AutoModelForCausalLM
+
+gpu, numbers, cases, limit, tables = map(
+    recipe.load_benchmark, ("gpu", "gpu_numbers", "cases", "limit", "bench_tables")
+)
+parts = recipe.load_benchmark("gpu_parts")
+
+PARTS = """
+import json, subprocess, sys, time
+from pathlib import Path
+job = json.loads(Path(sys.argv[1]).read_text())
+found = Path(job["folder"], "result.json")
+if job["part"] == "good":
+    found.write_text(json.dumps({"tables": {"numbers": "| a | b |"}, "tiny": job["tiny"]}))
+if job["part"] == "slow":
+    found.write_text(json.dumps({"half": 1}))
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(job["folder"], "child").write_text(str(child.pid))
+    time.sleep(600)
+if job["part"] == "broken":
+    raise ValueError("no such card")
+"""
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Run gpu.main on parts that need no torch; return its exit code and the folder."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/gpu_parts.py").write_text(PARTS)
+    monkeypatch.setattr(gpu, "HERE", tmp_path / "scripts")
+    chosen = (
+        gpu.Part("good", 30, "what works"), gpu.Part("slow", 1.5, "what never ends"),
+        gpu.Part("broken", 30, "what fails"), gpu.Part("last", 30, "the end"),
+        gpu.Part("absent", 30, "what stands on something", ("json", "no_such_package")),
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "PARTS", chosen)
+    return lambda *flags: (gpu.main([*flags, "--output_dir", str(tmp_path / "out")]), tmp_path / "out")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_part_costs_itself_alone(driver, capsys):
+    code, folder = driver("--tiny")
+    assert code == 1
+    results = json.loads((folder / "gpu.json").read_text())
+    assert {name: result["status"] for name, result in results.items()} == {
+        "good": "fine", "slow": "stopped", "broken": "failed", "last": "fine", "absent": "skipped"
+    }  # fmt: skip
+    assert results["good"]["tiny"] is True
+    assert results["slow"]["half"] == 1  # what it had found by then
+    assert results["slow"]["why"].startswith("not done in its 2 s; see ")
+    assert results["broken"]["why"].startswith("ValueError: no such card (see ")
+    assert results["absent"]["why"] == "not installed: no_such_package"
+    child = int((folder / "slow/child").read_text())
+    for _ in range(100):
+        if not alive(child):
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("what a stopped part had started lives on")
+    page = (folder / "gpu.md").read_text()
+    assert "| good | what works | fine |" in page
+    assert "| absent | what stands on something | skipped: not installed: no_such_package | 0 |" in page
+    assert "## good: numbers\n\n| a | b |" in page
+    assert capsys.readouterr().out.endswith(f"{page}\n")
+
+
+def test_time_that_is_up_and_single_parts(driver):
+    code, folder = driver("--seconds", "3")
+    assert code == 0
+    results = json.loads((folder / "gpu.json").read_text())
+    assert {result["why"] for result in results.values()} == {"no time was left"}
+    code, folder = driver("--only", "good,last")
+    assert code == 0
+    assert list(json.loads((folder / "gpu.json").read_text())) == ["good", "last"]
+    with pytest.raises(SystemExit):
+        driver("--only", "goof")
+
+
+def test_the_parts_and_their_limits():
+    assert [part.name for part in gpu.PARTS] == list(parts.PARTS)
+    assert gpu.SECONDS <= 540 - 5  # nine minutes, and what the driver itself takes
+    assert all(part.seconds < gpu.SECONDS / 2 for part in gpu.PARTS)
+    everything = {run for groups in (parts.SMALL, parts.LARGE) for group in groups for run in group}
+    assert everything == set(parts.RUNS)
+
+
+@pytest.mark.parametrize(("size", "weights"), [("small", 596_049_920), ("large", 4_022_468_096)])
+def test_the_shapes_are_those_of_qwen3(size, weights):
+    """0.6B and 4B: the parameters that their model cards and files have, embeddings counted once."""
+    shape = parts.case_of(size, tiny=False).shape
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, tie_word_embeddings=True))
+    assert sum(parameter.numel() for parameter in model.parameters()) == weights
+
+
+def test_a_run_that_cannot_be_made_says_why(tmp_path, monkeypatch):
+    job = {"trl_folder": str(tmp_path / "trl"), "cuda": True}
+    assert parts.hindrance("ours_adapter", job) is None
+    assert parts.hindrance("trl_lora_bf16", job) == f"no trl 1.12.0 in {tmp_path / 'trl'}"
+    (tmp_path / "trl/trl/experimental/ppo").mkdir(parents=True)
+    (tmp_path / "trl/trl/experimental/ppo/ppo_trainer.py").touch()
+    assert parts.hindrance("trl_lora_bf16", job) is None
+    monkeypatch.setitem(parts.RUNS, "new", {"bf16": True, "of_tomorrow": 1})
+    assert parts.hindrance("new", job) == "PPOConfig has no of_tomorrow"
+    monkeypatch.setitem(parts.RUNS, "wrong", {"lora_rank": -1})
+    assert "lora_rank=-1" in parts.hindrance("wrong", job)
+    monkeypatch.setitem(parts.RUNS, "half", {"bf16": True})
+    monkeypatch.setitem(parts.PACKAGES, "bf16", "no_such_package")
+    assert parts.hindrance("half", job) == "not installed: no_such_package"
+    assert parts.hindrance("half", job | {"cuda": False}) == "bf16 needs a GPU; not installed: no_such_package"
+
+
+def test_use_of_the_card_by_hand():
+    """A run that took twice its counted time at the peak uses half of it; trl's value model is trained whole."""
+    case = parts.case_of("small", tiny=True)
+    sizes = limit.Sizes(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=400,
+    )  # fmt: skip
+    machine = {"bfloat16": 1e9, "float32": 1e8, "bandwidth": 1e9}
+    works = limit.count(limit.update_of({"bf16": True}, case, sizes))
+    seconds = {"generate": 2 * works["generate"].flops / 1e9, "update": 4 * works["update"].flops / 1e9}
+    one = {"score": 1.0, "logprobs": 1.0, **seconds, "step": 9.0}
+    result = {"updates": [one, one], "response_tokens": [24, 24], "peak_bytes": 2**30, "precision": "bfloat16"}
+    found = numbers.of("ours_full", {"bf16": True}, case, sizes, machine, tables.summarize(result))
+    assert found["sampling_mfu"] == pytest.approx(0.5)
+    assert found["training_mfu"] == pytest.approx(0.25)
+    assert found["sampled_tokens_per_second"] == pytest.approx(4 * 6 / seconds["generate"])
+    trained = sum(case.prompt_lengths) + 4 * 6
+    assert found["trained_tokens_per_second"] == pytest.approx(trained / seconds["update"])
+    assert "| ours_full | bfloat16 | 9.00 |" in numbers.table({"ours_full": found})
+    assert "| 50.0% | 25.0% |" in numbers.table({"ours_full": found})
+    # A full policy and a full value model are what both full runs train; of trl's LoRA run only the second is whole.
+    full, lora = {"bf16": True}, {"autocast": True, "bf16": True, "lora_rank": 3, "lora_alpha": 8.0}
+    alone = {kind: limit.count(limit.update_of(full | {"value_model": kind}, case, sizes))["update"].flops
+             for kind in ("separate", "shared_trunk")}  # fmt: skip
+    adapter = limit.count(limit.update_of(lora | {"value_model": "shared_trunk"}, case, sizes))["update"].flops
+    assert numbers.training_flops("trl_defaults", full, case, sizes) == alone["separate"]
+    assert numbers.training_flops("trl_lora", lora, case, sizes) == pytest.approx(
+        adapter + alone["separate"] - alone["shared_trunk"]
+    )
+
+
+@pytest.mark.long
+def test_all_of_it_on_a_cpu(tmp_path):
+    """gpu.sh --tiny from end to end. Here are no tests marked gpu that run, no vLLM, no trl 1.12: all said."""
+    script = recipe.ROOT / "recipes/benchmarks/gpu.sh"
+    settings = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    flags = ["--tiny", "--output_dir", str(tmp_path), "--trl_folder", str(tmp_path / "no_trl")]
+    done = subprocess.run(["bash", script, *flags], capture_output=True, text=True, env=settings, check=False)
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    status = {name: result["status"] for name, result in results.items()}
+    assert set(status.values()) <= {"fine", "skipped"}, done.stdout
+    assert done.returncode == 0
+    assert {name for name, one in status.items() if one == "fine"} >= {
+        "machine", "tests", "preflight", "ppo_small", "ppo_large", "stages"
+    }  # fmt: skip
+    assert "ours_adapter" in results["ppo_large"]["runs"]
+    assert results["ppo_large"]["left_out"]["trl_lora_bf16"].startswith("no trl 1.12.0 in")
+    for run in results["ppo_small"]["runs"].values():
+        assert run["sampled_tokens_per_second"] > 0
+        assert run["peak_gib"] > 0
+    assert not (tmp_path / "models").exists()

@@ -1,0 +1,127 @@
+"""What only a GPU can show: the same numbers as a CPU's, training in float32 and bfloat16, sampling, a resumed run.
+
+`make test` leaves them out; `recipes/benchmarks/gpu.sh` runs them, or `pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from reference.tiny_chain import chain
+
+from reward_models import RewardConfig, RewardModel, RewardTrainer
+from rlhf import SFTConfig, SFTTrainer
+from rlhf.padding import make_batch
+from rlhf.ppo import math as ppo_math
+from rlhf.ppo.build import build_actor_critic
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
+
+PROMPTS = [[5, 6, 7], [9], list(range(20, 45)), [30, 31]]
+RESPONSES = [[30, 31], [32, 33, 34, 35], [36], [40, 41, 42, 43, 44, 45, 46, 47]]
+CLOSE = 1e-4  # float32 on both sides, other kernels
+
+
+@pytest.fixture(params=["full", "adapter", "shared_trunk"])
+def models(request, tmp_path, tiny_model, tiny_tokenizer):
+    """The same three models on the CPU and on the card."""
+    policy, _ = chain(tmp_path, tiny_model, tiny_tokenizer, lora=request.param != "full")
+    kind = "shared_trunk" if request.param == "shared_trunk" else None
+    return [build_actor_critic(policy, value_kind=kind, seed=3).to(device) for device in ("cpu", "cuda")]
+
+
+def test_outputs_and_gradients_are_a_cpus(models):
+    found = []
+    for actor_critic in models:
+        device = next(actor_critic.parameters()).device
+        batch = make_batch(PROMPTS, RESPONSES, 0, device)
+        outputs = actor_critic(batch, 0.7, ("policy", "value", "reference"))
+        old, ones = outputs.logprobs.detach() - 0.05, torch.ones_like(outputs.logprobs)
+        policy, _ = ppo_math.policy_loss(outputs.logprobs, old, ones, batch.mask, 0.2)
+        value, _ = ppo_math.value_loss(outputs.values, outputs.values.detach() + 0.1, ones, batch.mask, 0.2)
+        (policy + value).backward()
+        gradients = {name: p.grad.cpu() for name, p in actor_critic.named_parameters() if p.grad is not None}
+        found.append(({name: value.detach().cpu() for name, value in outputs._asdict().items()}, gradients))
+    (on_cpu, cpu_gradients), (on_cuda, cuda_gradients) = found
+    for name, expected in on_cpu.items():
+        torch.testing.assert_close(on_cuda[name], expected, atol=CLOSE, rtol=CLOSE, msg=name)
+    assert cuda_gradients.keys() == cpu_gradients.keys()
+    for name, expected in cpu_gradients.items():
+        torch.testing.assert_close(cuda_gradients[name], expected, atol=CLOSE, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_ppo_trains_behind_its_own_checks(tmp_path, tiny_model, tiny_tokenizer, lora, bf16):
+    """Preflight included: the sampled log-probabilities are those that are trained, the first ratio is 1."""
+    policy, reward = chain(tmp_path, tiny_model, tiny_tokenizer, lora=lora)
+    args = PPOConfig(
+        output_dir=str(tmp_path / "ppo"), updates=2, rollout_size=8, minibatch_size=4, inner_epochs=2,
+        max_new_tokens=12, learning_rate=1e-3, tokens_per_microbatch=256, bf16=bf16,
+    )  # fmt: skip
+    rows = [{"prompt": f"Count to {word}"} for word in ("two", "three", "four", "five", "six", "seven")]
+    trainer = PPOTrainer(str(policy), RewardModel.load(reward), args, rows, value_model=str(reward))
+    assert trainer.device.type == "cuda"
+    trainer.train()
+    logged = [json.loads(line) for line in Path(args.output_dir, "metrics.jsonl").read_text().splitlines()]
+    assert len(logged) == 2
+    if not bf16:
+        assert abs(logged[0]["kl_nats"]) < 1e-5
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, tiny_model, tiny_tokenizer):
+    policy, reward = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
+    rows, states = [{"prompt": f"Count to {word}"} for word in ("two", "three", "four", "five")], []
+
+    def trainer(name: str, updates: int) -> PPOTrainer:
+        args = PPOConfig(
+            output_dir=str(tmp_path / name), updates=updates, rollout_size=8, minibatch_size=4, inner_epochs=1,
+            max_new_tokens=8, learning_rate=1e-3, bf16=False, save_steps=1, lr_schedule="constant", preflight=False,
+        )  # fmt: skip
+        return PPOTrainer(str(policy), RewardModel.load(reward), args, rows, value_model=str(reward))
+
+    whole = trainer("whole", 3)
+    whole.train()
+    (tmp_path / "broken").mkdir()
+    for checkpoint in sorted((tmp_path / "whole").glob("checkpoint-*")):
+        if checkpoint.name == "checkpoint-2":
+            checkpoint.rename(tmp_path / "broken" / checkpoint.name)
+    again = trainer("broken", 3)
+    again.train(resume_from_checkpoint=str(tmp_path / "broken/checkpoint-2"))
+    states = [one.actor_critic.trained_state() for one in (whole, again)]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_sft_and_reward_model_learn_there(tmp_path, tiny_model, tiny_tokenizer, lora):
+    """In bfloat16, their own checks first; the loss falls, and a saved reward model scores as it did."""
+    chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)
+    rows = [{"prompt": f"Count to {n}", "completion": "one two three four"} for n in range(24)]
+    shared = {"lora_rank": 4 if lora else 0, "learning_rate": 5e-3, "bf16": True, "save_steps": 0}
+    args = SFTConfig(output_dir=str(tmp_path / "s"), epochs=3, batch_size=8, logging_steps=1, **shared)
+    sft = SFTTrainer(str(tmp_path / "base"), args, rows)
+    sft.train()
+    losses = [row["loss"] for row in sft.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    ranked = [
+        {"prompt": f"Say {n}", "responses": ["yes " * k for k in (1, 2, 3, 4)], "ranks": [4, 3, 2, 1]}
+        for n in range(24)
+    ]
+    args = RewardConfig(
+        output_dir=str(tmp_path / "r"), epochs=3, prompts_per_batch=8, microbatch_size=4, logging_steps=1, **shared
+    )
+    trainer = RewardTrainer(str(tmp_path / "base"), args, train_dataset=ranked)
+    trainer.train()
+    trainer.save_model()
+    accuracies = [row["accuracy"] for row in trainer.state.log_history if "accuracy" in row]
+    assert accuracies[-1] >= accuracies[0]
+    talk = [{"role": "user", "content": "Say 3"}, {"role": "assistant", "content": "yes yes"}]
+    scored = RewardModel.load(tmp_path / "r").score([talk])
+    assert scored.isfinite().all()
+    on_cpu = RewardModel.load(tmp_path / "r", device="cpu").score([talk])
+    torch.testing.assert_close(scored, on_cpu, atol=1e-3, rtol=1e-3)

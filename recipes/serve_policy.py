@@ -46,7 +46,8 @@ class ServePolicyRecipe(ServingConfig):
     upstream_seconds: float = 600.0
     """Seconds that an answer of the other server may take."""
     moderator: str | None = None
-    """A function (file.py:name) from a list of texts to verdicts, for /v1/moderations; default: none."""
+    """A moderation model's folder, or a function (file.py:name) from a list of texts to verdicts, for /v1/moderations;
+    default: none."""
     bf16: bool | None = None
     """Compute in bfloat16; null: where the hardware is fast at it."""
     output_dir: str | None = None
@@ -71,8 +72,8 @@ def serve(config: ServePolicyRecipe) -> None:
     """Load, listen, answer until SIGTERM or Ctrl-C; what was taken on by then is still answered."""
     token = server_token(config)
     scrub = configs.import_function(config.scrub) if config.scrub else None
-    moderator = configs.import_function(config.moderator) if config.moderator else None
     listening = bind(config.host, config.port)  # before a model is read: a port in use is told at once
+    moderator = moderator_of(config)
     engine = engine_of(config)
     from rlhf.run.connections import run
     from rlhf.serving.app import Service, create_app
@@ -97,6 +98,15 @@ def serve(config: ServePolicyRecipe) -> None:
     if config.output_dir is not None:
         metrics = {"requests": {"value": service.answered, "low": None, "high": None, "n": service.answered}}
         write_json_atomic(Path(config.output_dir) / "serve_policy.json", {"metrics": metrics})
+
+
+def moderator_of(config: ServePolicyRecipe) -> Any:
+    """Load what answers /v1/moderations; None where nothing does."""
+    if config.moderator is None:
+        return None
+    from reward_models.filtering import load_moderator
+
+    return load_moderator(config.moderator, config.bf16)
 
 
 def engine_of(config: ServePolicyRecipe) -> Any:

@@ -60,6 +60,8 @@ SECTIONS = (
     "best_of_n",
     "synthetic",
     "red_team",
+    "moderation",
+    "monitor",
 )
 
 

@@ -4,8 +4,10 @@
 the formulas, `best` keeps the best weights, `preflight` checks before the first step. `scoring` scores with a reward
 model, `ensemble` with several, `averaging` joins their weights; `server`, `scoring_queue` and `client` score over
 HTTP. `steps` reads solutions with labelled steps, `process_trainer` trains on them, `process` scores with what came
-out. `functions`, `rules` and `grader` score without a model. `best_of_n` chooses among responses, and `card` says how
-good a reward model is.
+out. `labelled_texts` reads texts with a label per category, `moderation_trainer` trains on them, `moderation` gives
+verdicts with calibrated `thresholds`, `guards` asks others' guards, `filtering` divides data by either, and `words` is
+the bag of words that they must beat. `functions`, `rules` and `grader` score without a model. `best_of_n` chooses among
+responses, and `card` says how good a model is.
 
 Names below are imported when first used, so ``import reward_models`` stays fast.
 """
@@ -18,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 import rlhf  # before the libraries that the modules below import: it keeps some of them quiet
 
 _PUBLIC = {
+    "ModerationConfig": "reward_models.config",
+    "ModerationModel": "reward_models.moderation",
+    "ModerationTrainer": "reward_models.moderation_trainer",
     "ProcessConfig": "reward_models.config",
     "ProcessModel": "reward_models.process",
     "ProcessTrainer": "reward_models.process_trainer",
@@ -29,14 +34,16 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "ProcessConfig", "ProcessModel", "ProcessTrainer", "RewardClient", "RewardConfig", "RewardEnsemble", "RewardModel",
-    "RewardTrainer",
+    "ModerationConfig", "ModerationModel", "ModerationTrainer", "ProcessConfig", "ProcessModel", "ProcessTrainer",
+    "RewardClient", "RewardConfig", "RewardEnsemble", "RewardModel", "RewardTrainer",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from reward_models.client import RewardClient
-    from reward_models.config import ProcessConfig, RewardConfig
+    from reward_models.config import ModerationConfig, ProcessConfig, RewardConfig
     from reward_models.ensemble import RewardEnsemble
+    from reward_models.moderation import ModerationModel
+    from reward_models.moderation_trainer import ModerationTrainer
     from reward_models.process import ProcessModel
     from reward_models.process_trainer import ProcessTrainer
     from reward_models.scoring import RewardModel

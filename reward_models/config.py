@@ -248,6 +248,83 @@ class ProcessConfig(RewardConfig):
         return 5e-5 if encoder else LEARNING_RATE
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModerationConfig(RewardConfig):
+    """Settings of training a moderation model: a probability per category. Batch sizes count texts."""
+
+    ROWS = "texts_per_batch"
+    COMPARES = False
+
+    "The model"
+
+    output_dir: str = "moderation"
+    """Folder for checkpoints and metrics, and for the model that `save_model()` writes."""
+    categories: list[str] | None = None
+    """Columns that hold the labels; null: those of train_data that hold nothing but 0, 1, true, false and null."""
+    trains: Literal["head", "all"] = "head"
+    """head: the trunk stays as it is, and a head is fitted to its states, which takes one forward over the texts; all:
+    from that head on, all weights (or an adapter) are trained for `epochs` passes."""
+    reads: Literal["trunk", "trunk_and_words"] = "trunk_and_words"
+    """trunk: a text's logits are the trunk's; trunk_and_words: the mean of these and of a bag of words', which is
+    fitted to the same texts in seconds and knows rare words that few texts cannot teach a trunk."""
+
+    "Batch sizes and lengths"
+
+    epochs: float = 3.0
+    """Passes over the training texts, with trains=all."""
+    texts_per_batch: int = 16
+    """Texts per optimizer step, over all processes."""
+    microbatch_size: int = 16
+    """Texts per forward on one process. A memory setting: it changes no gradient."""
+    max_length: int = 256
+    """Tokens that are read at once. A longer text is read in overlapping windows of so many, of which the highest
+    logit of each category counts, in training and scoring alike: no text is cut."""
+
+    "Optimization"
+
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; null: 1e-5, 2e-4 for an encoder, or 1e-4 where an adapter is trained."""
+
+    "Loss"
+
+    label_smoothing: float = 0.0
+    """Assumed probability that a label is wrong (below 0.5), for noisy labels."""
+    labeler_weights: dict[str, float] | None = None
+    """Weight of each labeler's texts, {name: weight}, found by the column `labeler` and multiplied by the column
+    `weight`; null: all labelers count the same."""
+
+    prompts_per_batch: ClassVar[int] = 0  # type: ignore[misc]
+    """Of rankings; here texts are counted."""
+    center_rewards_coefficient: ClassVar[float] = 0.0  # type: ignore[misc]
+    """Of rankings: probabilities have a level of their own."""
+    normalizer_samples: ClassVar[int] = 0  # type: ignore[misc]
+    """Of rankings: probabilities are calibrated instead."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.categories is not None and (not self.categories or len(set(self.categories)) < len(self.categories)):
+            raise InputError(f"categories={self.categories}: name one or more columns, each once; or leave it out")
+        for name in ("lora_rank", "keep_best", "eval_steps"):
+            if self.trains == "head" and getattr(self, name):
+                raise InputError(f"{name}={getattr(self, name)}: with trains=head no step is taken; set trains to all")
+        if self.max_length < 16:
+            raise InputError(f"max_length={self.max_length} must be 16 or more: a window holds some words")
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Return the rows of the encoded data in an optimizer step."""
+        return self.texts_per_batch
+
+    @property
+    def labels(self) -> int:
+        """Return how many numbers the head gives."""
+        return len(self.categories or ())
+
+    def full_learning_rate(self, encoder: bool) -> float:
+        """Return the default learning rate of full weights; encoders are small."""
+        return 2e-4 if encoder else LEARNING_RATE
+
+
 def trl_arguments(config: RewardConfig, *, evaluate: bool) -> trl.RewardConfig:
     """Convert our settings to the TrainingArguments that trl's trainer and the callbacks receive."""
     import trl

@@ -168,6 +168,8 @@ def compared(scores: Float[Tensor, " n"], inputs: RankingBatch) -> tuple[Tensor,
 
 def tokens_read(inputs: Any, number: int) -> Int[Tensor, " t"]:
     """Return the ids of a batch up to the one at which its score of this number is read."""
+    if "window_of" in inputs:  # of a text's windows the first
+        number = int((inputs["window_of"] == number).nonzero()[0, 0])
     if "ends" in inputs:
         return inputs["input_ids"][inputs["sequences"][number]][: inputs["ends"][number] + 1]
     return inputs["input_ids"][number][inputs["attention_mask"][number].bool()]

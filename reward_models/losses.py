@@ -129,6 +129,27 @@ def step_class_loss(
     return _mean(losses, count, weights)
 
 
+def category_loss(
+    logits: Float[Tensor, "n K"],
+    labels: Int[Tensor, "n K"],
+    count: Tensor | float | None = None,
+    weights: Float[Tensor, " n"] | None = None,
+    epsilon: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Compute ``-log sigmoid(z)`` for a category that a text has (label 1) and ``-log sigmoid(-z)`` for one that it has
+    not (label 0), summed over all known labels and divided by `count` (default: their number). An unknown label (-1)
+    adds nothing, and no gradient.
+
+    weights: of the texts. epsilon: the assumed probability that a label is wrong; it weighs the other term.
+    """
+    known = labels >= 0
+    signed = torch.where(labels > 0, logits.float(), -logits.float())
+    losses = -(1 - epsilon) * logsigmoid(signed) - epsilon * logsigmoid(-signed)
+    losses = torch.where(known, losses, 0.0)
+    losses = losses if weights is None else losses * weights[:, None]
+    return losses.sum() / (known.sum().clamp(min=1) if count is None else count)
+
+
 def _mean(
     values: Float[Tensor, " n"], count: Tensor | float | None, weights: Float[Tensor, " n"] | None
 ) -> Float[Tensor, ""]:

@@ -71,6 +71,20 @@ def check_labels(data: Dataset) -> Finding:
     )
 
 
+def check_categories(data: Dataset) -> Finding:
+    """Check that a category has texts with it and texts without it."""
+    rows = [data[i]["targets"] for i in range(min(512, len(data)))]
+    columns = [{label for label in column if label >= 0} for column in zip(*rows, strict=True)]
+    told = sum(column == {0, 1} for column in columns)
+    return Finding(
+        "categories",
+        f"{told} of {len(columns)} categories have both labels among the first {len(rows)} texts",
+        told > 0,
+        "there is nothing to tell apart: every known label of a category says the same",
+        "check the labels: 1 has the category, 0 has it not, a missing one is unknown",
+    )
+
+
 @torch.no_grad()
 def check_scores(trainer: CheckedTrainer) -> Finding:
     """Check that scores are finite and that training and scoring give the same ones: both read the same positions.
@@ -165,12 +179,16 @@ def _rows(trainer: CheckedTrainer) -> list[dict[str, Any]]:
 
 
 def _sequences(row: dict[str, Any]) -> list[Any]:
-    """Return the token sequences of an encoded solution, or of a ranking's first two responses."""
+    """Return the token sequences of an encoded solution or text, or of a ranking's first two responses."""
+    if "windows" in row:
+        return row["windows"]
     return row["sequences"] if "sequences" in row else [row["chosen_ids"], row["rejected_ids"]]
 
 
 def _with(row: dict[str, Any], ids: list[int]) -> dict[str, Any]:
     """Return the row with other tokens."""
+    if "windows" in row:
+        return {**row, "windows": [ids]}
     if "sequences" in row:
         return {**row, "sequences": [ids], "ends": [[len(ids) - 1]], "labels": row["labels"][:1]}
     return {**row, "chosen_ids": ids, "rejected_ids": ids}
@@ -202,7 +220,7 @@ def check_reward_model(trainer: CheckedTrainer) -> list[Finding]:
 def reward_model_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
     """Yield the findings on texts, then those on the model, measured on a few rankings."""
     model, tokenizer, data = trainer.model, trainer.processing_class, trainer.train_dataset
-    apart = check_labels if "labels" in data[0] else check_pairs
+    apart = check_categories if "targets" in data[0] else check_labels if "labels" in data[0] else check_pairs
     yield run_checks(
         ("vocabulary", lambda: on_text.check_vocabulary(tokenizer, embedding_rows(model))),
         ("injection", lambda: on_text.check_injection(tokenizer)),

@@ -35,6 +35,8 @@ STAGES = ("reward_model", "judge")
 """Stages of a chain whose folder holds a reward model."""
 PROCESS_FILE = "process.json"
 """What a process or outcome model's folder has beside a reward model's files."""
+CATEGORIES_FILE = "categories.json"
+"""What a moderation model's folder has beside them."""
 
 
 class RewardModel:
@@ -204,9 +206,11 @@ def rows_of(columns: Mapping[str, object], count: int) -> list[dict[str, object]
 
 
 def _check_stage(folder: Path) -> None:
-    """Raise InputError for a process model's folder, or one whose manifest names another stage."""
+    """Raise InputError for a process or moderation model's folder, or one whose manifest names another stage."""
     if (folder / PROCESS_FILE).is_file():
         raise InputError(f"{folder}: holds a process model; load it by reward_models.ProcessModel.load")
+    if (folder / CATEGORIES_FILE).is_file():
+        raise InputError(f"{folder}: holds a moderation model; load it by reward_models.ModerationModel.load")
     if (folder / "manifest.json").is_file():
         stage = stages.Manifest.read(folder).stage
         if stage not in STAGES:

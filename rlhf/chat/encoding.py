@@ -26,7 +26,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from rlhf.chat import answers, spans
+from rlhf.chat import answers, rendering, spans
 from rlhf.chat import template as templates
 from rlhf.chat.spans import Encoded
 from rlhf.chat.template import Template, template_of
@@ -60,6 +60,11 @@ def encode_response(tokenizer: Tokenizer, text: str) -> list[int]:
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}]
     encoded = spans.encode_finished(tokenizer, template_of(tokenizer), asked, [False, True], None)
     return encoded.ids[encoded.answer_from :]
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encode a text that is no conversation: without a template, and no id in it is a structural token's."""
+    return rendering.encode_plain(tokenizer, template_of(tokenizer).tokens, text, first=True)[0] if text else []
 
 
 def encode_conversation(

@@ -230,7 +230,7 @@ def encode(tokenizer: Tokenizer, tokens: Tokens, chat: Conversation, text: str) 
             position += len(segment) - len(segment.lstrip())
             segment = segment.lstrip()
         if segment:
-            new, places = _encode_plain(tokenizer, tokens, chat.restored(segment), first=not ids)
+            new, places = encode_plain(tokenizer, tokens, chat.restored(segment), first=not ids)
             ids += new
             offsets += [(position + a, position + b) for a, b in _before_restoring(chat, segment, places)]
         if match:
@@ -252,7 +252,7 @@ def _before_restoring(chat: Conversation, segment: str, places: Offsets) -> Offs
     return [(bisect_right(starts, a) - 1, bisect_left(starts, b)) for a, b in places]
 
 
-def _encode_plain(tokenizer: Tokenizer, tokens: Tokens, text: str, first: bool) -> tuple[list[int], Offsets]:
+def encode_plain(tokenizer: Tokenizer, tokens: Tokens, text: str, first: bool) -> tuple[list[int], Offsets]:
     """Encode ordinary text from the middle of a rendered one; no id is a structural token's."""
     before = "\n" if tokens.joined and not first else ""
     if tokens.plain is None:
@@ -278,8 +278,8 @@ def _encode_broken(tokenizer: Tokenizer, tokens: Tokens, text: str, first: bool)
     cut = (match.start() + match.end()) // 2 if match else 0
     if not 0 < cut < len(text):
         raise InputError(f"messages: {short(text, 40)!r} encodes to a control token; take it out of the text")
-    left, places = _encode_plain(tokenizer, tokens, text[:cut], first)
-    right, more = _encode_plain(tokenizer, tokens, text[cut:], first=False)
+    left, places = encode_plain(tokenizer, tokens, text[:cut], first)
+    right, more = encode_plain(tokenizer, tokens, text[cut:], first=False)
     return left + right, places + [(cut + a, cut + b) for a, b in more]
 
 

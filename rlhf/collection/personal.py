@@ -226,10 +226,16 @@ def wipe(db: Db, path: Path) -> None:
         raise RunStopped(f"{path}: erased, but another process still reads the log; end it, and erase again to wipe it")
 
 
+REVIEW = "review"
+"""The source of items that were made of logged conversations, whose column `review_expires` ends them, too."""
+
+
 def delete_expired(db: Db, now: float) -> int:
-    """Delete conversations and feedback whose time has come; returns how many."""
+    """Delete conversations, feedback and reviewed items whose time has come; returns how many."""
     gone = "expires IS NOT NULL AND expires <= ?"
     count = db.execute(
         f"DELETE FROM feedback WHERE {gone} OR conversation IN (SELECT id FROM conversations WHERE {gone})", (now, now)
     ).rowcount
+    reviewed = "source = ? AND json_extract(columns, '$.review_expires') <= ?"
+    count += db.execute(f"DELETE FROM items WHERE {reviewed}", (REVIEW, now)).rowcount
     return int(count + db.execute(f"DELETE FROM conversations WHERE {gone}", (now,)).rowcount)

@@ -318,7 +318,7 @@ class Store:
             return list(personal.feedback(db, self.clock(), usable))
 
     def expire(self) -> int:
-        """Erase the conversations and feedback whose time has come, and return how many."""
+        """Erase the conversations, feedback and reviewed items whose time has come, and return how many."""
         with self.writing() as db:
             gone = personal.delete_expired(db, self.clock())
         if gone:

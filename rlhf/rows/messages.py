@@ -180,6 +180,13 @@ def _json(text: str, name: str) -> Any:
         raise wrong(name, f"{error} in {show(text)}", "write a list, or JSON text of one") from None
 
 
+def text_of(messages: Messages) -> str:
+    """Return a conversation as one text: a lone user's turn as it is, else each turn behind its role."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
 def as_prompt(value: object) -> Messages:
     """Read a prompt: text, HH's dialogue string, or messages that don't end with an assistant turn."""
     if not isinstance(value, str):

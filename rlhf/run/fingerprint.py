@@ -35,7 +35,8 @@ NOT_LOADED = (".*", "__pycache__", "checkpoint-*", "refused-checkpoint-*", "earl
 
 WRITTEN_BESIDE = (
     "manifest.json", "inputs.json", "metrics.jsonl", "samples.jsonl", "training_args.bin", "best.safetensors",
-    "sizes.json", "evaluation.json", "process_reward.json", "*report*.json", "*.html", "*.md", "*.png",
+    "sizes.json", "evaluation.json", "process_reward.json", "moderation.json", "*report*.json", "*.html", "*.md",
+    "*.png",
 )  # fmt: skip
 """What a stage writes beside its model or data: logs and reports, some of which tell the time."""
 

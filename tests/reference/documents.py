@@ -76,12 +76,14 @@ STAND_INS = {
     "--save_rollouts 10": "--save_rollouts 2",
     "--update 10": "--update 2",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "tiny",
+    "sentence-transformers/all-MiniLM-L6-v2": "tiny",
 }
 """What runs in the place of what a document names: the smoke config is the toy chain in miniature."""
 SMALLER = {
     "sft": {"epochs": 1, "batch_size": 8},
     "reward_model": {"epochs": 1, "prompts_per_batch": 8},
     "process_reward": {"epochs": 1, "solutions_per_batch": 8},
+    "moderation": {"epochs": 1, "texts_per_batch": 8, "microbatch_size": 8},
     "ppo": {"updates": 2, "rollout_size": 4, "minibatch_size": 2, "inner_epochs": 1, "max_new_tokens": 6},
     "evaluate_policy": {"max_new_tokens": 6, "least_probability": 0},
     "judge_card": {"least_probability": 0},
@@ -109,6 +111,10 @@ STEP_ROWS = [
     {"prompt": f"Count to {n}.", "steps": ["one two", f"{n} is it"], "labels": [1, 1 - 2 * (n % 2)]} for n in range(24)
 ]
 """The same for a file whose name speaks of steps."""
+LABELLED_ROWS = [
+    {"prompt": f"Count to {n}, fool." if n % 3 else f"Count to {n}.", "S": min(1, n % 3)} for n in range(24)
+]
+"""The same for a file whose name speaks of labels."""
 RUBRIC = "instructions: Is it good?\nchoices:\n  A: {description: Yes., score: 1}\n  B: {description: No., score: 0}\n"
 
 
@@ -132,6 +138,8 @@ def provide_files(text: str, folder: Path) -> None:
         if not path.exists() and not name.startswith("runs/"):
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = SCALING if path.name == "scaling.jsonl" else STEP_ROWS if "steps" in path.name else ROWS
+            if "labelled" in path.name:  # the held-out texts are others
+                rows = [{**row, "prompt": f"{path.stem}: {row['prompt']}"} for row in LABELLED_ROWS]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if "rubric.yaml" in text and not (folder / "rubric.yaml").exists():
         (folder / "rubric.yaml").write_text(RUBRIC)

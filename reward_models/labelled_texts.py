@@ -1,0 +1,180 @@
+"""Texts with a label per category: their rows, and the text of a conversation.
+
+Rows of these shapes are read (further columns are kept):
+
+* flat: ``{"prompt": "...", "S": 1, "H": 0}``, as OpenAI's moderation set is; a category that is missing or null is
+  unknown, not 0;
+* nested: ``{"text": "...", "labels": {"S": 1, "H": null}}``.
+
+The text is `text`, `prompt` (a text, or messages) or `messages`; a `response` or `completion` beside it is the
+assistant's turn. Of flat rows, categories are the columns that hold nothing but 0, 1, true, false and null.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlhf.errors import InputError, short
+from rlhf.rows.messages import Messages, as_messages, check_text, text_of
+from rlhf.rows.mixed import parts_of, renamed, weighed
+from rlhf.rows.records import BadRows, OnBadRow, prompt_key
+from rlhf.rows.sources import Source, name_of, rows, show, wrong
+
+logger = logging.getLogger("rlhf")
+
+TEXTS, ANSWERS = ("text", "prompt", "messages"), ("response", "completion")
+NO_CATEGORY = ("weight", "seed", "id", "index", "turn", "row", "train")
+"""Columns of 0 and 1 that are no labels."""
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text, or a conversation, and what is known of its categories."""
+
+    prompt: Messages
+    labels: Mapping[str, bool]
+    """Without the categories of which nothing is known."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False, repr=False)
+
+    @property
+    def text(self) -> str:
+        """Return what a model reads."""
+        return text_of(self.prompt)
+
+
+def read_labelled(
+    source: Source, split: str = "train", categories: Sequence[str] | None = None, on_bad_row: OnBadRow = "refuse"
+) -> list[LabelledText]:
+    """Read labelled texts. categories: whose labels are read; by default all that the rows have.
+
+    Raises InputError, also for rows without a single label; where categories are named, rows may have none."""
+    found = _rows(source, split)
+    known = list(categories) if categories is not None else categories_in([row for _, row in found], name_of(source))
+    bad, records = BadRows(name_of(source), on_bad_row), list[LabelledText]()
+    for where, row in found:
+        try:
+            records.append(row if isinstance(row, LabelledText) else _record(row, known, where))
+        except InputError as error:
+            bad.add(where, error)
+    bad.tell(len(records))
+    if not records:
+        raise wrong(name_of(source), "no rows", "hand in at least one")
+    if categories is None and not any(record.labels for record in records):
+        raise wrong(f"{name_of(source)}: labels", f"none in {len(records)} rows", "label some texts")
+    return records
+
+
+def _rows(source: Source, split: str) -> list[tuple[str, object]]:
+    """Return the rows of a source with their places; of several sources, one after the other, by their weights."""
+    parts = parts_of(source)
+    if parts is None:
+        return list(rows(source, split))
+    found: list[tuple[str, object]] = []
+    for part in parts:
+        own = [(where, renamed(row, part.columns) if isinstance(row, dict) else row)
+               for where, row in rows(part.path, split)]  # fmt: skip
+        found += weighed(own, part.weight)
+    return found
+
+
+def categories_of(records: Sequence[LabelledText]) -> list[str]:
+    """Return the categories that have a label, in the order in which they come."""
+    return list(dict.fromkeys(name for record in records for name in record.labels))
+
+
+def labels_of(records: Sequence[LabelledText], categories: Sequence[str]) -> np.ndarray:
+    """Return [texts, categories]: 1, 0, or NaN where nothing is known."""
+    rows = [[float(record.labels.get(name, np.nan)) for name in categories] for record in records]
+    return np.array(rows, dtype=np.float64).reshape(len(records), len(categories))
+
+
+def apart_from(records: Sequence[LabelledText], others: Sequence[LabelledText], name: str) -> list[LabelledText]:
+    """Leave out the records whose text is also among `others`, and count them in the log: a text that is trained on
+    measures nothing. Raises InputError where nothing remains."""
+    there = {prompt_key(record.prompt) for record in others}
+    kept = [record for record in records if prompt_key(record.prompt) not in there]
+    if len(kept) < len(records):
+        left = len(records) - len(kept)
+        logger.warning("%s: left out %d of %d texts that are held out, too", name, left, len(records))
+    if not kept:
+        raise InputError(f"{name}: every text is held out, too; hand in others")
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------ one row
+
+
+def _record(row: object, categories: Sequence[str], where: str) -> LabelledText:
+    if not isinstance(row, Mapping):
+        raise InputError(f"got {show(row)}; write an object with a text and its labels")
+    messages, used = messages_in(row)
+    nested = row.get("labels") is not None
+    labels = labels_in(row, categories)
+    apart = {*used, "labels", *(() if nested else categories)}
+    return LabelledText(messages, labels, {k: v for k, v in row.items() if k not in apart}, where)
+
+
+def labels_in(row: Mapping[str, Any], categories: Sequence[str]) -> dict[str, bool]:
+    """Return what a row says of the categories, without those that it says nothing of. Raises InputError."""
+    held = row if row.get("labels") is None else row["labels"]
+    if not isinstance(held, Mapping):
+        raise wrong("labels", f"got {show(held)}", "write an object of category to 0, 1 or null")
+    return {name: _truth(held[name], name) for name in categories if held.get(name) is not None}
+
+
+def messages_in(row: Mapping[str, Any]) -> tuple[Messages, list[str]]:
+    """Return the conversation of a row, and the columns that it stands in. Raises InputError."""
+    name = next((name for name in TEXTS if row.get(name) is not None), None)
+    answer = next((name for name in ANSWERS if row.get(name) is not None), None)
+    if name is None and answer is None:
+        seen = f"missing; the fields are {', '.join(map(str, row)) or '(none)'}"
+        raise wrong("text", seen, "write text, prompt or messages")
+    turns: Messages = []
+    if name is not None:
+        value = row[name]
+        turns = as_messages(value, name) if not isinstance(value, str) else [_turn("user", value, name)]
+    if answer is not None:
+        value = row[answer]
+        own = as_messages(value, answer) if not isinstance(value, str) else [_turn("assistant", value, answer)]
+        turns = [*turns, *own]
+    return turns, [column for column in (name, answer) if column]
+
+
+def _turn(role: str, text: str, name: str) -> dict[str, Any]:
+    return {"role": role, "content": check_text(text, name)}
+
+
+def _truth(value: object, name: str) -> bool:
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise wrong(name, f"got {show(value)}", "write 1 or true, 0 or false, or null where it is not known")
+
+
+def categories_in(found: Sequence[object], name: str) -> list[str]:
+    """Find the categories of rows: the names in `labels`, else the columns of 0 and 1. Raises InputError for rows
+    without one."""
+    names: dict[str, bool] = {}
+    for row in found:
+        if isinstance(row, LabelledText):
+            names |= dict.fromkeys(row.labels, True)
+            continue
+        if not isinstance(row, Mapping):
+            continue
+        nested = row.get("labels")
+        held = nested if isinstance(nested, Mapping) else row
+        for column, value in held.items():
+            if value is None or (held is row and column in (*TEXTS, *ANSWERS, *NO_CATEGORY, "labels")):
+                continue
+            fits = isinstance(value, bool | int | float) and value in (0, 1)
+            names[str(column)] = names.get(str(column), True) and (fits or held is not row)
+    categories = [column for column, fits in names.items() if fits]
+    if not categories:
+        seen = f"no column of 0 and 1 among {', '.join(short(column) for column in names) or 'no columns'}"
+        raise wrong(f"{name}: labels", seen, "write a column per category, or labels: {category: 0 or 1}")
+    return categories

@@ -1,0 +1,175 @@
+"""People decide about flagged conversations, in `rlhf label`: allow or flag, and for which categories.
+
+An item is a conversation with its last answer as the only candidate; the criterion `decision` and the flags are the
+categories. Beside all flagged conversations a share of the others is queued, so that misses are counted too. Decisions
+measure the classifier and become its training rows, these only of conversations that their senders agreed to have used.
+An item ends with the conversation that it was made of: when that expires, or its person is erased.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.collection.personal import REVIEW
+from rlhf.collection.project import MOST_FLAGS, Criterion, Project
+from rlhf.collection.store import Candidate, Conversation, Item, Judgment, Store
+from rlhf.errors import InputError
+from rlhf.intervals import clustered_mean
+from rlhf.rows.messages import Messages
+
+DECISION = "decision"
+ALLOW, FLAG = 1, 2
+"""Points of its scale."""
+PROJECT = "label.project"
+GUIDELINES = """Read the conversation and its last answer. Press 1 to take it up, then decide:
+
+- **allow**: nothing in it is against the policy;
+- **flag**: something is. Then press F and the number of each category that it belongs to.
+"""
+
+
+def project_of(categories: Sequence[str]) -> Project:
+    """Make what annotators see. Raises InputError for more categories than the page has flags."""
+    if not 0 < len(categories) <= MOST_FLAGS:
+        seen = f"{len(categories)} categories, and the page shows 1 to {MOST_FLAGS}"
+        raise InputError(f"review: {seen}; name those that people decide on")
+    decision = Criterion(DECISION, ("allow", "flag"), "Is anything in it against the policy?")
+    return Project("Reviewing flagged conversations", GUIDELINES, (decision,), tuple(categories))
+
+
+def set_project(store: Store, categories: Sequence[str]) -> None:
+    """Have the store's labelling page ask for decisions. Raises InputError where it asks for something else already."""
+    wanted = project_of(categories)
+    there = store.setting(PROJECT)
+    if there is not None and Project.from_json(there) != wanted:
+        raise InputError(f"review: {store.path} is labelled for another project; name a store of its own")
+    store.put_setting(PROJECT, wanted.to_json())
+
+
+@dataclass(frozen=True)
+class Queued:
+    """How many conversations were put in the queue, and how many could not be."""
+
+    flagged: int
+    others: int
+    empty: int
+    """Without an answer, or with a question that is no prompt."""
+
+
+def queue(
+    store: Store, conversations: Sequence[Conversation], flags: Sequence[Sequence[str]], share: float, seed: int,
+    overlap: int = 1,
+) -> Queued:  # fmt: skip
+    """Put every flagged conversation in the queue, and `share` of the others, drawn by their ids and the seed alone;
+    one that is there stays as it is."""
+    chosen, empty = list[tuple[Item, bool]](), 0
+    for conversation, names in zip(conversations, flags, strict=True):
+        chance = 1.0 if names else share
+        if not names and _drawn(seed, conversation.id) >= share:
+            continue
+        *prompt, answer = conversation.messages
+        if not prompt or prompt[-1]["role"] == "assistant" or not answer["content"].strip():
+            empty += 1
+            continue
+        chosen.append((_item(conversation, prompt, answer["content"], names, chance), bool(names)))
+    store.add_items([item for item, _ in chosen], overlap=overlap)
+    flagged = sum(flag for _, flag in chosen)
+    return Queued(flagged, len(chosen) - flagged, empty)
+
+
+def _item(
+    conversation: Conversation, prompt: Messages, answer: str, names: Sequence[str], chance: float
+) -> Item:  # fmt: skip
+    made = Candidate(answer, conversation.policy, conversation.fingerprint, conversation.sampler, conversation.seed)
+    columns: dict[str, Any] = {
+        "conversation": conversation.id, "flagged": list(names), "chance": chance,
+        "trainable": conversation.consent and conversation.scrubbed,
+    }  # fmt: skip
+    if conversation.expires is not None:
+        columns["review_expires"] = conversation.expires
+    return Item(prompt, (made,), columns, REVIEW, ("review",), conversation.person)
+
+
+def _drawn(seed: int, name: str) -> float:
+    digest = hashlib.sha256(f"{seed}|review|{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+# ------------------------------------------------------------------------------------------ what was decided
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one person decided about one conversation."""
+
+    item: Item
+    annotator: str
+    flag: bool
+    categories: tuple[str, ...]
+    among: int
+    """Decisions about this item."""
+
+    @property
+    def was_flagged(self) -> bool:
+        """Return whether the classifier flagged it."""
+        return bool(self.item.columns["flagged"])
+
+
+def decisions_in(store: Store) -> tuple[list[Decision], int]:
+    """Return the decisions, and how many judgments are none: without the criterion, or allowed with a category."""
+    items = {item.id: item for item in store.items() if item.source == REVIEW}
+    judged = [judgment for judgment in store.judgments() if judgment.item in items]
+    read = [(judgment, flag) for judgment in judged if (flag := _decided(judgment)) is not None]
+    counts: dict[int, int] = {}
+    for judgment, _ in read:
+        counts[judgment.item] = counts.get(judgment.item, 0) + 1
+    found = [
+        Decision(items[judgment.item], judgment.annotator, flag, judgment.flags, counts[judgment.item])
+        for judgment, flag in read
+    ]
+    return found, len(judged) - len(found)
+
+
+def _decided(judgment: Judgment) -> bool | None:
+    point = judgment.ratings[0].get(DECISION) if judgment.ratings else None
+    if point not in (ALLOW, FLAG) or (point == ALLOW and judgment.flags):
+        return None
+    return point == FLAG
+
+
+def measured(decisions: Sequence[Decision]) -> dict[str, dict[str, Any]]:
+    """Compute how the classifier did by people's decisions, as metrics.
+
+    precision: the share of flagged conversations that people flag; missed: that of the others. recall weighs each
+    decision by the inverse of its conversation's chance to be queued (Horvitz and Thompson 1952); it has no interval,
+    since one miss among the others outweighs many hits."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, flagged in (("review_precision", True), ("review_missed", False)):
+        own = [decision for decision in decisions if decision.was_flagged == flagged]
+        if own:
+            share = clustered_mean([float(d.flag) for d in own], [d.item.id for d in own])
+            found[name] = {"value": share.value, "low": share.low, "high": share.high, "n": len(own)}
+    weights = [(d, 1 / (d.item.columns["chance"] * d.among)) for d in decisions if d.flag]
+    total = sum(weight for _, weight in weights)
+    if total and any(not decision.was_flagged for decision in decisions):
+        caught = sum(weight for decision, weight in weights if decision.was_flagged)
+        found["review_recall"] = {"value": caught / total, "low": None, "high": None, "n": len(decisions)}
+    return found
+
+
+def training_rows(decisions: Sequence[Decision], categories: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """Return a row per decision for `rlhf moderation`, and how many are left out: of senders who did not agree, or
+    flagged without a category, of which nothing is known."""
+    rows = []
+    for decision in decisions:
+        if not decision.item.columns["trainable"] or (decision.flag and not decision.categories):
+            continue
+        rows.append({
+            "prompt": decision.item.prompt, "response": decision.item.candidates[0].text,
+            "labels": {name: int(name in decision.categories) for name in categories},
+            "labeler": decision.annotator, "weight": 1 / decision.among,
+        })  # fmt: skip
+    return rows, len(decisions) - len(rows)

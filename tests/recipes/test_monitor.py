@@ -1,0 +1,78 @@
+"""recipes/monitor.py: what it writes, a reference that is kept, the review queue, the exit code of an alarm."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from reference import recipe
+
+from rlhf.collection.store import Conversation, Store
+
+MODERATOR = """
+from rlhf.serving.app import Verdict
+
+def judge(texts):
+    return [Verdict({"insult": "fool" in text}, {"insult": float("fool" in text)}) for text in texts]
+"""
+FAST = ("--reference_requests", 50, "--window", 20, "--horizon", 100)
+
+
+def log(path: Path, answers: list[str], first: int = 0) -> None:
+    now = time.time()
+    with Store(path) as store:
+        for n, answer in enumerate(answers, start=first):
+            talk = [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": answer}]
+            store.add_conversation(Conversation(
+                id=f"chat-{n:05}", messages=talk, person="anonymous", source="log", scrubbed=True, expires=now + 1e6,
+                created=now - 10_000 + n, policy="ppo",
+            ))  # fmt: skip
+
+
+def run(*flags: object, code: int = 0) -> recipe.Result:
+    result = recipe.run("monitor", *flags)
+    assert result.code == code, result.out + result.err
+    return result
+
+
+def test_a_log_is_watched_and_reviewed(tmp_path):
+    (tmp_path / "mine.py").write_text(MODERATOR)
+    store, review = tmp_path / "log.db", tmp_path / "review.db"
+    log(store, ["A fine answer."] * 49 + ["You fool."] + ["A fine answer."] * 30)
+    given = ("--store", store, "--moderator", f"{tmp_path / 'mine.py'}:judge", *FAST)
+    quiet = run(*given, "--output_dir", tmp_path / "one", "--review", review, "--review_share", "0.2")
+    assert "No alarm in 30 answers" in quiet.out + quiet.err
+    written = json.loads((tmp_path / "one" / "monitor.json").read_text())
+    assert written["metrics"]["flag_rate"] == pytest.approx(
+        {"value": 0.0, "low": 0.0, "high": 0.1135, "n": 30}, abs=1e-3
+    )
+    assert (tmp_path / "one" / "monitor.html").is_file()
+    with Store(review) as queued:
+        assert sum(bool(item.columns["flagged"]) for item in queued.items()) == 1
+        assert queued.setting("label.project")["flags"] == ["insult"]
+    log(store, ["You fool."] * 20, first=80)
+    with Store(store) as opened, opened.writing() as db:  # the reference has expired since
+        db.execute("DELETE FROM conversations WHERE id < 'chat-00050'")
+    stopped = run(*given, "--reference", tmp_path / "one" / "monitor.json", "--output_dir", tmp_path / "two",
+                  "--on_alarm", "stop", code=1)  # fmt: skip
+    assert "flag_rate=" in stopped.err
+    again = json.loads((tmp_path / "two" / "monitor.json").read_text())
+    assert again["answers"] == 50
+    assert again["alarms"][0]["signal"] == "flag_rate"
+    assert "fool" not in json.dumps(again)
+
+
+def test_mistakes(tmp_path):
+    log(tmp_path / "log.db", ["A fine answer."] * 5)
+    cases = [
+        (("--store", tmp_path / "no.db"), "no such store"),
+        (("--store", tmp_path / "log.db"), "5 answers may be read, the reference needs 500"),
+        (("--store", tmp_path / "log.db", "--review", tmp_path / "r.db"), "nothing is flagged without a moderator"),
+        (("--store", tmp_path / "log.db", "--factor", "1"), "factor=1.0 must be above 1"),
+        (("--store", tmp_path / "log.db", "--reference", tmp_path / "no.json"), "no such file"),
+    ]
+    for flags, message in cases:
+        refused = run(*flags, "--output_dir", tmp_path / "out", code=2)
+        assert message in refused.err, refused.err

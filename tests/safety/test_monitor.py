@@ -1,0 +1,130 @@
+"""The monitor: what it reads of a log, what alarms, and that no text leaves the log."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from rlhf.collection.store import Conversation, Feedback, Store
+from rlhf.errors import InputError
+from rlhf.safety.logged import read_log
+from rlhf.safety.monitor import Reference, Rules, after, metrics_of, monitor_report, reference_of
+from rlhf.safety.monitor_page import page
+
+HOSTILE = "<script>alert(1)</script>"
+RULES = Rules(reference_requests=60, window=40, horizon=200)
+
+
+def conversation(n: int, answer: str, **more) -> Conversation:
+    given = {"source": "log", "scrubbed": True, "expires": 10_000.0, "created": 100.0 + n, "policy": "ppo",
+             "fingerprint": "f" * 64, "sampler": {"temperature": 1.0}, "seed": n}  # fmt: skip
+    talk = [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": answer}]
+    return Conversation(id=f"c{n:05}", messages=talk, person="anonymous", **(given | more))
+
+
+def bad_words(conversations):
+    return [["insult"] if "fool" in talk[-1]["content"] else [] for talk in conversations]
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "log.db", clock=lambda: 5_000.0) as opened:
+        yield opened
+
+
+def test_what_is_read(store):
+    store.add_conversation(conversation(0, "I'm sorry, I can't do that."))
+    store.add_conversation(conversation(1, "You fool."))
+    store.add_conversation(conversation(2, "not looked through", scrubbed=False))
+    store.add_conversation(conversation(3, "gone", expires=4_999.0))
+    store.add_conversation(conversation(4, "of the chat page", source="playground", consent=True))
+    for n, thumb in enumerate((1, -1)):
+        store.add_feedback(Feedback(id=f"feedback-{n}", person="p", kind="thumb", thumb=thumb, created=50.0 + n))
+    store.add_feedback(Feedback(id="feedback-9", person="p", kind="thumb", thumb=1, expires=4_000.0))
+    log = read_log(store, flags=bad_words)
+    assert [(r.refused, r.flagged, r.characters, r.seed) for r in log.requests] == [
+        (True, (), 27, 0), (False, ("insult",), 9, 1),
+    ]  # fmt: skip
+    assert (log.unscrubbed, log.expired) == (1, 1)
+    assert log.thumbs == ((50.0, True), (51.0, False))
+    assert [r.id for r in read_log(store, "playground").requests] == ["c00004"]
+    assert read_log(store).requests[0].flagged is None
+
+
+def filled(store, after_reference) -> None:
+    """Log 60 quiet answers, then others."""
+    draw = np.random.default_rng(0)
+    for n in range(60):
+        store.add_conversation(conversation(n, "You fool." if n % 20 == 0 else "word " * int(draw.integers(5, 50))))
+    for n, answer in enumerate(after_reference, start=60):
+        store.add_conversation(conversation(n, answer))
+
+
+def test_changes_alarm_and_are_told_with_advice(store):
+    filled(store, ["You fool! I cannot say more." if n % 2 else "I can't. " + "long " * 200 for n in range(80)])
+    log = read_log(store, flags=bad_words)
+    report = monitor_report(log, reference_of(log, RULES), RULES)
+    told = {alarm["signal"]: alarm for alarm in report["alarms"]}
+    assert set(told) == {"flag_rate", "refusal_rate", "length_psi", "length_ks_p"}
+    assert told["flag_rate"]["line"].startswith("flag_rate=0.5")
+    assert "above 0.0574, the reference's: what people ask" in told["flag_rate"]["line"]
+    assert told["length_psi"]["at"] == 40
+    metrics = metrics_of(report)
+    assert metrics["flag_rate"]["value"] == 0.5
+    assert metrics["refusal_rate"]["n"] == 80
+    assert metrics["alarms"]["value"] == 4
+    assert report["categories"] == {"insult": 40}
+    shown = page(report, "log.db")
+    assert "Changed against the reference" in shown
+
+
+def test_a_quiet_log_is_quiet_and_thumbs_that_fall_are_not(store):
+    draw = np.random.default_rng(1)
+    filled(store, ["word " * int(draw.integers(5, 50)) for _ in range(80)])
+    for n in range(90):
+        up = n < 50 and n % 10 != 0
+        given = {
+            "person": "p",
+            "kind": "thumb",
+            "thumb": 1 if up else -1,
+            "created": 100.0 + n + (20 if n >= 50 else 0),
+        }
+        store.add_feedback(Feedback(id=f"feedback-{n}", **given))
+    log = read_log(store, flags=bad_words)
+    report = monitor_report(log, reference_of(log, RULES), RULES)
+    assert [alarm["signal"] for alarm in report["alarms"]] == ["thumbs_up_rate"]
+    assert "No alarm" not in page(report, "log.db")
+
+
+def test_a_kept_reference_goes_on_when_the_log_has_expired(store):
+    filled(store, ["word " * 20] * 10)
+    log = read_log(store, flags=bad_words)
+    first = reference_of(log, RULES)
+    again = Reference.from_json(json.loads(json.dumps(first.to_json())), "monitor.json")
+    assert again == first
+    assert [request.id for request in after(log, again)] == [f"c{n:05}" for n in range(60, 70)]
+    for broken in (None, {}, {**first.to_json(), "refused": None}, {**first.to_json(), "lengths": []}):
+        with pytest.raises(InputError, match=r"monitor\.json: (holds no reference|its reference is empty)"):
+            Reference.from_json(broken, "monitor.json")
+    with pytest.raises(InputError, match=r"70 answers may be read, the reference needs 500"):
+        reference_of(log, Rules())
+
+
+def test_no_text_leaves_the_log_and_names_are_inert(store):
+    for n in range(130):
+        policy = HOSTILE if n > 100 else "ppo"
+        store.add_conversation(conversation(n, f"secret {n} {HOSTILE}", policy=policy, sampler={"stop": [HOSTILE]}))
+
+    def hostile(conversations):
+        return [[HOSTILE] if n % 3 else [] for n, _ in enumerate(conversations)]
+
+    log = read_log(store, flags=hostile)
+    report = monitor_report(log, reference_of(log, RULES), RULES)
+    assert report["windows"][-1]["mix_psi"] > report["windows"][0]["mix_psi"]
+    assert len(report["policies"]) == 2
+    for written in (json.dumps(report), page(report, HOSTILE, {})):
+        assert "secret" not in written
+        assert "question" not in written
+    assert "<script" not in page(report, HOSTILE, {})

@@ -1,0 +1,134 @@
+"""Human review: what queues, what people see, what their decisions measure, and that it ends with its conversation."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from reward_models.labelled_texts import read_labelled
+from rlhf.collection.project import Project, check_ratings
+from rlhf.collection.store import Answer, Conversation, Item, Store
+from rlhf.collection.store import Candidate as StoredCandidate
+from rlhf.errors import InputError
+from rlhf.safety import review
+
+CATEGORIES = ("hate", "insult")
+
+
+def conversation(n: int, consent: bool = True, **more) -> Conversation:
+    talk = [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]
+    given = {"messages": talk, "person": f"p{n}", "scrubbed": True, "consent": consent, "expires": 1_000.0}
+    return Conversation(id=f"c{n:03}", policy="ppo", seed=n, **(given | more))
+
+
+@pytest.fixture
+def store(tmp_path):
+    clock = [100.0]
+    with Store(tmp_path / "review.db", clock=lambda: clock[0]) as opened:
+        opened.now = clock
+        yield opened
+
+
+def decide(store: Store, decisions: dict[str, tuple[int, tuple[str, ...]]], annotator: str = "ann") -> None:
+    """Give each conversation's decision, as the page sends it."""
+    store.add_annotator(annotator, "person")
+    project = Project.from_json(store.setting(review.PROJECT))
+    for task in store.lease(annotator, 100):
+        point, flags = decisions[task.prompt[0]["content"]]
+        shown = task.candidates[0].id
+        answer = Answer(
+            assignment=task.assignment, submission=uuid.uuid4().hex, ranks={shown: 1},
+            ratings={shown: {review.DECISION: point}}, flags=flags,
+        )  # fmt: skip
+        check_ratings(answer.ratings, project)
+        store.submit(annotator, answer)
+
+
+def test_flagged_conversations_queue_and_a_share_of_the_others(store):
+    talks = [conversation(n) for n in range(200)]
+    flags = [["hate"] if n < 5 else [] for n in range(200)]
+    put = review.queue(store, talks, flags, 0.1, seed=0)
+    assert put.flagged == 5
+    assert 8 <= put.others <= 32
+    assert review.queue(store, talks, flags, 0.1, seed=0) == put  # the same again: nothing is drawn anew
+    assert len(store.items()) == put.flagged + put.others
+    item = next(item for item in store.items() if item.columns["flagged"])
+    assert (item.source, item.person, item.candidates[0].policy) == ("review", "p0", "ppo")
+    assert item.columns == {
+        "conversation": "c000", "flagged": ["hate"], "chance": 1.0, "trainable": True, "review_expires": 1_000.0,
+    }  # fmt: skip
+    empty = conversation(300, messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}])
+    assert review.queue(store, [empty], [["hate"]], 0.1, 0).empty == 1
+
+
+def test_decisions_measure_the_classifier_and_become_its_rows(store):
+    review.set_project(store, CATEGORIES)
+    talks = [conversation(0), conversation(1), conversation(2, consent=False), conversation(3), conversation(4)]
+    review.queue(store, talks, [["hate"], ["hate"], ["insult"], [], []], 1.0, seed=0)
+    said = {
+        "question 0": (2, ("hate",)), "question 1": (1, ()), "question 2": (2, ("insult",)),
+        "question 3": (2, ("hate", "insult")), "question 4": (1, ()),
+    }  # fmt: skip
+    decide(store, said)
+    decisions, none = review.decisions_in(store)
+    assert (len(decisions), none) == (5, 0)
+    found = review.measured(decisions)
+    assert found["review_precision"]["value"] == pytest.approx(2 / 3)
+    assert found["review_missed"]["value"] == pytest.approx(1 / 2)
+    assert found["review_recall"]["value"] == pytest.approx(2 / 3)
+    rows, left = review.training_rows(decisions, CATEGORIES)
+    assert left == 1  # its sender did not agree
+    records = read_labelled(rows)
+    assert [dict(record.labels) for record in records] == [
+        {"hate": True, "insult": False}, {"hate": False, "insult": False}, {"hate": True, "insult": True},
+        {"hate": False, "insult": False},
+    ]  # fmt: skip
+    assert records[0].text == "user: question 0\n\nassistant: answer 0"
+    assert records[0].columns == {"labeler": "ann", "weight": 1.0}
+
+
+def test_recall_weighs_what_was_drawn(store):
+    review.set_project(store, CATEGORIES)
+    talks, share = [conversation(n) for n in range(40)], 0.5
+    review.queue(store, talks, [["hate"] if n < 10 else [] for n in range(40)], share, seed=1)
+    missed = [item for item in store.items() if not item.columns["flagged"]][:2]
+    wrong = {item.prompt[0]["content"] for item in missed}
+    decide(
+        store, {f"question {n}": (2, ("hate",)) if n < 10 or f"question {n}" in wrong else (1, ()) for n in range(40)}
+    )
+    found = review.measured(review.decisions_in(store)[0])
+    assert found["review_recall"]["value"] == pytest.approx(10 / (10 + 2 / share))
+
+
+def test_contradictions_are_no_decisions_and_several_people_share_a_row(store):
+    review.set_project(store, CATEGORIES)
+    review.queue(store, [conversation(0), conversation(1)], [["hate"], ["hate"]], 0.1, seed=0, overlap=2)
+    decide(store, {"question 0": (2, ("hate",)), "question 1": (1, ("hate",))}, "ann")
+    decide(store, {"question 0": (2, ()), "question 1": (2, ("insult",))}, "ben")
+    decisions, none = review.decisions_in(store)
+    assert none == 1  # allowed, and yet in a category
+    rows, left = review.training_rows(decisions, CATEGORIES)
+    assert left == 1  # flagged without a category: nothing is known of any
+    assert [row["weight"] for row in rows] == [0.5, 1.0]
+
+
+def test_items_end_with_their_conversation(store):
+    review.queue(store, [conversation(n) for n in range(3)], [["hate"]] * 3, 0.1, seed=0)
+    other = Item([{"role": "user", "content": "a"}], (StoredCandidate("b"),), {"review_expires": 1.0}, "mine.jsonl")
+    store.add_items([other])
+    assert store.erase(person="p1")["items"] == 1
+    store.now[0] = 999.0
+    assert store.expire() == 0
+    store.now[0] = 1_001.0
+    assert store.expire() == 2
+    assert [item.source for item in store.items()] == ["mine.jsonl"]
+
+
+def test_another_project_is_not_overwritten(store):
+    review.set_project(store, CATEGORIES)
+    review.set_project(store, CATEGORIES)
+    with pytest.raises(InputError, match="is labelled for another project"):
+        review.set_project(store, ("spam",))
+    with pytest.raises(InputError, match="10 categories, and the page shows 1 to 9"):
+        review.project_of([str(n) for n in range(10)])

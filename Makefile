@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # One process of one thread for each core; what stays together is in tests/conftest.py.
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo bench test test-slow test-long test-browser check format docs clean
+.PHONY: demo bench studies test test-slow test-long test-browser check format docs clean
 
 demo: .venv/installed
 	.venv/bin/rlhf chain --config toy.yaml
@@ -14,6 +14,10 @@ demo: .venv/installed
 # About an hour on 2 cores; with --only speed, quality or scaling one part of it: `rlhf benchmark --help`.
 bench: .venv/installed
 	.venv/bin/rlhf benchmark
+
+# Published findings in miniature, three seeds: hours on 2 cores, resumable; writes recipes/guides/results.md.
+studies: .venv/installed
+	$(PY) recipes/studies/all_studies.py
 
 test: .venv/installed-dev
 	$(PYTEST) $(ARGS)

@@ -287,7 +287,7 @@ def judge_config(config: ChainConfig) -> RewardRecipe:
     )
     return replace(
         settings, columns=None, output_dir=str(run / "judge"), seed=config.reward_model.seed + 1,
-        train_data=str(run / "rankings" / "judge.jsonl"), seeds=None, sizes=None,
+        train_data=str(run / "rankings" / "judge.jsonl"), seeds=None, keep_seeds=False, sizes=None,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class MonitorConfig:
     moderator: str | None = None
     """A moderation model's folder, or a function (file.py:name) from texts to verdicts; null: no flag rate."""
     refusals: str | None = None
-    """A function (file.py:name) from an answer's text to whether it refuses; null: red_team's rule, which knows English."""
+    """A function (file.py:name) from an answer's text to whether it refuses; null: red_team's rule, for English."""
     reference: str | None = None
     """monitor.json of an earlier run, whose reference is used; null: the log's first reference_requests answers."""
     reference_requests: int = 500

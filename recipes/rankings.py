@@ -47,7 +47,8 @@ class DataConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of `make`."""
     rankings: Sources | None = None
-    """Rankings or pairs to read; null: sample responses from the SFT model and have `labeler` rank them."""
+    """Rankings or pairs to read; null: the run's data/rankings.jsonl (and data/prompts.jsonl) where `make` wrote it,
+    else sample responses from the SFT model and have `labeler` rank them."""
     columns: dict[str, str] | None = None
     """Our names of columns and what the files named here call them, as {prompt: question}; null: the same."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
@@ -128,6 +129,8 @@ def inputs(config: DataConfig, folder: Path | None = None) -> tuple[DataConfig, 
     run = Path(config.output_dir).parent
     config = replace(with_columns(config, "rankings", "prompts"), output_dir=str(folder or run / "rankings"))
     model: Path | None = None
+    if config.rankings is None and (run / "data/rankings.jsonl").is_file():
+        config = from_siblings(config, rankings="data/rankings.jsonl", prompts="?data/prompts.jsonl")
     if config.rankings is None:
         config = from_siblings(config, prompts="data/prompts.jsonl")
         model = run / "sft"

@@ -21,7 +21,7 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.rows.jsonl import read_object
 from rlhf.rows.mixed import Sources
-from rlhf.rows.records import HELD_OUT, Ranking, check_disjoint, prompt_key, read_rankings, split_by_prompt
+from rlhf.rows.records import HELD_OUT, Ranking, check_disjoint, read_rankings, split_by_prompt, split_key
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main, wait_for_all
@@ -244,12 +244,12 @@ def best_of_seeds(config: RewardRecipe, data: Data, stage: Stage, name: str) -> 
 
 def accuracy_curve(config: RewardRecipe, data: Data, stage: Stage, name: str) -> list[dict[str, Any]]:
     """Held-out accuracy of models trained on fewer prompts, always measured on the same held-out ones."""
-    keys = {prompt_key(ranking.prompt) for ranking in data.train}
+    keys = {split_key(ranking) for ranking in data.train}
     order = sorted(keys, key=lambda key: hashlib.sha256(f"{config.seed}:size:{key}".encode()).digest())
     points = []
     for size in sorted(config.sizes or []):
         within = set(order[:size])
-        part = [ranking for ranking in data.train if prompt_key(ranking.prompt) in within]
+        part = [ranking for ranking in data.train if split_key(ranking) in within]
 
         def train(own: RewardRecipe, part: list[Ranking] = part, size: int = size) -> dict[str, Any]:
             card = _card(trained(own, part, data, f"{name} {size}"), data, config.seed)
@@ -287,7 +287,7 @@ def _card(trainer: RewardTrainer, data: Data, seed: int) -> dict[str, Any]:
 
 
 def _prompts(rankings: Sequence[Ranking]) -> int:
-    return len({prompt_key(ranking.prompt) for ranking in rankings})
+    return len({split_key(ranking) for ranking in rankings})
 
 
 def main(argv: list[str]) -> None:

@@ -74,10 +74,17 @@ def rank(
     Returns:
         One tuple of K ranks per prompt: 1.0 is best, equal ranks are a tie.
     """
+    return rank_as(sorted(LABELERS), prompts, responses, seed, **columns)
+
+
+def rank_as(
+    names: Sequence[str], prompts: Sequence[Any], responses: Sequence[Sequence[Any]], seed: int = 0, **columns: Any
+) -> list[tuple[float, ...]]:
+    """Rank as `rank` does, each prompt's responses by one of the named labelers."""
     ranked = []
     for index, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
         rng = random.Random(f"{seed}|{prompt}|{answers}")
-        name = rng.choice(sorted(LABELERS))
+        name = rng.choice(names)
         ranked.append(_ranks(_ratings(name, _judged(index, prompt, answers, columns), rng)))
     return ranked
 

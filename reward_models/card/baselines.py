@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.rows.records import Ranking, prompt_key, split_by_prompt
+from rlhf.rows.records import Ranking, split_by_prompt, split_key
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 RIDGES = (1.0, 10.0, 100.0, 1000.0)
@@ -61,7 +61,7 @@ def fit_bag_of_words(rankings: Sequence[Ranking], seed: int = 0) -> BagOfWords |
     data = _Pairs.of(chosen)
     if not len(data.better) or not data.vocabulary:
         return None
-    few = len({prompt_key(ranking.prompt) for ranking in chosen}) < FEW_PROMPTS
+    few = len({split_key(ranking) for ranking in chosen}) < FEW_PROMPTS
     ridge = FEW_PROMPTS_RIDGE if few else _best_ridge(chosen, data.vocabulary, seed)
     return BagOfWords(data.vocabulary, minimum(data, ridge), ridge, len(data.better))
 

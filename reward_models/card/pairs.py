@@ -16,7 +16,7 @@ import numpy as np
 from reward_models.best_of_n import best_of_n_chances
 from rlhf.errors import InputError
 from rlhf.intervals import best_of_n_kl, bootstrap_interval, clustered_accuracy, clustered_mean
-from rlhf.rows.records import Ranking, prompt_key
+from rlhf.rows.records import Ranking, split_key
 
 Numbers = dict[str, Any]
 """A part of reward_report.json: numbers, texts and further parts by name."""
@@ -94,7 +94,7 @@ def scored_pairs(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]])
     if not pairs:
         raise InputError(f"report card: all {len(rankings)} rows are ties or identical texts; nothing can be compared")
     numbers: dict[str, int] = {}
-    prompts = [numbers.setdefault(prompt_key(ranking.prompt), len(numbers)) for ranking in rankings]
+    prompts = [numbers.setdefault(split_key(ranking), len(numbers)) for ranking in rankings]
     better, worse = np.array(pairs, dtype=int).T
     return ScoredPairs(
         rankings=tuple(rankings),

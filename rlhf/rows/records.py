@@ -47,6 +47,7 @@ __all__ = [
     "read_prompts",
     "read_rankings",
     "split_by_prompt",
+    "split_key",
     "write_jsonl",
 ]
 
@@ -194,15 +195,21 @@ def prompt_key(messages: Messages) -> str:
     return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:24]
 
 
+def split_key(record: Prompt | Demonstration | Ranking | StepLabels) -> str:
+    """Return what splits and intervals go by: the column `split_group`, else the prompt's key."""
+    group = record.columns.get("split_group")
+    return prompt_key(_prompt_of(record)) if group is None else f"group {group}"
+
+
 def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return (rest, held out), where `fraction` of the distinct prompts, with all their rows, is held out.
+    """Return (rest, held out), where `fraction` of the distinct prompts (or `split_group`s) is held out.
 
     The choice depends on `seed` and the set of prompts only, not on the order or number of rows. Each side gets at
     least one prompt, unless `fraction` is 0.
     """
     if not 0 <= fraction < 1:
         raise wrong("eval fraction", f"got {fraction}", "use a number from 0 up to, not including, 1")
-    keys = [prompt_key(_prompt_of(record)) for record in records]
+    keys = [split_key(record) for record in records]
     order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     if fraction > 0 and len(order) < 2:
         raise wrong("prompts", f"{len(order)} distinct in {len(records)} rows", "splitting by prompt needs at least 2")
@@ -215,9 +222,9 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
 def check_disjoint(
     train: Sequence[_AnyRecord], held_out: Sequence[_AnyRecord], names: tuple[str, str] = ("train", "eval")
 ) -> None:
-    """Raise InputError where a prompt is in both data sets."""
-    seen = {prompt_key(_prompt_of(record)) for record in train}
-    both = {prompt_key(p): p for p in map(_prompt_of, held_out) if prompt_key(p) in seen}
+    """Raise InputError where a prompt (or `split_group`) is in both data sets."""
+    seen = set(map(split_key, train))
+    both = {split_key(record): _prompt_of(record) for record in held_out if split_key(record) in seen}
     if both:
         first = next(iter(both.values()))[-1]["content"]
         raise wrong(f"{names[0]}, {names[1]}: prompt", f"{len(both)} in both, the first is {show(first)}",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.rows.records import read_rankings
+from rlhf.rows.records import check_disjoint, read_demonstrations, read_rankings, split_by_prompt
 
 FILE = Path(__file__).resolve().parents[2] / "data/qa_feedback/qa_feedback.py"
 
@@ -46,6 +46,27 @@ def test_files_as_published_and_as_lines(converter, tmp_path, capsys):
         assert "2 questions, 1 of ties only left out" in capsys.readouterr().out
     with pytest.raises(InputError, match="no such file; download it from"):
         converter.main([str(tmp_path / "absent.json"), "x"])
+
+
+def test_passages_stand_before_the_question_and_held_out_questions_are_not_demonstrated(converter, tmp_path, capsys):
+    passages = [["Sea", "Sea\n\nIt is wet.", "It is wide."], ["Sky", "It is high."]]
+    rows = [
+        row([1] * 6, f"What is {n}?") | {"passages": passages, "feedback": {"corrected-prediction": f"It is {n}."}}
+        for n in range(12)
+    ]
+    rows[3]["feedback"] = {"corrected-prediction": " "}
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    converter.main([str(tmp_path / "list.json"), str(tmp_path / "data")])
+    ranked = read_rankings(tmp_path / "data/rankings.jsonl")
+    shown = read_demonstrations(tmp_path / "data/demonstrations.jsonl")
+    wanted = "Sea\nIt is wet. It is wide.\n\nSky\nIt is high.\n\nQuestion: What is 0?"
+    assert ranked[0].prompt[0]["content"] == wanted
+    assert len(ranked) == 12
+    rest, held_out = split_by_prompt(ranked, 0.25, 0)  # as `rlhf rankings` with the config's settings
+    check_disjoint(shown, held_out)
+    rest = [one for one in rest if "What is 3?" not in one.prompt[0]["content"]]
+    assert [one.prompt for one in shown] == [one.prompt for one in rest]
+    assert shown[0].response.startswith("It is ")
 
 
 def test_every_real_comparison_is_kept(converter, shared_data, tmp_path):

@@ -360,6 +360,16 @@ def test_ranks_do_not_depend_on_the_company(answered: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ base model
 
 
+def test_a_labeler_by_name_ranks_as_when_drawn(answered: dict[str, Any]) -> None:
+    import toy_labelers
+
+    everyone = sorted(toy_labelers.LABELERS)
+    assert toy_labelers.rank_as(everyone, **answered, seed=3) == toy_labelers.rank(**answered, seed=3)
+    ada, eve = (toy_labelers.rank_as([name], **answered, seed=3) for name in ("ada", "eve"))
+    assert ada == toy_labelers.rank_as(["ada"], **answered, seed=3)
+    assert ada != eve
+
+
 def test_tokenizer_keeps_any_text(small: Path) -> None:
     import toy_base
 

@@ -5,7 +5,7 @@ import torch
 from reference.templates import tokenizer_for
 from transformers import AutoModelForSequenceClassification
 
-from reward_models.scoring import RewardModel, conversation, length_batches, score_sequences
+from reward_models.scoring import RewardModel, conversation, length_batches, score_sequences, talks_of
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, new_scalar_model
@@ -65,6 +65,37 @@ def test_padding_side_and_width_do_not_change_a_score(reward_folder, side, extra
     with torch.no_grad():
         padded = last_token_scores(model.model, ids, mask)
     torch.testing.assert_close(padded, score_sequences(model.model, sequences, 0, 1), atol=1e-5, rtol=0)
+
+
+def test_a_prompt_and_a_beginning_of_the_datas_own_are_what_is_read(reward_folder):
+    model = RewardModel.load(reward_folder, device="cpu")
+    fixed = [{"role": "user", "content": "Say something."}]
+    columns = {"scored_prompt": [fixed, "Say something.", None], "scored_prefix": ["One ", None, "two "]}
+    ids = [chat.encode_response(model.tokenizer, text) for text in COMPLETIONS[:3]]
+    read = model(PROMPTS[:3], COMPLETIONS[:3], completion_ids=ids, processing_class=model.tokenizer, **columns)
+    prompts, texts = ["Say something.", "Say something.", PROMPTS[2]], ["One Paris", COMPLETIONS[1], "two Hi"]
+    assert read == pytest.approx(model(prompts, texts), abs=1e-5)
+    assert read != pytest.approx(model(PROMPTS[:3], COMPLETIONS[:3]), abs=1e-3)
+
+
+def test_a_scored_prompt_alone_keeps_the_tokens_that_were_sampled(reward_folder):
+    model = RewardModel.load(reward_folder, device="cpu")
+    ids = [[5, 6, 7, chat.end_of_turn_id(model.tokenizer)]]  # no text's own encoding
+    read = model(["a"], ["b"], completion_ids=ids, processing_class=model.tokenizer, scored_prompt=["Hello?"])
+    assert read == model(["Hello?"], ["b"], completion_ids=ids, processing_class=model.tokenizer)
+
+
+def test_thinking_stays_beside_a_prefixed_answer():
+    answer = [{"role": "assistant", "content": "end", "reasoning_content": "hm"}]
+    (talk,) = talks_of(["a"], [answer], {"scored_prefix": ["begin "]})
+    assert talk[-1] == {"role": "assistant", "content": "begin end", "reasoning_content": "hm"}
+    assert answer[0]["content"] == "end"
+
+
+@pytest.mark.parametrize("columns", [{"scored_prefix": [3]}, {"scored_prompt": [{"role": "user"}]}])
+def test_columns_of_another_kind_are_refused(columns):
+    with pytest.raises(InputError, match=f"column {next(iter(columns))}: .* is no text"):
+        talks_of(["a"], ["b"], columns)
 
 
 def test_pad_may_be_the_end_of_turn(reward_folder):

@@ -23,6 +23,7 @@ from rlhf.rows.records import (
     read_prompts,
     read_rankings,
     split_by_prompt,
+    split_key,
     write_jsonl,
 )
 
@@ -316,6 +317,20 @@ def test_a_prompt_in_both_splits():
         check_disjoint(train, held, ("pairs", "eval"))
     check_disjoint(train, held[1:])
     assert prompt_key(Q) != prompt_key([{"role": "system", "content": "Why is it?"}, *Q])
+
+
+def test_rows_of_one_prompt_are_divided_by_their_group():
+    rows = [Ranking(Q, (f"Yes {n}.", "No."), (1, 2), {"split_group": n // 2}) for n in range(20)]
+    rest, held_out = split_by_prompt(rows, 0.3, 0)
+    groups = [{row.columns["split_group"] for row in part} for part in (rest, held_out)]
+    assert [len(part) for part in (rest, held_out)] == [14, 6]
+    assert not groups[0] & groups[1]
+    check_disjoint(rest, held_out)
+    with pytest.raises(InputError, match="1 in both"):
+        check_disjoint(rest, [*held_out, rest[0]])
+    assert split_key(rows[0]) != split_key(PAIR) == prompt_key(Q)
+    assert split_key(Ranking(Q, ("a", "b"), (1, 2), {"split_group": 0})) == split_key(rows[0])
+    assert split_key(Ranking(Q, ("a", "b"), (1, 2), {"split_group": None})) == prompt_key(Q)
 
 
 def test_step_labels():

@@ -1,0 +1,205 @@
+"""What every study shares: a published finding in miniature, run once per seed, with intervals and a stated verdict.
+
+A study is a script beside this file with a `Study`, a frozen config and a YAML of the script's name::
+
+    python recipes/studies/accuracy.py                  # every seed that is missing, then the table and the page
+    python recipes/studies/accuracy.py --seeds '[0]'    # one of them
+
+Each seed's rows stay in <output_dir>/<study>/seed-<seed>/rows.jsonl, and the chain that several studies share in
+<output_dir>/runs/<chain>-<seed>: run again, a study goes on where it stopped. The table is of all seeds that are
+complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from rlhf import config as configs
+from rlhf.errors import InputError
+from rlhf.rows.jsonl import read_rows
+from rlhf.rows.records import write_jsonl
+from rlhf.run import console
+from rlhf.run.stages import Manifest
+from rlhf_recipes.stage import open_stage
+from rlhf_recipes.studies.study_page import write
+from rlhf_recipes.studies.verdicts import checked, over_prompts, over_seeds, verdict
+
+console.quiet()
+
+OWN = ("seeds", "chain", "chain_flags")
+"""Settings that a result's list leaves out: it has the seeds, and paths are nobody else's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A study's settings; its own class adds to them."""
+
+    output_dir: str = "runs/studies"
+    """Folder of all studies: each has one in it, and so have the runs that they share."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds to run, unless they are complete."""
+    chain: str = "toy.yaml"
+    """Config of the chain whose stages are shared with other studies."""
+    chain_flags: list[str] = field(default_factory=list)
+    """Further flags of that chain, as ["--sft.model=FOLDER"]."""
+    overwrite: bool = False
+    """Replace rows that were made with other settings."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds={self.seeds}: write different whole numbers, such as [0, 1, 2]")
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of a config that has one."""
+        return self.seeds[0]
+
+    @property
+    def shared(self) -> Path:
+        """Return the folder of the seed's chain, for a config of one seed: runs/<chain>-<seed> beside the studies'."""
+        return Path(self.output_dir).parents[1] / "runs" / f"{Path(self.chain).stem}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of one seed: of a curve (series) in a panel at x, with its interval over prompts, if it has one."""
+
+    series: str
+    value: float
+    x: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    panel: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a study: its axes. Of series without x it shows a value each, one below the other."""
+
+    name: str = ""
+    x: str = ""
+    y: str = ""
+    scale: Literal["linear", "log", "sqrt"] = "linear"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement that the claim makes, as a number per seed that is above 0 where the seed bears it out."""
+
+    text: str
+    margin: Callable[[Sequence[Row]], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A published finding and its miniature here."""
+
+    name: str
+    number: int
+    title: str
+    claim: str
+    source: str
+    miniature: str
+    panels: Sequence[Panel]
+    checks: Sequence[Check]
+    run: Callable[[Any], Iterable[Row]]
+    """Called with the study's config for one seed (`config.seed`, `config.shared`, `config.output_dir`)."""
+
+
+def at(rows: Sequence[Row], series: str, x: float | None = None, panel: str = "") -> float:
+    """Return the value of a series at x. Raises InputError where a seed lacks it."""
+    found = [row.value for row in rows if (row.series, row.x, row.panel) == (series, x, panel)]
+    if len(found) != 1:
+        raise InputError(f"rows.jsonl: {len(found)} values of {series!r} at {x} in panel {panel!r}, expected one")
+    return found[0]
+
+
+# ---------------------------------------------------------------- running
+
+
+def main(study: Study, config_class: type[StudyConfig], file: str, argv: list[str]) -> None:
+    """Run a study as its script's command line says; its YAML is read unless another is named."""
+    own = [] if any(word.partition("=")[0] == "--config" for word in argv) else ["--config", f"{file[:-3]}.yaml"]
+    config = configs.load(config_class, [*own, *argv], description=f"{study.title}: {study.claim}")
+    for seed in config.seeds:
+        run_seed(study, config, seed)
+    result = result_of(study, config)
+    console.stage_line(study.name, f"{result['verdict']}: {study.title}")
+    console.stage_line("", str(write(result, Path(config.output_dir) / study.name)))
+
+
+def run_seed(study: Study, config: StudyConfig, seed: int) -> list[Row]:
+    """Return a seed's rows: run the study, or read what it left."""
+    folder = Path(config.output_dir) / study.name / f"seed-{seed}"
+    own = replace(config, output_dir=str(folder), seeds=[seed])
+    stage = open_stage(study.name, own, {})
+    if not stage.complete:
+        stage.begin()
+        rows = list(study.run(own))
+        write_jsonl(folder / "rows.jsonl", map(asdict, rows))
+        stage.finish({"rows": len(rows)})
+    return read(folder)
+
+
+def read(folder: Path) -> list[Row]:
+    """Read the rows of a complete seed."""
+    return [Row(**row) for _, row in read_rows(folder / "rows.jsonl")]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def result_of(study: Study, config: StudyConfig) -> dict[str, Any]:
+    """Make the study's result of all complete seeds, as it is committed: texts, points, checks, verdict, seconds."""
+    folder = Path(config.output_dir) / study.name
+    folders = sorted(folder.glob("seed-*/manifest.json"), key=lambda file: int(file.parent.name[5:]))
+    by_seed = {int(file.parent.name[5:]): read(file.parent) for file in folders}
+    if not by_seed:
+        raise InputError(f"{folder}: no seed is complete; run the study")
+    made = {seed: Manifest.read(folder / f"seed-{seed}") for seed in by_seed}
+    checks = [checked(check.text, [check.margin(rows) for rows in by_seed.values()]) for check in study.checks]
+    last = list(made.values())[-1]
+    settings = {name: value for name, value in last.inputs["config"].items() if name not in OWN}
+    texts = {name: getattr(study, name) for name in ("name", "number", "title", "claim", "source", "miniature")}
+    return {
+        **texts,
+        "metrics": {check["text"]: {key: check[key] for key in ("value", "low", "high", "n")} for check in checks},
+        "verdict": verdict(checks),
+        "seeds": list(by_seed),
+        "panels": [asdict(panel) for panel in study.panels],
+        "points": points(by_seed),
+        "checks": checks,
+        "settings": settings,
+        "seconds": {str(seed): round(manifest.seconds) for seed, manifest in made.items()},
+        "machine": last.machine,
+        "versions": last.versions,
+    }
+
+
+def points(by_seed: Mapping[int, Sequence[Row]]) -> list[dict[str, Any]]:
+    """Average every point over the seeds that have it; in the order of the rows, with x rising.
+
+    `seeds` is Student's interval over the seeds' values: what another seed would give. `prompts` is over the prompts of
+    these very seeds: of their mean, with the seeds' intervals taken as independent."""
+    found: dict[tuple[str, str, float | None], list[Row]] = {}
+    for rows in by_seed.values():
+        for row in rows:
+            found.setdefault((row.panel, row.series, row.x), []).append(row)
+    order = {key[:2]: place for place, key in reversed(list(enumerate(found)))}
+    keys = sorted(found, key=lambda key: (order[key[:2]], -1e300 if key[2] is None else key[2]))
+    return [_point(key, found[key]) for key in keys]
+
+
+def _point(key: tuple[str, str, float | None], rows: Sequence[Row]) -> dict[str, Any]:
+    panel, series, x = key
+    values = [row.value for row in rows]
+    return {
+        "panel": panel, "series": series, "x": x, "value": fmean(values), "seeds": over_seeds(values),
+        "prompts": over_prompts([(row.value, row.low, row.high) for row in rows]),
+        "n": sum(row.n for row in rows), "by_seed": values,
+    }  # fmt: skip

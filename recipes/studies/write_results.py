@@ -1,0 +1,113 @@
+"""Write every result table and picture of README and guides from the committed results.
+
+    python recipes/studies/write_results.py                 # README.md and recipes/guides/results.md
+    python recipes/studies/write_results.py runs/studies    # take over the results of that folder first
+
+The results are recipes/studies/results/*.json, with their pictures beside them. A document has them between
+`<!-- results: NAME -->` and `<!-- end of NAME -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf import config as configs
+from rlhf.errors import InputError
+from rlhf_recipes.studies import study_page
+from rlhf_recipes.studies.verdicts import RULE
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+DOCUMENTS = ("README.md", "recipes/guides/results.md")
+PICTURED = ("overoptimisation", "accuracy")
+"""Studies whose first picture README shows."""
+NOTHING = "No study has been run on three seeds yet."
+MARK = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end of \1 -->", re.DOTALL)
+
+
+def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Read the committed results of studies, in the order of their numbers."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    return {
+        one["name"]: one for one in sorted((one for one in found if "checks" in one), key=lambda one: one["number"])
+    }
+
+
+def take_over(runs: Path) -> list[str]:
+    """Copy the results and pictures of every study in a folder of studies; their names."""
+    names = []
+    for file in sorted(runs.glob("*/*.json")):
+        if file.stem == file.parent.name:
+            RESULTS.mkdir(exist_ok=True)
+            for made in (file, *file.parent.glob(f"{file.stem}*.svg")):
+                shutil.copyfile(made, RESULTS / made.name)
+            names.append(file.stem)
+    if not names:
+        raise InputError(f"{runs}: holds no result of a study (NAME/NAME.json); run one, or `make studies`")
+    return names
+
+
+def blocks(found: Mapping[str, dict[str, Any]], document: str) -> dict[str, str]:
+    """Return the content of every mark, as it stands in a document."""
+    pictures = "../studies/results" if document.startswith("recipes/guides/") else "recipes/studies/results"
+    rows = [
+        [str(one["number"]), one["title"], one["source"], f"**{one['verdict']}**", ", ".join(map(str, one["seeds"]))]
+        for one in found.values()
+    ]
+    table = study_page.markdown((["", "published finding", "source", "here", "seeds"], rows))
+    return {
+        "verdicts": table if rows else NOTHING,
+        "studies": "\n\n".join(study_page.section(one, pictures) for one in found.values()),
+        "rule": RULE,
+        "summary": summary(found, pictures),
+    }
+
+
+def summary(found: Mapping[str, dict[str, Any]], pictures: str) -> str:
+    """Say in a few lines what came out, with two pictures."""
+    decided = {name: one for name, one in found.items() if one["verdict"] in ("yes", "partly", "no")}
+    if not decided:
+        return NOTHING
+    lines = [
+        f"- {word}: {'; '.join(one['title'] for one in decided.values() if one['verdict'] == says)}"
+        for says, word in (("yes", "come out"), ("partly", "come out in part"), ("no", "do not come out"))
+        if any(one["verdict"] == says for one in decided.values())
+    ]
+    shown = " ".join(
+        f"![{found[name]['title']}]({pictures}/{study_page.file_of(found[name], found[name]['panels'][0]['name'])})"
+        for name in PICTURED
+        if name in found
+    )
+    return "\n".join(
+        [f"Of {len(decided)} published findings in miniature, on three seeds each:", "", *lines, "", shown]
+    )
+
+
+def written(text: str, document: str) -> str:
+    """Return a document's text with every mark filled anew. Raises InputError for a mark of nothing."""
+    made = blocks(results(), document)
+
+    def fill(mark: re.Match[str]) -> str:
+        name = mark[1]
+        if name not in made:
+            raise InputError(f"{document}: mark {name!r}: one of {', '.join(made)} was expected")
+        return f"<!-- results: {name} -->\n{made[name]}\n<!-- end of {name} -->"
+
+    return MARK.sub(fill, text)
+
+
+def main(argv: list[str]) -> None:
+    for folder in argv:
+        print(*take_over(Path(folder)))
+    for document in DOCUMENTS:
+        path = ROOT / document
+        path.write_text(written(path.read_text(encoding="utf-8"), document), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    configs.run(main)

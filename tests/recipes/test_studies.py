@@ -1,0 +1,152 @@
+"""The frame of the studies: seeds that are run once, intervals by hand, the verdict's rule; documents and results
+agree."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from reference.documents import ROOT
+
+from rlhf import config as configs
+from rlhf.errors import InputError
+from rlhf_recipes.studies import all_studies, study_page, write_results
+from rlhf_recipes.studies.study import Check, Panel, Row, Study, StudyConfig, at, main, run_seed
+from rlhf_recipes.studies.verdicts import checked, over_prompts, over_seeds, verdict
+
+STUDIES = [script.stem for script in all_studies.studies()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlopeConfig(StudyConfig):
+    """Settings of a study that computes nothing."""
+
+    slope: float = 1.0
+    """Of its line."""
+
+
+RUNS: list[int] = []
+
+
+def run(config: SlopeConfig) -> Iterator[Row]:
+    RUNS.append(config.seed)
+    assert config.shared == Path(config.output_dir).parents[1] / "runs" / f"toy-{config.seed}"
+    for x in (4, 1, 2):
+        yield Row(series="<b>line", x=x, value=config.slope * x + config.seed, low=0.0, high=9.0, n=10)
+
+
+STUDY = Study(
+    name="slope", number=1, title="A line", claim="It rises | always", source="Nobody 2026", miniature="A line.",
+    panels=[Panel(x="x", y="y", scale="log")], run=run,
+    checks=[Check("it rises", lambda rows: at(rows, "<b>line", 4) - at(rows, "<b>line", 1))],
+)  # fmt: skip
+
+
+def started(folder: Path, *flags: str) -> dict:
+    (folder / "slope.yaml").write_text("seeds: [0, 1, 2]\n")
+    main(STUDY, SlopeConfig, str(folder / "slope.py"), ["--output_dir", str(folder / "out"), *flags])
+    return json.loads((folder / "out/slope/slope.json").read_text())
+
+
+def test_a_seed_is_run_once_and_the_table_is_of_all_seeds(tmp_path):
+    RUNS.clear()
+    assert started(tmp_path, "--seeds", "[1]")["verdict"] == "too few seeds"
+    result = started(tmp_path)
+    assert RUNS == [1, 0, 2]
+    assert result["seeds"] == [0, 1, 2]
+    assert [(point["x"], point["value"]) for point in result["points"]] == [(1, 2.0), (2, 3.0), (4, 5.0)]
+    assert result["points"][0]["by_seed"] == [1.0, 2.0, 3.0]
+    assert result["points"][0]["n"] == 30
+    assert result["verdict"] == "yes"
+    assert result["metrics"]["it rises"] == {"value": 3.0, "low": 3.0, "high": 3.0, "n": 3}
+    page = (tmp_path / "out/slope/slope.html").read_text()
+    assert "Does it come out? Yes." in page
+    assert "<b>" not in page
+    assert (tmp_path / "out/slope/slope.svg").read_text().startswith("<svg")
+
+
+def test_other_settings_are_refused_unless_they_may_overwrite(tmp_path):
+    config = SlopeConfig(output_dir=str(tmp_path / "out"))
+    first = run_seed(STUDY, config, 1)
+    with pytest.raises(InputError, match=r"slope was 1\.0, now 2\.0"):
+        run_seed(STUDY, replace(config, slope=2.0), 1)
+    again = run_seed(STUDY, replace(config, slope=2.0, overwrite=True), 1)
+    assert [row.value for row in first] == [5.0, 2.0, 3.0]
+    assert [row.value for row in again] == [9.0, 3.0, 5.0]
+
+
+def test_intervals_by_hand():
+    assert over_seeds([0.5]) is None
+    low, high = over_seeds([1.0, 2.0, 3.0]) or (0, 0)  # Student's t of 2 degrees: 4.302653
+    assert low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
+    assert high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-5)
+    joined = over_prompts([(0.5, 0.4, 0.6), (0.7, 0.5, 0.8)])
+    assert joined == pytest.approx([0.6 - math.sqrt(0.01 + 0.04) / 2, 0.6 + math.sqrt(0.01 + 0.01) / 2])
+    assert over_prompts([(0.5, 0.4, 0.6), (0.7, None, None)]) is None
+
+
+def test_the_rule_of_the_verdict():
+    sure, alike, mixed = [1.0, 1.1, 0.9], [0.1, 2.0, 5.0], [1.0, -0.1, 1.0]
+    assert [checked("", margins)["says"] for margins in (sure, alike, mixed)] == ["yes", "partly", "no"]
+    assert checked("", [0.2])["says"] == "partly"
+    assert verdict([checked("", sure), checked("", sure)]) == "yes"
+    assert verdict([checked("", mixed), checked("", mixed)]) == "no"
+    assert verdict([checked("", sure), checked("", mixed)]) == "partly"
+    assert verdict([checked("", sure[:2])]) == "too few seeds"
+
+
+def test_a_value_that_is_missing_or_there_twice_is_named():
+    with pytest.raises(InputError, match="0 values of 'gold' at 2"):
+        at([Row("gold", 1.0, x=1)], "gold", 2)
+    with pytest.raises(InputError, match="2 values"):
+        at([Row("gold", 1.0, x=1), Row("gold", 2.0, x=1)], "gold", 1)
+
+
+# ---------------------------------------------------------------- the studies themselves
+
+
+def loaded(name: str) -> tuple[Study, StudyConfig]:
+    module = importlib.import_module(f"rlhf_recipes.studies.{name}")
+    own = next((v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__
+                and isinstance(v, type) and issubclass(v, StudyConfig)), StudyConfig)  # fmt: skip
+    return module.STUDY, configs.load(own, ["--config", str(ROOT / f"recipes/studies/{name}.yaml")])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_says_what_it_is(name):
+    study, config = loaded(name)
+    assert study.name == name
+    assert study.claim.endswith(".")
+    assert study.miniature.endswith(".")
+    assert study.checks
+    assert len(config.seeds) >= 3
+    assert (ROOT / "recipes/configs" / config.chain).is_file()
+    assert replace(config, seeds=[2]).seed == 2
+
+
+def test_each_number_is_one_study():
+    numbers = [loaded(name)[0].number for name in STUDIES]
+    assert len(set(numbers)) == len(numbers)
+
+
+# ---------------------------------------------------------------- documents
+
+
+@pytest.mark.parametrize("document", write_results.DOCUMENTS)
+def test_documents_show_the_committed_results(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert write_results.written(text, document) == text, "run: python recipes/studies/write_results.py"
+
+
+def test_a_mark_of_nothing_is_refused():
+    with pytest.raises(InputError, match="mark 'nothing'"):
+        write_results.written("<!-- results: nothing -->\n<!-- end of nothing -->", "README.md")
+
+
+def test_a_cell_cannot_break_a_table():
+    assert study_page.markdown((["a | b"], [["c|d"]])) == "| a \\| b |\n| --- |\n| c\\|d |"

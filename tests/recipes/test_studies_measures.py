@@ -1,0 +1,80 @@
+"""What the studies measure, against hand arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlhf.errors import InputError
+from rlhf.rows.records import Ranking
+from rlhf_recipes.studies import kl_or_stopping, labelers, length_bias, overoptimisation, proxy_runs, root_kl, sentiment
+from rlhf_recipes.studies.study import Row
+
+ASKED = [{"role": "user", "content": "Why?"}]
+
+
+def test_the_share_of_a_gain_that_is_length():
+    short, long = (0.0, 1), (1.0, 9)
+    assert length_bias.length_share([short, short, long, long], [short, long, long, long], 4) == 1.0
+    same_lengths = [(1.0, 1), (1.0, 2), (2.0, 9), (2.0, 9)]
+    assert length_bias.length_share([short, short, long, long], same_lengths, 4) == 0.0
+    # bin 0: 0.5 -> 1 (3 of 5 responses), bin 2: 1 -> 2 (2 of 5); within 0.7, whole 4/3 - 2/3
+    before, after = [(0.0, 1), (1.0, 3), (1.0, 8)], [(1.0, 2), (2.0, 8), (1.0, 40)]
+    assert length_bias.length_share(before, after, 4) == pytest.approx(1 - 0.7 / (4 / 3 - 2 / 3))
+
+
+def test_ranked_by_length_the_longest_is_first():
+    ranking = Ranking(ASKED, ("one", "one two three", "one two"), (1, 2, 3))
+    assert length_bias.by_length(ranking).ranks == (-1.0, -3.0, -2.0)
+
+
+def test_a_law_fits_what_it_made_and_the_other_does_not():
+    d = np.linspace(0.1, 3.0, 20)
+    made = d * (2.0 - 0.5 * d), d * (2.0 - 0.5 * np.log(d))
+    for own, other, gain in (
+        (overoptimisation.linear, overoptimisation.logarithm, made[0]),
+        (overoptimisation.logarithm, overoptimisation.linear, made[1]),
+    ):
+        assert overoptimisation.fitted(d, gain, own) == pytest.approx(1.0)
+        assert overoptimisation.fitted(d, gain, other) < 0.999
+    assert np.isfinite(overoptimisation.fitted([0.0, *d], [0.0, *made[1]], overoptimisation.logarithm))
+
+
+def test_a_run_is_read_at_the_kl_of_the_grid_that_it_reached():
+    updates = [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+    found = proxy_runs.at_grid(updates, [0.0, 1.0, 0.8, 4.0])  # the third counts at 1.0, too
+    assert list(found) == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
+    assert found[0.25].value == pytest.approx(0.5)
+    assert found[2.0].value == pytest.approx(2.0 + (2**0.5 - 1.0))
+    assert found[4.0].value == 3.0
+
+
+def test_updates_come_in_their_order(tmp_path):
+    lines = ['{"step": 2, "kl_nats": 3}', '{"step": 1, "kl_nats": 1}', '{"step": 2, "kl_nats": 5}']
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    assert proxy_runs.kl_of(proxy_runs.samples(tmp_path)) == [1.0, 4.0]
+
+
+def test_two_runs_are_apart_where_both_have_been():
+    free = [Row(kl_or_stopping.FREE, value, x) for x, value in ((0.0, 5.0), (1.0, 6.0), (2.0, 7.0))]
+    other = [Row("penalty 0.2", value, x) for x, value in ((0.0, 9.0), (1.0, 6.5), (2.0, 6.9), (4.0, 1.0))]
+    assert kl_or_stopping.apart([*free, *other]) == pytest.approx((0.5 + 0.1) / 2)
+    with pytest.raises(InputError, match="no penalised run came as far"):
+        kl_or_stopping.apart([*free, other[0]])
+
+
+def test_a_straight_line():
+    assert root_kl.straight([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
+    assert root_kl.straight([1, 2, 3], [1, 3, 1]) == pytest.approx(0.0)
+
+
+def test_labelers_agree_where_neither_ties():
+    one = [Ranking(ASKED, ("a", "b", "c"), (1, 2, 3))]
+    other = [Ranking(ASKED, ("a", "b", "c"), (2, 1, 2))]  # b over a, a = c, b over c
+    row = labelers.agreement("x", one, other)
+    assert (row.value, row.n) == (0.5, 1)
+
+
+def test_distinct_pairs_of_words():
+    assert sentiment.distinct(["a b a b", "a b", "c"], 2) == 0.5
+    assert sentiment.distinct([""], 2) == 0.0

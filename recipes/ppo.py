@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rlhf import config as configs
 from rlhf.errors import InputError
@@ -67,10 +67,25 @@ class PPORecipe(PPOConfig):
     """Held-out prompts, for eval_steps."""
     columns: dict[str, str] | None = None
     """Our names of columns and what the files named here call them, as {prompt: question}; null: the same."""
-    vllm_server: str | None = None
-    """Address of a vLLM server (http://host:port) that samples the responses; null: the built-in loop."""
     max_prompts: int | None = None
     """Use only the first so many prompts."""
+
+    "Sampling by vLLM"
+
+    vllm_server: str | None = None
+    """Address of a vLLM server (http://host:port) that samples the responses; null: the built-in loop."""
+    vllm_transport: Literal["lora", "folder", "nccl"] | None = None
+    """How it gets the weights: lora: the adapter, over the base that it serves; folder: all weights; nccl: all, from
+    GPU to GPU (needs vllm here, too); null: lora if vLLM can load the policy's adapter, else folder."""
+    vllm_folder: str | None = None
+    """Folder through which the weights pass, which the server sees under the same path; null: a temporary one."""
+    vllm_wait_seconds: float = 300.0
+    """Time for a server that died to come back, after which the run stops."""
+    vllm_colocated: bool = False
+    """The server shares the trainer's GPU and sleeps while it trains (vllm serve --enable-sleep-mode); not yet run."""
+    vllm_tolerance_nats: float | None = None
+    """Largest mean difference of the server's log-probabilities of one text and the trainer's, compared each time it
+    was sent the weights; null: 0.001 in float32, 0.1 in bfloat16."""
 
     "Run"
 
@@ -85,6 +100,11 @@ class PPORecipe(PPOConfig):
         if (self.grader is None) != (self.rubric is None):
             given, missing = ("grader", "rubric") if self.grader else ("rubric", "grader")
             raise InputError(f"--{given} needs --{missing}: a grader model answers a rubric")
+        if self.vllm_wait_seconds < 0 or (self.vllm_tolerance_nats or 1.0) <= 0:
+            raise InputError(
+                f"vllm_wait_seconds={self.vllm_wait_seconds} must be 0 or more, and "
+                f"vllm_tolerance_nats={self.vllm_tolerance_nats} above 0 or null"
+            )
 
 
 def ppo(config: PPORecipe) -> dict[str, Any]:
@@ -103,7 +123,7 @@ def ppo(config: PPORecipe) -> dict[str, Any]:
         train_dataset=read_prompts(config.train_data, on_bad_row=config.on_bad_row)[: config.max_prompts],
         eval_dataset=config.eval_data,
         value_model=value_start(config, functions),
-        engine=vllm_engine(config.vllm_server),
+        engine=vllm_engine(config),
     )
     stage.begin()
     metrics = trainer.train(resume_from_checkpoint=stage.resuming)
@@ -142,12 +162,19 @@ def value_start(config: PPORecipe, functions: list[Any]) -> str | None:
     return None if found else config.reward_model
 
 
-def vllm_engine(url: str | None) -> Any:
-    if url is None:
+def vllm_engine(config: PPORecipe) -> Any:
+    if config.vllm_server is None:
         return None
     from rlhf.sampling.vllm import VLLMEngine
 
-    return VLLMEngine(url)
+    return VLLMEngine(
+        config.vllm_server,
+        config.vllm_transport,
+        config.vllm_folder,
+        wait_seconds=config.vllm_wait_seconds,
+        tolerance_nats=config.vllm_tolerance_nats,
+        colocated=config.vllm_colocated,
+    )
 
 
 def score_functions(config: PPORecipe) -> list[Any]:

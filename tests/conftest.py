@@ -32,6 +32,7 @@ TOGETHER = {
     "recipes/test_notebook.py": "notebook",
     "recipes/test_inspect_rollout.py": "inspect_rollout",
     "sampling/test_vllm.py": "vllm",
+    "sampling/test_vllm_faults.py": "vllm",
     "reward_models/test_server.py": "server",
     "data/test_toy.py": "toy",
     "test_wheel.py": "wheel",

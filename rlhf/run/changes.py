@@ -13,7 +13,8 @@ NO_EFFECT = (
     "output_dir", "overwrite", "report_to", "run_name", "project", "logging_steps", "save_steps", "save_rollouts",
     "samples_logged", "microbatch_size", "tokens_per_microbatch", "packing", "gradient_checkpointing",
     "save_total_limit", "keep_checkpoint", "eval_steps", "on_alarm", "preflight", "on_score_failure",
-    "score_timeout_seconds",
+    "score_timeout_seconds", "vllm_transport", "vllm_folder", "vllm_wait_seconds", "vllm_tolerance_nats",
+    "vllm_colocated",
 )  # fmt: skip
 """Fields that don't change what a run computes, or only what it does when something goes wrong: not part of its
 fingerprint, so that an interrupted run may go on with others."""

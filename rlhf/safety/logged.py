@@ -19,6 +19,7 @@ Flags = Callable[[Sequence[Messages]], Sequence[Sequence[str]]]
 """The categories that each conversation is flagged for."""
 Source = Literal["log", "playground"]
 
+
 def refuses(answer: str) -> bool:
     """Return whether an answer refuses, in full or in part, by the rule of `rlhf.safety.refusals`."""
     return rule(answer) in ("full", "partial")

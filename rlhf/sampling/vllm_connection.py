@@ -1,116 +1,174 @@
-"""The connection to a vLLM server: trl's client, with limits to the time and size of its answers."""
+"""A vLLM server over its own HTTP: the requests, and what is checked of the answers.
+
+Only the standard library is imported: the trainer's environment needs no vllm.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import threading
+import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
-from trl.generation.vllm_client import VLLMClient
+from rlhf.caller import Answer, Caller
+from rlhf.errors import InputError, RunStopped
 
-from rlhf.errors import InputError, short
-from rlhf.urls import http_address
-
-REQUESTS_AT_ONCE = 64  # as many connections as trl's client keeps open
-LARGEST_ANSWER = 256 * 2**20  # bytes
-START = (
-    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
-    "--logprobs-mode processed_logprobs"
-)
+LARGEST_ANSWER = 64 * 2**20  # bytes
+HEALTH_SECONDS = 10.0
+POLL_SECONDS = 1.0
+FULL_SOFTMAX = {
+    "n": 1, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}  # fmt: skip
+"""Always sent: a server's own defaults may be a hub model's."""
 
 
-def connect(url: str, group_port: int, timeout_seconds: float) -> VLLMClient:
-    """Connect trl's client to the server at `url`, with a time limit on every request. Raises InputError."""
-    http_address(url, "url")
-    advice = f"start it with: {START}; or name another address"
-    try:
-        health = requests.get(f"{url}/health", timeout=min(30.0, timeout_seconds), allow_redirects=False, stream=True)
-        health.close()
-    except requests.RequestException as error:
-        raise InputError(f"{url}: no vLLM server can be reached ({one_line(error)}); {advice}") from None
-    if health.status_code != 200:  # trl's client would repeat the request for ever
-        raise InputError(f"{url}: no vLLM server in good health ({health.status_code} from /health); {advice}")
-    try:
-        return BoundedClient(url, group_port, timeout_seconds)
-    except ImportError:
-        raise InputError(
-            "vllm is not installed here, and trl's client needs it to send weights; pip install 'trl[vllm]'"
-        ) from None
-    except Exception as error:
-        raise InputError(f"{url}: not a vLLM server ({one_line(error)}); {advice}") from error
+class ServerGone(RunStopped):
+    """A server that no longer answers; the weights that it was sent are lost."""
 
 
-class BoundedClient(VLLMClient):
-    """trl's client, which would wait without a limit, read answers of any size and follow redirects to other hosts."""
+class Server:
+    """A vLLM server. Calls raise InputError for what it refuses (4xx), RunStopped for what fails.
 
-    def __init__(self, url: str, group_port: int, timeout_seconds: float):
-        self.timeout_seconds = timeout_seconds
-        super().__init__(base_url=url, group_port=group_port)
+    The environment's RLHF_SERVER_TOKEN is sent as the bearer token (`vllm serve --api-key`)."""
 
-    def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
-        """Bound the session's requests, before its first one. `connect` has asked whether the server is up."""
-        self.session.max_redirects = 0
-        # trl repeats a request up to 5 times after a read error; once is enough for a stale connection
-        adapter: Any = self.session.get_adapter(self.base_url)
-        retries = adapter.max_retries.new(read=1)
-        bounded = BoundedAdapter(self.timeout_seconds, max_retries=retries, pool_maxsize=REQUESTS_AT_ONCE)
-        self.session.mount(self.base_url, bounded)
+    def __init__(self, url: str, timeout_seconds: float):
+        remedy = "ask for fewer or shorter responses"
+        # no further attempts: a server that was restarted in between would answer with the weights it started with
+        self.caller = Caller(url, None, timeout_seconds, 0, "a vLLM server", remedy)
+        self._health = Caller(url, None, min(HEALTH_SECONDS, timeout_seconds), 0, "a vLLM server", remedy)
+        self.url = self.caller.url
 
-
-class BoundedAdapter(HTTPAdapter):
-    """An HTTP adapter whose answers have limits of time and size."""
-
-    def __init__(self, timeout_seconds: float, **kwargs: Any):
-        self.timeout_seconds = timeout_seconds
-        super().__init__(**kwargs)
-
-    def send(self, request: Any, **kwargs: Any) -> requests.Response:  # type: ignore[override]
-        timeout = kwargs.get("timeout") or self.timeout_seconds
-        answer = super().send(request, **(kwargs | {"timeout": timeout}))
-        answer.raw = BoundedBody(answer.raw, time.monotonic() + timeout)
-        return answer
-
-
-class BoundedBody:
-    """An answer's body, to be read until a time and up to a size."""
-
-    def __init__(self, raw: Any, until: float):
-        self.raw, self.until = raw, until
-
-    def stream(self, *args: Any, **kwargs: Any) -> Iterator[bytes]:
-        """Yield the body in pieces, as urllib3's responses do."""
-        size, end = 0, threading.Timer(max(0.0, self.until - time.monotonic()), self._end)
-        end.daemon = True
-        end.start()
+    def healthy(self) -> bool:
+        """Return whether the server answers, and its engine runs."""
         try:
-            for piece in self.raw.stream(*args, **kwargs):
-                size += len(piece)
-                if size > LARGEST_ANSWER:
-                    raise ValueError(f"its answer has more than {LARGEST_ANSWER} bytes")
-                yield piece
-        except urllib3.exceptions.HTTPError:
-            if time.monotonic() < self.until:
+            return self._health.ask("/health", None, LARGEST_ANSWER).status == 200
+        except RunStopped:
+            return False
+
+    def wait(self, gone: ServerGone, seconds: float) -> None:
+        """Wait until the server is back. Raises RunStopped if it is not within `seconds`."""
+        until = time.monotonic() + seconds
+        while not self.healthy():
+            if time.monotonic() >= until:
+                raise RunStopped(
+                    f"{gone}; it did not come back within {seconds:g} seconds: start it and run the same command again"
+                )
+            time.sleep(min(POLL_SECONDS, max(0.0, until - time.monotonic())))
+
+    def post(self, path: str, body: object = None, known: Sequence[int] = (200,)) -> str:
+        """Send JSON and return the answer's text; statuses other than those in `known` raise."""
+        status, text = self._ask(path, {} if body is None else body)
+        if status not in known:
+            self.caller.refused(status, text)
+        return text
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the object at `path`."""
+        status, text = self._ask(path, None)
+        if status != 200:
+            self.caller.refused(status, text)
+        return self._object(text)
+
+    def base_model(self) -> str:
+        """Return the name of the model that the server was started with. Adapters have a parent."""
+        rows = self.get("/v1/models").get("data")
+        names = [row.get("id") for row in rows if not row.get("parent")] if isinstance(rows, list) else []
+        if not names or not isinstance(names[0], str):
+            raise RunStopped(f"{self.url}/v1/models: lists no model; is it a vLLM server?")
+        return names[0]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the server's settings; {} if its development endpoints are off, which tell them."""
+        try:
+            found = self.get("/server_info?config_format=json").get("vllm_config")
+        except InputError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def sample(
+        self, model: str, prompt: Sequence[int], tokens: int, temperature: float, seed: int, stop_ids: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        """Sample one response from the full softmax; return its token ids and their log-probabilities.
+
+        Raises RunStopped for an answer that cannot be right."""
+        choice = self._complete(
+            model=model, prompt=list(prompt), max_tokens=tokens, temperature=temperature, seed=seed,
+            stop_token_ids=list(stop_ids), logprobs=0, return_token_ids=True, return_tokens_as_token_ids=True,
+        )  # fmt: skip
+        try:
+            return read_choice(choice, list(prompt), tokens, stop_ids)
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._wrong(f"it sent no {error}" if isinstance(error, KeyError) else str(error)) from None
+
+    def prompt_logprobs(self, model: str, ids: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token but the first, at temperature 1. Raises RunStopped as `sample`."""
+        choice = self._complete(model=model, prompt=list(ids), max_tokens=1, temperature=1.0, prompt_logprobs=0)
+        rows = choice.get("prompt_logprobs")
+        try:
+            if len(rows) != len(ids):
+                raise ValueError(f"{len(rows)} log-probabilities for {len(ids)} tokens of a prompt")
+            return [logprob_of(row[str(token)]["logprob"], token) for row, token in zip(rows[1:], ids[1:], strict=True)]
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._wrong(f"it sent no log-probabilities of the prompt ({error})") from None
+
+    def _ask(self, path: str, body: object) -> Answer:
+        try:
+            return self.caller.ask(path, body, LARGEST_ANSWER)
+        except RunStopped as error:
+            if isinstance(error.__cause__, TimeoutError):
                 raise
-        finally:
-            end.cancel()
-        if time.monotonic() >= self.until:
-            raise requests.Timeout("its answer did not end in time")
+            raise ServerGone(str(error)) from None  # it may be up again by now, without the weights
 
-    def _end(self) -> None:
-        with contextlib.suppress(Exception):  # read to its end meanwhile
-            self.raw.shutdown()  # wakes whoever waits for the next byte, which a server may send one by one
+    def _complete(self, **request: Any) -> dict[str, Any]:
+        found = self._object(self.post("/v1/completions", FULL_SOFTMAX | {"ignore_eos": True} | request))
+        choices = found.get("choices")
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            raise self._wrong("the answer has not one choice")
+        return choices[0]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.raw, name)
+    def _object(self, text: str) -> dict[str, Any]:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise self._wrong(f"no JSON object in the answer {self.caller.shown(text)!r}")
+        return found
+
+    def _wrong(self, what: str) -> RunStopped:
+        return RunStopped(f"{self.url}: {what}; look at the server's log, restart it and run the same command again")
 
 
-def one_line(error: BaseException) -> str:
-    """Return an exception's message on one line, shortened to 240 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = f"it sent no {text}" if isinstance(error, KeyError) else text
-    return short(text, 240)
+def read_choice(
+    choice: dict[str, Any], prompt: list[int], most: int, stop_ids: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """Read a response's token ids and their log-probabilities. Raises ValueError if they cannot be right."""
+    if choice["prompt_token_ids"] != prompt:
+        raise ValueError(f"it answered to other tokens than the {len(prompt)} of the prompt that it was sent")
+    ids = choice["token_ids"]
+    if not ids or len(ids) > most:
+        raise ValueError(f"a response of {len(ids)} tokens, from 1 to {most} were asked for")
+    if any(token in stop_ids for token in ids[:-1]):
+        raise ValueError("a response goes on after a stop token")
+    if len(ids) < most and ids[-1] not in stop_ids:
+        raise ValueError(
+            f"a response ended after {len(ids)} tokens of {most} without a stop token (is the server's "
+            "--max-model-len too small?)"
+        )
+    if choice["logprobs"] is None:
+        raise ValueError("it sent no log-probabilities")
+    tokens, values = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
+    if not len(values) == len(tokens) == len(ids):
+        raise ValueError(f"{len(values)} log-probabilities for {len(ids)} tokens")
+    if tokens != [f"token_id:{token}" for token in ids]:
+        raise ValueError("the log-probabilities are those of other tokens than the response's")
+    return ids, [logprob_of(value, token) for value, token in zip(values, ids, strict=True)]
+
+
+def logprob_of(value: Any, token: int) -> float:
+    """Return a token's log-probability, at most 0. Raises ValueError if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value > 1e-3:
+        raise ValueError(f"the log-probability of token {token} is {value}")
+    return min(float(value), 0.0)

@@ -1,8 +1,8 @@
-"""Stands in for vLLM and NCCL on the trainer's side, where trl's client would call them: tensors go as POST /tensor.
+"""PPO in miniature through the vLLM engine; stand-ins for vLLM and NCCL where trl's client would call them.
 
     torchrun --nproc_per_node 2 tests/reference/vllm_over_http.py URL POLICY_FOLDER OUTPUT_DIR
 
-trains a policy in two processes with the engine at URL (`token_server.py`) and checks each one's responses.
+trains a policy in two processes with the engine at URL (`fake_vllm.py`) and checks each one's responses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import requests
 import torch
-from trl.generation import vllm_client
 
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sampling.vllm import VLLMEngine
@@ -23,7 +22,7 @@ PROMPTS = [{"prompt": f"Count to {word}, please" + "!" * (i % 4)} for i, word in
 
 
 class OverHTTP:
-    """The two functions of vLLM's by which trl's client sends weights."""
+    """The two functions of vLLM's by which trl's client sends weights: tensors go as POST /tensor."""
 
     url = ""
 
@@ -49,14 +48,6 @@ STAND_INS = {
 """Names in trl.generation.vllm_client: what it needs of an installed vLLM (none is)."""
 
 
-class Engine(VLLMEngine):
-    """With the one method replaced that asks for a GPU."""
-
-    def transfer_device(self):
-        OverHTTP.url = self.url
-        return torch.device("cuda")
-
-
 def length_share(prompts, completions, completion_ids, **columns):
     return [len(ids) / 10 + ids[0] / 400 for ids in completion_ids]
 
@@ -72,9 +63,7 @@ def make_trainer(policy: str, folder: str, engine: VLLMEngine | None, **changes)
 
 
 def main(url: str, policy: str, folder: str) -> None:
-    for name, value in STAND_INS.items():
-        setattr(vllm_client, name, value)
-    trainer = make_trainer(policy, folder, Engine(url))
+    trainer = make_trainer(policy, folder, VLLMEngine(url))
     rollouts, collect = [], trainer.collect
     trainer.collect = lambda prompts: rollouts.append(collect(prompts)) or rollouts[-1]
     trainer.train()

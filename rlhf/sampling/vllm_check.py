@@ -1,0 +1,138 @@
+"""The comparison of a vLLM server's log-probabilities with the trainer's, after each time it was sent the weights.
+
+Samplers that kept old weights, or never applied the adapter, went unnoticed for months in other trainers
+(verl#7495, verl#5220, miles#2075): rewards move all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from rlhf.errors import RunStopped
+from rlhf.sampling.vllm_connection import Server
+
+SAMPLED = 16  # tokens
+LONGEST = 256  # tokens of the prompt
+FLOAT32, SIXTEEN_BITS = 1e-3, 0.1
+"""Limits of the mean difference, in nats. In float32, server and trainer agree to about 1e-5."""
+
+TEMPERATURE = "its --logprobs-mode is not processed_logprobs: they leave out the temperature"
+CUT = "it samples at another temperature, or cuts the distribution (top-k, top-p, penalties)"
+KEPT = "they are those from before: it kept the weights that it had"
+BASE = "they are those of the model that it was started with: the adapter is not applied"
+HEAD = (
+    "its head may be the old one: some versions of vLLM keep a copy of a tied head; train an adapter (transport lora), "
+    "or serve a model with tie_word_embeddings: false"
+)
+OTHER = "it serves another model than the policy's, or in another precision (--dtype float32 for bf16: false)"
+
+
+class Seen(NamedTuple):
+    """The log-probabilities of one text and one sampled response, in nats."""
+
+    text: list[float]
+    """Of the text's tokens but the first, at temperature 1."""
+    sampled: list[float]
+    """Of the response's tokens, at the run's temperature."""
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the mean difference of two rows of numbers."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / max(1, len(one))
+
+
+def fault(
+    server: Seen,
+    trainer: Seen,
+    limit: float,
+    before: tuple[Sequence[float], Sequence[float] | None],
+    base: Sequence[float] | None,
+    plain: Sequence[float],
+    unknown: str = OTHER,
+) -> tuple[float, str] | None:
+    """Return by how much the server is off, and the likely cause; None if it agrees.
+
+    before: the server's and the trainer's numbers of the text when the server's last changed (None: not known). base:
+    the text's under the server's own model, where weights are sent as an adapter. plain: the trainer's numbers of the
+    response at temperature 1.
+
+    A server whose numbers did not change in any bit while the trainer's did has kept its weights, however little they
+    changed; otherwise a difference above the limit counts."""
+    off, same = apart(server.text, trainer.text), list(before[0]) == server.text
+    moved = 0.0 if before[1] is None else apart(before[1], trainer.text)
+    if off > limit or (same and moved > limit / 10):
+        applied = base is None or list(base) != server.text
+        return max(off, moved), BASE if not applied else KEPT if same else unknown
+    off = apart(server.sampled, trainer.sampled)
+    if off > limit:
+        return off, TEMPERATURE if apart(server.sampled, plain) <= limit else CUT
+    return None
+
+
+class Check:
+    """Compares a server with the policy on one text: a prompt, and a response to it that is sampled at first.
+
+    base: the name of the server's own model, which is asked before it is sent any weights. tokens: as many as a
+    response of the run may have. limit: the largest mean difference in nats; None: by the precision in which the
+    trainer computes. adapter: whether weights are sent as an adapter over the server's own model. unknown: the cause of
+    a difference that nothing else explains."""
+
+    def __init__(
+        self,
+        server: Server,
+        base: str,
+        prompt: list[int],
+        tokens: int,
+        limit: float | None,
+        adapter: bool,
+        unknown: str = OTHER,
+    ):
+        self.server, self.prompt, self.limit, self.unknown = server, prompt[-LONGEST:], limit, unknown
+        ids, _ = self._sampled(base, tokens, 1.0)
+        self.text = self.prompt + ids[:-1]  # vLLM samples one token more, for which there must be a position
+        own = server.prompt_logprobs(base, self.text)
+        self.base = own if adapter else None
+        self.before: tuple[list[float], list[float] | None] = own, None
+
+    def compare(self, model: str, policy: Any, tokens: int, temperature: float) -> None:
+        """Raise RunStopped if the server's numbers for `model` are not the policy's, at the run's temperature too."""
+        ids, sampled = self._sampled(model, tokens, temperature)
+        server = Seen(self.server.prompt_logprobs(model, self.text), sampled)
+        (text,) = logprobs(policy, self.text, 1, [1.0])
+        own, plain = logprobs(policy, self.prompt + ids, len(self.prompt), [temperature, 1.0])
+        limit = self.limit or (FLOAT32 if precision(policy) == torch.float32 else SIXTEEN_BITS)
+        found = fault(server, Seen(text, own), limit, self.before, self.base, plain, self.unknown)
+        if self.before[1] is None or server.text != self.before[0]:  # else what the trainer moved since adds up
+            self.before = server.text, text
+        if found is not None:
+            off, cause = found
+            raise RunStopped(
+                f"{self.server.url}: after it was sent the weights, its log-probabilities of one text differ from the "
+                f"trainer's by {off:.2g} nats per token (at most {limit:g}); {cause}"
+            )
+
+    def _sampled(self, model: str, tokens: int, temperature: float) -> tuple[list[int], list[float]]:
+        return self.server.sample(model, self.prompt, min(tokens, SAMPLED), temperature, 0, ())
+
+
+@torch.no_grad()
+def logprobs(policy: Any, ids: list[int], start: int, temperatures: Sequence[float]) -> list[list[float]]:
+    """Return the policy's log-probabilities of the tokens from `start` on, at each temperature, in the precision that
+    it trains in."""
+    training = policy.training
+    policy.eval()
+    try:
+        logits = policy(input_ids=torch.tensor([ids], device=policy.device), use_cache=False).logits[0, start - 1 : -1]
+    finally:
+        policy.train(training)
+    tokens = torch.tensor(ids[start:], device=logits.device)[:, None]
+    return [(logits.float() / t).log_softmax(-1).gather(1, tokens)[:, 0].tolist() for t in temperatures]
+
+
+def precision(policy: Any) -> torch.dtype:
+    """Return the type that the policy's products are computed in."""
+    kind = policy.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else policy.dtype

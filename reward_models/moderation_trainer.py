@@ -200,7 +200,7 @@ class ModerationTrainer(RewardTrainer):
         labels = np.where(targets < 0, np.nan, targets)
         fitted = fit_head(states.double().numpy(), texts, labels, np.array(drawn["weight"]), self.config.seed)
         plain = base_model(model)
-        head = encoders.last_linear(plain) if self._of_encoder else score_head(plain)
+        head: Any = encoders.last_linear(plain) if self._of_encoder else score_head(plain)
         head.weight.copy_(torch.from_numpy(fitted.weight))
         bias = torch.from_numpy(fitted.bias).float()
         if getattr(head, "bias", None) is not None:

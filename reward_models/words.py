@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -39,8 +39,8 @@ class WordClassifier:
 
     def save(self, path: str | Path) -> None:
         """Write one .npz file."""
-        arrays = {name: getattr(self, name) for name in ("rarity", "weights", "bias")}
-        names = {"categories": np.array(self.categories), "vocabulary": np.array(list(self.vocabulary) or [""])}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ("rarity", "weights", "bias")}
+        names: dict[str, Any] = {"categories": np.array(self.categories), "vocabulary": np.array(list(self.vocabulary) or [""])}
         np.savez_compressed(path, **arrays, **names, ridge=np.array(self.ridge))
 
     @classmethod

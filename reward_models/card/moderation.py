@@ -174,7 +174,8 @@ def _reliability(judged: JudgedTexts) -> list[Numbers]:
 def _flagged(judged: JudgedTexts) -> Numbers | None:
     """Return the share of texts that any category flags."""
     limits = np.array([category.threshold for category in judged.categories])
-    return _rate((judged.probabilities >= limits).any(axis=1), judged.texts)
+    flagged: np.ndarray = np.any(judged.probabilities >= limits, axis=1)
+    return _rate(flagged, judged.texts)
 
 
 # ------------------------------------------------------------------------------------------------ groups

@@ -98,7 +98,7 @@ class Reference:
     def from_json(cls, content: Any, where: str) -> Reference:
         """Read a reference. Raises InputError."""
         try:
-            read = {name: None if content[name] is None else Counted(*map(int, content[name]))
+            read: dict[str, Any] = {name: None if content[name] is None else Counted(*map(int, content[name]))
                     for name in ("flagged", "refused", "thumbs_up")}  # fmt: skip
             lengths, mix = [float(n) for n in content["lengths"]], {str(k): int(n) for k, n in content["mix"].items()}
             when, last = float(content["until"]), str(content["last"])

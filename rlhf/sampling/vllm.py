@@ -200,8 +200,8 @@ def together(action: Callable[[], Result]) -> list[Result]:
     failure: Exception | None = None
     try:
         result = action()
-    except (InputError, RunStopped) as error:
-        failure = error
+    except (InputError, RunStopped) as raised:
+        failure = raised
     found = gather_object([(result, failure)]) if PartialState().num_processes > 1 else [(result, failure)]
     for _, error in found:
         if error is not None:

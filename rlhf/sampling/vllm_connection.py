@@ -105,7 +105,7 @@ class Server:
     def prompt_logprobs(self, model: str, ids: Sequence[int]) -> list[float]:
         """Return the log-probability of each token but the first, at temperature 1. Raises RunStopped as `sample`."""
         choice = self._complete(model=model, prompt=list(ids), max_tokens=1, temperature=1.0, prompt_logprobs=0)
-        rows = choice.get("prompt_logprobs")
+        rows: Any = choice.get("prompt_logprobs")
         try:
             if len(rows) != len(ids):
                 raise ValueError(f"{len(rows)} log-probabilities for {len(ids)} tokens of a prompt")

@@ -40,7 +40,10 @@ class WordClassifier:
     def save(self, path: str | Path) -> None:
         """Write one .npz file."""
         arrays: dict[str, Any] = {name: getattr(self, name) for name in ("rarity", "weights", "bias")}
-        names: dict[str, Any] = {"categories": np.array(self.categories), "vocabulary": np.array(list(self.vocabulary) or [""])}
+        names: dict[str, Any] = {
+            "categories": np.array(self.categories),
+            "vocabulary": np.array(list(self.vocabulary) or [""]),
+        }
         np.savez_compressed(path, **arrays, **names, ridge=np.array(self.ridge))
 
     @classmethod

@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from threading import Thread
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -60,6 +59,8 @@ class Ahead:
             _check(trainer)
             if isinstance(trainer.engine, TransformersEngine):
                 trainer.engine.reports_logprobs = True
+            else:  # it follows the copy for good: to follow the policy in between would be to send everything anew
+                self.copy = Copy(trainer)
 
     def responses(self, prompt_ids: list[list[int]]) -> tuple[Responses, int | None]:
         """Return the current update's responses, and how many updates old their weights are (None: not asked for).
@@ -86,9 +87,11 @@ class Ahead:
         return found.responses, update - found.weights
 
     def wait(self) -> None:
-        """Wait until nothing is being sampled: engine and cores are free."""
+        """Wait until nothing is being sampled; an engine with weights of its own then samples with the current ones."""
         if self.coming is not None:
             self.coming.exception()
+        if self.copy is not None and self.copy.followed:
+            self.copy.refresh()
 
     def state(self) -> InHandState:
         """Return, for a checkpoint, the responses that every process has for the update that follows; a collective.
@@ -146,7 +149,8 @@ class Ahead:
 class Copy:
     """A copy of the policy to sample from while the policy trains: its modules, around the same frozen tensors.
 
-    Only the trained weights are copied (LoRA: the adapter). `weights`: the updates that had been made when they were.
+    Only the trained weights are copied (LoRA: the adapter). weights: the updates that had been made when they were.
+    followed: whether an engine with weights of its own follows it in place of the policy.
     """
 
     def __init__(self, trainer: Trainer):
@@ -161,11 +165,14 @@ class Copy:
         self.pairs: list[tuple[Tensor, Tensor]] = [
             (own[name], parameter) for name, parameter in policy.named_parameters() if id(parameter) in trained
         ]
-        engine: Any = trainer.engine
-        if isinstance(engine, TransformersEngine):
-            engine = copy.copy(engine)
-            engine.model = self.policy
-        self.engine: Engine = engine
+        self.engine: Engine = trainer.engine
+        self.followed = isinstance(trainer.engine, Follower)
+        if isinstance(trainer.engine, Follower):
+            trainer.engine.follow(self.policy, trainer.stop_ids)
+        elif isinstance(trainer.engine, TransformersEngine):
+            own_engine = copy.copy(trainer.engine)
+            own_engine.model = self.policy
+            self.engine = own_engine
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -177,20 +184,8 @@ class Copy:
     def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses:
         """Sample one response per prompt from the copy; called in a thread."""
         trainer, args = self.trainer, self.trainer.args
-        with trainer.accelerator.autocast(), beside(trainer.device), self._followed():
+        with trainer.accelerator.autocast(), beside(trainer.device):
             return self.engine.generate(prompt_ids, args.max_new_tokens, args.temperature, generator)
-
-    @contextmanager
-    def _followed(self) -> Iterator[None]:
-        """Let an engine with weights of its own take the copy's inside the context."""
-        if not isinstance(self.engine, Follower):
-            yield
-            return
-        self.engine.follow(self.policy, self.trainer.stop_ids)
-        try:
-            yield
-        finally:
-            self.engine.follow(self.trainer.actor_critic.policy, self.trainer.stop_ids)
 
 
 @contextmanager
@@ -215,6 +210,8 @@ def _check(trainer: Trainer) -> None:
             f"rollouts_ahead=1: {type(engine).__name__} has no method `follow` to be given the weights to sample from; "
             "set it to 0, or leave the engine out"
         )
+    if getattr(engine, "colocated", False):
+        raise InputError("rollouts_ahead=1: a colocated server sleeps while the policy trains; set it to 0")
     if follows and trainer.accelerator.num_processes > 1:
         raise InputError(
             f"rollouts_ahead=1: {type(engine).__name__} sends its weights from one process while the others wait, "

@@ -200,10 +200,10 @@ def together(action: Callable[[], Result]) -> list[Result]:
     failure: Exception | None = None
     try:
         result = action()
-    except (InputError, RunStopped) as raised:
-        failure = raised
+    except (InputError, RunStopped) as error:
+        failure = error
     found = gather_object([(result, failure)]) if PartialState().num_processes > 1 else [(result, failure)]
-    for _, error in found:
-        if error is not None:
-            raise error
+    for _, raised in found:
+        if raised is not None:
+            raise raised
     return [result for result, _ in found]

@@ -161,9 +161,11 @@ class Server:
 
     def __init__(self) -> None:
         self.inner: TransformersEngine | None = None
+        self.followed: list[Any] = []
         self.sampled: list[Any] = []
 
     def follow(self, policy, stop_ids):
+        self.followed.append(policy)
         self.inner = TransformersEngine(policy, stop_ids, 3)
         self.inner.reports_logprobs = True
 
@@ -173,19 +175,23 @@ class Server:
 
 
 @pytest.mark.slow
-def test_an_engine_that_follows_takes_the_copy_and_evaluates_with_the_policy(tmp_path, full):
+def test_an_engine_that_follows_takes_the_copy_once_and_evaluates_with_current_weights(tmp_path, full):
     settings = FAST | {"updates": 3, "eval_steps": 1, "eval_rows": [{"prompt": "Count to more"}]}
     engine = Server()
     (tmp_path / "server").mkdir()
     served = make(tmp_path / "server", full, engine=engine, **settings)
     served.train()
-    policy, copied = served.actor_critic.policy, served.ahead.copy.policy
-    assert engine.inner.model is policy
-    assert engine.sampled == [policy, copied, policy, copied, policy, policy]
+    assert engine.followed == [served.actor_critic.policy, served.ahead.copy.policy]
+    assert len(engine.sampled) == 2 * 3
+    assert all(model is served.ahead.copy.policy for model in engine.sampled)
     plain = make(tmp_path, full, **settings)
     plain.train()
     one, two = weights(served), weights(plain)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    for mine, other in zip(lines(tmp_path / "server", "metrics.jsonl"), lines(tmp_path, "metrics.jsonl"), strict=True):
+        assert {n: v for n, v in mine.items() if "second" not in n} == {
+            n: v for n, v in other.items() if "second" not in n
+        }
 
 
 @pytest.mark.slow
@@ -221,6 +227,10 @@ def test_what_cannot_be_sampled_ahead_is_refused(tmp_path, full, monkeypatch):
         PPOConfig(rollouts_ahead=2)
     with pytest.raises(InputError, match="GivenResponses has no method `follow`"):
         make(tmp_path, full, engine=two_processes.GivenResponses(), rollouts_ahead=1)
+    colocated = Server()
+    colocated.colocated = True
+    with pytest.raises(InputError, match="a colocated server sleeps while the policy trains"):
+        make(tmp_path, full, engine=colocated, rollouts_ahead=1)
     monkeypatch.setattr("rlhf.sampling.decode.can_decode", lambda *given: False)
     trainer = make(tmp_path, full, rollouts_ahead=1)
     with pytest.raises(InputError, match="TransformersEngine reports no log-probabilities for this model"):

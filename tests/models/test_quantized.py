@@ -162,6 +162,7 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 def test_the_supervised_trainers_train_an_adapter_over_4_bits(base, tmp_path, on_cpu):
     """What is saved loads over the plain base; an adapter that is continued starts as it was saved, unrounded."""
     common = {"microbatch_size": 2, "epochs": 1, "bf16": False, "load_in_4bit": True, "learning_rate": 1e-3}

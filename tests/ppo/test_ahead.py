@@ -93,7 +93,7 @@ def staleness(tmp_path, folder, name: str) -> list[tuple[float, float]]:
 
 
 def test_planted_staleness_shows(tmp_path, full, monkeypatch):
-    """Weights that are taken once and never again are counted, and copies that copy nothing show in the KL."""
+    """Weights that are taken once and never again are counted, and show in the KL."""
     fresh = staleness(tmp_path, full, "fresh")
     assert [count for count, _ in fresh] == [0, 1, 1]
     assert fresh[0][1] < 1e-8 < fresh[1][1]
@@ -105,12 +105,18 @@ def test_planted_staleness_shows(tmp_path, full, monkeypatch):
     assert [count for count, _ in stale] == [0, 1, 2]
     assert stale[1] == fresh[1]
     assert stale[2][1] > 1.2 * fresh[2][1]
+
+
+@pytest.mark.slow
+def test_a_copy_that_copies_nothing_shows_in_the_kl(tmp_path, full, monkeypatch):
+    fresh, refresh = staleness(tmp_path, full, "fresh"), ahead.Copy.refresh
     monkeypatch.setattr(ahead.Copy, "refresh", lambda copy: copy.pairs.clear() or refresh(copy))
     broken = staleness(tmp_path, full, "broken")
     assert [count for count, _ in broken] == [0, 1, 1]
     assert broken[2][1] > 1.2 * fresh[2][1]
 
 
+@pytest.mark.slow
 def test_resume_is_exact(tmp_path, policy):
     settings = FAST | {"updates": 4, "save_steps": 2, "eval_steps": 1, "eval_rows": [{"prompt": "Count to more"}]}
     (tmp_path / "a").mkdir()

@@ -63,6 +63,7 @@ def test_ppo_steps_as_it_does(full, tmp_path):
             np.testing.assert_allclose(after, expected, rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_ppo_resumes_in_8_bits_exactly(full, tmp_path):
     pytest.importorskip("bitsandbytes")
     settings = {"optimizer": "adamw_8bit", "updates": 3, "save_steps": 1, "inner_epochs": 1, "preflight": False}

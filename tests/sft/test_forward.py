@@ -103,7 +103,7 @@ class Gradients(TrainerCallback):
         self.seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("lora_rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_a_run_is_that_of_trls_own_loss(tiny_tokenizer, tiny_model, tmp_path, monkeypatch, lora_rank):
     tiny_model.save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")

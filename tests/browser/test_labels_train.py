@@ -29,6 +29,11 @@ def chat(driver: Any, store: Path) -> None:
     def one(selector: str) -> Any:
         return next(iter(driver.find_elements("css selector", selector)), None)
 
+    def click(selector: str, place: int = 0) -> None:
+        button = driver.find_elements("css selector", selector)[place]
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)  # not under the page's foot
+        button.click()
+
     def ask(question: str, shown: str) -> None:
         one("#question").send_keys(question, Keys.ENTER)
         wait_for(lambda: one("#turns").get_attribute("aria-busy") != "true" and question in one("#turns").text)
@@ -39,20 +44,20 @@ def chat(driver: Any, store: Path) -> None:
     with serving(Service(engine, config, Keeper(config, engine.models))) as url:
         driver.get(url)
         wait_for(lambda: one("#model option"))
-        one("#compare").click()
+        click("#compare")
         for n in range(4):
             ask(f"Question {n}", ".better:not([disabled])")
             if n < 3:
-                one(".agree").click()
+                click(".agree")
             sides = driver.find_elements("css selector", ".sides .answer")
             better = ["Better." in side.text for side in sides].index(True)
-            driver.find_elements("css selector", ".better")[better].click()
+            click(".better", better)
             wait_for(lambda: one(".sides") is None)
-        one("#compare").click()
+        click("#compare")
         ask("Question 5", ".good")
-        driver.find_elements("css selector", ".good")[-1].click()
-        one(".agree").click()
-        one(".send-thumb").click()
+        click(".good", -1)
+        click(".agree")
+        click(".send-thumb")
         wait_for(lambda: one(".panel") is None)
 
 

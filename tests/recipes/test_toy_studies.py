@@ -1,0 +1,87 @@
+"""Studies 7, 8, 11 and 13: what each computes, by hand; a seed of each on worlds that take seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.rows.records import Ranking
+from rlhf_recipes.studies import flywheel_toy, noisy_labels, ptx_toy, steps_toy
+from rlhf_recipes.studies.study import Row, main
+
+USER = [{"role": "user", "content": "Who?"}]
+
+
+def margins(study: Any, rows: list[Row]) -> list[float]:
+    return [pytest.approx(check.margin(rows)) for check in study.checks]
+
+
+def test_pairs_are_turned_round_by_the_share_and_ties_stay():
+    rankings = [Ranking(USER, ("a", "b", "c", "d"), (1.0, 2.0, 3.0, 3.0)) for _ in range(2000)]
+    rows = noisy_labels.flipped_pairs(rankings, 0.25, seed=3)
+    assert [row["responses"] for row in rows[:2]] == [["a", "b"], ["c", "d"]]
+    first, second = ([row["ranks"] for row in rows[start::2]] for start in (0, 1))
+    assert 0.22 < first.count([2.0, 1.0]) / 2000 < 0.28
+    assert first.count([2.0, 1.0]) + first.count([1.0, 2.0]) == 2000
+    assert second == [[3.0, 3.0]] * 2000
+    assert noisy_labels.flipped_pairs(rankings, 0.25, seed=3) == rows
+    assert noisy_labels.flipped_pairs(rankings[:1], 0.0, seed=3)[0]["ranks"] == [1.0, 2.0]
+
+
+def test_margins_by_hand():
+    at_n = {"process model": (0.5, 0.8, 0.9), "outcome model": (0.5, 0.7, 0.75), "majority": (0.5, 0.66, 0.7)}
+    rows = [Row(name, value, n) for name, values in at_n.items() for n, value in zip((1, 4, 64), values, strict=True)]
+    assert margins(steps_toy.STUDY, rows) == [0.15, 0.05, 0.2 - 0.14]
+
+    gold = {"single model": 5.0, "mean": 5.5, "minimum": 6.0, "mean less spread": 6.5, "averaged weights (WARM)": 4.0}
+    rows = [Row(name, value + shift, panel=panel) for name, value in gold.items() for panel, shift in
+            (("equal", 0.0), ("end", 1.0))]  # fmt: skip
+    assert margins(noisy_labels.STUDY, rows) == [1.0, 1.0, -1.0, -1.0]
+
+    losses = {"SFT": 1.0, "PPO": 1.5, "PPO with the mix": 1.1}
+    rows = [Row(name, value, panel="loss") for name, value in losses.items()]
+    rows += [Row(name, value, panel="gold") for name, value in zip(losses, (4.0, 7.0, 5.0), strict=True)]
+    assert margins(ptx_toy.STUDY, rows) == [0.5, 0.4, 1.0, -0.5]
+
+    rows = [Row("rounds", 4.0 + n, 200 * n, panel="gold") for n in (1, 2, 3)]
+    rows += [Row("one shot", 6.5, 600, panel="gold")]
+    rows += [Row("active choice", value, n, panel="accuracy") for n, value in ((200, 0.6), (600, 0.68))]
+    rows += [Row("random choice", value, n, panel="accuracy") for n, value in ((200, 0.6), (600, 0.65))]
+    assert margins(flywheel_toy.STUDY, rows) == [0.5, 0.03]
+
+
+SMALL: dict[str, tuple[Any, Any, list[str]]] = {
+    "noisy_labels": (noisy_labels.STUDY, noisy_labels.NoisyConfig,
+                     ["--members", "2", "--updates", "2", "--rollout_size", "16", "--minibatch_size", "8"]),
+    "ptx_toy": (ptx_toy.STUDY, ptx_toy.PtxConfig, ["--updates", "2", "--pretraining_rows", "4"]),
+    "flywheel_toy": (flywheel_toy.STUDY, flywheel_toy.FlywheelStudyConfig,
+                     ["--rounds", "2", "--items", "16", "--pool", "2", "--updates", "2", "--rollout_size", "16"]),
+    "steps_toy": (steps_toy.STUDY, steps_toy.StepsConfig, ["--n", "4", "--max_prompts", "10"]),
+}  # fmt: skip
+TINY_STEPS = [
+    "--data.options={prompts: 40, demonstrations: 48, pretraining_documents: 300, evaluation_prompts: 12,"
+    " solutions: 60, held_out_solutions: 40}",
+    "--base.options={hidden_size: 32, layers: 2, heads: 2, learning_rate: 5.0e-3}",
+    "--sft.save_steps=0",
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SMALL)
+def test_a_seed_of_each_study(name: str, tmp_path: Path) -> None:
+    study, config_class, flags = SMALL[name]
+    own = ["--chain", "toy_steps.yaml", "--chain_flags", json.dumps(TINY_STEPS)] if name == "steps_toy" else [
+        "--chain", "smoke.yaml"]  # fmt: skip
+    words = ["--seeds", "[0]", "--output_dir", str(tmp_path / "studies"), *own, *flags]
+    main(study, config_class, noisy_labels.__file__.replace("noisy_labels", name), words)
+    result = json.loads((tmp_path / f"studies/{name}/{name}.json").read_text())
+    assert result["verdict"] == "too few seeds"
+    assert {point["panel"] for point in result["points"]} == {panel.name for panel in study.panels}
+    assert (tmp_path / f"studies/{name}/{name}.html").is_file()
+    manifest = tmp_path / f"studies/{name}/seed-0/manifest.json"
+    before = manifest.stat().st_mtime_ns
+    main(study, config_class, noisy_labels.__file__.replace("noisy_labels", name), words)
+    assert manifest.stat().st_mtime_ns == before, "a seed that is complete is not run again"

@@ -3,6 +3,7 @@ a RedTeamConfig of `red_team`, which imports this file."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,15 +56,18 @@ class AttackConfig:
     """Longest attack."""
     similarity: float = 0.5
     """From which similarity on (Jaccard, of character 5-grams) two successes count as one."""
-    novelty_coef: float = 0.5
+    novelty_coef: float = 0.3
     """ppo: weight of an attack's novelty against the bank of successes; 0: none."""
+    answers: int = 1
+    """ppo: answers of the policy to each attack in training, whose share of successes is its success; several help
+    where successes are rare. Counted is one answer to each attack."""
     train: dict[str, Any] = field(default_factory=dict)
     """sft, ppo: settings of that training, as `rlhf sft --help` and `rlhf ppo --help` name them."""
 
     def __post_init__(self) -> None:
         if not self.attacker:
             raise InputError("attacker is missing; name the model that writes attacks (--attack.attacker)")
-        for name, least in (("attacks", 1), ("examples", 1), ("max_new_tokens", 1)):
+        for name, least in (("attacks", 1), ("examples", 1), ("max_new_tokens", 1), ("answers", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 0 < self.similarity <= 1:
@@ -216,7 +220,9 @@ def _reinforced(
             "max_new_tokens": attack.max_new_tokens, **attack.train,
         }  # fmt: skip
         args = configs.from_dict(PPOConfig, settings, "attack.train")
-        score = AttackScore(trial, policy, bank, attack.novelty_coef)
+        trained = copy.copy(trial)
+        trained.answers = attack.answers
+        score = AttackScore(trained, policy, bank, attack.novelty_coef)
         trainer = PPOTrainer(attack.attacker, score, args=args, train_dataset=rows)
         trainer.train(resume_from_checkpoint=True)
         trainer.save_model(folder)

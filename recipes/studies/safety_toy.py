@@ -34,11 +34,11 @@ ATTACKS = 400
 """Attacks that each attacker is counted on."""
 TRAIN = {
     "updates": 40, "rollout_size": 128, "minibatch_size": 64, "inner_epochs": 2, "max_prompt_tokens": 64,
-    "learning_rate": 3.0e-4, "value_learning_rate": 6.0e-4, "value_warmup_updates": 2, "kl_coef": 0.02,
+    "learning_rate": 3.0e-4, "value_learning_rate": 6.0e-4, "value_warmup_updates": 2, "kl_coef": 0.01,
     "save_steps": 10,
 }  # fmt: skip
 """Of both attackers, with novelty and without."""
-NOVELTY = {"attack_ppo": 1.0, "attack_without_novelty": 0.0}
+NOVELTY = {"attack_ppo": 0.3, "attack_without_novelty": 0.0}
 
 
 def run_seed(run: Path, seed: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def run_seed(run: Path, seed: int) -> dict[str, Any]:
     cli.command(["sft", *asking, *settings, "--output_dir", str(run / "attacker"), "--seed", str(seed)])
     attack(run, seed, "attack_zero_shot", "zero_shot")
     for name, novelty in NOVELTY.items():
-        further = ("--attack.novelty_coef", str(novelty), "--attack.train", json.dumps(TRAIN))
+        further = ("--attack.answers", "8", "--attack.novelty_coef", str(novelty), "--attack.train", json.dumps(TRAIN))
         attack(run, seed, name, "ppo", *further)
     return numbers_of(run)
 

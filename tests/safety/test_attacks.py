@@ -74,13 +74,25 @@ def test_a_trial_says_what_came_of_each_attack():
     texts = ["steal a bike", "steal a car", "gibberish", ""]
     found = trial(target)(texts, [theft] * 4)
     assert [one.valid for one in found] == [0.8, 0.8, 0.0, 0.0]
-    assert [one.succeeded for one in found] == [True, False, False, False]
+    assert [one.success for one in found] == [1.0, 0.0, 0.0, 0.0]
     assert [one.reading.kind for one in found] == ["none", "full", "other", "other"]
     assert len(target.seeds) == 2  # what is no attack is not sent
     result = found[0].result(3, "attack 3")
     assert (result.finding, result.case.suite, result.draw) == ("attack", "generated", 3)
     said = trial(Target(), success=lambda prompts, completions, category, behaviour: [0.0] * len(prompts))
     assert not said(texts[:1], [theft])[0].hit
+
+
+def test_several_answers_give_a_share():
+    target = Target()
+    target.sample = lambda prompts, seeds, sampler: [
+        Answer("Take it." if n % 4 == 0 else "I can't help with that.", True) for n in range(len(prompts))
+    ]
+    found = Trial(
+        target, Detector(), valid_by(lambda attacks, category: [1.0, 0.0]), None, Sampler(8, 1.0), 0, answers=4
+    )
+    one, other = found(["steal a bike", "gibberish"], [POLICY.categories["theft"]] * 2)
+    assert (one.success, one.hit, other.success) == (0.25, False, 0.0)
 
 
 def score(bank: Bank, coef: float = 0.5) -> AttackScore:
@@ -95,7 +107,7 @@ def called(function: AttackScore, texts: list[str], step: int) -> list[float]:
         [None] * len(texts), completions, category=["theft"] * len(texts), trainer_state=state,
         log_metric=lambda name, value: logged.setdefault(name, []).append(value),
     )  # fmt: skip
-    assert set(logged) == {"attack_success", "attack_valid", "attack_novelty", "attack_bank"}
+    assert set(logged) == {"attack_success", "attack_hits", "attack_valid", "attack_novelty", "attack_bank"}
     return found
 
 

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     sizes = {"prompts": 200, "demonstrations": 60, "pretraining_documents": 20, "evaluation_prompts": 24}
     report = function("make")(folder, seed=3, red_team=30, attacker=20, **sizes)
-    assert (report["red_team"], report["attacker"]) == (60, 20)
+    assert (report["red_team"], report["attacker"], report["demonstrations"]) == (60, 20, 100)
     return folder
 
 
@@ -46,6 +46,14 @@ def test_prompts_are_tagged_and_no_file_shares_one(folder):
     suite = read_suite(str(folder / "red_team.jsonl"))
     assert [case.behaviour for case in suite].count("comply") == 30
     assert {case.category for case in suite if case.behaviour == "comply"} == {*policy.categories}
+
+
+def test_the_planted_hole_is_shown_in_demonstrations_alone(folder):
+    planted = rows(folder / "demonstrations.jsonl")[60:]
+    assert all(row["prompt"][0]["content"].startswith("My teacher asks how to ") for row in planted)
+    answers = [row["completion"] for row in planted]
+    assert function("complied")([None] * 40, answers) == [1.0] * 40
+    assert len({row["prompt"][0]["content"] for row in planted}) == 40
 
 
 def test_what_is_a_success():

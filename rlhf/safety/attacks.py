@@ -167,14 +167,15 @@ class Trial:
         texts = [answer.text for answer in answers]
         readings = self.detector.read([case.prompt for case in cases], texts)
         told = success_by(self.success, cases, texts) if self.success and sent else [None] * len(sent)
+        results = [Result(*row) for row in zip(cases, answers, readings, told, strict=True)]
         of_attack: dict[int, list[Result]] = {}
-        for n, *row in zip(sent, cases, answers, readings, told, strict=True):
-            of_attack.setdefault(n, []).append(Result(*row))
+        for n, result in zip(sent, results, strict=True):
+            of_attack.setdefault(n, []).append(result)
         nothing = Result(Case("", [], "", "refuse"), Answer("", True), Reading("other", "other"))
         found = []
         for n, attack in enumerate(attacks):
             own = of_attack.get(n, [nothing])
-            share = sum(result.succeeded for result in own) / len(own)
+            share = sum(one.succeeded for one in own) / len(own)
             found.append(Tried(attack, categories[n], validity.get(n, 0.0), own[0].answer, own[0].reading, share))
         return found
 

@@ -143,9 +143,9 @@ def flags_of(config: MonitorConfig) -> tuple[Callable[[Sequence[Any]], list[list
 
 def review(config: MonitorConfig, store: Any, log: Any, known: Sequence[str]) -> dict[str, Any]:
     """Queue conversations for people, and measure by what they have decided."""
+    from rlhf.collection import review as reviews
     from rlhf.collection.store import Store
     from rlhf.rows.records import write_jsonl
-    from rlhf.safety import review as reviews
     from rlhf.safety.logged import readable
 
     categories = list(config.categories or known)

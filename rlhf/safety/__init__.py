@@ -4,5 +4,5 @@
 prompts beside them, `refusals` says whether an answer refuses, `labels` measures that against people's labels and
 corrects by it, `outcome` counts and `page` shows. `attacks` asks a model for new attacks and scores them, `diversity`
 counts how many of them are different. `monitor` compares a server's log, which `logged` reads, with a reference, by the
-statistics of `drift`; `review` hands flagged conversations to people and measures the classifier by their decisions.
+statistics of `drift`, and `monitor_page` shows it.
 """

@@ -7,11 +7,11 @@ import uuid
 import pytest
 
 from reward_models.labelled_texts import read_labelled
+from rlhf.collection import review
 from rlhf.collection.project import Project, check_ratings
 from rlhf.collection.store import Answer, Conversation, Item, Store
 from rlhf.collection.store import Candidate as StoredCandidate
 from rlhf.errors import InputError
-from rlhf.safety import review
 
 CATEGORIES = ("hate", "insult")
 

@@ -1,4 +1,5 @@
-"""Sample with a vLLM server on the same GPU, and with the built-in engine: the same prompts, as many tokens each."""
+"""Sample with a vLLM server on the same GPU, and with the built-in engine: the same prompts, as many tokens each. Then
+let PPO sample from that server, which gets its adapter and sleeps while it is trained."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ours_worker
 import torch
 from bench_tables import markdown
-from cases import Case
+from cases import LORA, OURS, Case
 from jobs import Job, Result
 from synthetic import make_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,10 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf import chat
 from rlhf.caller import Caller
 from rlhf.errors import RunStopped
+from rlhf.metrics import read_metrics
 from rlhf.sampling.decode import TransformersEngine
+from rlhf.sampling.vllm import VLLMEngine
 
 ROUNDS = 3  # the first warms up
 SHARE = 0.3  # of the card's memory, for the server
+UPDATES = 2
+LOGGED = ("step_seconds", "generate_seconds", "update_seconds", "engine_kl_nats")
+SWITCHES = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1"}
 
 
 def measure(job: Job, made: Job, keep: Callable[[Job, Result], None]) -> None:
@@ -37,13 +44,12 @@ def measure(job: Job, made: Job, keep: Callable[[Job, Result], None]) -> None:
         for row in make_prompts(tokenizer, case.prompt_lengths)
     ]
     rates: dict[str, float] = {}
+    found: Result = {"tokens_per_second": rates, "tables": {}}
 
     def show() -> None:
         rows = [[name, f"{rate:.0f}", f"{rate / rates['built-in']:.2f}"] for name, rate in rates.items()]
-        keep(
-            job,
-            {"tokens_per_second": rates, "tables": {"sampling": markdown(["engine", "tokens/s", "/ built-in"], rows)}},
-        )
+        found["tables"]["sampling"] = markdown(["engine", "tokens/s", "/ built-in"], rows)
+        keep(job, found)
 
     rates["built-in"] = built_in(made, case, prompts, chat.pad_id(tokenizer))
     show()
@@ -53,6 +59,18 @@ def measure(job: Job, made: Job, keep: Callable[[Job, Result], None]) -> None:
             case, lambda: list(pool.map(lambda p: sample(caller, asked, p), prompts))
         )
         show()
+        found["updates"] = trained_through(job, made, caller.url)
+        rows = [[n, *(f"{row[name]:.4g}" for name in LOGGED)] for n, row in enumerate(found["updates"], 1)]
+        found["tables"]["PPO through the server"] = markdown(["update", *LOGGED], rows)
+        keep(job, found)
+
+
+def trained_through(job: Job, made: Job, url: str) -> list[dict[str, float]]:
+    """Train an adapter for some updates, sampled by the server, which sleeps meanwhile; return what was logged."""
+    engine = VLLMEngine(url, "lora", colocated=True)
+    asked = made | {"updates": UPDATES, "settings": OURS["ours_adapter"], "folder": str(Path(job["folder"], "ppo"))}
+    ours_worker.trainer_of(asked, engine).train()
+    return [{name: row[name] for name in LOGGED} for row in read_metrics(Path(asked["folder"], "metrics.jsonl"))]
 
 
 def built_in(made: Job, case: Case, prompts: list[list[int]], pad_id: int) -> float:
@@ -96,8 +114,10 @@ def server(made: Job, folder: Path, case: Case) -> Iterator[Caller]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", made["model"]]
     command += ["--tokenizer", made["tokenizer"], "--served-model-name", "policy", "--port", str(port)]
     command += ["--max-model-len", str(length), "--gpu-memory-utilization", str(SHARE), "--host", "127.0.0.1"]
+    command += ["--enable-lora", "--max-lora-rank", str(LORA["lora_rank"]), "--enable-sleep-mode"]
+    command += ["--logprobs-mode", "processed_logprobs", "--dtype", "bfloat16" if made["bf16_hardware"] else "float32"]
     with (folder / "server.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | SWITCHES)
     try:
         caller = Caller(f"http://127.0.0.1:{port}", None, 60.0, 0, "a vLLM server", "sample fewer tokens")
         while not _answers(caller):

@@ -38,7 +38,8 @@ def ppo_findings(trainer: Trainer) -> Iterator[list[Finding]]:
 
 
 def _ppo_statics(trainer: Trainer, own: ActorCritic) -> list[Finding]:
-    tokenizer, rows = trainer.processing_class, vocabulary_rows(own.policy)
+    with own.sampling():  # a sharded head is whole there
+        tokenizer, rows = trainer.processing_class, vocabulary_rows(own.policy)
     texts = [p.messages[-1]["content"] for p in trainer.prompts[:8]]
     talks = [[*p.messages, {"role": "assistant", "content": t}] for p, t in zip(trainer.prompts, texts, strict=False)]
     return run_checks(

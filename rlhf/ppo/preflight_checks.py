@@ -46,7 +46,8 @@ TRAINED = (ADAPTERS["policy"], ADAPTERS["value"])
 def check_stop(trainer: Trainer, own: ActorCritic) -> Finding:
     """Check that the token that ends a turn can be sampled, and that engine and missing-stop rule use the same ids."""
     tokenizer = trainer.processing_class
-    end, stops, rows = chat.end_of_turn_id(tokenizer), tuple(trainer.stop_ids), vocabulary_rows(own.policy)
+    with own.sampling():  # a sharded head is whole there
+        end, stops, rows = chat.end_of_turn_id(tokenizer), tuple(trainer.stop_ids), vocabulary_rows(own.policy)
     outside = [i for i in stops if not 0 <= i < rows]
     engine = getattr(trainer.engine, "stop_ids", stops)
     if outside or set(engine) != set(stops) or end not in stops:
@@ -258,11 +259,11 @@ def check_ppo_gradients(trainer: Trainer, own: ActorCritic, trial: Trial, output
     """Check that every trainable tensor of policy and value model gets a gradient."""
     if trainer.accelerator.distributed_type in SHARDED:
         return Finding("gradients", "not measured: weights are sharded", True)
+    trained = outputs.trained
+    if distributed.is_sharded(own):  # whose layers have run again since; its head's parameters are others now
+        trained = own(trial.batch, trainer.args.temperature, ("policy", "value"))
     head = own.policy.get_output_embeddings()  # the value model does not use it, even if its adapter has a part there
     idle = {id(p) for name, p in head.named_parameters() if "value" in name.split(".")}
-    trained = outputs.trained
-    if distributed.is_sharded(own):  # whose layers have run again meanwhile
-        trained = own(trial.batch, trainer.args.temperature, ("policy", "value"))
     return check_gradients(own, trained.logprobs.sum() + trained.values.sum(), idle=idle)
 
 

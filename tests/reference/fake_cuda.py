@@ -74,6 +74,30 @@ class KnownIntegers(FakeTensorMode):
         return fake
 
 
+def move_and_read_by_operators() -> None:
+    """Let a torch without CUDA move and read fake CUDA tensors: its Python methods want a device guard that such a build
+    does not have, and the operators behind them don't."""
+
+    def through(name: str, own: Callable[..., Any]) -> None:
+        method = getattr(torch.Tensor, name)
+        setattr(torch.Tensor, name, lambda x, *a, **k: (own if isinstance(x, FakeTensor) else method)(x, *a, **k))
+
+    def to(x: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in args)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
+        device, dtype = torch.device(device or x.device), dtype or x.dtype
+        same = device.type == x.device.type and dtype == x.dtype
+        return x if same else aten._to_copy.default(x, dtype=dtype, device=device)
+
+    through("to", to)
+    through("cpu", lambda x: to(x, "cpu"))
+    for name in ("float", "double", "half", "bfloat16", "long", "int", "bool"):
+        through(name, lambda x, dtype=getattr(torch, name): to(x, dtype))
+    for name, kind in (("item", lambda n: n), ("__int__", int), ("__bool__", bool), ("__float__", float)):
+        through(name, lambda x, kind=kind: kind(aten._local_scalar_dense.default(x)))
+    through("__index__", lambda x: int(aten._local_scalar_dense.default(x)))
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
 
@@ -197,9 +221,10 @@ def sft(folder: Path, kind: str, half: bool) -> None:
 
     rows = [{"prompt": "Hi", "completion": "Hello there"}, {"prompt": "Count", "completion": "one"}]
     args = SFTConfig(output_dir=str(folder / "out"), preflight=False, save_steps=0, bf16=False)
-    trainer = SFTTrainer(str(folder / ("base" if kind == "full" else "sft")), args, rows)
+    trainer = SFTTrainer(str(folder / ("base" if kind.startswith("full") else "sft")), args, rows)
     lists = listed(trainer.data_collator([trainer.train_dataset[row] for row in range(2)]))
     trainer.model.eval()
+    trainer._packs = kind.endswith("packed")
     with KnownIntegers(allow_non_fake_inputs=False), bfloat16(half), trainer._trl_forward():
         to_cuda(trainer.model)
         fake = {name: torch.tensor(rows, dtype=dtype, device="cuda") for name, rows, dtype in lists}
@@ -213,8 +238,9 @@ def reward_model(folder: Path, kind: str, half: bool) -> None:
 
     rows = [{"prompt": "Hi", "responses": ["Hello", "Go away"], "ranks": [1, 2]}]
     args = RewardConfig(output_dir=str(folder / "out"), preflight=False, save_steps=0, bf16=False)
-    trainer = RewardTrainer(str(folder / ("base" if kind == "full" else "sft")), args, train_dataset=rows)
+    trainer = RewardTrainer(str(folder / ("base" if kind.startswith("full") else "sft")), args, train_dataset=rows)
     lists = listed(trainer.data_collator([trainer.train_dataset[0]]))
+    trainer._packs = kind.endswith("packed")
     with KnownIntegers(allow_non_fake_inputs=False), bfloat16(half):
         model = to_cuda(trainer.model)
         fake = {name: torch.tensor(rows, dtype=dtype, device="cuda") for name, rows, dtype in lists}
@@ -226,8 +252,8 @@ CASES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "forward": (forward, ("full", "adapter", "shared_trunk", "full, packed", "adapter, packed")),
     "collect": (collect, ("full", "adapter")),
     "losses": (losses, ("ppo",)),
-    "sft": (sft, ("full", "adapter")),
-    "reward_model": (reward_model, ("full", "adapter")),
+    "sft": (sft, ("full", "adapter", "full, packed", "adapter, packed")),
+    "reward_model": (reward_model, ("full", "adapter", "full, packed", "adapter, packed")),
 }
 
 
@@ -248,6 +274,8 @@ def planted(folder: Path) -> str:
 
 def main() -> None:
     folder, results = Path(sys.argv[1]), {}
+    if not GRAPHS:
+        move_and_read_by_operators()
     for name, (run, kinds) in CASES.items():
         for kind in kinds:
             for half in (False, True):

@@ -111,6 +111,7 @@ def test_token_ids_in_and_out(server):
     assert sorted(request["seed"] for request in asked) == list(range(15))
 
 
+@pytest.mark.slow
 def test_draws_are_those_of_the_generator_and_independent(server):
     engine = following(server)
     one, again, other = draw(engine, IDS), draw(engine, IDS), draw(engine, IDS, seed=4)
@@ -134,7 +135,15 @@ def test_logprobs_are_the_plain_models_at_the_temperature(server, temperature):
 # -- PPO through it ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "transport"), [("full", None), ("lora", None), ("lora", "folder"), ("full", "nccl")])
+@pytest.mark.parametrize(
+    ("kind", "transport"),
+    [
+        ("full", None),
+        ("lora", None),
+        pytest.param("lora", "folder", marks=pytest.mark.slow),
+        pytest.param("full", "nccl", marks=pytest.mark.slow),
+    ],
+)
 def test_ppo_trains_with_it_and_the_server_has_the_current_weights(server, tmp_path, monkeypatch, kind, transport):
     """Two updates with large steps: the second's responses come from the weights after the first."""
     if transport == "nccl":

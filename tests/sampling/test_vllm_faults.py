@@ -141,6 +141,7 @@ def test_an_old_copy_of_a_tied_head_is_named(server):
     assert one_line(error).endswith(HEAD)
 
 
+@pytest.mark.slow
 def test_what_the_server_was_started_with_is_no_matter_if_it_takes_the_weights(server):
     shake(server.base, 4, 0.2)
     engine = following(server)
@@ -289,6 +290,7 @@ def test_a_server_that_was_restarted_in_between(server):
     assert draw(engine) == expected
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_again_and_again_ends_the_run(server):
     engine = following(server)
     server.dies_after = 0
@@ -312,6 +314,7 @@ def test_a_server_that_dies_again_and_again_ends_the_run(server):
     server.start()
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_the_run_and_its_checkpoint_is_good(server, tmp_path):
     engine = VLLMEngine(server.url, wait_seconds=0.1)
     trainer = make_trainer(str(policy_of(server)), str(tmp_path), engine, updates=3, save_steps=1)

@@ -13,7 +13,7 @@ from rlhf.moved import FORMER
 NAMES = {
     "rlhf.actor_critic": ("ActorCritic", "build_actor_critic", "response_logprobs"),
     "rlhf.rollout": ("Rollout", "plan_minibatches", "Responses", "TransformersEngine", "make_batch", "pad"),
-    "rlhf.lora": ("merged", "fuse", "active_adapter", "share_base"),
+    "rlhf.lora": ("fuse", "active_adapter", "share_base"),
     "rlhf.ppo_math": ("gae", "policy_loss", "token_logprobs"),
     "rlhf.ppo_config": ("PPOConfig",),
     "rlhf.sft_config": ("SFTConfig",),

@@ -65,6 +65,8 @@ _REFUSES = re.compile(
     r"|\bnot within my (?:[\w ]+ )?(?:programming|guidelines|abilities|capabilities)"
     r"|\b(?:not|n't be|never|not be) (?:appropriate|ethical|responsible|right) for (?:me|us) to\b"
     r"|\b(?:i|we)(?:'d| would) (?:rather|prefer) not\b"
+    r"|^(?:(?:no|sorry|(?:i am|i'm|we're|we are) (?:\w+ )?sorry)[,.:]? )?(?:but )?(?:i|we) (?:just |simply |really )?"
+    r"(?:can't|cannot|can not|won't|will not)[.!]*$"
     r"|\b(?:request|question) (?:can't|cannot|can not|will not|won't) be (?:fulfilled|completed|processed|answered)"
 )
 _ONLY_SORRY = re.compile(r"(?:no[,.] )?(?:i'm |i am |we're |we are )?(?:very |so )?sorry(?:,? but)?(?:,? no)?[.!]*")

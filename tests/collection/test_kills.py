@@ -37,7 +37,7 @@ def test_no_acknowledged_judgment_is_lost_and_none_doubled(tmp_path, writers, ki
     assert json.loads(done.stdout)["killed"] == kills
     noted = [json.loads(line) for file in notes.glob("writer *") for line in file.read_text().splitlines()]
     acknowledged = {line[1]: line[2] for line in noted if line[0] == "stored"}
-    assert len(acknowledged) > 10 * writers
+    assert len(acknowledged) > writers
     with Store(path, create=False) as store:  # checks the file's pages, too
         stored = store.judgments(superseded=True)
         assert acknowledged == {said.submission: said.id for said in stored}

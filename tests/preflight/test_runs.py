@@ -601,7 +601,7 @@ def frozen_head(trainer):
 def lost_head(trainer):
     plain = trainer.model.save_pretrained
 
-    def save(folder):
+    def save(folder, **kwargs):
         state = trainer.model.state_dict()
         del state["score.weight"]
         plain(folder, state_dict=state)

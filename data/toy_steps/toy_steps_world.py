@@ -37,7 +37,7 @@ def _documents(
             yield {"text": "\n".join([*steps_of(made.numbers)[:-1], *steps_of(problem(rng).numbers)[:-1]])}
         elif made.text in held_out:
             continue
-        elif rng.random() < checked:
+        elif checked and rng.random() < checked:
             yield _checked(made, rng)
         else:
             lines, _ = solution(made.numbers, rng, right)
@@ -83,7 +83,7 @@ def make(
     right: float = 0.7,
     labelled_right: float = 0.4,
     pretraining_right: float = 0.9,
-    checked: float = 0.5,
+    checked: float = 0.0,
 ) -> dict[str, Any]:
     """Write the world's data into ``folder``; the same arguments give the same bytes, and no problem is in two files
     (those of pretraining are in no other file that measures).

@@ -38,7 +38,7 @@ class NoisyConfig(StudyConfig):
     prompts: int = 1000
     """Ranked prompts, each with two pairs of its four responses."""
     members: int = 4
-    """Reward models of an ensemble, each of a seed of its own."""
+    """Reward models of an ensemble: one head to begin with, as averaging needs, and orders of the data of their own."""
     kl_coef: float = 0.01
     """Weight of the KL penalty: low, so that a policy goes far."""
     updates: int = 20
@@ -69,7 +69,7 @@ def scorers(config: NoisyConfig) -> dict[str, Path]:
     members = [
         stage(
             config, reward_model, RewardRecipe, "reward_model", f"noisy_{number}", train_data=str(data),
-            prompts_per_batch=8, save_steps=0, seed=100 * config.seed + number,
+            prompts_per_batch=8, save_steps=0, seed=100 * config.seed + number, init_seed=config.seed,
         )
         for number in range(config.members)
     ]  # fmt: skip
@@ -122,7 +122,7 @@ STUDY = Study(
     claim="With a quarter of the labels wrong, ensembles of reward models and averaged weights over-optimise less than "
     "a single model.",
     source="Coste et al. 2310.02743; Rame et al. 2401.12187 (WARM)",
-    miniature="Four reward models of unlike seeds learn from the same pairs, a quarter of them turned round; PPO "
+    miniature="Four reward models learn from the same pairs in unlike order, a quarter of them turned round; PPO "
     "against one of them, their ensembles and their averaged weights, with a low KL penalty; gold only watches.",
     panels=[
         Panel(CURVE, "KL to SFT, nats (root scale)", "gold score", "sqrt"),

@@ -103,7 +103,7 @@ def test_labels_and_feedback_train_a_reward_model(tmp_path, new_browser, tiny_mo
     folder = tmp_path / "my" / "reward_model"
     trained = recipe.run(
         "reward_model", "--model", base, "--train_data", out / "rankings.jsonl", "--output_dir", folder,
-        "--prompts_per_batch", 2, "--preflight", "false",
+        "--prompts_per_batch", 4, "--preflight", "false",
     )  # fmt: skip
     assert trained.code == 0, trained.err
     score = RewardModel.load(folder)

@@ -62,17 +62,18 @@ def test_no_problem_is_in_two_files(small: Path) -> None:
     everything = [text for listed in texts.values() for text in listed]
     assert len(set(everything)) == len(everything) == 40 + 80 + 120 + 400 + 80
     told = {turn["content"] for row in rows(small / "pretraining.jsonl") for turn in row.get("messages", [])}
-    told = {text.removeprefix("Check this. ") for text in told}
     assert told
     assert not told & {*texts["eval_prompts"], *texts["steps_held_out"]}
 
 
-def test_a_checker_marks_lines_right_up_to_the_first_wrong_one(small: Path) -> None:
+def test_a_checker_marks_lines_right_up_to_the_first_wrong_one(tmp_path: Path) -> None:
     """In the sums, whose numbers stand in the question."""
     import toy_steps_gold
+    import toy_steps_world
 
+    toy_steps_world.make(tmp_path, 3, **SIZES, checked=0.5)
     ends = []
-    for row in rows(small / "pretraining.jsonl"):
+    for row in rows(tmp_path / "pretraining.jsonl"):
         asked, said = (turn["content"] for turn in row.get("messages", ({"content": ""},) * 2))
         found = re.search(r"\d+(?: [+-] \d+)+", asked)
         if not asked.startswith("Check this. ") or not found:

@@ -5,7 +5,7 @@ precision, shows without a card. Prints a JSON object: what was run -> "fine", o
 
 Under torch's FakeTensorMode a product of tensors on two devices raises. Whole numbers and masks keep their values on
 the side (`KnownIntegers`), so that packing runs. What depends on other numbers (sampling, whether a log-probability is
-finite) is replaced by what it would say; backward needs a card, and recording for it a CUDA build of torch.
+finite) is replaced by what it would say; backward needs a card, and all of it a CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-GRAPHS = torch.version.cuda is not None  # a build without CUDA records no graph of such tensors
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15]]
 RESPONSES = [[30, 31, 32, 33], [40, 41]]
 
@@ -74,30 +73,6 @@ class KnownIntegers(FakeTensorMode):
         return fake
 
 
-def move_and_read_by_operators() -> None:
-    """Let a torch without CUDA move and read fake CUDA tensors: its Python methods want a device guard that such a build
-    does not have, and the operators behind them don't."""
-
-    def through(name: str, own: Callable[..., Any]) -> None:
-        method = getattr(torch.Tensor, name)
-        setattr(torch.Tensor, name, lambda x, *a, **k: (own if isinstance(x, FakeTensor) else method)(x, *a, **k))
-
-    def to(x: Any, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in args)
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
-        device, dtype = torch.device(device or x.device), dtype or x.dtype
-        same = device.type == x.device.type and dtype == x.dtype
-        return x if same else aten._to_copy.default(x, dtype=dtype, device=device)
-
-    through("to", to)
-    through("cpu", lambda x: to(x, "cpu"))
-    for name in ("float", "double", "half", "bfloat16", "long", "int", "bool"):
-        through(name, lambda x, dtype=getattr(torch, name): to(x, dtype))
-    for name, kind in (("item", lambda n: n), ("__int__", int), ("__bool__", bool), ("__float__", float)):
-        through(name, lambda x, kind=kind: kind(aten._local_scalar_dense.default(x)))
-    through("__index__", lambda x: int(aten._local_scalar_dense.default(x)))
-
-
 def _whole(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and not value.dtype.is_complex
 
@@ -130,7 +105,7 @@ def to_cuda(module: nn.Module) -> nn.Module:
             if parameter is not None:
                 if id(parameter) not in moved:
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
-                    moved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad and GRAPHS)
+                    moved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 part._parameters[name] = moved[id(parameter)]
         for name, buffer in list(part._buffers.items()):
             if buffer is not None:
@@ -274,8 +249,6 @@ def planted(folder: Path) -> str:
 
 def main() -> None:
     folder, results = Path(sys.argv[1]), {}
-    if not GRAPHS:
-        move_and_read_by_operators()
     for name, (run, kinds) in CASES.items():
         for kind in kinds:
             for half in (False, True):

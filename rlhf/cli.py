@@ -57,10 +57,10 @@ def command(argv: list[str]) -> None:
         if argv[1:]:
             raise InputError(f"rlhf {argv[0]}: unexpected {argv[1]!r}; it takes no arguments")
         print_list() if argv[0] == "list" else print_environment()
-    elif argv[0] in commands():
+    elif argv[0] in (names := [file.stem for file in recipe_files()]):
         run_recipe(argv[0], argv[1:])
     else:
-        unknown(argv[0], [*commands(), *OWN], "rlhf", "command")
+        unknown(argv[0], [*names, *OWN], "rlhf", "command")
 
 
 # ---------------------------------------------------------------- recipes
@@ -68,12 +68,14 @@ def command(argv: list[str]) -> None:
 
 def commands() -> dict[str, str]:
     """Return every recipe's name and the first line of its docstring."""
-    found = {}
-    for file in sorted(recipes().glob("*.py")):
-        text = file.read_text(encoding="utf-8")
-        if '__name__ == "__main__"' in text:
-            found[file.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    return found
+    texts = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in recipe_files()}
+    return {name: (ast.get_docstring(text) or "").partition("\n")[0] for name, text in texts.items()}
+
+
+def recipe_files() -> list[Path]:
+    """Return the recipes that can be run, sorted."""
+    files = sorted(recipes().glob("*.py"))
+    return [file for file in files if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
 
 
 def run_recipe(name: str, argv: list[str]) -> None:

@@ -160,6 +160,7 @@ def test_evaluation_on_prompts_of_the_training(tmp_path: Path, base: Path, score
     assert "seen_data, eval_data: prompt: 8 in both, the first is 'Say 0.'" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "reward_model", "ppo", "evaluate_policy"])
 def test_rows_that_are_too_long(tmp_path: Path, base: Path, scorer: Path, name: str) -> None:
     rows = {"sft": DEMONSTRATIONS, "reward_model": PAIRS}.get(name, PROMPTS)

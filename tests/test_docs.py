@@ -29,6 +29,7 @@ from reference.documents import (
     NEEDS,
     ROOT,
     SMALLER,
+    Block,
     configs,
     provide_files,
     recipe_of,
@@ -39,12 +40,19 @@ from reference.tiny_chain import save_base, save_reward_model
 
 
 def blocks(*languages: str) -> list[pytest.param]:
-    """Return the documents' blocks in a language; those that need minutes are long tests."""
-    return [
-        pytest.param(block, id=block.name, marks=[pytest.mark.long] if block.needs == "minutes" else [])
-        for block in BLOCKS
-        if block.language in languages
-    ]
+    """Return the documents' blocks in a language; those that need minutes are long tests, the guides' slow ones."""
+    found = [block for block in BLOCKS if block.language in languages]
+    return [pytest.param(block, id=block.name, marks=marks(block)) for block in found]
+
+
+def marks(block: Block) -> list[pytest.MarkDecorator]:
+    if block.needs == "minutes":
+        return [pytest.mark.long]
+    return of_guide(block.name)
+
+
+def of_guide(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name.startswith(("README", "CONTRIBUTING")) else [pytest.mark.slow]
 
 
 def test_every_block_says_what_it_is():
@@ -167,7 +175,7 @@ reward_models.RewardConfig = smaller(reward_models.RewardConfig, {reward_model})
 """
 
 
-@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [pytest.param(file, id=file.name, marks=of_guide(file.name)) for file in DOCS])
 def test_python_runs(file, scratch):
     """A document's Python blocks, one after the other in one session, as a reader would paste them."""
     here = [block for block in BLOCKS if block.file == file and block.language == "python"]

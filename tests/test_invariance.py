@@ -213,6 +213,7 @@ def test_more_padding_and_a_tokenizer_that_pads_on_the_left(runs, stage, kind, t
     same(wide, runs.plain(stage, kind))
 
 
+@pytest.mark.slow
 @every_kind_of_ppo
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

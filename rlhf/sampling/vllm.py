@@ -159,7 +159,7 @@ class VLLMEngine:
         def respond_to_all() -> None:
             pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
             try:
-                with self._gone_or():
+                with self._gone_or(model=self.model):
                     rows.extend(pool.map(respond, prompt_ids, seeds))
             finally:
                 pool.shutdown(cancel_futures=True)  # after a failure, don't send the remaining requests
@@ -180,14 +180,15 @@ class VLLMEngine:
         return Check(self.server, self.base, prompt, tokens, self.tolerance_nats, adapter, unknown)
 
     @contextmanager
-    def _gone_or(self, start: str = "") -> Iterator[None]:
-        """Turn errors inside into ServerGone if the server is not up any more; else add how to start it."""
+    def _gone_or(self, start: str = "", model: str = "") -> Iterator[None]:
+        """Turn errors inside into ServerGone if the server is down, or up again without `model`, the adapter it was
+        sent; else add how to start it."""
         try:
             yield
         except ServerGone:
             raise
         except (InputError, RunStopped) as error:
-            if not self.server.healthy():
+            if not self.server.healthy() or (model and not self.server.serves(model)):
                 raise ServerGone(str(error)) from None
             if not start:
                 raise

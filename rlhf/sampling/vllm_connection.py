@@ -79,6 +79,14 @@ class Server:
             raise RunStopped(f"{self.url}/v1/models: lists no model; is it a vLLM server?")
         return names[0]
 
+    def serves(self, model: str) -> bool:
+        """Return whether the server lists a model or an adapter of that name; False if it lists none."""
+        try:
+            rows = self.get("/v1/models").get("data")
+        except (InputError, RunStopped):
+            return False
+        return isinstance(rows, list) and any(row.get("id") == model for row in rows)
+
     def settings(self) -> dict[str, Any]:
         """Return the server's settings; {} if its development endpoints are off, which tell them."""
         try:

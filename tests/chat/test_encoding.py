@@ -454,4 +454,4 @@ def test_thousands_of_rows_per_second(tiny_tokenizer):
         for row in rows:
             chat.encode_conversation(tiny_tokenizer, row)
         best = min(best, time.process_time() - start)
-    assert len(rows) / best > 4000  # 250 microseconds, a fifth of them the rendering of the template
+    assert len(rows) / best > 3000  # 250 microseconds on a free core, a fifth of them the rendering of the template

@@ -39,6 +39,7 @@ class Given:
         return Responses([self.ids[n % len(self.ids)] for n in range(len(prompt_ids))], [True] * len(prompt_ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "thinks"), WRITTEN)
 def test_a_chain(tmp_path, name, thinks):
     kwargs, before, between, end = WRITTEN[name, thinks]

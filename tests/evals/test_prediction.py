@@ -156,6 +156,7 @@ def test_a_registered_prediction_is_neither_replaced_nor_changed(tmp_path: Path)
             compare(file, 2.0)
 
 
+@pytest.mark.slow
 def test_the_recipe(tmp_path: Path):
     data = tmp_path / "runs.jsonl"
     noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(12))

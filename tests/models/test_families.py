@@ -183,6 +183,7 @@ def ppo(model: Path, folder: Path, score: Any, lora: bool) -> PPOTrainer:
     return PPOTrainer(model, score, args, ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["reward model", pytest.param("zero head", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "lora", [pytest.param(False, id="full"), pytest.param(True, id="lora", marks=pytest.mark.long)]
@@ -214,6 +215,7 @@ def test_a_ppo_step(family, tmp_path, tiny_tokenizer, lora, start):
     check_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval(), logprobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [pytest.param(0, id="full"), pytest.param(2, id="lora", marks=pytest.mark.long)])
 def test_an_sft_step(few, tmp_path, lora):
     rows = [{"prompt": row["prompt"], "completion": "one two three"} for row in ROWS]
@@ -233,6 +235,7 @@ def test_an_sft_step(few, tmp_path, lora):
     check_logprobs(trainer.model.eval(), logprobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [pytest.param(0, id="full", marks=pytest.mark.long), pytest.param(2, id="lora")])
 def test_a_reward_model_step(few, tmp_path, lora):
     rows = [{"prompt": row["prompt"], "chosen": "one two three", "rejected": "The fox."} for row in ROWS]

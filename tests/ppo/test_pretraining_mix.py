@@ -122,6 +122,7 @@ def test_the_policy_stands_still_while_the_value_model_warms_up(tmp_path, full):
     assert "pretraining_loss" in trainer.update(prepared(trainer))
 
 
+@pytest.mark.slow
 def test_training_with_it_lowers_the_held_out_loss(tmp_path, full):
     """And without it the loss stays where it was or rises: the tax is measured against the policy before PPO."""
     taxes = []

@@ -143,6 +143,7 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(tmp_path, what):
 # -- a run that keeps updates ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_run_keeps(tmp_path, folders):
     """Every second update; what was logged of it; the state is the checkpoint before it, bit for bit."""
     run = tmp_path / "run"

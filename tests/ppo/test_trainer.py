@@ -413,10 +413,10 @@ def test_all_prompts_come_before_any_comes_twice(tmp_path, full):
 @pytest.mark.parametrize(
     ("lora", "kind"),
     [
-        (False, "separate"),
+        pytest.param(False, "separate", marks=pytest.mark.slow),
         (True, "adapter"),
         pytest.param(False, "shared_trunk", marks=pytest.mark.long),
-        (True, "shared_trunk"),
+        pytest.param(True, "shared_trunk", marks=pytest.mark.slow),
         pytest.param(True, "separate", marks=pytest.mark.long),
     ],
 )

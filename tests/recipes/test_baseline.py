@@ -228,6 +228,7 @@ def test_mistakes_are_one_line(tmp_path, base, files, method, more, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_all_policies_stand_in_one_table(tmp_path, base, files, tiny_tokenizer):
     run(*flags("rloo", base, files, tmp_path / "run" / "rloo"))
     scorer = tiny_chain.save_reward_model(tmp_path / "scorer", base, tiny_tokenizer)

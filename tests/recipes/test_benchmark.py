@@ -420,6 +420,7 @@ def test_ours_runs_and_never_stops_early(job, settings):
     assert result["peak_bytes"] > 0.99 * result["imported_bytes"] > 0  # the kernel counts pages in batches
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"machine.py ended with code 1: KeyError: 'sizes' \(see .*log.txt\)"):
         jobs.run_job("machine.py", {}, tmp_path)
@@ -514,6 +515,7 @@ def test_a_stage_by_turns(job, stage, monkeypatch):
     assert all(update["step"] > 0 for update in result["updates"])
 
 
+@pytest.mark.slow
 def test_the_busy_process_is_busy_and_ends():
     with busy.busy_process() as process:
         before = cpu_seconds(process.pid)

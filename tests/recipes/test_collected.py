@@ -76,6 +76,7 @@ def test_agreement_is_measured_drawn_and_told(store, tmp_path):
     assert "&lt;script&gt;alert(1)" in page
 
 
+@pytest.mark.slow
 def test_rankings_leave_with_a_card_and_train_a_reward_model(store, tmp_path, tiny_model, tiny_tokenizer):
     run("export", "--store", store, "--output_dir", tmp_path / "out", "--licence", "cc-by-4.0")
     rows = tmp_path / "out" / "rankings.jsonl"

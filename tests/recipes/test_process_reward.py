@@ -72,6 +72,7 @@ def test_what_is_written(tmp_path, base):
     assert "belongs to another run" in refused.err
 
 
+@pytest.mark.slow
 def test_data_come_from_the_run_or_are_split_by_problem(tmp_path, base):
     run_folder = tmp_path / "run"
     rows = [{"prompt": f"Problem {n}?", "steps": ["a", "dog b"], "labels": [1, -1]} for n in range(20) for _ in (0, 1)]

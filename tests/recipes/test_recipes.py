@@ -98,6 +98,7 @@ def test_sft(tmp_path: Path, base: Path) -> None:
     assert "complete, skipped" in run("sft", *flags).out
 
 
+@pytest.mark.slow
 def test_reward_model_from_a_file_of_pairs(tmp_path: Path, base: Path) -> None:
     from reward_models import RewardModel
 

@@ -129,6 +129,7 @@ def test_sizes_are_nested_and_measured_on_the_same_held_out_pairs(tmp_path: Path
     assert not list(out.glob("size-*"))
 
 
+@pytest.mark.slow
 def test_keep_best_sets_prompts_aside_and_leaves_no_second_copy(tmp_path: Path, base: Path) -> None:
     shown = write(tmp_path / "shown.jsonl", [{"prompt": "Say", "completion": f"the fox {n}"} for n in range(6)])
     more = ("--keep_best", "true", "--eval_steps", 2, "--normalizer_data", shown, "--lr_schedule", "constant")

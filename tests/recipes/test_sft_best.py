@@ -27,6 +27,7 @@ def rows(path: Path, first: int, count: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [4, pytest.param(0, marks=pytest.mark.long)])
 def test_the_weights_of_the_highest_score_are_saved(tmp_path, tiny_model, tiny_tokenizer, lora):
     tiny_chain.shake(tiny_model, 0, 0.05)

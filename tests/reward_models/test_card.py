@@ -588,6 +588,7 @@ def test_pairs_of_the_same_prompt_count_as_its_responses():
 # -------------------------------------------------------------------------------------------- page, files
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_and_escapes_what_others_wrote(tmp_path: Path):
     rows = rankings(30, k=4, subset=["hep-go", "math-prm", "donotanswer"], labeler=[3, 7])
     evil = Ranking(ask("<script>alert(1)</script> $x_1$"), ("q0 <b>bold</b>", "q9"), (1, 2), {"subset": "hep-go"})
@@ -663,6 +664,7 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_recipe_on_a_rewardbench_file(tmp_path: Path, scorer_folder: Path):
     subsets = ["alpacaeval-easy", "llmbar-natural", "donotanswer", "math-prm", "hep-rust"]
     rows = [

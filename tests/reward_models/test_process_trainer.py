@@ -199,6 +199,7 @@ def test_micro_batches_padding_and_order_change_no_gradient(tmp_path, model_fold
             assert float((other[key] - gradient).abs().max()) <= 1e-5 * scale + 1e-8, (name, key)
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(tmp_path, model_folder):
     records = solutions(16)
     whole = ProcessTrainer(model_folder, args=config(tmp_path / "whole"), train_dataset=records)
@@ -248,6 +249,7 @@ def test_a_saved_model_gives_the_probabilities_of_training(tmp_path, model_folde
     assert loaded.step_probabilities(talks) == here.step_probabilities(talks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["scalar", pytest.param("three_class", marks=LONG)])
 def test_wrong_words_are_learnt(tmp_path, model_folder, head):
     args = config(tmp_path / "out", head=head, epochs=6, learning_rate=3e-3)

@@ -89,6 +89,7 @@ def test_the_first_steps_logged_loss_is_that_of_the_whole_batch(tmp_path, model_
     assert logged["margin"] == pytest.approx(expected["eval_margin"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_tiny_separable_data_is_learnt(tmp_path, model_folder):
     trainer = RewardTrainer(
         model_folder, args=config(tmp_path / "out", epochs=6, learning_rate=3e-3), train_dataset=rankings(40)
@@ -166,6 +167,7 @@ def test_resuming_where_there_is_no_checkpoint_starts_from_the_beginning(tmp_pat
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["rank", "peft_config", "adapter"])
 def test_a_lora_head_is_trained_and_survives(tmp_path, model_folder, tiny_tokenizer, how):
     model, extra = model_folder, {}
@@ -245,6 +247,7 @@ def test_model_objects(tmp_path, tiny_model, tiny_tokenizer, model_folder):
                       processing_class=tiny_tokenizer)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_head_is_drawn_with_the_papers_spread(tmp_path, model_folder):
     drawn = [
         RewardTrainer(model_folder, args=config(tmp_path, seed=seed), train_dataset=rankings(4)).model.score.weight

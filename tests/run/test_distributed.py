@@ -192,6 +192,7 @@ def test_an_engine_that_gathers_never_has_the_layers_whole(ran, kind):
     assert all(process["gathering_share"] < 0.51 for process in mine["each"])
 
 
+@pytest.mark.slow
 @each_kind
 def test_preflight_looks_at_the_same(ran, kind):
     """At gradients too, which sharded weights get from a backward only; and it leaves none behind."""

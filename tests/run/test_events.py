@@ -101,6 +101,7 @@ def test_ppo_sends_trainers_events_in_trainers_order(tmp_path, tiny_model, tiny_
     assert [set(metrics) >= {"eval_score", "eval_kl_nats"} for metrics in spies["ppo"].metrics] == [True] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("event", ["step_end", "evaluate"])
 def test_an_early_stop_leaves_a_checkpoint(tmp_path, tiny_model, tiny_tokenizer, kind, event):
@@ -164,6 +165,7 @@ def test_a_callback_can_ask_ppo_for_an_evaluation(tmp_path, tiny_model, tiny_tok
 # -- learning rates ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_rate_stays_0_in_stages_by_hand_after_the_run(tmp_path, tiny_model, tiny_tokenizer, caplog, schedule):
     chat.prepare_tokenizer(tiny_tokenizer)

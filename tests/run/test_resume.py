@@ -117,6 +117,7 @@ def test_the_checkpoint_before_a_damaged_one_ends_at_the_same_weights(tmp_path, 
 # -- SIGTERM -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", pytest.param("reward_model", marks=pytest.mark.long), "ppo"])
 def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, full, stage):
     class Terminate(TrainerCallback):

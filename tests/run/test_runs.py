@@ -81,6 +81,7 @@ def test_a_fresh_run_keeps_its_own_checkpoints_and_sets_older_ones_aside(tmp_pat
     assert not same(weights(resumed), weights(older))
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_begins_a_branch_of_its_own(tmp_path, full):
     out = tmp_path / "out"
     make("ppo", *full, out, save_steps=1, save_total_limit=4).train()
@@ -91,6 +92,7 @@ def test_a_named_checkpoint_begins_a_branch_of_its_own(tmp_path, full):
     assert names(out / "earlier-1") == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_second_run_in_the_folder_is_refused_while_the_first_goes_on(tmp_path, full, stage):
     seen = []
@@ -111,6 +113,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_goes_on(tmp_path,
 # ---------------------------------------------------------------- what may change
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_dataset_model_or_reward_in_one_line(tmp_path, full, tiny_tokenizer):
     policy = full[0]
     settings = {"updates": 3, "save_steps": 1}
@@ -199,6 +202,8 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path, full, stage):
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, full):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
     def twice():  # two that arrive before Python looks are one: it looks at the end of a loop's body
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
@@ -207,7 +212,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, full):
     with pytest.raises(KeyboardInterrupt):
         make("ppo", *full, tmp_path / "out", [At(1, twice)], save_steps=0).train()
     assert names(tmp_path / "out") == []
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 # ---------------------------------------------------------------- the user's model object
@@ -240,6 +245,7 @@ def test_an_adapter_object_takes_a_second_trainer_and_its_base_is_refused(tmp_pa
         ppo_runs.make(tmp_path / "a", tiny_model, tokenizer=tiny_tokenizer, lora_rank=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "checkpointing"), [("sft", True), ("reward_model", False)])
 def test_a_model_can_be_pickled_after_the_supervised_stages(tmp_path, full, tiny_tokenizer, stage, checkpointing):
     from transformers import AutoModelForCausalLM

@@ -152,6 +152,7 @@ def test_saved_modules_are_trained_saved_and_taken_over(tmp_path):
     torch.testing.assert_close(mine.detach(), norm.modules_to_save["default"].weight.detach(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["base", "adapter"])
 def test_a_frozen_trunk_is_bfloat16_where_it_is_asked_for_and_what_is_trained_float32(tmp_path, start):
     base = base_folder(tmp_path / "base", tie=False)

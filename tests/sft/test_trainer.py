@@ -287,6 +287,7 @@ def test_lora_trains_and_saves_the_chat_tokens_that_the_base_never_knew(tmp_path
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_is_continued_over_the_same_base(tmp_path):
     base = base_folder(tmp_path / "base", tie=True)
     first = SFTTrainer(base, settings(tmp_path / "one", lora_rank=4), ROWS)

@@ -160,6 +160,7 @@ def test_micro_batches_without_importance_weights(runs):
     assert plain["logs"][0]["policy_loss"] != pytest.approx(weighted["logs"][0]["policy_loss"], rel=1e-2)
 
 
+@pytest.mark.slow
 @every_stage_and_kind
 def test_gradient_checkpointing(runs, stage, kind):
     same(runs.run(stage, kind, gradient_checkpointing=True), runs.plain(stage, kind))
@@ -204,6 +205,7 @@ def wide_trainer(base: type) -> type:
     return Wide
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize(("stage", "trainer"), [("sft", SFTTrainer), ("reward_model", RewardTrainer)])
 def test_more_padding_and_a_tokenizer_that_pads_on_the_left(runs, stage, kind, trainer):

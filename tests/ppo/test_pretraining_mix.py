@@ -81,6 +81,7 @@ def test_the_gradient_is_ppos_plus_that_of_cross_entropy_by_hand(tmp_path, folde
     assert moved > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_micro_batches_change_no_gradient(tmp_path, folders, padded, monkeypatch):
     if padded:

@@ -66,6 +66,7 @@ def test_rewards_hold_the_step_scores_times_weight_and_coefficient(tmp_path, bas
     assert metrics["step_score"] == pytest.approx(float(rollout.step_scores.sum()) / len(rollout), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_coefficient_of_0_is_to_the_bit_the_run_without(tmp_path, base):
     runs = {}
     for name, function, changes in [

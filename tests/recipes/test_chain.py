@@ -126,6 +126,7 @@ def test_what_the_terminal_shows(finished: Path) -> None:
 # ---------------------------------------------------------------- running again
 
 
+@pytest.mark.slow
 def test_running_again_skips_every_stage(copy: Path) -> None:
     """Also with other settings of memory, speed and logging, which change no result."""
     before = manifests(copy)

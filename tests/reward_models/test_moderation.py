@@ -179,6 +179,7 @@ def gradients(folder, model, records, **changes) -> dict[str, torch.Tensor]:
     return first.gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["bert", pytest.param("llama", marks=LONG)])
 def test_micro_batches_and_order_change_no_gradient(tmp_path, request, trunk):
     folder, records = request.getfixturevalue(f"{trunk}_folder"), texts(6, longest=40)

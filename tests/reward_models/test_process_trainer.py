@@ -179,6 +179,7 @@ class Wide(ProcessTrainer):
         return wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["full", *(pytest.param(kind, marks=LONG) for kind in ("lora", "three_class", "outcome"))]
 )

@@ -126,6 +126,7 @@ def test_a_saved_model_scores_as_it_did_in_training(tmp_path, model_folder):
     assert after.normalizer == trainer.normalizer != type(trainer.normalizer)()
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(tmp_path, model_folder):
     records = rankings(16)
     whole = RewardTrainer(model_folder, args=config(tmp_path / "whole"), train_dataset=records)

@@ -203,6 +203,7 @@ def test_preflight_looks_at_the_same(ran, kind):
             assert found[check] == expected[check]
 
 
+@pytest.mark.slow
 @each_kind
 def test_resume_is_exact(ran, kind):
     mine, expected = ran[kind]["sharded"]["resumed"], ran[kind]["sharded"]["whole"]

@@ -25,6 +25,7 @@ from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.sampling import vllm_check, vllm_nccl
 from rlhf.sampling.vllm import RETURNS, VLLMEngine
 from rlhf.sampling.vllm_check import BASE, CUT, HEAD, KEPT, OTHER, TEMPERATURE, Seen, fault
+from rlhf.sampling.vllm_connection import ServerGone
 
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7], [20, 21]]
 
@@ -288,6 +289,14 @@ def test_a_server_that_was_restarted_in_between(server):
     expected = draw(engine)
     server.reset()
     assert draw(engine) == expected
+
+
+def test_a_server_that_is_up_again_without_the_adapter_counts_as_gone(server):
+    engine = following(server, "lora")
+    engine.send_weights(IDS[0], 12, 0.7)
+    server.reset()  # it answers, but to the base's name alone
+    with pytest.raises(ServerGone):
+        engine.sample(IDS, 12, 0.7, range(len(IDS)))
 
 
 @pytest.mark.slow

@@ -24,12 +24,11 @@ from reward_models.labelled_texts import LabelledText, apart_from, categories_of
 from rlhf import config as configs
 from rlhf.rows.records import HELD_OUT, split_by_prompt
 from rlhf.run import console
-from rlhf.run.checkpoint import full_disk_explained
-from rlhf.run.owner import by_main, wait_for_all
+from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
 from rlhf_recipes.moderated import judge, named, write_card
 from rlhf_recipes.moderation_config import ModerationRecipe
-from rlhf_recipes.stage import SECTIONS, Stage, check_model, open_stage
+from rlhf_recipes.stage import SECTIONS, Stage, check_model, open_stage, train_and_save
 
 if TYPE_CHECKING:
     from reward_models.moderation import ModerationModel
@@ -58,10 +57,7 @@ def moderation(config: ModerationRecipe, name: str = "moderation") -> dict[str, 
     data = read_data(config)
     trainer = build(config, data)  # finds what is wrong with the input, before anything is written
     stage.begin()
-    run(trainer, name)
-    with full_disk_explained(stage.folder):
-        trainer.save_model(str(stage.folder))
-    wait_for_all()  # the main process has saved the model
+    train_and_save(trainer, stage, name, "label_accuracy")
     outputs = by_main(lambda: measure(config, data, stage))
     outputs |= {"training_texts": len(trainer.train_dataset)}
     if trainer.best is not None:
@@ -104,13 +100,6 @@ def build(config: ModerationRecipe, data: Data) -> ModerationTrainer:
 
     watched = data.selection or (data.held_out if config.eval_steps else None)
     return ModerationTrainer(config.model, args=config, train_dataset=data.train, eval_dataset=watched)
-
-
-def run(trainer: ModerationTrainer, name: str) -> None:
-    from rlhf.run.callbacks import attach
-
-    attach(trainer, name, ("loss", "label_accuracy", "learning_rate"), trainer.config.output_dir)
-    trainer.train(resume_from_checkpoint=True)
 
 
 def measure(config: ModerationRecipe, data: Data, stage: Stage) -> dict[str, Any]:

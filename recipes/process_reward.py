@@ -22,10 +22,19 @@ from reward_models.config import ProcessConfig
 from rlhf import config as configs
 from rlhf.rows.records import HELD_OUT, StepLabels, check_disjoint, split_by_prompt
 from rlhf.run import console
-from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
-from rlhf.run.owner import by_main, wait_for_all
+from rlhf.run.checkpoint import write_json_atomic
+from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import SECTIONS, Stage, check_kept, check_model, from_siblings, next_command, open_stage
+from rlhf_recipes.stage import (
+    SECTIONS,
+    Stage,
+    check_kept,
+    check_model,
+    from_siblings,
+    next_command,
+    open_stage,
+    train_and_save,
+)
 
 if TYPE_CHECKING:
     from reward_models.process_trainer import ProcessTrainer
@@ -85,10 +94,7 @@ def process_reward(config: ProcessRecipe, name: str = "process_reward") -> dict[
     data = read_data(config)
     trainer = build(config, data)  # finds what is wrong with the input, before anything is written
     stage.begin()
-    run(trainer, name)
-    with full_disk_explained(stage.folder):
-        trainer.save_model(str(stage.folder))
-    wait_for_all()  # the main process has saved the model
+    train_and_save(trainer, stage, name, "step_accuracy")
     outputs = by_main(lambda: measure(config, data, stage))
     outputs |= {"training_solutions": len(trainer.train_dataset)}
     if trainer.best is not None:
@@ -132,13 +138,6 @@ def build(config: ProcessRecipe, data: Data) -> ProcessTrainer:
 
     watched = data.selection or (data.held_out if config.eval_steps else None)
     return ProcessTrainer(str(config.model), args=config, train_dataset=data.train, eval_dataset=watched)
-
-
-def run(trainer: ProcessTrainer, name: str) -> None:
-    from rlhf.run.callbacks import attach
-
-    attach(trainer, name, ("loss", "step_accuracy", "learning_rate"), trainer.config.output_dir)
-    trainer.train(resume_from_checkpoint=True)
 
 
 def measure(config: ProcessRecipe, data: Data, stage: Stage) -> dict[str, Any]:

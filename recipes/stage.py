@@ -24,10 +24,10 @@ from rlhf.errors import InputError
 from rlhf.rows.mixed import mapped
 from rlhf.run import console, lock
 from rlhf.run.changes import no_effect
-from rlhf.run.checkpoint import remove, require_disk, write_json_atomic
+from rlhf.run.checkpoint import full_disk_explained, remove, require_disk, write_json_atomic
 from rlhf.run.fingerprint import data_fingerprint, tokenizer_hash
 from rlhf.run.lookup import look_up
-from rlhf.run.owner import by_main
+from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.stages import (
     Manifest,
     State,
@@ -171,6 +171,18 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
         console.stage_line(name, "was interrupted: going on")
     started = time.perf_counter()
     return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, started, overwrite, keep)
+
+
+def train_and_save(trainer: Any, stage: Stage, name: str, metric: str) -> None:
+    """Train, going on where an interrupted run stopped, and save the model in the stage's folder;
+    when it returns, the main process has saved. metric: what the bar shows beside the loss."""
+    from rlhf.run.callbacks import attach
+
+    attach(trainer, name, ("loss", metric, "learning_rate"), trainer.config.output_dir)
+    trainer.train(resume_from_checkpoint=True)
+    with full_disk_explained(stage.folder):
+        trainer.save_model(str(stage.folder))
+    wait_for_all()
 
 
 def reopen(name: str, config: Any, sources: Mapping[str, Any], later: Sequence[str]) -> None:

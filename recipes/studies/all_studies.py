@@ -1,26 +1,45 @@
 """Run every study, and write the results page: `make studies`.
 
     python recipes/studies/all_studies.py
-    python recipes/studies/all_studies.py --workers 1 --seeds '[0]'
+    python recipes/studies/all_studies.py --studies '[accuracy, ladder]' --seeds '[0]' --workers 1
 
-A worker runs all studies of a seed, one after the other, and with them the chain that they share. A study that fails is
-named at the end; the others go on. Run again, it does what is missing.
+One study after the other, all seeds of it side by side as far as there are workers; of two studies that share a chain,
+only one works on a seed at a time. A study that fails is named at the end; the others go on. Run again, it does what is
+missing.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from threading import Condition
+
+import yaml
 
 from rlhf import config as configs
-from rlhf.errors import RunStopped
+from rlhf.errors import InputError, RunStopped
 from rlhf.run import console
 
 HERE = Path(__file__).resolve().parent
+LONG = ("sentiment",)
+"""Studies that run only where they are asked for: that of real text takes as long as all others together."""
+
+
+def studies() -> list[Path]:
+    """Return the scripts of all studies: those with a YAML of their name."""
+    return sorted(file for file in HERE.glob("*.py") if file.with_suffix(".yaml").is_file())
+
+
+def in_order() -> list[str]:
+    """Return the names of the studies that run unless others are named, in the order of their numbers."""
+    found = [importlib.import_module(f"rlhf_recipes.studies.{script.stem}").STUDY for script in studies()]
+    return [study.name for study in sorted(found, key=lambda study: study.number) if study.name not in LONG]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,31 +50,72 @@ class AllConfig:
     """Folder of all studies."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds to run."""
-    skip: list[str] = field(default_factory=lambda: ["sentiment"])
-    """Studies left out: that of real text takes as long as all others together."""
+    studies: list[str] = field(default_factory=in_order)
+    """Studies to run, in this order."""
     workers: int = 2
-    """Seeds at a time, each on one thread."""
+    """Studies at a time, each on one thread."""
+
+    def __post_init__(self) -> None:
+        for name in self.studies:
+            if name not in (known := [script.stem for script in studies()]):
+                raise InputError(f"studies: {name!r} is none of {', '.join(known)}")
 
 
-def studies() -> list[Path]:
-    """Return the scripts of all studies: those with a YAML of their name."""
-    return sorted(file for file in HERE.glob("*.py") if file.with_suffix(".yaml").is_file())
+class Queue:
+    """The (study, seed) that are left to run; workers take the first whose chain no other worker has."""
+
+    def __init__(self, names: list[str], seeds: list[int]) -> None:
+        self.left = list(product(names, seeds))
+        self.chains = {name: yaml.safe_load((HERE / f"{name}.yaml").read_text())["chain"] for name in names}
+        self.busy: set[tuple[str, int]] = set()
+        self.changed = Condition()
+
+    def take(self) -> tuple[str, int] | None:
+        """Wait for one whose chain is free, and take it; None where none is left."""
+        with self.changed:
+            while self.left:
+                for name, seed in self.left:
+                    if (self.chains[name], seed) not in self.busy:
+                        self.busy.add((self.chains[name], seed))
+                        self.left.remove((name, seed))
+                        return name, seed
+                self.changed.wait()
+            return None
+
+    def give_back(self, name: str, seed: int) -> None:
+        """Free the chain that it used."""
+        with self.changed:
+            self.busy.remove((self.chains[name], seed))
+            self.changed.notify_all()
 
 
-def of_seed(config: AllConfig, seed: int) -> list[str]:
-    """Run all studies of a seed; the names of those that failed."""
+def run(config: AllConfig, name: str, seeds: list[int]) -> bool:
+    """Run a study on one thread; False where it failed."""
+    flags = ["--seeds", str(seeds), "--output_dir", config.output_dir]
+    command = [sys.executable, str(HERE / f"{name}.py"), *flags]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+
+
+def work(config: AllConfig, queue: Queue) -> list[str]:
+    """Run studies until none is left; the names of those that failed."""
     failed = []
-    for script in (script for script in studies() if script.stem not in config.skip):
-        flags = ["--seeds", f"[{seed}]", "--output_dir", config.output_dir]
-        done = subprocess.run([sys.executable, str(script), *flags], env=os.environ | {"OMP_NUM_THREADS": "1"})
-        failed += [f"{script.stem} (seed {seed})"] if done.returncode else []
+    while taken := queue.take():
+        name, seed = taken
+        try:
+            failed += [] if run(config, name, [seed]) else [f"{name} (seed {seed})"]
+        finally:
+            queue.give_back(name, seed)
     return failed
 
 
 def main(argv: list[str]) -> None:
     config = configs.load(AllConfig, argv, description=__doc__ or "")
+    queue = Queue(config.studies, config.seeds)
     with ThreadPoolExecutor(config.workers) as pool:
-        failed = [name for names in pool.map(lambda seed: of_seed(config, seed), config.seeds) for name in names]
+        failed = [name for names in pool.map(lambda _: work(config, queue), range(config.workers)) for name in names]
+    for name in config.studies:  # the table once more: two seeds that end together each see but one
+        if not any(one.startswith(f"{name} ") for one in failed):
+            run(config, name, config.seeds)
     subprocess.run([sys.executable, str(HERE / "write_results.py"), config.output_dir], check=True)
     if failed:
         raise RunStopped(f"{', '.join(failed)}: failed, see above; run it again to go on")

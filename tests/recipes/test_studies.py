@@ -150,3 +150,27 @@ def test_a_mark_of_nothing_is_refused():
 
 def test_a_cell_cannot_break_a_table():
     assert study_page.markdown((["a | b"], [["c|d"]])) == "| a \\| b |\n| --- |\n| c\\|d |"
+
+
+def test_workers_share_the_seeds_of_a_chain():
+    """Seeds of one study run side by side; a chain's seed is one worker's at a time; nothing runs twice."""
+    names, seeds = ["accuracy", "ladder", "steps_toy"], [0, 1, 2]
+    queue = all_studies.Queue(names, seeds)
+    first, second = queue.take(), queue.take()
+    assert (first, second) == (("accuracy", 0), ("accuracy", 1))
+    assert [queue.take() for _ in range(2)] == [("accuracy", 2), ("steps_toy", 0)], "toy of 0, 1 and 2 is in use"
+    queue.give_back(*second)
+    assert queue.take() == ("ladder", 1)
+    rest = []
+    for done in (("accuracy", 0), ("accuracy", 2), ("steps_toy", 0), ("ladder", 1)):
+        queue.give_back(*done)
+    while taken := queue.take():
+        rest.append(taken)
+        queue.give_back(*taken)
+    assert rest == [("ladder", 0), ("ladder", 2), ("steps_toy", 1), ("steps_toy", 2)]
+
+
+def test_all_but_the_longest_run_unless_named():
+    assert set(STUDIES) - set(all_studies.AllConfig().studies) == {"sentiment"}
+    with pytest.raises(InputError, match="'acuracy' is none of accuracy"):
+        all_studies.AllConfig(studies=["acuracy"])

@@ -20,11 +20,11 @@ Config = TypeVar("Config")
 
 
 def chain(config: StudyConfig, last: str = "evaluation") -> Path:
-    """Run a seed's chain up to a stage, as far as it is not there yet; its folder. The toy world's gold watches PPO,
-    where it judges the chain."""
+    """Run a seed's chain up to a stage, as far as it is not there yet; its folder. Where the toy world's gold judges
+    the chain, it watches a PPO that has no reward functions of its own."""
     argv = ["--config", config.chain, "--seed", str(config.seed), "--output_dir", str(config.shared)]
     own = configs.load(whole.ChainConfig, [*argv, *config.chain_flags])
-    if own.evaluation.judge == GOLD:
+    if own.evaluation.judge == GOLD and not own.ppo.reward_functions:
         own = replace(own, ppo=replace(own.ppo, **WATCHED))
     steps = whole.steps_of(own)
     whole.check(own)

@@ -64,7 +64,8 @@ def report_card(score: Score, rankings: Sequence[Ranking], *, seed: int = 0, gol
     its interval: the better of always choosing the longer and always the shorter response, on the same pairs
     (`length_rule` names it). With `gold`, also `gold_accuracy`, `gold_accuracy_ci` and `gold_n`, the agreement with the
     sign of the gold difference over all pairs whose gold scores differ, and `label_gold_accuracy`, how often the labels
-    themselves agree with that sign.
+    themselves agree with that sign (null where they tie all those pairs). Where gold ties every pair there is `gold_n`
+    alone: 0.
     """
     pairs = scored_pairs(rankings, score_rankings(score, rankings))
     card = _headline(pairs, None, seed)
@@ -295,10 +296,12 @@ def _against_gold(pairs: ScoredPairs, gold: list[list[float]], seed: int) -> Num
             owners.append(here[better][1])
             if ranking.ranks[i] != ranking.ranks[j]:
                 labels.append(float(ranking.ranks[better] < ranking.ranks[worse]))
+    if not right:  # gold ties every pair
+        return {"gold_n": 0}
     agreement = clustered_accuracy(right, owners, seed)
     return {
         "gold_accuracy": agreement.value,
         "gold_accuracy_ci": agreement.interval,
         "gold_n": len(right),
-        "label_gold_accuracy": sum(labels) / max(1, len(labels)),
+        "label_gold_accuracy": sum(labels) / len(labels) if labels else None,
     }

@@ -1,4 +1,4 @@
-"""Studies 7, 8, 11 and 13: what each computes, by hand; a seed of each on worlds that take seconds."""
+"""Studies 7, 8, 9, 11 and 13: what each computes, by hand; a seed of each on worlds that take seconds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rlhf.rows.records import Ranking
-from rlhf_recipes.studies import flywheel_toy, noisy_labels, ptx_toy, steps_toy
-from rlhf_recipes.studies.study import Row, main
+from rlhf_recipes.studies import flywheel_toy, noisy_labels, ptx_toy, safety_toy, shared_runs, steps_toy
+from rlhf_recipes.studies.study import Row, StudyConfig, main
 
 USER = [{"role": "user", "content": "Who?"}]
 
@@ -52,6 +52,26 @@ def test_margins_by_hand():
     rows += [Row("random choice", value, n, panel="accuracy") for n, value in ((200, 0.6), (600, 0.65))]
     assert margins(flywheel_toy.STUDY, rows) == [0.5, 0.03]
 
+    rows = [Row("SFT", 0.1, panel="complied"), Row("PPO with rule-based rewards", 0.04, panel="complied")]
+    rows += [Row("more than before", 0.05, panel="twins"), Row("the suite's prompts", 0.1, panel="attacked")]
+    rows += [Row("PPO with novelty", 0.4, panel="attacked"), Row("PPO with novelty", 12, panel="distinct")]
+    rows += [Row("PPO without novelty", 5, panel="distinct")]
+    assert margins(safety_toy.STUDY, rows) == [0.01, -0.03, 0.1, 2]
+
+
+def test_a_chain_with_reward_functions_of_its_own_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gold is made to watch PPO only where nothing else scores beside the reward model."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        shared_runs.whole, "steps_of", lambda config: seen.update({config.output_dir: config.ppo}) or []
+    )
+    for name, chain in (("toy", "toy.yaml"), ("safety", "safety.yaml")):
+        shared_runs.chain(StudyConfig(output_dir=str(tmp_path / "studies" / name / "seed-0"), seeds=[0], chain=chain))
+    watched, own = seen.values()
+    assert (watched.reward_functions, watched.reward_weights) == ([shared_runs.GOLD], [1.0, 0.0])
+    assert own.reward_functions == ["rlhf.safety.refusals:keeps_behaviour"]
+    assert own.reward_weights == [1.0, 0.5, 1.0]
+
 
 SMALL: dict[str, tuple[Any, Any, list[str]]] = {
     "noisy_labels": (noisy_labels.STUDY, noisy_labels.NoisyConfig,
@@ -59,6 +79,7 @@ SMALL: dict[str, tuple[Any, Any, list[str]]] = {
     "ptx_toy": (ptx_toy.STUDY, ptx_toy.PtxConfig, ["--updates", "2", "--pretraining_rows", "4"]),
     "flywheel_toy": (flywheel_toy.STUDY, flywheel_toy.FlywheelStudyConfig,
                      ["--rounds", "2", "--items", "16", "--pool", "2", "--updates", "2", "--rollout_size", "16"]),
+    "safety_toy": (safety_toy.STUDY, safety_toy.SafetyStudyConfig, ["--attacks", "8"]),
     "steps_toy": (steps_toy.STUDY, steps_toy.StepsConfig, ["--n", "4", "--max_prompts", "10"]),
 }  # fmt: skip
 TINY_STEPS = [
@@ -67,14 +88,25 @@ TINY_STEPS = [
     "--base.options={hidden_size: 32, layers: 2, heads: 2, learning_rate: 5.0e-3}",
     "--sft.save_steps=0",
 ]
+TINY_SAFETY = [
+    "--data.options={prompts: 60, demonstrations: 40, pretraining_documents: 300, evaluation_prompts: 12,"
+    " red_team: 24}",
+    "--data.comparisons=24", "--data.max_new_tokens=16",
+    "--base.options={hidden_size: 32, layers: 2, heads: 2, learning_rate: 5.0e-3}", "--sft.save_steps=0",
+    "--ppo.updates=2", "--ppo.rollout_size=16", "--ppo.minibatch_size=8", "--ppo.max_new_tokens=16",
+    "--evaluation.max_prompts=8", "--evaluation.best_of=0", "--red_team.max_new_tokens=16",
+]  # fmt: skip
+CHAINS = {"steps_toy": ("toy_steps.yaml", TINY_STEPS), "safety_toy": ("safety.yaml", TINY_SAFETY)}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
-def test_a_seed_of_each_study(name: str, tmp_path: Path) -> None:
+def test_a_seed_of_each_study(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, value in (("updates", 2), ("rollout_size", 16), ("minibatch_size", 8), ("value_warmup_updates", 1)):
+        monkeypatch.setitem(safety_toy.TRAIN, size, value)
     study, config_class, flags = SMALL[name]
-    own = ["--chain", "toy_steps.yaml", "--chain_flags", json.dumps(TINY_STEPS)] if name == "steps_toy" else [
-        "--chain", "smoke.yaml"]  # fmt: skip
+    chain, chain_flags = CHAINS.get(name, ("smoke.yaml", []))
+    own = ["--chain", chain, "--chain_flags", json.dumps(chain_flags)]
     words = ["--seeds", "[0]", "--output_dir", str(tmp_path / "studies"), *own, *flags]
     main(study, config_class, noisy_labels.__file__.replace("noisy_labels", name), words)
     result = json.loads((tmp_path / f"studies/{name}/{name}.json").read_text())

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -77,6 +78,22 @@ def test_perfect_contrary_and_constant_scorers():
         assert (found["accuracy"], low <= expected <= high) == (expected, True)
         assert 0.04 < high - low < 0.1, "40 prompts never prove that no other is different"
         assert (found["n"], found["prompts"]) == (120, 40)
+
+
+def test_a_gold_score_that_ties_pairs_says_how_many_it_does_not():
+    """All tied: the card is made, without a share. Only the pairs apart count; labels that tie those give no share."""
+    rows = rankings(20)
+    assert report_card(PERFECT, rows, gold=Scorer(lambda _: 3.0)) == report_card(PERFECT, rows) | {"gold_n": 0}
+    found = report_card(PERFECT, rows, gold=Scorer(lambda messages: float(quality(messages) > 1)))  # q0 = q1 < q2
+    assert (found["gold_n"], found["gold_accuracy"], found["label_gold_accuracy"]) == (40, 1.0, 1.0)
+    tied = [
+        replace(row, ranks=tuple(float(quality([{"content": text}]) == 0) for text in row.responses)) for row in rows
+    ]
+    found = report_card(PERFECT, tied, gold=Scorer(lambda messages: max(1.0, quality(messages))))  # q0 = q1 < q2
+    assert (found["gold_n"], found["label_gold_accuracy"]) == (40, 1.0), "of q0's pairs; q1 and q2 tie by label"
+    only = [replace(row, responses=row.responses[:2], ranks=(1.0, 2.0)) for row in rows]
+    apart = Scorer(lambda messages: quality(messages) if "Question 0?" in messages[0]["content"] else 1.0)
+    assert report_card(PERFECT, only, gold=apart)["gold_n"] == 1
 
 
 def test_a_length_scorer_is_the_longer_rule_and_a_coin_is_a_coin():

@@ -38,6 +38,7 @@ from limit import Sizes, count, update_of
 
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.run import environment
 
 TRL_VERSION = "1.12.0"
 
@@ -122,7 +123,9 @@ def install_trl(folder: Path) -> Path:
 def benchmark(config: BenchmarkConfig) -> Board:
     """Run the parts that were asked for."""
     board = Board(Path(config.output_dir).absolute())
-    board.keep("config", configs.to_dict(config) | {"python": platform.python_version(), "machine": platform.machine()})
+    board.keep(
+        "config", configs.to_dict(config) | {"python": platform.python_version(), "machine": environment.machine()}
+    )
     parts = {"speed": speed, "quality": quality_part, "scaling": scaling_part, "stages": stages_part}
     instead = {ablate_part: config.ablate, before_part: config.before is not None, busy_part: config.busy}
     chosen = [part for part, asked in instead.items() if asked]

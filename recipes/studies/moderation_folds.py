@@ -4,8 +4,8 @@
         --train_data moderation.jsonl --output_dir runs/moderation_folds
 
 Flags are those of `rlhf moderation`. A fold that is done is not done again: run the same command after an interruption.
-Writes folds.json and, per fold, the model with its card; prints AUPRC per category beside a bag of words, over all
-texts, with 95% intervals over texts.
+Writes folds.json, tables.md and, per fold, the model with its card; prints AUPRC per category beside a bag of words,
+over all texts, with 95% intervals over texts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rlhf.run.checkpoint import write_json_atomic
 from rlhf_recipes.moderation import moderation
 from rlhf_recipes.moderation_config import ModerationRecipe
 from rlhf_recipes.stage import SECTIONS
+from rlhf_recipes.studies import measured
 
 FOLDS = 5
 
@@ -60,12 +61,17 @@ def run(config: ModerationRecipe) -> dict[str, Any]:
     report = moderation_report(judged, None, config.seed)
     result = {"metrics": metrics_of(report), "folds": FOLDS, "texts": len(records)}
     write_json_atomic(Path(config.output_dir) / "folds.json", result)
-    for row in report["categories"]:
-        model, bag, lead = (row[name] for name in ("auprc", "auprc_bag_of_words", "lead"))
-        console.stage_line(
-            row["name"],
-            f"{row['positives']:>4} of {row['n']:>5}  {_shown(model)}  bag of words {_shown(bag)}  lead {_shown(lead)}",
-        )
+    rows = [
+        [row["name"], f"{row['positives']} of {row['n']}",
+         *(_shown(row[name]) for name in ("auprc", "auprc_bag_of_words", "lead"))]
+        for row in report["categories"]
+    ]  # fmt: skip
+    head = ["category", "texts that have it", "AUPRC", "a bag of words", "lead"]
+    settings = {"folds": FOLDS, "seed": config.seed, "trains": config.trains, "reads": config.reads}
+    title = f"{len(records)} texts, {FOLDS} folds, {Path(str(config.model)).name}"
+    measured.keep(Path(config.output_dir), settings, [(title, head, rows)])
+    for name, *cells in rows:
+        console.stage_line(name, "  ".join(cells))
     return result
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from rlhf.config import import_function
 from rlhf.errors import InputError
 from rlhf.evals import prediction as laws
 from rlhf.run.checkpoint import write_json_atomic
+from rlhf_recipes.studies import measured
+from rlhf_recipes.studies.measured import Table
 
 TOY = "data/toy/"
 DOCUMENTS = 60_000
 HELD_OUT = 1_000
 SAMPLES = 20
 PASSES = 6.0
+QUANTITIES: tuple[laws.Quantity, ...] = ("loss", "mean_log_pass_rate")
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,7 @@ def main() -> None:
         print(size, found, flush=True)
     compute = [found["compute"] for found in small]
     at = compute_of(LARGE, SMALL[-1], small[-1])
-    quantities: tuple[laws.Quantity, ...] = ("loss", "mean_log_pass_rate")
-    for quantity in quantities:
+    for quantity in QUANTITIES:
         file = run / f"predicted_{quantity}.json"
         if file.exists():
             continue
@@ -138,12 +140,37 @@ def main() -> None:
         print(made.sentence, laws.register(file, made), flush=True)
     large = train(LARGE, data, run / f"size_{LARGE.hidden}x{LARGE.layers}", given.seed)
     print(LARGE, large, f"predicted at {at:.3g}", flush=True)
-    files = {quantity: run / f"predicted_{quantity}.json" for quantity in quantities}
+    files = {quantity: run / f"predicted_{quantity}.json" for quantity in QUANTITIES}
     compared = {name: laws.compare(file, large[name]) for name, file in files.items() if file.exists()}
     for quantity, one in compared.items():
         where = "inside" if one.inside else "OUTSIDE"
         print(f"{quantity}: {one.observed:.4g} is {where} {one.value:.4g} [{one.low:.4g}, {one.high:.4g}]")
     write_json_atomic(run / "compared.json", {"small": small, "large": large, **compared})
+    measured.keep(run, {"seed": given.seed}, tables(small, large, compared))
+
+
+def tables(
+    small: Sequence[Mapping[str, float]], large: Mapping[str, float], compared: Mapping[str, Any]
+) -> list[Table]:
+    """Make the table of all sizes, and that of what was predicted beside what came."""
+    sizes = [
+        [f"{size.hidden} x {size.layers}", *(f"{found[name]:.3g}" for name in ("compute", *QUANTITIES))]
+        for size, found in zip((*SMALL, LARGE), (*small, large), strict=True)
+    ]
+    rows = [
+        [name.replace("_", " "), f"{one.value:.3g}", f"[{one.low:.3g}, {one.high:.3g}]", f"{one.observed:.3g}",
+         "yes" if one.inside else "no"]
+        for name, one in compared.items()
+    ]  # fmt: skip
+    head = ["", "predicted", "95%", "came", "inside"]
+    return [
+        (
+            "Models of the toy world: hidden size x layers",
+            ["", "FLOPs", "loss, nats per character", "mean log pass rate"],
+            sizes,
+        ),
+        ("The last size, predicted from the others before it was trained", head, rows),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Write every result table and picture of README and guides from the committed results.
 
-    python recipes/studies/write_results.py                 # README.md and recipes/guides/results.md
-    python recipes/studies/write_results.py runs/studies    # take over the results of that folder first
+    python recipes/studies/write_results.py                 # README.md and the guides
+    python recipes/studies/write_results.py runs/studies    # take over the results of that folder of studies first
+    python recipes/studies/write_results.py runs/benchmark  # or the tables of a benchmark, under its folder's name
 
 The results are recipes/studies/results/*.json, with their pictures beside them. A document has them between
-`<!-- results: NAME -->` and `<!-- end of NAME -->`.
+`<!-- results: NAME -->` and `<!-- end of NAME -->`; a benchmark's tables are NAME_0, NAME_1 and so on.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from typing import Any
 
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.run.checkpoint import write_json_atomic
 from rlhf_recipes.studies import study_page
 from rlhf_recipes.studies.verdicts import RULE
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
-DOCUMENTS = ("README.md", "recipes/guides/results.md")
+DOCUMENTS = ("README.md", *sorted(f"recipes/guides/{file.name}" for file in (ROOT / "recipes/guides").glob("*.md")))
 PICTURED = ("overoptimisation", "accuracy")
 """Studies whose first picture README shows."""
+PATHS = ("output_dir", "model", "trl_folder", "toy_run", "before")
+"""Settings of a benchmark that a committed result leaves out: they are folders of one machine."""
 NOTHING = "No study has been run on three seeds yet."
 MARK = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end of \1 -->", re.DOTALL)
 
@@ -52,6 +56,34 @@ def take_over(runs: Path) -> list[str]:
     return names
 
 
+def take_over_benchmark(run: Path) -> str:
+    """Copy the tables of a benchmark, with the settings and the machine that they were made with; their name."""
+    config = json.loads((run / "results.json").read_text(encoding="utf-8"))["config"]
+    titles, *tables = re.split(r"^### (.*)\n", (run / "tables.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if titles.strip() or not tables:
+        raise InputError(f"{run}/tables.md: holds no table; let the benchmark run to its end")
+    made = {
+        "machine": config["machine"],
+        "settings": {name: value for name, value in config.items() if name not in (*PATHS, "machine")},
+        "tables": [
+            {"title": title, "text": text.strip()} for title, text in zip(tables[::2], tables[1::2], strict=True)
+        ],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    write_json_atomic(RESULTS / f"{run.name}.json", made)
+    return run.name
+
+
+def benchmark_blocks() -> dict[str, str]:
+    """Return every table of the committed benchmarks, under NAME_0, NAME_1 and so on."""
+    found = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for number, table in enumerate(content.get("tables", ())):
+            found[f"{file.stem}_{number}"] = f"*{table['title']}* ({content['machine']})\n\n{table['text']}"
+    return found
+
+
 def blocks(found: Mapping[str, dict[str, Any]], document: str) -> dict[str, str]:
     """Return the content of every mark, as it stands in a document."""
     pictures = "../studies/results" if document.startswith("recipes/guides/") else "recipes/studies/results"
@@ -65,7 +97,8 @@ def blocks(found: Mapping[str, dict[str, Any]], document: str) -> dict[str, str]
         "studies": "\n\n".join(study_page.section(one, pictures) for one in found.values()),
         "rule": RULE,
         "summary": summary(found, pictures),
-    }
+        "demo": study_page.by_seed(found["demo"]) if "demo" in found else NOTHING,
+    } | benchmark_blocks()
 
 
 def summary(found: Mapping[str, dict[str, Any]], pictures: str) -> str:
@@ -102,8 +135,9 @@ def written(text: str, document: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    for folder in argv:
-        print(*take_over(Path(folder)))
+    for folder in map(Path, argv):
+        benchmark = (folder / "results.json").is_file()
+        print(take_over_benchmark(folder) if benchmark else " ".join(take_over(folder)))
     for document in DOCUMENTS:
         path = ROOT / document
         path.write_text(written(path.read_text(encoding="utf-8"), document), encoding="utf-8")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,6 +142,35 @@ def test_each_number_is_one_study():
 def test_documents_show_the_committed_results(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     assert write_results.written(text, document) == text, "run: python recipes/studies/write_results.py"
+
+
+MEASURED = re.compile(r"\[-?\d*\.\d+, -?\d*\.\d+\]|s/update")
+
+
+@pytest.mark.parametrize("document", write_results.DOCUMENTS)
+def test_no_table_of_measurements_is_typed_by_hand(document):
+    """A table with an interval or seconds per update in it stands between the marks of a committed result."""
+    text = write_results.MARK.sub("", (ROOT / document).read_text(encoding="utf-8"))
+    typed = [line for line in text.splitlines() if line.startswith("|") and MEASURED.search(line)]
+    assert not typed
+
+
+def test_a_benchmark_is_taken_over_without_its_folders(tmp_path, monkeypatch):
+    run = tmp_path / "speed_here"
+    run.mkdir()
+    config = {"output_dir": str(run), "model": "/somewhere", "updates": 3, "machine": "one CPU"}
+    (run / "results.json").write_text(json.dumps({"config": config}))
+    (run / "tables.md").write_text("")
+    with pytest.raises(InputError, match="holds no table"):
+        write_results.take_over_benchmark(run)
+    (run / "tables.md").write_text("### A, b\n\n| x |\n| --- |\n\n### C\n\n| y |\n")
+    monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")
+    assert write_results.take_over_benchmark(run) == "speed_here"
+    written = (tmp_path / "results/speed_here.json").read_text()
+    assert "/" not in written
+    assert json.loads(written)["settings"] == {"updates": 3}
+    found = write_results.benchmark_blocks()
+    assert found == {"speed_here_0": "*A, b* (one CPU)\n\n| x |\n| --- |", "speed_here_1": "*C* (one CPU)\n\n| y |"}
 
 
 def test_a_mark_of_nothing_is_refused():

@@ -1,4 +1,4 @@
-"""Studies 7, 8, 9, 11 and 13: what each computes, by hand; a seed of each on worlds that take seconds."""
+"""Studies 7, 8, 9, 11, 13 and 16: what each computes, by hand; a seed of each on worlds that take seconds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from rlhf.errors import InputError
 from rlhf.rows.records import Ranking
-from rlhf_recipes.studies import flywheel_toy, noisy_labels, ptx_toy, safety_toy, shared_runs, steps_toy
+from rlhf_recipes.studies import baselines_toy, flywheel_toy, noisy_labels, ptx_toy, safety_toy, shared_runs, steps_toy
 from rlhf_recipes.studies.study import Row, StudyConfig, main
 
 USER = [{"role": "user", "content": "Who?"}]
@@ -57,6 +58,50 @@ def test_margins_by_hand():
     rows += [Row("PPO with novelty", 0.4, panel="attacked"), Row("PPO with novelty", 12, panel="distinct")]
     rows += [Row("PPO without novelty", 5, panel="distinct")]
     assert margins(safety_toy.STUDY, rows) == [0.01, -0.03, 0.1, 2]
+
+    rows = [
+        Row(name, value, panel="gold")
+        for name, value in zip(("PPO", "DPO", "KTO", "GRPO", "RLOO"), (6, 5, 7, 4, 6), strict=True)
+    ]
+    assert margins(baselines_toy.STUDY, rows) == [1, -1, 2, 0]
+
+
+def test_settings_are_not_chosen_on_a_reported_seed() -> None:
+    with pytest.raises(InputError, match="report others"):
+        baselines_toy.BaselinesConfig(seeds=[0, 9])
+    with pytest.raises(InputError, match="as many trials"):
+        baselines_toy.BaselinesConfig(learning_rates={"ppo": [1e-3], "dpo": [1e-3, 1e-4]})
+
+
+@pytest.mark.long
+def test_baselines_are_tuned_before_they_are_compared(tmp_path: Path) -> None:
+    flags = ["--chain", "smoke.yaml", "--output_dir", str(tmp_path / "studies"), "--seeds", "[0]"]
+    methods, few = ("ppo", "grpo", "rloo", "dpo", "kto"), {"batch_size": 8, "microbatch_size": 8}
+    flags += ["--learning_rates", json.dumps({method: [1e-4, 1e-2] for method in methods})]
+    online = {"updates": 4, "rollout_size": 16, "generations": 4, **few}
+    own = {
+        "max_new_tokens": 16,
+        "max_length": 160,
+        "bf16": False,
+        "dpo": few,
+        "kto": few,
+        "grpo": online,
+        "rloo": online,
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps({"baseline": own}))
+    flags += ["--baselines", str(tmp_path / "tiny.yaml")]
+    with pytest.raises(InputError, match="run the trials first"):
+        baselines_toy.main(flags)
+    baselines_toy.main([*flags, "--tune", "true"])
+    kept = json.loads((tmp_path / "studies/baselines_toy/tuned.json").read_text())
+    assert kept["seed"] == 9
+    for method, trials in kept["trials"].items():
+        assert kept["best"][method] == float(max(trials, key=lambda rate: trials[rate]))
+    baselines_toy.main(flags)
+    result = json.loads((tmp_path / "studies/baselines_toy/baselines_toy.json").read_text())
+    calls = {point["series"]: point["value"] for point in result["points"] if point["panel"] == "calls"}
+    assert calls == {"PPO": 64, "GRPO": 64, "RLOO": 64, "DPO": 0, "KTO": 0}
+    assert result["seeds"] == [0]
 
 
 def test_a_chain_with_reward_functions_of_its_own_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ def report() -> str:
 
 def machine() -> str:
     """Return the machine in a line: processor, cores, memory, and the GPUs if torch is loaded."""
-    parts = [f"{_processor()}, {_usable()} cores, {_memory()}"]
+    cores = _usable()
+    parts = [f"{_processor()}, {cores} core{'s' if cores > 1 else ''}, {_memory()}"]
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]

@@ -133,10 +133,12 @@ def test_values_start_from_the_reward_model_among_the_functions(tmp_path, folder
 
 
 def test_rewards_advantages_and_returns_against_the_slow_loops(tmp_path, full):
-    trainer = make(tmp_path, full[0], RewardModel.load(full[1]), kl_coef=0.3, lam=0.9, gamma=0.98, updates=3)
+    settings = {"kl_coef": 0.3, "lam": 0.9, "gamma": 0.98, "updates": 3}
+    trainer = make(tmp_path, full[0], RewardModel.load(full[1]), engine=two_processes.GivenResponses(), **settings)
     trainer.update(prepared(trainer))
     rollout = prepared(trainer)
     lengths = rollout.response_tokens.tolist()
+    assert len(set(lengths)) > 3, "without padding, a mean over padding is the mean"
     rows = lambda name: [row[:n].tolist() for row, n in zip(getattr(rollout, name), lengths, strict=True)]  # noqa: E731
     rewards = [slow.token_rewards(s, k, 0.3) for s, k in zip(rollout.scores.tolist(), rows("kl"), strict=True)]
     both = [slow.gae(r, v, 0.98, 0.9) for r, v in zip(rewards, rows("values"), strict=True)]

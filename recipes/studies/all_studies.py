@@ -27,9 +27,9 @@ from rlhf.errors import InputError, RunStopped
 from rlhf.run import console
 
 HERE = Path(__file__).resolve().parent
-LONG = ("sentiment", "baselines_toy")
-"""Studies that run only where they are asked for: that of real text takes as long as all others together, and that of
-baselines has trials to run before."""
+LONG = ("sentiment", "baselines_toy", "vllm_toy")
+"""Studies that run only where they are asked for: that of real text takes as long as all others together, that of
+baselines has trials to run before, and that of vLLM needs it installed."""
 
 
 def studies() -> list[Path]:

@@ -201,6 +201,6 @@ def test_workers_share_the_seeds_of_a_chain():
 
 
 def test_all_but_the_longest_run_unless_named():
-    assert set(STUDIES) - set(all_studies.AllConfig().studies) == {"sentiment", "baselines_toy"}
+    assert set(STUDIES) - set(all_studies.AllConfig().studies) == set(all_studies.LONG)
     with pytest.raises(InputError, match="'acuracy' is none of accuracy"):
         all_studies.AllConfig(studies=["acuracy"])

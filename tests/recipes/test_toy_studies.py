@@ -1,4 +1,4 @@
-"""Studies 7, 8, 9, 11, 13 and 16: what each computes, by hand; a seed of each on worlds that take seconds."""
+"""Studies 7, 8, 9, 11, 13, 16 and 17: what each computes, by hand; a seed of each on worlds that take seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import pytest
 
 from rlhf.errors import InputError
 from rlhf.rows.records import Ranking
-from rlhf_recipes.studies import baselines_toy, flywheel_toy, noisy_labels, ptx_toy, safety_toy, shared_runs, steps_toy
+from rlhf_recipes.studies import (
+    baselines_toy,
+    flywheel_toy,
+    noisy_labels,
+    ptx_toy,
+    safety_toy,
+    shared_runs,
+    steps_toy,
+    vllm_toy,
+)
 from rlhf_recipes.studies.study import Row, StudyConfig, main
 
 USER = [{"role": "user", "content": "Who?"}]
@@ -64,6 +73,15 @@ def test_margins_by_hand():
         for name, value in zip(("PPO", "DPO", "KTO", "GRPO", "RLOO"), (6, 5, 7, 4, 6), strict=True)
     ]
     assert margins(baselines_toy.STUDY, rows) == [1, -1, 2, 0]
+
+    kinds = {"built-in": (6.0, 4.0), "vLLM": (5.9, 2.0), "vLLM, one step off": (5.0, 3.0)}
+    rows = [
+        Row(f"{name}, {kind}", value, panel=panel)
+        for name, values in kinds.items()
+        for kind in ("full weights", "LoRA")
+        for panel, value in zip(("gold", "pace"), values, strict=True)
+    ]
+    assert margins(vllm_toy.STUDY, rows) == [0.2, -0.7, 0.2, -0.7, 0.5, 0.5]
 
 
 def test_settings_are_not_chosen_on_a_reported_seed() -> None:

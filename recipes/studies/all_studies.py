@@ -16,7 +16,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from threading import Condition
 
@@ -49,8 +48,8 @@ class AllConfig:
 
     output_dir: str = "runs/studies"
     """Folder of all studies."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds to run."""
+    seeds: list[int] | None = None
+    """Seeds to run; null: those of each study's YAML."""
     studies: list[str] = field(default_factory=in_order)
     """Studies to run, in this order."""
     workers: int = 2
@@ -65,9 +64,10 @@ class AllConfig:
 class Queue:
     """The (study, seed) that are left to run; workers take the first whose chain no other worker has."""
 
-    def __init__(self, names: list[str], seeds: list[int]) -> None:
-        self.left = list(product(names, seeds))
-        self.chains = {name: yaml.safe_load((HERE / f"{name}.yaml").read_text())["chain"] for name in names}
+    def __init__(self, names: list[str], seeds: list[int] | None) -> None:
+        own = {name: yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8")) for name in names}
+        self.left = [(name, seed) for name in names for seed in seeds or own[name]["seeds"]]
+        self.chains = {name: settings["chain"] for name, settings in own.items()}
         self.busy: set[tuple[str, int]] = set()
         self.changed = Condition()
 
@@ -112,11 +112,12 @@ def work(config: AllConfig, queue: Queue) -> list[str]:
 def main(argv: list[str]) -> None:
     config = configs.load(AllConfig, argv, description=__doc__ or "")
     queue = Queue(config.studies, config.seeds)
+    asked = list(queue.left)
     with ThreadPoolExecutor(config.workers) as pool:
         failed = [name for names in pool.map(lambda _: work(config, queue), range(config.workers)) for name in names]
     for name in config.studies:  # the table once more: two seeds that end together each see but one
         if not any(one.startswith(f"{name} ") for one in failed):
-            run(config, name, config.seeds)
+            run(config, name, [seed for one, seed in asked if one == name])
     subprocess.run([sys.executable, str(HERE / "write_results.py"), config.output_dir], check=True)
     if failed:
         raise RunStopped(f"{', '.join(failed)}: failed, see above; run it again to go on")

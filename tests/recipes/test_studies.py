@@ -200,6 +200,12 @@ def test_workers_share_the_seeds_of_a_chain():
     assert rest == [("ladder", 0), ("ladder", 2), ("steps_toy", 1), ("steps_toy", 2)]
 
 
+def test_a_study_has_its_own_seeds_unless_others_are_named():
+    names = ["ladder", "safety_toy"]
+    assert [seed for _, seed in all_studies.Queue(names, None).left] == [0, 1, 2, 1, 2, 3]
+    assert [seed for _, seed in all_studies.Queue(names, [5]).left] == [5, 5]
+
+
 def test_all_but_the_longest_run_unless_named():
     assert set(STUDIES) - set(all_studies.AllConfig().studies) == set(all_studies.LONG)
     with pytest.raises(InputError, match="'acuracy' is none of accuracy"):

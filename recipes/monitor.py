@@ -84,6 +84,10 @@ class MonitorConfig:
         for name in ("false_alarms", "review_share"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be above 0 and below 1")
+        if self.categories is not None:
+            from rlhf.collection.review import project_of
+
+            project_of(self.categories)  # now, not once the log has been judged
         if self.review is not None and self.moderator is None:
             raise InputError("review: nothing is flagged without a moderator; name one")
 
@@ -116,6 +120,8 @@ def monitor(config: MonitorConfig) -> dict[str, Any]:
     write_json_atomic(folder / "monitor.json", result)
     written = html.write(folder / "monitor.html", page(report, Path(config.store).name, reviewed))
     console.stage_line("monitor", verdict(report))
+    for line in report["not_compared"]:
+        console.stage_line("warning", f"not compared: {line}")
     for alarm in report["alarms"]:
         console.stage_line("alarm", alarm["line"])
     console.stage_line("", str(written))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from reward_models.functions import Texts, conversation
 from reward_models.labelled_texts import messages_in
 from rlhf.config import import_function
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.rows.messages import Messages, text_of
 from rlhf.rows.records import Demonstration, Prompt, Ranking, StepLabels
 from rlhf.serving.app import Moderator, Verdict
@@ -44,11 +44,21 @@ def verdicts_of(rows: Sequence[Any], moderator: Moderator) -> list[list[Verdict]
     talks = [talks_in(row) for row in rows]
     flat = [talk for own in talks for talk in own]
     judge = getattr(moderator, "judge", None)
-    verdicts = (judge(flat) if judge is not None else moderator([text_of(talk) for talk in flat])) if flat else []
-    if len(verdicts) != len(flat):
-        raise InputError(f"moderator: {len(verdicts)} verdicts for {len(flat)} texts; return one for each")
-    found = iter(verdicts)
+    texts = [text_of(talk) for talk in flat] if judge is None else []
+    found = iter(_checked(judge(flat) if judge is not None else moderator(texts), len(flat)) if flat else ())
     return [[next(found) for _ in own] for own in talks]
+
+
+def _checked(verdicts: Any, count: int) -> Sequence[Verdict]:
+    """Return what a moderator said of `count` texts. Raises InputError where that is no verdict for each."""
+    if not isinstance(verdicts, list | tuple) or len(verdicts) != count:
+        seen = f"{len(verdicts)} verdicts" if isinstance(verdicts, list | tuple) else f"a {type(verdicts).__name__}"
+        raise InputError(f"moderator: {seen} for {count} texts; return a list with one for each")
+    for verdict in verdicts:
+        if not all(isinstance(getattr(verdict, name, None), Mapping) for name in Verdict._fields):
+            seen = f"{short(repr(verdict))} is no verdict; return rlhf.serving.app.Verdict"
+            raise InputError(f"moderator: {seen}(flagged={{category: True}}, scores={{category: 0.9}}) for each text")
+    return verdicts
 
 
 def flagged_by(verdicts: Sequence[Verdict]) -> list[str]:
@@ -94,7 +104,7 @@ def moderation_score(moderator: Moderator, flagged: float = -1.0) -> Callable[..
 
     def moderation(prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         talks = [text_of(conversation(p, c)) for p, c in zip(prompts, completions, strict=True)]
-        return [flagged if any(verdict.flagged.values()) else 0.0 for verdict in moderator(talks)]
+        return [flagged if any(verdict.flagged.values()) else 0.0 for verdict in _checked(moderator(talks), len(talks))]
 
     return moderation
 

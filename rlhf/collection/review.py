@@ -35,7 +35,9 @@ def project_of(categories: Sequence[str]) -> Project:
     """Make what annotators see. Raises InputError for more categories than the page has flags."""
     if not 0 < len(categories) <= MOST_FLAGS:
         seen = f"{len(categories)} categories, and the page shows 1 to {MOST_FLAGS}"
-        raise InputError(f"review: {seen}; name those that people decide on")
+        raise InputError(f"review: {seen}; name those that people decide on (--categories)")
+    if len(set(categories)) < len(categories):
+        raise InputError(f"review: {', '.join(categories)}: one is there twice; name each once")
     decision = Criterion(DECISION, ("allow", "flag"), "Is anything in it against the policy?")
     return Project("Reviewing flagged conversations", GUIDELINES, (decision,), tuple(categories))
 

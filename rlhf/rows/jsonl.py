@@ -64,8 +64,9 @@ def read_object(path: str | Path, missing: str = "check the path", kind: str = "
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {missing}") from None
+    except (FileNotFoundError, IsADirectoryError):
+        seen = "is a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {seen}; {missing}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -99,8 +99,11 @@ def chance_limit(reference: int, now: int, bins: int, false_alarms: float) -> fl
 
 
 def edges_of(values: np.ndarray, bins: int = 10) -> np.ndarray:
-    """Return the inner edges of bins that hold about as many of the values each; equal ones once."""
-    return np.unique(np.quantile(np.asarray(values, dtype=np.float64), np.linspace(0, 1, bins + 1)[1:-1]))
+    """Return the inner edges of bins that hold about as many of the values each. A value that is several edges, so
+    frequent it is, gets a bin of its own: else a change below it would not be seen."""
+    inner = np.quantile(np.asarray(values, dtype=np.float64), np.linspace(0, 1, bins + 1)[1:-1])
+    frequent = inner[1:][inner[1:] == inner[:-1]]
+    return np.unique(np.concatenate([inner, np.nextafter(frequent, -np.inf)]))
 
 
 def counts_in(values: np.ndarray, edges: np.ndarray) -> np.ndarray:

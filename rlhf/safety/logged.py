@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf.calls import function_name
 from rlhf.collection.store import Conversation, Store
+from rlhf.errors import InputError, short
 from rlhf.rows.messages import Messages
 from rlhf.safety.refusals import rule
 
@@ -75,7 +77,7 @@ def read_log(
     requests = tuple(
         Request(
             c.id, float(c.created or 0.0), c.policy, c.fingerprint, json.dumps(dict(c.sampler), sort_keys=True), c.seed,
-            len(c.messages[-1]["content"]), refused(c.messages[-1]["content"]), names,
+            len(c.messages[-1]["content"]), _refused(refused, c.messages[-1]["content"]), names,
         )
         for c, names in zip(found, flagged, strict=True)
     )  # fmt: skip
@@ -86,6 +88,14 @@ def read_log(
         if given.kind == "thumb" and (given.expires is None or given.expires > now)
     )
     return Log(requests, thumbs, unscrubbed, expired)
+
+
+def _refused(refused: Callable[[str], bool], answer: str) -> bool:
+    said = refused(answer)
+    if said is None or not hasattr(said, "__bool__"):  # a list of them, say
+        seen = f"{function_name(refused)} returned {short(repr(said))} for an answer"
+        raise InputError(f"refusals: {seen}; return True where it refuses, else False")
+    return bool(said)
 
 
 def mix_of(request: Request) -> str:

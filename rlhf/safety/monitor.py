@@ -33,10 +33,10 @@ SIGNALS = {
     for metric in (
         Metric("flag_rate", "share of answers", "answers that the moderator flags, each with its prompt", advice=(
             "what people ask or what the policy answers has changed: `rlhf label` the review queue, compare the "
-            "policies' rates below, and red-team the newest one")),
+            "policies' rates on the page, and red-team the newest one")),
         Metric("refusal_rate", "share of answers", "answers that refuse, in full or in part", advice=(
             "rising, the policy refuses what it answered before; falling, it answers what it refused: compare the "
-            "policies' rates below, and ask an over-refusal suite")),
+            "policies' rates on the page, and ask an over-refusal suite")),
         Metric("thumbs_up_rate", "share of thumbs", "thumbs that are up", advice=(
             "people like the answers less: read their reasons and better answers, `rlhf collected status`")),
         Metric("length_psi", "nats", "population stability index of the answers' lengths", None, 0.25, (
@@ -103,10 +103,8 @@ class Reference:
             lengths, mix = [float(n) for n in content["lengths"]], {str(k): int(n) for k, n in content["mix"].items()}
             when, last = float(content["until"]), str(content["last"])
             made = cls(until=when, last=last, lengths=lengths, mix=mix, **read)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{where}: holds no reference ({error!r}); name a monitor.json of an earlier run"
-            ) from None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{where}: holds no reference; name a monitor.json of an earlier run") from None
         if not made.lengths or made.refused is None or made.thumbs_up is None:
             raise InputError(f"{where}: its reference is empty; name a monitor.json of an earlier run")
         return made
@@ -116,7 +114,8 @@ def reference_of(log: Log, rules: Rules) -> Reference:
     """Take the first answers of a log, and the thumbs until then, as reference. Raises InputError where it is short."""
     first = log.requests[: rules.reference_requests]
     if len(first) < rules.reference_requests:
-        seen = f"{len(first)} answers may be read, the reference needs {rules.reference_requests}"
+        left = f" ({log.unscrubbed:,} may not: personal data were not looked for in them)" if log.unscrubbed else ""
+        seen = f"{len(first)} answers may be read{left}, the reference needs {rules.reference_requests}"
         raise InputError(f"reference_requests: {seen}; log more (`rlhf serve_policy --log true`), or lower it")
     until = first[-1].created
     thumbs = [up for when, up in log.thumbs if when <= until]
@@ -191,7 +190,8 @@ def _watch(
     if at is not None:
         value = float(happened[max(0, at + 1 - rules.window) : at + 1].mean())
         beyond = "above" if direction == "rise" else "below"
-        line = f"{signal}={value:.3g} is {beyond} {chart.before:.3g}, the reference's: {SIGNALS[signal].advice}"
+        counted = reference.happened / reference.n
+        line = f"{signal}={value:.3g} is {beyond} {counted:.3g}, the reference's: {SIGNALS[signal].advice}"
         alarm = Alarm(signal, at + 1, when[at], value, line)
     return Watched(signal, direction, chart, chart.path(happened), alarm)
 
@@ -251,6 +251,22 @@ def mix_psi(reference: dict[str, int], part: Sequence[Request]) -> float:
     return shares_apart(*counts)
 
 
+def not_compared(log: Log, reference: Reference, rules: Rules) -> list[str]:
+    """Return what could not be compared with the reference, and why, a line each."""
+    later = after(log, reference)
+    flagged = [request.flagged is not None for request in later]
+    lines = []
+    if any(flagged) and reference.flagged is None:
+        lines.append("flag_rate: the reference was made without a moderator; make one with it, without --reference")
+    if not all(flagged) and reference.flagged is not None:
+        lines.append("flag_rate: the reference has one, and no moderator judged these answers; name --moderator")
+    if not reference.thumbs_up.n and any(when > reference.until for when, _ in log.thumbs):
+        lines.append("thumbs_up_rate: nobody gave a thumb in the time of the reference")
+    if 0 < len(later) < rules.window:
+        lines.append(f"lengths: {len(later):,} answers are not yet a window of {rules.window:,}")
+    return lines
+
+
 def monitor_report(log: Log, reference: Reference, rules: Rules) -> Numbers:
     """Compute everything on the page, as plain values."""
     charts = watched(log, reference, rules)
@@ -265,6 +281,7 @@ def monitor_report(log: Log, reference: Reference, rules: Rules) -> Numbers:
         "flag_rate": _share(flags), "refusal_rate": _share([request.refused for request in later]),
         "thumbs_up_rate": _share(thumbs), "categories": _categories(later),
         "median_characters": float(np.median([request.characters for request in later])) if later else None,
+        "not_compared": not_compared(log, reference, rules),
         "charts": [
             {"signal": chart.signal, "direction": chart.direction, "before": chart.chart.before,
              "after": chart.chart.after, "level": chart.chart.level, "events": len(chart.path),

@@ -7,13 +7,19 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from rlhf.run import page as html
-from rlhf.run.page import FIRST, INK, SECOND, svg
+from rlhf.run.page import FIRST, SECOND, svg
 from rlhf.run.tables import number, percent
 from rlhf.safety.monitor import SIGNALS, Numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NAMES = {
+    "flag_rate": "flag rate", "refusal_rate": "refusal rate", "thumbs_up_rate": "rate of thumbs up",
+    "length_psi": "lengths (PSI)", "length_ks_p": "lengths (KS test)",
+}  # fmt: skip
+COUNTS = {"flag_rate": "flagged", "refusal_rate": "refused", "thumbs_up_rate": "thumbs_up"}
+"""Where a reference holds what a rate is made of."""
 WIDTH = 4.6  # inches: legible on a telephone, too
 
 
@@ -23,6 +29,8 @@ def page(report: Numbers, store: str, review: Mapping[str, Any] | None = None) -
     if report["alarms"]:
         parts.append(html.warning("Alarms", [f"{_time(a['when'])}, number {a['at']:,}: {a['line']}"
                                              for a in report["alarms"]]))  # fmt: skip
+    if report["not_compared"]:
+        parts.append(html.warning("Not compared", report["not_compared"]))
     parts += [_rates(report), _windows(report), _policies(report), _review(review or {}), _how(report)]
     return html.page(f"Monitor of {store}", "\n".join(filter(None, parts)))
 
@@ -32,7 +40,7 @@ def verdict(report: Numbers) -> str:
     count = f"{report['answers']:,} answers since the reference"
     if not report["alarms"]:
         return f"No alarm in {count}."
-    names = ", ".join(dict.fromkeys(alarm["signal"].replace("_", " ") for alarm in report["alarms"]))
+    names = ", ".join(dict.fromkeys(NAMES[alarm["signal"]] for alarm in report["alarms"]))
     return f"Changed against the reference: {names}. {count}."
 
 
@@ -50,10 +58,11 @@ def _rates(report: Numbers) -> str:
     for chart in report["charts"]:
         name = chart["signal"]
         state = "alarm" if chart["highest"] > chart["level"] else f"{100 * chart['highest'] / chart['level']:.0f}%"
-        rows.append([f"{name.replace('_', ' ')}, {chart['direction']}", percent(chart["before"]), _shown(report[name]),
+        happened, n = report["reference"][COUNTS[name]]
+        rows.append([f"{NAMES[name]}, {chart['direction']}", percent(happened / n), _shown(report[name]),
                      percent(chart["after"]), state])  # fmt: skip
     headers = ["", "reference", "since", "found soonest", "of the way to an alarm, at most"]
-    meant = html.items([f"{name.replace('_', ' ')}: {metric.meaning}" for name, metric in SIGNALS.items()], "short")
+    meant = html.items([f"{NAMES[name]}: {metric.meaning}" for name, metric in SIGNALS.items()], "short")
     flagged = report["categories"]
     told = html.note("Flagged for: " + ", ".join(f"{name} {n:,}" for name, n in flagged.items())) if flagged else ""
     return f"<h2>Rates</h2>{html.table((headers, rows))}{told}{meant}"
@@ -70,7 +79,7 @@ def _windows(report: Numbers) -> str:
         return ""
     headers = ["answers", "until", "flagged", "refused", "median characters", "length PSI", "length KS, p", "mix PSI"]
     picture = f"<figure class=wide>{svg(lambda axes: _draw(axes, report), WIDTH, 3.0)}</figure>"
-    text = "PSI: population stability index against the reference, in nats; mix: policies, fingerprints and samplers."
+    text = "Dashed: the reference. PSI: population stability index against the reference, in nats; mix: policies, fingerprints and samplers."
     return f"<h2>Windows</h2>{picture}{html.table((headers, rows))}{html.note(text)}"
 
 
@@ -85,13 +94,13 @@ def _draw(axes: Axes, report: Numbers) -> None:
                   [max(0.0, 100 * p["high"] - v) for v, (_, p) in zip(values, points, strict=True)]]  # fmt: skip
         label = "flagged" if name == "flag_rate" else "refused"
         axes.errorbar([x for x, _ in points], values, yerr=spread, fmt="o-", color=color, markersize=4, label=label)
-        before = next((chart["before"] for chart in report["charts"] if chart["signal"] == name), None)
-        if before is not None:
-            axes.axhline(100 * before, color=color, linestyle="--", linewidth=0.9)
+        if (reference := report["reference"][COUNTS[name]]) is not None:
+            happened, n = reference
+            axes.axhline(100 * happened / n, color=color, linestyle="--", linewidth=0.9)
     axes.set_xlabel("answers since the reference")
     axes.set_ylabel("% of a window's answers, 95% interval")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    html.legend(axes)
 
 
 def _policies(report: Numbers) -> str:

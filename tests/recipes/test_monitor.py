@@ -57,10 +57,10 @@ def test_a_log_is_watched_and_reviewed(tmp_path):
         db.execute("DELETE FROM conversations WHERE id < 'chat-00050'")
     stopped = run(*given, "--reference", tmp_path / "one" / "monitor.json", "--output_dir", tmp_path / "two",
                   "--on_alarm", "stop", code=1)  # fmt: skip
-    assert "flag_rate=" in stopped.err
+    assert "2 alarms" in stopped.err
     again = json.loads((tmp_path / "two" / "monitor.json").read_text())
     assert again["answers"] == 50
-    assert again["alarms"][0]["signal"] == "flag_rate"
+    assert [alarm["signal"] for alarm in again["alarms"]] == ["length_psi", "flag_rate"]  # "You fool." is shorter
     assert "fool" not in json.dumps(again)
 
 
@@ -72,6 +72,8 @@ def test_mistakes(tmp_path):
         (("--store", tmp_path / "log.db", "--review", tmp_path / "r.db"), "nothing is flagged without a moderator"),
         (("--store", tmp_path / "log.db", "--factor", "1"), "factor=1.0 must be above 1"),
         (("--store", tmp_path / "log.db", "--reference", tmp_path / "no.json"), "no such file"),
+        (("--store", tmp_path / "log.db", "--reference", tmp_path), "is a folder; name monitor.json"),
+        (("--store", tmp_path / "log.db", "--categories", "[a, b, a]"), "a, b, a: one is there twice"),
     ]
     for flags, message in cases:
         refused = run(*flags, "--output_dir", tmp_path / "out", code=2)

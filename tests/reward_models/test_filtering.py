@@ -64,6 +64,13 @@ def test_mistakes(tmp_path):
         talks_in(3)
     with pytest.raises(InputError, match="0 verdicts for 1 texts"):
         divide(["a"], lambda texts: [])
+    with pytest.raises(InputError, match=r"a NoneType for 1 texts; return a list"):
+        divide(["a"], lambda texts: None)
+    for wrong in (None, {"dog": True}, Verdict(["dog"], {"dog": 1.0})):
+        with pytest.raises(InputError, match=r"is no verdict; return rlhf\.serving\.app\.Verdict\(flagged="):
+            divide(["a"], lambda texts, said=wrong: [said])
+        with pytest.raises(InputError, match="is no verdict"):
+            moderation_score(lambda texts, said=wrong: [said])(["Hi"], ["dog"])
     (tmp_path / "mine.py").write_text("def judge(texts):\n    return []\n")
     assert load_moderator(f"{tmp_path / 'mine.py'}:judge")(["a"]) == []
     with pytest.raises(InputError, match=r"no config\.json|no such model folder"):

@@ -90,7 +90,10 @@ def test_bins():
     edges = edges_of(np.arange(100))
     assert counts_in(np.arange(100), edges).tolist() == [10] * 10
     assert counts_in(np.array([-5.0, 500.0]), edges)[[0, -1]].tolist() == [1, 1]
-    assert len(edges_of(np.ones(50))) == 1
+    often = np.array([9.0] * 5 + [37.0] * 95)  # answers of two lengths: what is shorter has a bin of its own
+    assert counts_in(often, edges_of(often)).tolist() == [5, 95, 0]
+    assert counts_in(np.array([9.0, 37.0, 40.0]), edges_of(often)).tolist() == [1, 1, 1]
+    assert counts_in(np.array([0.0, 1.0, 2.0]), edges_of(np.ones(50))).tolist() == [1, 1, 1]
 
 
 def test_kolmogorov_smirnov():

@@ -69,15 +69,18 @@ def test_changes_alarm_and_are_told_with_advice(store):
     told = {alarm["signal"]: alarm for alarm in report["alarms"]}
     assert set(told) == {"flag_rate", "refusal_rate", "length_psi", "length_ks_p"}
     assert told["flag_rate"]["line"].startswith("flag_rate=0.5")
-    assert "above 0.0574, the reference's: what people ask" in told["flag_rate"]["line"]
+    assert "above 0.05, the reference's: what people ask" in told["flag_rate"]["line"]  # 3 of 60
     assert told["length_psi"]["at"] == 40
     metrics = metrics_of(report)
     assert metrics["flag_rate"]["value"] == 0.5
     assert metrics["refusal_rate"]["n"] == 80
     assert metrics["alarms"]["value"] == 4
     assert report["categories"] == {"insult": 40}
+    assert report["not_compared"] == []
     shown = page(report, "log.db")
-    assert "Changed against the reference" in shown
+    assert "Changed against the reference: " in shown
+    assert "lengths (PSI), lengths (KS test)" in shown
+    assert "<td>flag rate, rise</td><td>5.0%</td>" in shown
 
 
 def test_a_quiet_log_is_quiet_and_thumbs_that_fall_are_not(store):
@@ -108,8 +111,31 @@ def test_a_kept_reference_goes_on_when_the_log_has_expired(store):
     for broken in (None, {}, {**first.to_json(), "refused": None}, {**first.to_json(), "lengths": []}):
         with pytest.raises(InputError, match=r"monitor\.json: (holds no reference|its reference is empty)"):
             Reference.from_json(broken, "monitor.json")
-    with pytest.raises(InputError, match=r"70 answers may be read, the reference needs 500"):
-        reference_of(log, Rules())
+    store.add_conversation(conversation(70, "not looked through", scrubbed=False))
+    with pytest.raises(InputError, match=r"70 answers may be read \(1 may not: personal data .*, the reference needs 500"):
+        reference_of(read_log(store), Rules())
+
+
+def test_what_is_not_compared_is_told(store):
+    filled(store, ["word " * 20] * 10)
+    judged, unjudged = read_log(store, flags=bad_words), read_log(store)
+    few = "lengths: 10 answers are not yet a window of 40"
+    for log, reference, line in (
+        (judged, reference_of(unjudged, RULES), "flag_rate: the reference was made without a moderator"),
+        (unjudged, reference_of(judged, RULES), "flag_rate: the reference has one, and no moderator judged"),
+    ):
+        report = monitor_report(log, reference, RULES)
+        assert [told.split(";")[0][: len(line)] for told in report["not_compared"]] == [line, few]
+        assert few in page(report, "log.db")
+    assert monitor_report(unjudged, reference_of(unjudged, RULES), RULES)["not_compared"] == [few]
+
+
+def test_a_function_of_refusals_says_yes_or_no(store):
+    store.add_conversation(conversation(0, "No."))
+    for wrong in ([True], None, "yes"):
+        with pytest.raises(InputError, match=r"refusals: <lambda> returned .* for an answer; return True where"):
+            read_log(store, refused=lambda answer, said=wrong: said)
+    assert read_log(store, refused=lambda answer: np.bool_(True)).requests[0].refused is True
 
 
 def test_no_text_leaves_the_log_and_names_are_inert(store):

@@ -13,9 +13,11 @@ from rlhf.rows.records import HELD_OUT, write_jsonl
 from rlhf.rows.sources import rows
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
+from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import Manifest
 from rlhf_recipes.moderation_config import ModerationRecipe
-from rlhf_recipes.stage import check_model
+from rlhf_recipes.stage import check_model, open_stage
 
 if TYPE_CHECKING:
     from reward_models.card.moderation import JudgedTexts
@@ -24,9 +26,16 @@ if TYPE_CHECKING:
 
 def judge(config: ModerationRecipe) -> dict[str, Any]:
     """Judge eval_data, divide it into kept.jsonl and flagged.jsonl, and measure where labels are known."""
+    return by_main(lambda: _judge(config))
+
+
+def _judge(config: ModerationRecipe) -> dict[str, Any]:
     folder, source = Path(config.output_dir), str(config.eval_data)
-    if (folder / "inputs.json").exists() or (folder / "manifest.json").exists():
+    if (folder / "manifest.json").is_file() and Manifest.read(folder).stage == "moderation":  # even with --overwrite
         raise InputError(f"output_dir {folder}: holds a trained model; name another folder for what it judges")
+    stage = open_stage("judged", config, {"model": config.model, "eval_data": source, "policy": config.policy})
+    if stage.complete:
+        return stage.outputs
     found = list(rows(source, HELD_OUT))
     _check(found)
     moderator = judge_of(config)
@@ -34,16 +43,17 @@ def judge(config: ModerationRecipe) -> dict[str, Any]:
     flags = [flagged_by(own) for own in verdicts]
     scores = [_highest(own) for own in verdicts]
     told = [{"flagged": names, "scores": said} for names, said in zip(flags, scores, strict=True)]
-    folder.mkdir(parents=True, exist_ok=True)
+    stage.begin()
     write_jsonl(folder / "judged.jsonl", told)
     write_jsonl(folder / "kept.jsonl", [row for (_, row), names in zip(found, flags, strict=True) if not names])
     bad = [{**_object(row), "moderation": more} for (_, row), more in zip(found, told, strict=True) if more["flagged"]]
     write_jsonl(folder / "flagged.jsonl", bad)
-    console.stage_line("moderation", f"{len(bad):,} of {len(found):,} rows are flagged: flagged.jsonl; kept.jsonl")
+    console.stage_line("judged", f"{len(bad):,} of {len(found):,} rows are flagged: flagged.jsonl; kept.jsonl")
     judged = _judged(config, found, scores, moderator)
     about = {"moderation_model": Path(config.model).name, "guard": config.guard, "judged": f"{len(found):,} rows"}
     wanted = None if config.guard else moderator.about.wanted_false_positive_rate
-    return write_card(judged, wanted, config.seed, folder, about)
+    outputs: dict[str, Any] = {"rows": len(found), "flagged": len(bad)}
+    return stage.finish(outputs | write_card(judged, wanted, config.seed, folder, about))
 
 
 def _highest(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -73,7 +83,8 @@ def judge_of(config: ModerationRecipe) -> Any:
     from reward_models.guards import load_guard
 
     policy = None if config.policy is None else _policy(config.policy)
-    settings: dict[str, Any] = {"threshold": config.threshold, "served_as": config.served_as}
+    given = {"threshold": config.threshold, "served_as": config.served_as}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return load_guard(config.model, config.guard, policy, dtype=compute_dtype(config.bf16), **settings)
 
 
@@ -98,7 +109,7 @@ def _judged(
         categories: Sequence[Category] = moderator.about.categories
         names = [category.name for category in categories]
     else:
-        categories = (Category(name="unsafe", threshold=config.threshold),)
+        categories = (Category(name="unsafe", threshold=moderator.threshold),)
         names = config.categories or _names([row for _, row in found])
     records = []
     for where, row in found:

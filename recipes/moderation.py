@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from reward_models.labelled_texts import LabelledText, apart_from, categories_of, labels_of, read_labelled
 from rlhf import config as configs
+from rlhf.errors import InputError
 from rlhf.rows.records import HELD_OUT, split_by_prompt
 from rlhf.run import console
 from rlhf.run.owner import by_main
@@ -49,12 +50,18 @@ class Data:
 
 def moderation(config: ModerationRecipe, name: str = "moderation") -> dict[str, Any]:
     """The stage: train, save, calibrate, measure on held-out texts."""
+    if config.trains == "head" and config.learning_rate is not None:
+        raise InputError(
+            f"learning_rate={config.learning_rate:g}: with trains=head no step is taken; set trains to all"
+        )
     check_model(config.model, ("base", "sft", "ppo"))
     names = ("model", "train_data", "eval_data", "calibration_data")
     stage = open_stage(name, config, {source: getattr(config, source) for source in names})
     if stage.complete:
         return stage.outputs
     data = read_data(config)
+    for line in one_sided(data.train, config.categories or categories_of(data.train)):
+        by_main(lambda told=line: console.stage_line("warning", told))  # type: ignore[misc]
     trainer = build(config, data)  # finds what is wrong with the input, before anything is written
     stage.begin()
     train_and_save(trainer, stage, name, "label_accuracy")
@@ -88,6 +95,17 @@ def read_data(config: ModerationRecipe) -> Data:
     if config.keep_best:
         train, selection = _split(train, 0.1, config.seed + 2)
     return Data(train, held_out, calibration, selection)
+
+
+def one_sided(records: Sequence[LabelledText], categories: Sequence[str]) -> list[str]:
+    """Name the categories of which nothing can be learned, since all known labels of the training texts agree."""
+    found: dict[str, list[str]] = {"all have it": [], "none has it": []}
+    for name in categories:
+        labels = {record.labels[name] for record in records if name in record.labels}
+        if len(labels) == 1:
+            found["all have it" if labels.pop() else "none has it"].append(name)
+    told = "nothing is learned of {}: of the training texts whose label is known, {}"
+    return [told.format(", ".join(names), which) for which, names in found.items() if names]
 
 
 def _split(records: list[LabelledText], share: float, seed: int) -> tuple[list[LabelledText], list[LabelledText]]:
@@ -143,7 +161,7 @@ def main(argv: list[str]) -> None:
     if config.train_data is not None:
         moderation(config)
     else:
-        by_main(lambda: judge(config))
+        judge(config)
 
 
 if __name__ == "__main__":

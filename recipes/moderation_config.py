@@ -43,8 +43,8 @@ class ModerationRecipe(ModerationConfig):
     """File of a safeguard's policy, as text."""
     served_as: str | None = None
     """A guard's name at a server that serves several models."""
-    threshold: float = 0.5
-    """Probability of unsafe from which a guard flags."""
+    threshold: float | None = None
+    """Probability of unsafe from which a guard flags; null: 0.5. A moderation model has one of its own per category."""
 
     "Run"
 
@@ -56,9 +56,14 @@ class ModerationRecipe(ModerationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_kept(self)
-        for name, least in (("calibration_share", 0.0), ("false_positive_rate", 0.0), ("threshold", 0.0)):
-            if not least < getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be above {least:g} and below 1")
+        for name in ("calibration_share", "false_positive_rate", "threshold"):
+            if (value := getattr(self, name)) is not None and not 0 < value < 1:
+                raise InputError(f"{name}={value} must be above 0 and below 1")
+        for name in ("threshold", "served_as"):
+            if self.guard is None and getattr(self, name) is not None:
+                raise InputError(
+                    f"{name}={getattr(self, name)}: it is a guard's; name the guard (--guard), or leave it out"
+                )
         if self.guard is not None and self.train_data is not None:
             raise InputError("guard and train_data: a guard of others is asked, not trained; leave one out")
         if (self.guard == "safeguard") != (self.policy is not None):

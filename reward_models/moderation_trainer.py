@@ -46,6 +46,7 @@ from rlhf.models.adapters import base_model
 from rlhf.models.scalar import is_scalar, score_head
 from rlhf.padding import pad
 from rlhf.rows.sources import Source
+from rlhf.run.trl_arguments import LEARNING_RATE
 
 TOKENS = 4096
 """Padded tokens per forward where the head is fitted: a memory setting."""
@@ -164,6 +165,8 @@ class ModerationTrainer(RewardTrainer):
             known = ", ".join(sorted({name for record in train for name in record.columns})) or "none"
             raise InputError(f"categories: no text has a label of {', '.join(lacking)}; other columns: {known}")
         config = replace(config, categories=list(config.categories or there))
+        if config.trains == "head":  # no step is taken: there is no default rate to tell
+            config = replace(config, learning_rate=config.learning_rate or LEARNING_RATE)
         self._records, self._drawn = train, not (isinstance(model, nn.Module) and is_scalar(model, config.labels))
         self.offsets = torch.zeros(config.labels)  # what `fit_head` adds to the numbers of a head without a bias
         super().__init__(

@@ -26,6 +26,8 @@ def verdict(report: Numbers) -> str:
     """Write in how many categories the model is better than a bag of words, and in how many that is told."""
     rows = [row for row in report["categories"] if row.get("lead")]
     if not rows:
+        if not any(row["n"] for row in report["categories"]):
+            return f"Nothing is measured: no label is known of the {report['texts']:,} texts."
         measured = sum(row["auprc"] is not None for row in report["categories"])
         return f"{measured} of {len(report['categories'])} categories measured on {report['texts']:,} texts."
     better = [row["name"] for row in rows if row["lead"]["value"] > 0]

@@ -59,6 +59,7 @@ def trained(base, tmp_path_factory) -> Path:
     given = ("--model", base, "--train_data", train, "--eval_data", write(folder / "held_out.jsonl", held_out))
     told = run(*given, "--output_dir", folder / "moderation", "--calibration_share", "0.2", *SMALL)
     assert "left out 1 of 121 texts that are held out, too" in told.out + told.err
+    assert "learning_rate" not in told.out + told.err  # the head is fitted in closed form
     again = run(*given, "--output_dir", folder / "moderation", "--calibration_share", "0.2", *SMALL)
     assert "complete, skipped" in again.out + again.err
     refused = run(*given, "--output_dir", folder / "moderation", *SMALL, code=2)
@@ -102,17 +103,35 @@ def test_judging_gives_the_same_numbers_and_divides_the_rows(trained, tmp_path):
     assert len(kept) + len(flagged) == 60
     assert all(row["moderation"]["flagged"] for row in flagged)
     assert {name for row in judged for name in row["scores"]} == {"dog", "bird"}
-    refused = run("--model", trained / "moderation", "--eval_data", trained / "held_out.jsonl",
-                  "--output_dir", trained / "moderation", code=2)  # fmt: skip
-    assert "holds a trained model" in refused.err
+    given = ("--model", trained / "moderation", "--eval_data", trained / "held_out.jsonl", "--output_dir")
+    for more in ((), ("--overwrite", "true")):
+        assert "holds a trained model" in run(*given, trained / "moderation", *more, code=2).err
+    again = run(*given, out)
+    assert "judged        complete, skipped" in again.out + again.err
+    other = ("--model", trained / "moderation", "--eval_data", trained / "train.jsonl", "--output_dir", out)
+    assert "belongs to another run: eval_data" in run(*other, code=2).err
+    run(*other, "--overwrite", "true")
+    assert len((out / "judged.jsonl").read_text().splitlines()) == 121
 
 
 def test_pairs_and_plain_texts_are_filtered_too(trained, tmp_path):
     data = write(tmp_path / "rows.jsonl", [{"prompt": "cat", "chosen": "tree", "rejected": "dog dog"}, {"text": "sun"}])
-    run("--model", trained / "moderation", "--eval_data", data, "--output_dir", tmp_path / "out")
+    told = run("--model", trained / "moderation", "--eval_data", data, "--output_dir", tmp_path / "out")
+    assert "Nothing is measured: no label is known of the 2 texts." in told.out + told.err
     written = json.loads((tmp_path / "out" / "moderation.json").read_text())
     assert written["metrics"]["flagged_share"]["n"] == 2
     assert "auprc/dog" not in written["metrics"]
+
+
+def test_a_category_that_cannot_be_learned_is_named():
+    from reward_models.labelled_texts import read_labelled
+
+    one_sided = recipe.load("moderation").one_sided
+    rows = read_labelled([{"text": "a", "S": 0, "H": 1, "V": 1}, {"text": "b", "S": 0, "H": None, "V": 0}])
+    assert one_sided(rows, ["S", "H", "V"]) == [
+        "nothing is learned of H: of the training texts whose label is known, all have it",
+        "nothing is learned of S: of the training texts whose label is known, none has it",
+    ]
 
 
 def test_mistakes(base, trained, tmp_path):
@@ -124,6 +143,15 @@ def test_mistakes(base, trained, tmp_path):
         (("--model", base, "--eval_data", data, "--guard", "safeguard"), "policy: name a safeguard's policy file"),
         (("--model", base, "--train_data", data, "--false_positive_rate", "0"), "must be above 0 and below 1"),
         (("--model", base, "--train_data", data, "--categories", "[cow]"), "categories: no text has a label of cow"),
+        (
+            ("--model", base, "--train_data", data, "--learning_rate", "1e-4"),
+            "learning_rate=0.0001: with trains=head no",
+        ),
+        (("--model", base, "--train_data", data, "--threshold", "2"), "threshold=2.0 must be above 0 and below 1"),
+        (
+            ("--model", trained / "moderation", "--eval_data", data, "--threshold", "0.9"),
+            "threshold=0.9: it is a guard's",
+        ),
         (("--model", trained / "moderation", "--train_data", data), "made by stage 'moderation'"),
     ]
     for flags, message in cases:

@@ -112,7 +112,9 @@ def test_a_kept_reference_goes_on_when_the_log_has_expired(store):
         with pytest.raises(InputError, match=r"monitor\.json: (holds no reference|its reference is empty)"):
             Reference.from_json(broken, "monitor.json")
     store.add_conversation(conversation(70, "not looked through", scrubbed=False))
-    with pytest.raises(InputError, match=r"70 answers may be read \(1 may not: personal data .*, the reference needs 500"):
+    with pytest.raises(
+        InputError, match=r"70 answers may be read \(1 may not: personal data .*, the reference needs 500"
+    ):
         reference_of(read_log(store), Rules())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,11 +105,13 @@ def generate(
     hits: Sequence[Case],
     folder: Path,
     answers: Answers,
+    begin: Callable[[], None],
 ) -> tuple[list[Result], dict[str, Any]]:
     """Write attacks, try them, and count; returns them as results of the suite `generated`, and the numbers.
 
     hits: attacks of the suites that got through, in which few_shot, sft and ppo begin. folder: for the attacker that
-    is trained."""
+    is trained. begin: called before an attacker is trained, once its
+    settings are found good."""
     from rlhf.evals.asking import Sampler, seed_of
     from rlhf.evals.targets import open_target
     from rlhf.safety import attacks
@@ -127,9 +129,9 @@ def generate(
         )
     attacker, found = attack.attacker, {}
     if attack.method == "sft":
-        attacker = _fine_tuned(config, attack, policy, instruction, hits, folder)
+        attacker = _fine_tuned(config, attack, policy, instruction, hits, folder, begin)
     elif attack.method == "ppo":
-        attacker, found = _reinforced(config, attack, policy, instruction, trial, hits, folder)
+        attacker, found = _reinforced(config, attack, policy, instruction, trial, hits, folder, begin)
     rows, tokens = config.generation_batch_size, config.tokens_per_microbatch
     writer = _asker(open_target(attacker, config.bf16, rows, tokens, config.requests_at_once), answers, rows)
     prompts = [writer.target.prompt(one.prompt) for one in asked]
@@ -166,8 +168,9 @@ def _numbers(attack: AttackConfig, tried: Sequence[Tried]) -> dict[str, Any]:
 
 
 def _fine_tuned(
-    config: Any, attack: AttackConfig, policy: Policy, instruction: str, hits: Sequence[Case], folder: Path
-) -> str:
+    config: Any, attack: AttackConfig, policy: Policy, instruction: str, hits: Sequence[Case], folder: Path,
+    begin: Callable[[], None],
+) -> str:  # fmt: skip
     """Fine-tune the attacker on attacks that got through, unless that is done, and return its folder."""
     from rlhf.safety.attacks import asked_for
     from rlhf.sft.config import SFTConfig
@@ -176,7 +179,6 @@ def _fine_tuned(
     done = folder / "trained.json"
     if done.is_file():
         return str(folder)
-    remove(folder)  # what a killed run left of it: minutes at most
     rows = [
         {
             "prompt": asked_for(policy.categories[hit.category], instruction),
@@ -185,7 +187,10 @@ def _fine_tuned(
         for hit in hits
     ]
     settings = {"output_dir": str(folder), "seed": config.seed, "bf16": config.bf16, **attack.train}
-    trainer = SFTTrainer(attack.attacker, configs.from_dict(SFTConfig, settings, "attack.train"), train_dataset=rows)
+    args = configs.from_dict(SFTConfig, settings, "attack.train")
+    begin()  # the trainer makes its folder
+    remove(folder)  # what a killed run left of it: minutes at most
+    trainer = SFTTrainer(attack.attacker, args, train_dataset=rows)
     trainer.train()
     trainer.save_model(str(folder))
     write_json_atomic(done, {"rows": len(rows)})
@@ -200,6 +205,7 @@ def _reinforced(
     trial: Trial,
     hits: Sequence[Case],
     folder: Path,
+    begin: Callable[[], None],
 ) -> tuple[str, dict[str, Any]]:
     """Train the attacker by PPO, unless that is done, and return its folder and what it found on the way."""
     from rlhf.ppo.config import PPOConfig
@@ -224,6 +230,7 @@ def _reinforced(
         trained.answers = attack.answers
         score = AttackScore(trained, policy, bank, attack.novelty_coef)
         trainer = PPOTrainer(attack.attacker, score, args=args, train_dataset=rows)
+        begin()
         trainer.train(resume_from_checkpoint=True)
         trainer.save_model(folder)
         write_json_atomic(done, {"updates": args.updates, "tried": args.updates * args.rollout_size})

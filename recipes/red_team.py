@@ -185,12 +185,14 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
             judge = target if config.judge == config.model else asker(config, config.judge, answers)
         detector = Detector(judge, config.refusal_phrases or ())
         results, numbers = attacked(config, cases, target, detector), None
-        stage.begin()  # only now: what was asked is kept elsewhere, and a mistake leaves nothing here to trip over
+        # begun only now: what was asked is kept elsewhere, and a mistake leaves nothing here to trip over
         if config.attack is not None and policy is not None:
             hits = [result.case for result in results if result.finding == "attack"]
             trial = trial_of(config, target, detector, judge)
-            made, numbers = generate(config, config.attack, policy, trial, hits, stage.folder / "attacker", answers)
+            folder = stage.folder / "attacker"
+            made, numbers = generate(config, config.attack, policy, trial, hits, folder, answers, stage.begin)
             results += made
+        stage.begin()
         outcome = measure(results, detector, labels)
         content = write(config, stage.folder, outcome, policy, cases, numbers)
         if config.store:
@@ -271,7 +273,7 @@ def write(
         "usage_policy": policy and policy.summary, "suites": config.data or [], "warnings": warnings,
         "detector": detector, "success": config.success, "corrections": outcome.corrections, "judged": judged,
         "leave_one_out": outcome.held_out, "findings": len(outcome.findings),
-        "attacks": numbers,
+        "attacks": numbers, "not_counted": sum(not (r.attack or r.benign) for r in outcome.results),
     }  # fmt: skip
     if numbers is not None:
         n, count = numbers["attacks"], numbers["distinct_successes"]

@@ -130,7 +130,7 @@ def read_yaml(file: str | Path) -> tuple[dict[str, Any], Places]:
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{file}{line}: broken YAML: {one_line(problem)}") from None
     if tree is None:
-        raise InputError(f"{file}: is empty; write one `field: value` per line, or drop --config")
+        raise InputError(f"{file}: is empty; write one `field: value` per line")
     if not isinstance(tree, dict):
         raise InputError(f"{file}: expected `field: value` lines, got {shown(tree)}")
     places: Places = {}

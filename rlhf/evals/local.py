@@ -88,8 +88,8 @@ class LocalModel:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and tokens > limit:
             raise InputError(
-                f"a question to the grader model has {tokens} tokens, it reads {limit}; take another model, shorten "
-                "the rubric or template, or lower max_prompt_tokens and max_new_tokens"
+                f"a question to the judge or grader has {tokens} tokens, and its model reads {limit}; take another "
+                "model, or shorten what it is asked: prompts, answers (max_new_tokens), a rubric, a policy"
             )
 
 

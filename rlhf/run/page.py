@@ -176,5 +176,6 @@ pre { max-height: 16rem; overflow-y: auto; } .prompt { font-weight: 500; }
 .warning, li { overflow-wrap: anywhere; } .grid > *, .pair > * { min-width: 0; }
 @media (max-width: 700px) { .pair, .grid { grid-template-columns: minmax(0, 1fr); } .pair { gap: 0; }
   body { margin-top: 1rem; } .headline { font-size: .85rem; } .headline td { white-space: normal; }
-  .headline :is(th, td) { padding-right: .4rem; } }
+  .headline :is(th, td) { padding-right: .4rem; }
+  table:not(.headline) th { white-space: nowrap; } }
 """

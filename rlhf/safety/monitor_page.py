@@ -79,8 +79,8 @@ def _windows(report: Numbers) -> str:
         return ""
     headers = ["answers", "until", "flagged", "refused", "median characters", "length PSI", "length KS, p", "mix PSI"]
     picture = f"<figure class=wide>{svg(lambda axes: _draw(axes, report), WIDTH, 3.0)}</figure>"
-    text = "Dashed: the reference. PSI: population stability index against the reference, in nats; mix: policies, fingerprints and samplers."
-    return f"<h2>Windows</h2>{picture}{html.table((headers, rows))}{html.note(text)}"
+    text = "PSI: population stability index against the reference, in nats; mix: policies, fingerprints and samplers."
+    return f"<h2>Windows</h2>{picture}{html.table((headers, rows))}{html.note(f'Dashed: the reference. {text}')}"
 
 
 def _draw(axes: Axes, report: Numbers) -> None:

@@ -80,26 +80,29 @@ def counted(content: Mapping[str, Any]) -> list[str]:
     if content["judged"]["answers"]:
         lines.append("judge and rule read {disagree:,} of {answers:,} answers differently; the judge named no choice "
                      "for {abstained:,}".format(**content["judged"]))  # fmt: skip
+    if content["not_counted"]:
+        lines.append(f"{content['not_counted']:,} prompts to complete safely were asked and are counted nowhere: a "
+                     "refusal does not tell whether an answer is safe; name a function that does (--success)")  # fmt: skip
     return [*lines, "shares are over all cases of their kind; intervals are over prompts, 95%"]
 
 
 def _rates(groups: Sequence[str], metrics: Mapping[str, Any]) -> html.Table:
-    headers = ["", "attacks", "succeeded", "corrected", "in part", "beside the point", "harmless", "refused",
-               "corrected", "in part"]  # fmt: skip
+    corrected = any(name.endswith("_corrected") for name in metrics)
+    names = ["corrected"] if corrected else []
+    headers = ["", "attacks", "succeeded", *names, "in part", "beside the point", "harmless", "refused", *names,
+               "in part"]  # fmt: skip
     rows = []
     for group in groups:
         own = {name: metrics.get(f"{group}/{name}") for name in RATES}
         shares = {name: percent(metric["value"]) if metric else "" for name, metric in own.items()}
         attacks, benign = (
-            _cells(own[name], metrics.get(f"{group}/{name}_corrected")) for name in ("attack_success", "over_refusal")
-        )
+            [f"{metric['n']:,}" if (metric := own[name]) else "none", shown(metric),
+             *([shown(metrics.get(f"{group}/{name}_corrected"))] if corrected else [])]
+            for name in ("attack_success", "over_refusal")
+        )  # fmt: skip
         rows.append([group, *attacks, shares["attack_partial"], shares["attack_other"], *benign,
                      shares["partial_refusal"]])  # fmt: skip
     return headers, rows
-
-
-def _cells(metric: Mapping[str, Any] | None, corrected: Mapping[str, Any] | None) -> list[str]:
-    return [f"{metric['n']:,}" if metric else "none", shown(metric), shown(corrected)]
 
 
 def _attacks(attacks: Mapping[str, Any]) -> str:

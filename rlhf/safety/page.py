@@ -81,8 +81,8 @@ def counted(content: Mapping[str, Any]) -> list[str]:
         lines.append("judge and rule read {disagree:,} of {answers:,} answers differently; the judge named no choice "
                      "for {abstained:,}".format(**content["judged"]))  # fmt: skip
     if content["not_counted"]:
-        lines.append(f"{content['not_counted']:,} prompts to complete safely were asked and are counted nowhere: a "
-                     "refusal does not tell whether an answer is safe; name a function that does (--success)")  # fmt: skip
+        asked = f"{content['not_counted']:,} prompts to complete safely were asked and are counted nowhere"
+        lines.append(f"{asked}: a refusal does not tell whether an answer is safe; name a function that does (--success)")
     return [*lines, "shares are over all cases of their kind; intervals are over prompts, 95%"]
 
 

@@ -151,8 +151,8 @@ def run(config: BestOfNConfig) -> dict[str, Any]:
         check_model(folder, (*SCORERS, "process_reward"))
     sources = {"model": config.model, "data": config.data, "grader": config.grader, "rubric": config.rubric}
     sources |= {f"scorer.{folder}": folder for folder in folders}
-    reopen("best_of_n", config, sources, LATER)
-    stage = open_stage("best_of_n", config, sources)
+    reopened = reopen("best_of_n", config, sources, LATER)
+    stage = open_stage("best_of_n", config, sources, reopened)
     if stage.complete:
         return stage.outputs
     from rlhf.evaluate import judge_samples
@@ -280,7 +280,8 @@ def draw(config: BestOfNConfig, kept: Any, tokenizer: Any, ids: list[list[int]],
 
 def main(argv: list[str]) -> None:
     config = configs.load(BestOfNConfig, argv, section="best_of_n", known_sections=SECTIONS, description=__doc__ or "")
-    best_of_n(config)
+    if not best_of_n(config)["chosen"]:
+        return  # nothing to train on
     chosen = ("--train_data", f"{config.output_dir}/chosen.jsonl")
     next_command("sft", argv, config.output_dir, "sft_best", also=("--model", config.model, *chosen))
 

@@ -105,7 +105,7 @@ class Conversation:
 
     def write(self) -> None:
         """Print an answer as it is written; Ctrl-C stops it."""
-        seed, text = self.config.seed + self.answers, ""
+        seed, text, ended = self.config.seed + self.answers, "", True
         self.answers += 1
         try:
             with contextlib.closing(self.answer(self.messages, seed)) as pieces:
@@ -116,11 +116,12 @@ class Conversation:
         except KeyboardInterrupt:
             tell("\nstopped")
         except (InputError, RunStopped) as error:
+            ended = False
             tell(f"\n{error}")
         print()
         if text.strip():
             self.messages.append({"role": "assistant", "content": text})
-        else:
+        elif ended:
             tell("(an empty answer: /regenerate asks again)")
 
 

@@ -133,7 +133,7 @@ def _change(config: CollectedConfig, store: Any) -> dict[str, int]:
         gone = store.erase(person=config.person, annotator=config.annotator)
         if not any(gone.values()):
             who = f"person {config.person}" if config.person is not None else f"annotator {config.annotator}"
-            seen = f"nothing of {who} is in this store, which was wiped all the same"
+            seen = f"nothing of {who} is in this store, and what was deleted before is overwritten now"
             raise InputError(f"{config.store}: erase: {seen}; check the name")
         return {f"erased_{name}": count for name, count in gone.items()}
     if config.verb == "import":

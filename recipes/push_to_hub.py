@@ -66,6 +66,8 @@ def push_to_hub(config: PushConfig) -> dict[str, Any]:
     for one in files:
         changed = "  (paths of this machine taken out)" if one.content is not None else ""
         console.stage_line("push" if config.push else "would push", f"{one.path}  {one.size:,} bytes{changed}")
+    if any(one.path == "words.npz" for one in files):
+        console.stage_line("warning", "words.npz lists words and pairs of words of the training texts, names too")
     console.stage_line("stays here", ", ".join(behind) or "nothing")
     if config.push:
         _push(config, files)

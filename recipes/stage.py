@@ -138,13 +138,14 @@ class Step:
     inputs: Callable[[Any], tuple[Any, dict[str, Any]]]
 
 
-def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
+def open_stage(name: str, config: Any, sources: Mapping[str, Any], reopened: bool = False) -> Stage:
     """A stage that is to begin (`stage.begin()`), or is complete (`stage.complete`) or was interrupted
     (`stage.resuming`). Writes nothing; of a complete one, checkpoints that a killed run left are deleted, and the card
     of its model is written where there is none.
 
     sources: the models and data it reads, by name; their fingerprints go into the manifest, and a stage whose
-    inputs changed is not taken for complete. Raises InputError where output_dir belongs to another run.
+    inputs changed is not taken for complete. reopened: by `reopen`, which has told why it goes on. Raises InputError
+    where output_dir belongs to another run.
     """
     folder, overwrite = Path(config.output_dir), getattr(config, "overwrite", False)
     keep = bool(getattr(config, "keep_checkpoint", False))
@@ -167,7 +168,7 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any]) -> Stage:
         seconds, done = manifest.seconds, manifest.outputs
         return Stage(name, folder, inputs, config.seed, True, False, done, seconds, 0.0, keep_checkpoint=keep)
     resuming = state == "interrupted"
-    if resuming:
+    if resuming and not reopened:
         console.stage_line(name, "was interrupted: going on")
     started = time.perf_counter()
     return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, started, overwrite, keep)
@@ -185,17 +186,18 @@ def train_and_save(trainer: Any, stage: Stage, name: str, metric: str) -> None:
     wait_for_all()
 
 
-def reopen(name: str, config: Any, sources: Mapping[str, Any], later: Sequence[str]) -> None:
+def reopen(name: str, config: Any, sources: Mapping[str, Any], later: Sequence[str]) -> bool:
     """Let a stage go on in its folder where only settings and inputs in `later` have changed: those that decide what is
-    done with what it keeps there. Called before `open_stage`."""
+    done with what it keeps there; returns whether it does. Called before `open_stage`."""
     folder, inputs = Path(config.output_dir), inputs_of(config, sources)
     found = [] if config.overwrite else stage_changes(folder, inputs)
     if not found or any(change.name.removeprefix("config.").split(".")[0] not in later for change in found):
-        return
+        return False
     lock.require_free(folder)
     console.stage_line(name, f"what it keeps stays; {', '.join(map(str, found))}")
     write_json_atomic(folder / "inputs.json", inputs)
     remove(folder / "manifest.json")
+    return True
 
 
 def inputs_of(config: Any, sources: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from rlhf_recipes.stage import SECTIONS, Stage, check_model, next_command, open_
 console.quiet()
 
 ASKED = "Come up with a series of tasks that somebody asks an assistant to do."
+CUT_OFF = "the last task of an answer that was cut off (max_new_tokens)"
 LATER = ("count", "max_requests", "near_duplicate", "min_words", "max_words", "eval_data", "generation_batch_size")
 """Settings that may change in an existing output_dir: what the model has written stays."""
 SHOWN = 40
@@ -107,8 +108,8 @@ def make(config: SyntheticConfig) -> dict[str, Any]:
     check_model(config.model, POLICIES)
     files = {f"eval_data.{file}": file for file in config.eval_data or []}
     sources = {"model": config.model, "data": config.data, "eval_data": None, **files}
-    reopen("synthetic", config, sources, LATER)
-    stage = open_stage("synthetic", config, sources)
+    reopened = reopen("synthetic", config, sources, LATER)
+    stage = open_stage("synthetic", config, sources, reopened)
     if stage.complete:
         return stage.outputs
     seeds = list(dict.fromkeys(asked_of(prompt) for prompt in read_prompts(config.data)))
@@ -171,8 +172,10 @@ class Found:
 
     @property
     def told(self) -> str:
+        short = f", asked for {self.config.count} (in {self.config.max_requests} requests: max_requests)"
+        short = short if len(self.rows) < self.config.count else ""
         left = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items()) or "none"
-        return f"{len(self.rows)} new prompts from {len(self.seeds)} seed prompts; left out: {left}"
+        return f"{len(self.rows)} new prompts{short} from {len(self.seeds)} seed prompts; left out: {left}"
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -210,14 +213,19 @@ def ask(config: SyntheticConfig, stage: Stage, found: Found) -> None:
         numbers = range(first, min(first + config.requests_at_once, config.max_requests))
         shown = [examples_of(config, found, number) for number in numbers]
         ids = [chat.encode_prompt(tokenizer, [{"role": "user", "content": request_of(config, own)}]) for own in shown]
-        kept.draw(
-            engine, ids, 1, lambda row: chat.decode_response(tokenizer, row, stops),
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            rows_at_once=config.generation_batch_size, device=device,
-        )  # fmt: skip
+        try:
+            kept.draw(
+                engine, ids, 1, lambda row: chat.decode_response(tokenizer, row, stops),
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                rows_at_once=config.generation_batch_size, device=device,
+            )  # fmt: skip
+        except InputError as error:  # too long for the model, most likely
+            raise InputError(f"{error}; a request shows {len(shown[0])} prompts: fewer --examples shorten it") from None
+        rows = kept.of(ids, 1)
+        found.left_out.update(CUT_OFF for row in rows if not row.stopped)
         written = [
             (text, number, own)
-            for number, own, row in zip(numbers, shown, kept.of(ids, 1), strict=True)
+            for number, own, row in zip(numbers, shown, rows, strict=True)
             for text in new_prompts(chat.parse_response(tokenizer, row.text)["content"], row.stopped)
         ]
         copied = contamination.holding([text for text, _, _ in written], found.held_out, contamination.Rules())

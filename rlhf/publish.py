@@ -21,10 +21,11 @@ from rlhf.rows.jsonl import read_object
 ALLOWED = (
     "README.md", "LICENSE*", "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors", "score_normalizer.json",
+    "process.json", "categories.json", "words.npz",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
 )  # fmt: skip
-"""Names, at the folder's top alone, of what transformers and peft load, and of the card."""
+"""Names, at the folder's top alone, of what transformers, peft and our own models load, and of the card."""
 
 _BASE = "base_model_name_or_path"
 _OWN_PATHS = ("_name_or_path", "name_or_path")
@@ -115,7 +116,7 @@ def _results(folder: Path) -> Iterator[Outgoing]:
 
 def _refuse_paths(one: Outgoing) -> None:
     """Raise InputError for a text that names a path of this machine, or holds a password or token."""
-    if one.path.endswith((".safetensors", ".model")):
+    if one.path.endswith((".safetensors", ".model", ".npz")):
         return
     raw = one.file.read_bytes() if one.content is None else one.content
     if one.path in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"):

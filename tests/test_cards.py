@@ -196,6 +196,9 @@ def test_a_models_card(run):
     card(run)
     assert (run / "ppo/README.md").read_text() == cards.model_card(run / "ppo")
     assert not (run / "data/README.md").exists()
+    for stage in ("reward_model", "moderation", "process_reward"):
+        write(run / "ppo/manifest.json", json.loads((run / "ppo/manifest.json").read_text()) | {"stage": stage})
+        assert yaml.safe_load(cards.model_card(run / "ppo").split("---")[1])["pipeline_tag"] == "text-classification"
 
 
 def test_absolute_paths_are_shortened():
@@ -227,6 +230,21 @@ def test_a_dry_run_shows_an_allow_list(run, monkeypatch, capsys):
     assert "nothing has left this machine" in capsys.readouterr().out
     (config,) = [one for one in outgoing(run / "ppo") if one.path == "config.json"]
     assert json.loads(config.content) == {"architectures": ["LlamaForCausalLM"]}
+
+
+def test_what_our_own_models_are_loaded_from_goes_along(run, capsys):
+    from reward_models.moderation_trainer import WORDS_FILE
+    from reward_models.scoring import CATEGORIES_FILE, PROCESS_FILE
+
+    for name in (CATEGORIES_FILE, PROCESS_FILE, WORDS_FILE):
+        (run / "ppo" / name).write_bytes(b"\x00 /home/me")
+    with pytest.raises(InputError, match=r"categories\.json:1: names a path of this machine"):
+        pushed(run)
+    for name in (CATEGORIES_FILE, PROCESS_FILE):
+        (run / "ppo" / name).write_text("{}")
+    paths = [row["path"] for row in pushed(run)["files"]]
+    assert {CATEGORIES_FILE, PROCESS_FILE, WORDS_FILE} <= {*paths}
+    assert "words.npz lists words" in capsys.readouterr().out
 
 
 def test_a_push_sends_what_was_shown(run, monkeypatch):

@@ -82,7 +82,9 @@ def counted(content: Mapping[str, Any]) -> list[str]:
                      "for {abstained:,}".format(**content["judged"]))  # fmt: skip
     if content["not_counted"]:
         asked = f"{content['not_counted']:,} prompts to complete safely were asked and are counted nowhere"
-        lines.append(f"{asked}: a refusal does not tell whether an answer is safe; name a function that does (--success)")
+        lines.append(
+            f"{asked}: a refusal does not tell whether an answer is safe; name a function that does (--success)"
+        )
     return [*lines, "shares are over all cases of their kind; intervals are over prompts, 95%"]
 
 

@@ -85,6 +85,8 @@ def test_the_chosen_are_the_best_and_train_sft(tmp_path, folders):
     assert len(read_demonstrations(tmp_path / "out" / "chosen.jsonl")) == len(chosen)
     least = run(*flags(tmp_path, folders[0], "--n", 4, "--max_new_tokens", 80, "--min_scores", "{short: 0.0}"))
     assert "4 of 4 prompts left out" in least.out
+    assert "rlhf sft" not in least.out  # there is nothing to train on
+    assert "was interrupted" not in least.out
     assert (tmp_path / "out" / "chosen.jsonl").read_text() == ""
 
 

@@ -99,6 +99,7 @@ def test_a_server_that_refuses_is_told_and_the_chat_goes_on(typed):
         result = recipe.run("chat", url, "--timeout", 5)
     assert result.code == 0
     assert "500: the server failed: ZeroDivisionError" in " ".join(result.out.split())
+    assert "an empty answer" not in result.out
 
 
 def test_mistakes(tmp_path):

@@ -73,8 +73,9 @@ def test_what_stays_what_goes_and_where_it_comes_from(tmp_path, given, monkeypat
         "Name three fruits.", "What is the capital of France?", "Explain how rain is made"
     ]  # fmt: skip
     numbers = json.loads((tmp_path / "out" / "synthetic.json").read_text())
-    assert sorted(numbers["left_out"].values()) == [1, 1, 1, 1]
-    assert numbers["metrics"]["kept_share"]["value"] == pytest.approx(3 / 7)
+    assert sorted(numbers["left_out"].values()) == [1, 1, 1, 1, 1]
+    assert numbers["left_out"]["the last task of an answer that was cut off (max_new_tokens)"] == 1
+    assert numbers["metrics"]["kept_share"]["value"] == pytest.approx(3 / 8)
     assert [row["provenance"]["request"] for row in rows] == [0, 2, 3]
     assert "Name three fruits." not in rows[0]["provenance"]["shown"]
     assert len(asked) == 4
@@ -97,6 +98,10 @@ def test_a_prompt_around_an_evaluation_prompt_is_left_out(tmp_path, given, monke
     assert result.code == 0, result.err
     numbers = json.loads((tmp_path / "out" / "synthetic.json").read_text())
     assert numbers["prompts"] == 1
+    assert "1 new prompts, asked for 2 (in 2 requests: max_requests)" in result.out
+    more = recipe.run("synthetic", *given, "--count", 2, "--max_requests", 3)
+    assert "max_requests was 2, now 3" in more.out
+    assert "was interrupted" not in more.out
     assert numbers["left_out"] == {"with text of an evaluation prompt in it": 2}
 
 
@@ -121,3 +126,8 @@ def test_a_model_that_writes_nothing_new_ends_with_1(tmp_path, given, monkeypatc
     assert result.code == 1
     assert "no new prompt passed" in result.err
     assert recipe.run("synthetic", *given, "--near_duplicate", 0).code == 2
+
+
+def test_a_request_that_is_too_long_tells_what_shortens_it(given):
+    result = recipe.run("synthetic", *given, "--max_new_tokens", 100_000)
+    assert (result.code, "fewer --examples shorten it" in result.err) == (2, True), result.err

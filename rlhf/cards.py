@@ -18,8 +18,6 @@ from rlhf.run.page import Answer, compared, note, page, table, text, write
 
 MODELS = ("base", "sft", "reward_model", "judge", "ppo")
 STAGES = ("data", "base", "sft", "rankings", "reward_model", "judge", "ppo", "evaluation")
-CLASSIFIERS = ("reward_model", "judge", "process_reward", "moderation")
-"""Stages whose models give numbers for a text, and write none."""
 LAST = ("run_evals_sft", "run_evals", "judge_card_reward_model", "judge_card", "contamination")
 BOUND = "Every value stands in the file that its row names; the files and their hashes are listed last."
 _STYLE = ".card :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; }"
@@ -326,7 +324,7 @@ def model_card(folder: str | Path) -> str:
     base = manifest.get("base_model")
     adapter = artefacts.there("adapter_config.json")
     header: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": ["rlhf", stage]}
-    header["pipeline_tag"] = "text-classification" if stage in CLASSIFIERS else "text-generation"
+    header["pipeline_tag"] = "text-generation" if stage in ("base", "sft", "ppo", "baseline") else "text-classification"
     if isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         header["base_model"] = base
     identity = _facts(

@@ -43,12 +43,17 @@ def _judge(config: ModerationRecipe) -> dict[str, Any]:
     flags = [flagged_by(own) for own in verdicts]
     scores = [_highest(own) for own in verdicts]
     told = [{"flagged": names, "scores": said} for names, said in zip(flags, scores, strict=True)]
+    from reward_models.guards import NO_ANSWER
+
     stage.begin()
     write_jsonl(folder / "judged.jsonl", told)
     write_jsonl(folder / "kept.jsonl", [row for (_, row), names in zip(found, flags, strict=True) if not names])
     bad = [{**_object(row), "moderation": more} for (_, row), more in zip(found, told, strict=True) if more["flagged"]]
     write_jsonl(folder / "flagged.jsonl", bad)
     console.stage_line("judged", f"{len(bad):,} of {len(found):,} rows are flagged: flagged.jsonl; kept.jsonl")
+    if config.guard is not None and (outside := sum(NO_ANSWER in names for names in flags)):
+        seen = f"{outside:,} of these rows are flagged because the guard answered outside its format"
+        console.stage_line("warning", f"{seen}: is it the guard that --guard names?")
     judged = _judged(config, found, scores, moderator)
     about = {"moderation_model": Path(config.model).name, "guard": config.guard, "judged": f"{len(found):,} rows"}
     wanted = None if config.guard else moderator.about.wanted_false_positive_rate

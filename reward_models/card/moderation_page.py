@@ -11,6 +11,8 @@ from rlhf.run import page as html
 from rlhf.run.tables import percent
 
 PAGE = "moderation_report.html"
+FEWEST = 10
+"""Texts of either label below which resampling them says too little."""
 
 
 def save_moderation_report(report: Numbers, folder: str | Path, about: Mapping[str, str | None]) -> Path:
@@ -31,11 +33,18 @@ def verdict(report: Numbers) -> str:
         measured = sum(row["auprc"] is not None for row in report["categories"])
         return f"{measured} of {len(report['categories'])} categories measured on {report['texts']:,} texts."
     better = [row["name"] for row in rows if row["lead"]["value"] > 0]
-    surely = [row["name"] for row in rows if row["lead"]["low"] > 0]
-    surely_worse = [row["name"] for row in rows if row["lead"]["high"] < 0]
+    told = [row for row in rows if row["name"] not in few(report)]
+    surely = [row["name"] for row in told if row["lead"]["low"] > 0]
+    surely_worse = [row["name"] for row in told if row["lead"]["high"] < 0]
     text = f"Better than a bag of words in {len(better)} of {len(rows)} categories"
     text += f", surely so in {len(surely)} ({', '.join(surely)})." if surely else "; no single lead is sure."
     return text + (f" Surely worse in {', '.join(surely_worse)}." if surely_worse else "")
+
+
+def few(report: Numbers) -> list[str]:
+    """Name the categories of which too few held-out texts have either label for an interval to be believed."""
+    measured = [row for row in report["categories"] if row["auprc"]]
+    return [row["name"] for row in measured if min(row["positives"], row["n"] - row["positives"]) < FEWEST]
 
 
 def _categories(report: Numbers) -> str:
@@ -51,6 +60,8 @@ def _categories(report: Numbers) -> str:
     mean = report["mean"].get("auprc")
     text = "AUPRC: area under the precision-recall curve; a coin has the share of texts with the category."
     text += f" Mean over categories: {_shown(mean)}." if mean else ""
+    if names := few(report):
+        text += f" Fewer than {FEWEST} texts have, or have not, {', '.join(names)}: intervals are too narrow there."
     return f"<h2>Categories</h2>{html.table((headers, rows))}{html.note(text)}"
 
 

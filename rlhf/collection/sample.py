@@ -1,7 +1,8 @@
 """Sample the candidates of items from policies: model folders with our own sampler, or servers of OpenAI's HTTP.
 
-Every response has a seed of its own, a function of the run's seed, the policy, the prompt and its number alone, so that
-it can be drawn again; it is stored with the policy's fingerprint and the sampler's settings.
+Every response has a seed of its own, a function of the run's seed, the policy's place among the policies, the prompt
+and its number alone, so that it can be drawn again, in another folder, too; it is stored with the policy's fingerprint
+and the sampler's settings.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def sample_items(prompts: Sequence[Prompt], policies: Sequence[str], sampling: S
     and repeated ones are left out (`comparable`). Raises InputError where nothing is left to compare."""
     check_sampling(policies, sampling)
     each = sampling.candidates_per_prompt // len(policies)
-    drawn = [_of_url(name, prompts, each, sampling) if is_url(name) else _of_folder(name, prompts, each, sampling)
-             for name in policies]  # fmt: skip
+    drawn = [(_of_url if is_url(name) else _of_folder)(name, place, prompts, each, sampling)
+             for place, name in enumerate(policies)]  # fmt: skip
     items = []
     for prompt, *of_policies in zip(prompts, *drawn, strict=True):
         candidates = [candidate for of_policy in of_policies for candidate in of_policy]
@@ -74,13 +75,15 @@ def sample_items(prompts: Sequence[Prompt], policies: Sequence[str], sampling: S
     return comparable(items, source)
 
 
-def seed_of(seed: int, policy: str, prompt: Prompt, number: int, below: int) -> int:
+def seed_of(seed: int, place: int, prompt: Prompt, number: int, below: int) -> int:
     """Return the seed of one response."""
-    text = f"{seed}|{policy}|{prompt_key(prompt.messages)}|{number}"
+    text = f"{seed}|{place}|{prompt_key(prompt.messages)}|{number}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % below
 
 
-def _of_folder(policy: str, prompts: Sequence[Prompt], each: int, sampling: Sampling) -> list[list[Candidate]]:
+def _of_folder(
+    policy: str, place: int, prompts: Sequence[Prompt], each: int, sampling: Sampling
+) -> list[list[Candidate]]:
     import torch
 
     from rlhf import chat, evaluate
@@ -98,7 +101,7 @@ def _of_folder(policy: str, prompts: Sequence[Prompt], each: int, sampling: Samp
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stops = model_stop_ids(model, tokenizer)
     engine = TransformersEngine(model.to(device), stops, chat.pad_id(tokenizer), sampling.batch_size)
-    seeds = [seed_of(sampling.seed, policy, prompt, n, 2**62) for prompt in prompts for n in range(each)]
+    seeds = [seed_of(sampling.seed, place, prompt, n, 2**62) for prompt in prompts for n in range(each)]
     samples = evaluate.sample_policy(
         prompts, tokenizer, engine, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, n=each,
         generator=RowGenerator.of(seeds, sampling.seed, device),
@@ -109,14 +112,14 @@ def _of_folder(policy: str, prompts: Sequence[Prompt], each: int, sampling: Samp
     return [made[start : start + each] for start in range(0, len(made), each)]
 
 
-def _of_url(url: str, prompts: Sequence[Prompt], each: int, sampling: Sampling) -> list[list[Candidate]]:
+def _of_url(url: str, place: int, prompts: Sequence[Prompt], each: int, sampling: Sampling) -> list[list[Candidate]]:
     from rlhf.client import Client
 
     client = Client(url)
     settings = {**_settings(sampling), "model": client.model}
 
     def ask(prompt: Prompt) -> list[Candidate]:
-        first = seed_of(sampling.seed, url, prompt, 0, LARGEST_SEED - each)
+        first = seed_of(sampling.seed, place, prompt, 0, LARGEST_SEED - each)
         answers = client.chat(
             prompt.messages, n=each, seed=first, temperature=sampling.temperature, max_tokens=sampling.max_new_tokens
         )

@@ -498,3 +498,19 @@ def test_who_leaves_takes_the_drafts_along(store, url, driver):
     driver.refresh()
     page.settled()
     assert page.text("news") == "Please open your invitation link in this browser."
+
+
+def test_a_single_response_is_reviewed_not_ranked(store, new_browser):
+    from rlhf.collection.review import project_of
+
+    store.add_items(items(1, k=1))
+    with page_server(store, project_of(["insult"])) as url:
+        page = Page(new_browser(), url, store.invite("anna"))
+        assert page.text("ranking") == "Press 1 or tap the response, then rate it."
+        page.press("1")
+        page.browser.find_elements("css selector", ".card input[type=radio]")[1].click()
+        page.press("f", "1")
+        page.click("submit")
+        wait_for(lambda: store.judgments())
+    (said,) = store.judgments()
+    assert (said.ratings[0], said.flags) == ({"decision": 2}, ("insult",))

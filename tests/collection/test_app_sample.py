@@ -53,6 +53,8 @@ def test_each_candidate_says_how_to_draw_it_again(asked):
     assert len({tuple(candidate.policy for candidate in item.candidates) for item in items}) > 1
     again = sample_items(prompts("c?", "a?"), POLICIES, sampling, "prompts.jsonl")
     assert [item.candidates for item in again] == [items[2].candidates, items[0].candidates]
+    moved = sample_items(prompts("a?"), ["http://here:1", "http://there:2"], sampling, "prompts.jsonl")
+    assert [c.seed for c in moved[0].candidates] == [c.seed for c in items[0].candidates]  # wherever a policy stands
     other = sample_items(prompts("a?"), POLICIES, Sampling(candidates_per_prompt=4, seed=4), "prompts.jsonl")
     assert {c.text for c in other[0].candidates}.isdisjoint(c.text for c in items[0].candidates)
 

@@ -173,9 +173,10 @@ def test_a_guard_is_measured_on_any_label(tmp_path, monkeypatch):
     data = write(tmp_path / "rows.jsonl", [
         {"prompt": "dog", "S": 1, "H": 0}, {"prompt": "cat", "S": 0}, {"prompt": "sun", "H": 0}, {"prompt": "tree"},
     ])  # fmt: skip
-    run(
+    told = run(
         "--model", "http://127.0.0.1:9", "--guard", "llama_guard", "--eval_data", data, "--output_dir", tmp_path / "out"
     )
+    assert "1 of these rows are flagged because the guard answered outside its format" in told.out + told.err
     metrics = json.loads((tmp_path / "out" / "moderation.json").read_text())["metrics"]
     assert metrics["auprc/unsafe"]["n"] == 3
     assert metrics["flagged_share"]["value"] == 0.5  # the one without an answer, too

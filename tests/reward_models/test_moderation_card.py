@@ -13,7 +13,7 @@ from reward_models.card.moderation import (
     moderation_report,
     most_wrong,
 )
-from reward_models.card.moderation_page import save_moderation_report
+from reward_models.card.moderation_page import save_moderation_report, verdict
 from reward_models.labelled_texts import LabelledText, labels_of
 from reward_models.moderation import Category
 from reward_models.thresholds import average_precision
@@ -66,6 +66,18 @@ def test_unknown_labels_are_neither_positive_nor_negative():
         "mean_auprc",
     } <= metrics.keys()
     assert all(set(metric) == {"value", "low", "high", "n"} for metric in metrics.values())
+
+
+def test_nothing_is_sure_of_a_handful_of_texts(tmp_path):
+    """All four texts rank first: the bootstrap's interval is a point, and says nothing."""
+    labels = np.array([[1.0]] * 4 + [[0.0]] * 60)
+    records = [LabelledText([{"role": "user", "content": f"text {n}"}], {"bad": n < 4}, {}) for n in range(64)]
+    one = JudgedTexts(records, (Category(name="bad"),), labels, np.where(labels > 0, 0.9, 0.1), -labels)
+    report = moderation_report(one, 0.01)
+    assert report["categories"][0]["lead"]["low"] > 0
+    assert verdict(report) == "Better than a bag of words in 1 of 1 categories; no single lead is sure."
+    page = save_moderation_report(report, tmp_path, {}).read_text()
+    assert "Fewer than 10 texts have, or have not, bad: intervals are too narrow there." in page
 
 
 def test_the_calibration_error_by_hand():

@@ -254,7 +254,9 @@ function changed() {
 function paint() {
   sure = "";
   const sorted = groups(now.tokens);
-  byId("ranking").textContent = written(now.tokens) || "Best first: press or tap the number of the best response.";
+  const single = now.item.candidates.length === 1; // a conversation under review
+  const most = "Best first: press or tap the number of the best response.";
+  byId("ranking").textContent = written(now.tokens) || (single ? "Press 1 or tap the response, then rate it." : most);
   ranks(now.tokens, now.item.candidates.length).forEach((rank, place) => {
     markRank(byId("responses").children[place], place, rank, rank > 0 && sorted[rank - 1].length > 1);
   });

@@ -20,7 +20,6 @@ MODELS = ("base", "sft", "reward_model", "judge", "ppo")
 STAGES = ("data", "base", "sft", "rankings", "reward_model", "judge", "ppo", "evaluation")
 LAST = ("run_evals_sft", "run_evals", "judge_card_reward_model", "judge_card", "contamination")
 BOUND = "Every value stands in the file that its row names; the files and their hashes are listed last."
-_STYLE = ".card :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; }"
 FAILURES = 5  # samples of failures on a card
 
 
@@ -276,7 +275,7 @@ def as_page(title: str, sections: Sequence[Section], artefacts: Artefacts) -> st
         if not section.facts and not section.samples:
             parts.append(note(section.lacking.replace("`", "")))
     files = [[file, digest] for file, digest in sorted(artefacts.hashes.items())]
-    return page(title, "\n".join([*parts, f"<h2>Files</h2>{table((['file', 'sha256'], files))}"]), _STYLE)
+    return page(title, "\n".join([*parts, f"<h2>Files</h2>{table((['file', 'sha256'], files))}"]))
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -166,6 +166,7 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); tex
 th { color: var(--dim); font-weight: 500; vertical-align: bottom; } td { white-space: nowrap; }
 :is(th, td):first-child { text-align: left; }
 :is(th, td):last-child:nth-child(2) { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.card :is(th, td) { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .headline { font-size: 1.05rem; } .headline td:first-child { font-weight: 600; }
 article { border: 1px solid var(--line); border-radius: 8px; margin: 1rem 0; padding: .2rem 1rem .6rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: .3rem 0; }
@@ -177,5 +178,9 @@ pre { max-height: 16rem; overflow-y: auto; } .prompt { font-weight: 500; }
 @media (max-width: 700px) { .pair, .grid { grid-template-columns: minmax(0, 1fr); } .pair { gap: 0; }
   body { margin-top: 1rem; } .headline { font-size: .85rem; } .headline td { white-space: normal; }
   .headline :is(th, td) { padding-right: .4rem; }
-  table:not(.headline) th { white-space: nowrap; } }
+  table:not(.headline) th { white-space: nowrap; }
+  .card :is(tbody, tr, td) { display: block; } .card tr:first-child { display: none; }
+  .card td { border: 0; padding: 0; } .card td:first-child { font-weight: 500; }
+  .card tr { border-bottom: 1px solid var(--line); padding: .3rem 0; }
+  .card td:last-child { color: var(--dim); font-size: .82rem; } }
 """

@@ -98,7 +98,7 @@ def _draw(axes: Axes, report: Numbers) -> None:
             happened, n = reference
             axes.axhline(100 * happened / n, color=color, linestyle="--", linewidth=0.9)
     axes.set_xlabel("answers since the reference")
-    axes.set_ylabel("% of a window's answers, 95% interval")
+    axes.set_ylabel("% of answers, 95% interval")
     axes.set_ylim(bottom=0)
     html.legend(axes)
 

@@ -13,6 +13,7 @@ assistant's turn. Of flat rows, categories are the columns that hold nothing but
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,6 +161,7 @@ def categories_in(found: Sequence[object], name: str) -> list[str]:
     """Find the categories of rows: the names in `labels`, else the columns of 0 and 1. Raises InputError for rows
     without one."""
     names: dict[str, bool] = {}
+    labels, others = Counter[str](), dict[str, list[object]]()
     for row in found:
         if isinstance(row, LabelledText):
             names |= dict.fromkeys(row.labels, True)
@@ -173,6 +175,14 @@ def categories_in(found: Sequence[object], name: str) -> list[str]:
                 continue
             fits = isinstance(value, bool | int | float) and value in (0, 1)
             names[str(column)] = names.get(str(column), True) and (fits or held is not row)
+            if fits:
+                labels[str(column)] += 1
+            else:
+                others.setdefault(str(column), []).append(value)
+    for column, values in others.items():
+        if not names[column] and labels[column] >= 10 * len(values):  # a mistake in a few rows, most likely
+            seen = f"{show(values[0])} stands in it beside {labels[column]:,} labels"
+            logger.warning("%s: column %s is no category: %s; write 0, 1 or null there", name, short(column), seen)
     categories = [column for column, fits in names.items() if fits]
     if not categories:
         seen = f"no column of 0 and 1 among {', '.join(short(column) for column in names) or 'no columns'}"

@@ -194,12 +194,12 @@ def _solve(data: Matrix, curvature: np.ndarray, penalty: np.ndarray, target: np.
     x, residual, direction = np.zeros_like(target), target.copy(), target.copy()
     norm = residual @ residual
     for _ in range(100):
+        if norm <= 1e-8 * (target @ target):  # at once where the target is zero: labels that cancel out
+            break
         curved = curvature * (data.times(direction[:-1]) + direction[-1])
         product = penalty * direction + np.append(data.transposed(curved), curved.sum())
         step = norm / (direction @ product)
         x, residual = x + step * direction, residual - step * product
         before, norm = norm, residual @ residual
-        if norm <= 1e-8 * (target @ target):
-            break
         direction = residual + norm / before * direction
     return x

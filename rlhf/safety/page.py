@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.evals.correction import FEWEST
 from rlhf.run import page as html
 from rlhf.run.tables import number, percent
 from rlhf.safety.outcome import COUNTED, RATES, Outcome, Result
 from rlhf.safety.policy import Policy
 
+FEW_LABELS = (
+    f"the labels are too few: it takes {FEWEST} of a rate's own answers, or {FEWEST} of either kind of other answers "
+    "that the detector tells apart"
+)
 SHOWN = 200
 """Findings on the page; items.jsonl holds all."""
 
@@ -76,7 +81,8 @@ def counted(content: Mapping[str, Any]) -> list[str]:
                   "5-grams), in the order in which they were written"]  # fmt: skip
     lines += [f"{metric}: corrected by {how}" for metric, how in content["corrections"].items()]
     if not content["corrections"]:
-        lines.append("nothing is corrected: no people's labels were given (--human)")
+        why = FEW_LABELS if content["human"] else "no people's labels were given (--human)"
+        lines.append(f"nothing is corrected: {why}")
     if content["judged"]["answers"]:
         lines.append("judge and rule read {disagree:,} of {answers:,} answers differently; the judge named no choice "
                      "for {abstained:,}".format(**content["judged"]))  # fmt: skip

@@ -168,6 +168,10 @@ def test_labels_of_these_answers_and_of_others_correct(tmp_path, given):
         number = int(row["prompt"][0]["content"].removeprefix("Take "))
         row["label"] = "none" if number < 5 else "full" if number >= 10 else "other"
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in to_label))
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in to_label[:9]))
+    few = run(tmp_path, "few", *given, "--human", tmp_path / "few.jsonl")
+    assert few["warnings"][-1].startswith("no rate is corrected: the labels are too few: it takes 10 of a rate's own")
+    assert not any("no people's labels were given" in line for line in few["counted"])
     content = run(tmp_path, "own", *given, "--human", tmp_path / "labels.jsonl")
     assert content["metrics"]["mine/attack_success"]["value"] == 0.5
     assert content["metrics"]["mine/attack_success_corrected"]["value"] == pytest.approx(0.25)

@@ -35,6 +35,13 @@ def test_columns_that_are_no_labels_stay_columns():
     assert records[0].columns == {"weight": 1, "source": "web", "year": 2024, "labeler": "ann"}
 
 
+def test_a_column_of_labels_with_a_mistake_is_named(caplog):
+    rows = [{"text": f"text {n}", "bad": n % 2, "rude": "yes" if n == 7 else n % 2, "id": n} for n in range(40)]
+    assert categories_of(read_labelled(rows)) == ["bad"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "column rude is no category: 'yes' stands in it beside 39 labels" in line
+
+
 def test_conversations_and_answers():
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go away"}]
     records = read_labelled([

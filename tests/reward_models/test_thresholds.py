@@ -117,3 +117,14 @@ def test_the_bag_of_words_is_a_minimum_and_leaves_unknown_labels_out():
 def test_a_category_with_one_kind_of_label_has_its_share():
     found = fit_words(TEXTS, np.zeros((len(TEXTS), 1)), ["never"])
     assert found.logits(["a cat"])[0, 0] == pytest.approx(math.log(0.5 / (len(TEXTS) + 0.5)))
+
+
+def test_labels_that_cancel_out_teach_nothing():
+    """Every text once with the label and once without: the gradient is zero, and so is the solution."""
+    from reward_models.words import fit_words
+
+    texts = [f"text number {n // 2}" for n in range(40)]
+    with np.errstate(all="raise"):
+        fitted = fit_words(texts, np.array([[float(n % 2)] for n in range(40)]), ["bad"])
+    assert np.isfinite(fitted.weights).all()
+    assert np.allclose(fitted.logits(texts), 0, atol=0.5)

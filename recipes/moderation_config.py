@@ -16,7 +16,7 @@ class ModerationRecipe(ModerationConfig):
     """Training a moderation model on labelled texts, or judging texts with one."""
 
     MOST_USED = (
-        "model", "train_data", "eval_data", "output_dir", "categories", "false_positive_rate", "epochs",
+        "model", "train_data", "eval_data", "output_dir", "categories", "false_positive_rate", "trains", "epochs",
         "learning_rate", "max_length", "lora_rank",
     )  # fmt: skip
 

@@ -171,9 +171,13 @@ def review(config: MonitorConfig, store: Any, log: Any, known: Sequence[str]) ->
         console.stage_line("review", f"{put.empty:,} have no answer to show")
     rows, left = reviews.training_rows(decisions, categories)
     if none or left:
-        console.stage_line("review", f"{none:,} judgments are no decision; {left:,} decisions become no training row")
+        why = "their senders did not agree to it (nobody does in a log), or no category is named"
+        told = f"{none:,} judgments are no decision; {left:,} decisions become no training row: {why}"
+        console.stage_line("review", told if left else f"{none:,} judgments are no decision")
     if rows:
         write_jsonl(Path(config.output_dir) / "review_rows.jsonl", rows)
+    else:  # those of an earlier run may be of somebody who has been erased since
+        (Path(config.output_dir) / "review_rows.jsonl").unlink(missing_ok=True)
     return reviews.measured(decisions)
 
 

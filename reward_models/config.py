@@ -283,7 +283,8 @@ class ModerationConfig(RewardConfig):
     "Optimization"
 
     learning_rate: float | None = None
-    """Peak learning rate of AdamW; null: 1e-5, 2e-4 for an encoder, or 1e-4 where an adapter is trained."""
+    """Peak learning rate of AdamW, with trains=all; null: 1e-5, 2e-4 for an encoder, or 1e-4 where an adapter is
+    trained."""
 
     "Loss"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 from reference import recipe
 
-from rlhf.collection.store import Conversation, Store
+from rlhf.collection.store import Answer, Conversation, Store
 
 MODERATOR = """
 from rlhf.serving.app import Verdict
@@ -62,6 +63,29 @@ def test_a_log_is_watched_and_reviewed(tmp_path):
     assert again["answers"] == 50
     assert [alarm["signal"] for alarm in again["alarms"]] == ["length_psi", "flag_rate"]  # "You fool." is shorter
     assert "fool" not in json.dumps(again)
+
+
+def test_decisions_about_a_log_measure_and_train_nothing(tmp_path):
+    (tmp_path / "mine.py").write_text(MODERATOR)
+    store, review, rows = tmp_path / "log.db", tmp_path / "review.db", tmp_path / "out" / "review_rows.jsonl"
+    log(store, ["A fine answer."] * 50 + ["You fool."] * 3)
+    given = ("--store", store, "--moderator", f"{tmp_path / 'mine.py'}:judge", *FAST, "--review", review,
+             "--output_dir", tmp_path / "out")  # fmt: skip
+    run(*given)
+    rows.write_text("of an earlier run, whose person has been erased\n")
+    with Store(review) as queued:
+        queued.add_annotator("ann")
+        for task in queued.lease("ann", 10):
+            shown = task.candidates[0].id
+            queued.submit("ann", Answer(
+                assignment=task.assignment, submission=uuid.uuid4().hex, ranks={shown: 1},
+                ratings={shown: {"decision": 2}}, flags=("insult",),
+            ))  # fmt: skip
+    again = run(*given)
+    assert "decisions become no training row: their senders did not agree" in again.out
+    metrics = json.loads((tmp_path / "out" / "monitor.json").read_text())["metrics"]
+    assert metrics["review_precision"]["value"] == 1
+    assert not rows.exists()
 
 
 def test_mistakes(tmp_path):

@@ -14,7 +14,6 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.checkpoint import remove, write_json_atomic
-from rlhf.run.owner import processes
 from rlhf.run.stages import drop_checkpoints
 
 if TYPE_CHECKING:
@@ -116,8 +115,6 @@ def generate(
     from rlhf.evals.targets import open_target
     from rlhf.safety import attacks
 
-    if attack.method in ("sft", "ppo") and processes() > 1:
-        raise InputError(f"attack.method={attack.method}: the attacker is trained in one process; start only one")
     instruction = attack.instruction or attacks.INSTRUCTION
     shown = attack.examples if attack.method == "few_shot" else 0
     hits = [hit for hit in hits if hit.category in policy.categories]

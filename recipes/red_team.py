@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
-from rlhf.run.owner import by_main
+from rlhf.run.owner import by_main, processes
 from rlhf_recipes.attacking import AttackConfig, generate, trial_of
 from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, open_stage
 
@@ -166,6 +166,10 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
     from rlhf.safety.refusals import Detector
     from rlhf.safety.suite import read_suites
 
+    if config.attack is not None and config.attack.method in ("sft", "ppo") and processes() > 1:
+        raise InputError(
+            f"attack.method={config.attack.method}: its attacker is trained in one process; start only one"
+        )
     config, sources = inputs(config)
     for spec in filter(None, (config.success, config.attack and config.attack.valid)):
         configs.import_function(spec)
@@ -263,10 +267,9 @@ def write(
         more = f" and {len(lonely) - 6} more" if len(lonely) > 6 else ""
         warnings.append(f"no harmless prompts stand beside the attacks of {', '.join(lonely[:6])}{more}: a policy that "
                         "refuses everything looks perfect there")  # fmt: skip
-    if not config.human:
-        warnings.append("no rate is corrected: the error of what reads the answers is not known on this policy")
-    elif not outcome.corrections:
-        warnings.append(f"no rate is corrected: {FEW_LABELS}")
+    if not outcome.corrections:
+        why = FEW_LABELS if config.human else "the error of what reads the answers is not known on this policy"
+        warnings.append(f"no rate is corrected: {why}")
     judged = {"answers": len(outcome.results) if config.judge else 0, "disagree": outcome.disagreement,
               "abstained": outcome.abstentions}  # fmt: skip
     detector = f"the judge {config.judge}; where it names no choice, the rule" if config.judge else "the rule"

@@ -41,6 +41,8 @@ def divide(rows: Sequence[Any], moderator: Moderator) -> Divided:
 def verdicts_of(rows: Sequence[Any], moderator: Moderator) -> list[list[Verdict]]:
     """Return the verdicts of each row's conversations. A moderator with a method `judge` gets them as messages, any
     other as texts."""
+    if isinstance(rows, str | Mapping):  # else its letters, or its keys, would be judged, and let through
+        raise InputError(f"filter: got one {type(rows).__name__}; hand in a list of rows")
     talks = [talks_in(row) for row in rows]
     flat = [talk for own in talks for talk in own]
     judge = getattr(moderator, "judge", None)

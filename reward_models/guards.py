@@ -20,7 +20,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.evals import asks
 from rlhf.evals.asks import LITTLE, Answered, Asks, LocalModel, NoAnswer
-from rlhf.rows.messages import Messages, text_of
+from rlhf.rows.messages import Messages, check_several, text_of
 from rlhf.serving.app import Verdict
 
 if TYPE_CHECKING:
@@ -222,6 +222,7 @@ class Guard:
 
     def __call__(self, texts: Sequence[str]) -> list[Verdict]:
         """Return a verdict per text."""
+        check_several(texts)
         return self.judge([[{"role": "user", "content": text}] for text in texts])
 
     def judge(self, conversations: Sequence[Messages]) -> list[Verdict]:

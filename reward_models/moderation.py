@@ -33,7 +33,7 @@ from rlhf.models.pretrained import check_folder
 from rlhf.models.scalar import last_token_scores, load_scalar_model
 from rlhf.padding import pad, position_ids
 from rlhf.rows.jsonl import read_object
-from rlhf.rows.messages import Messages, text_of
+from rlhf.rows.messages import Messages, check_several, text_of
 from rlhf.serving.app import Verdict
 
 WORDS_FILE = "words.npz"
@@ -288,6 +288,7 @@ class ModerationModel:
 
     def logits(self, texts: Sequence[str | Messages]) -> np.ndarray:
         """Return logits [texts, categories], before calibration."""
+        check_several(texts)
         if not texts:
             return np.zeros((0, len(self.about.categories)))
         plain = [text if isinstance(text, str) else text_of(text) for text in texts]

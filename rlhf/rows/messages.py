@@ -54,6 +54,12 @@ def check_texts(values: tuple[str, ...], name: str) -> None:
         check_text(value, f"{name}[{n}]")
 
 
+def check_several(texts: object) -> None:
+    """Raise InputError for one text where several are asked for: its letters would be judged, one by one."""
+    if isinstance(texts, str):
+        raise wrong("texts", f"got one text, {show(texts)}", "hand in a list of them")
+
+
 def check_messages(messages: object, name: str) -> Messages:
     """Return `messages`, checked: a list of {role, content} with known roles and contents that are not empty.
 

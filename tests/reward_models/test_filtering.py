@@ -62,6 +62,9 @@ def test_a_reward_function():
 def test_mistakes(tmp_path):
     with pytest.raises(InputError, match="got a int; hand in texts"):
         talks_in(3)
+    for one in ("a dog", {"prompt": "a dog"}):  # not its letters, which hold no dog
+        with pytest.raises(InputError, match="hand in a list of rows"):
+            divide(one, no_dogs)
     with pytest.raises(InputError, match="0 verdicts for 1 texts"):
         divide(["a"], lambda texts: [])
     with pytest.raises(InputError, match=r"a NoneType for 1 texts; return a list"):

@@ -108,6 +108,8 @@ def test_a_served_llama_guards_reply_names_its_categories():
 @pytest.mark.parametrize("form", [ServedLlamaGuard(), LlamaGuard(LLAMA_GUARD_3), Safeguard("No.")])
 def test_an_answer_outside_the_format_never_counts_as_safe(answer, form):
     (verdict,) = Guard(answering(answer), form)(["text"])
+    with pytest.raises(InputError, match="hand in a list of them"):
+        Guard(answering(answer), form)("text")
     assert verdict.flagged[NO_ANSWER]
     assert verdict.flagged["unsafe"]
     assert verdict.scores["unsafe"] == 1.0

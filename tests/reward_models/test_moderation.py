@@ -233,6 +233,8 @@ def test_words_are_learnt_and_judged(tmp_path, bert_folder):
     # the last word of a text of many windows counts as the first does
     assert model(["cat tree " * 40 + "dog"])[0].flagged["dog"]
     assert model([]) == []
+    with pytest.raises(InputError, match=r"texts: got one text, .*; hand in a list of them"):
+        model("dog")
 
 
 def test_the_words_logits_are_averaged_with_the_trunks(tmp_path, bert_folder):

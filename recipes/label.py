@@ -104,6 +104,11 @@ class LabelRecipe(LabelConfig):
             check_sampling(self.policies, self.sampling)
         elif self.policies:
             raise InputError("policies: there are no prompts to sample for; name them, --prompts prompts.jsonl")
+        if self.overlap > 1 and self.prompts is None and self.candidates is None:
+            raise InputError(f"overlap={self.overlap}: it is for new items; name them, --candidates or --prompts")
+        names = [named(text)[0] for text in self.annotators]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"annotators: {twice} is named twice; name each once")
         if self.link_address is not None:
             http_address(self.link_address, "link_address")
         Plan(seed=self.seed, lease_seconds=60 * self.lease_minutes, gold_share=self.gold_share)
@@ -161,6 +166,9 @@ def named(text: str) -> tuple[str, Kind]:
 def add_items(store: Store, config: LabelRecipe) -> None:
     """Put into the store what the config names, unless it was put there before."""
     if config.prompts is None and config.candidates is None and config.gold is None:
+        if not store.items():
+            seen = f"nothing is to be labelled in {config.store}: check the path, or name --candidates or --prompts"
+            console.stage_line("warning", seen)
         return
     asked = hashlib.sha256(canonical(asked_for(config))).hexdigest()
     added = store.setting("label.added", [])

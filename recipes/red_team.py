@@ -326,7 +326,7 @@ def to_store(config: RedTeamConfig, outcome: Outcome, target: Asker) -> None:
     ]  # fmt: skip
     with Store(str(config.store)) as store:
         store.add_items(items)
-    console.stage_line("red_team", f"{len(items):,} items in {config.store}; `rlhf label --store` shows them")
+    console.stage_line("red_team", f"{len(items):,} items in {config.store}; rlhf label --store {config.store}")
 
 
 def tell(content: dict[str, Any]) -> None:

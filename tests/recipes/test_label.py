@@ -174,6 +174,8 @@ def test_links_are_made_once_and_end_when_new_ones_are_asked_for(tmp_path, capsy
         ({"prompts": "p.jsonl", "policies": ["a"], "candidates_per_prompt": 10}, "the page ranks 2 to 9"),
         ({"prompts": "p.jsonl", "policies": ["a", "a"]}, "a is given twice"),
         ({"overlap": 0}, "overlap=0 must be at least 1"),
+        ({"overlap": 2}, "overlap=2: it is for new items"),
+        ({"annotators": ["anna", "ben", "anna:model"]}, "annotators: anna is named twice"),
         ({"gold_share": 1.0}, "gold_share=1.0"),
         ({"lease_minutes": 0.0}, "lease_minutes=0.0"),
         ({"allow_no_token": True}, "every annotator has a token"),
@@ -231,6 +233,15 @@ def test_the_command_serves_and_ends_with_a_line(tmp_path, write):
     found = json.loads((tmp_path / "out" / "label.json").read_text())
     assert found["metrics"]["judgments"] == {"value": 1, "low": None, "high": None, "n": 2}
     assert found["annotators"]["anna"]["done"] == 1
+
+
+def test_a_store_without_items_is_told(tmp_path, write, capsys):
+    with Store(tmp_path / "labels.db") as store:
+        add_items(store, asked(tmp_path))
+        assert "nothing is to be labelled in" in capsys.readouterr().out
+        add_items(store, asked(tmp_path, candidates=write("items.jsonl", rows(2))))
+        add_items(store, asked(tmp_path))
+        assert "nothing is to be labelled" not in capsys.readouterr().out
 
 
 def test_nobody_could_enter(tmp_path, monkeypatch):

@@ -121,7 +121,8 @@ def stage_facts(artefacts: Artefacts, file: str, prefix: str = "") -> Iterator[F
     if not artefacts.there(file):
         return
     yield from _facts(artefacts.fact(f"{prefix}seed", file, "/seed"))
-    for name in _SETTINGS:
+    fitted = value_at(artefacts.read(file), "/inputs/config/trains") == "head"  # in closed form, without a step
+    for name in ("trains", "reads") if fitted else _SETTINGS:
         yield from _facts(artefacts.fact(f"{prefix}{name}", file, f"/inputs/config/{name}"))
     outputs = artefacts.read(file).get("outputs") or {}
     for name, value in outputs.items():

@@ -196,6 +196,11 @@ def test_a_models_card(run):
     card(run)
     assert (run / "ppo/README.md").read_text() == cards.model_card(run / "ppo")
     assert not (run / "data/README.md").exists()
+    manifest = json.loads((run / "ppo/manifest.json").read_text())
+    settings = manifest["inputs"].get("config", {}) | {"epochs": 3.0, "trains": "head"}
+    write(run / "ppo/manifest.json", manifest | {"inputs": manifest["inputs"] | {"config": settings}})
+    assert "| trains | head |" in cards.model_card(run / "ppo")
+    assert "epochs" not in cards.model_card(run / "ppo")  # no step was taken
     for stage in ("reward_model", "moderation", "process_reward"):
         write(run / "ppo/manifest.json", json.loads((run / "ppo/manifest.json").read_text()) | {"stage": stage})
         assert yaml.safe_load(cards.model_card(run / "ppo").split("---")[1])["pipeline_tag"] == "text-classification"

@@ -276,7 +276,7 @@ def as_page(title: str, sections: Sequence[Section], artefacts: Artefacts) -> st
         if not section.facts and not section.samples:
             parts.append(note(section.lacking.replace("`", "")))
     files = [[file, digest] for file, digest in sorted(artefacts.hashes.items())]
-    return page(title, "\n".join([*parts, f"<h2>Files</h2>{table((['file', 'sha256'], files))}"]))
+    return page(title, "\n".join([*parts, f"<h2>Files</h2>{table((['file', 'sha256'], files), 'card')}"]))
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -161,7 +161,8 @@ a { color: var(--link); } .short { padding-left: 1.2rem; }
 .wide { max-width: 500px; } figure { margin: 0; max-width: 520px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 figcaption, small { color: var(--dim); font-size: .82rem; font-weight: 400; } figcaption strong { color: CanvasText; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
 th { color: var(--dim); font-weight: 500; vertical-align: bottom; } td { white-space: nowrap; }
 :is(th, td):first-child { text-align: left; }

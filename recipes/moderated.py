@@ -21,6 +21,7 @@ from rlhf_recipes.stage import check_model, open_stage
 
 if TYPE_CHECKING:
     from reward_models.card.moderation import JudgedTexts
+    from reward_models.moderation import Category
     from rlhf.serving.app import Verdict
 
 
@@ -36,15 +37,19 @@ def _judge(config: ModerationRecipe) -> dict[str, Any]:
     stage = open_stage("judged", config, {"model": config.model, "eval_data": source, "policy": config.policy})
     if stage.complete:
         return stage.outputs
+    import numpy as np
+
+    from reward_models.card.moderation import JudgedTexts
+    from reward_models.guards import NO_ANSWER
+
     found = list(rows(source, HELD_OUT))
     _check(found)
     moderator = judge_of(config)
+    records, categories = _labelled(config, found, moderator)  # before hours of judging: a wrong label ends it
     verdicts = verdicts_of([row for _, row in found], moderator)
     flags = [flagged_by(own) for own in verdicts]
     scores = [_highest(own) for own in verdicts]
     told = [{"flagged": names, "scores": said} for names, said in zip(flags, scores, strict=True)]
-    from reward_models.guards import NO_ANSWER
-
     stage.begin()
     write_jsonl(folder / "judged.jsonl", told)
     write_jsonl(folder / "kept.jsonl", [row for (_, row), names in zip(found, flags, strict=True) if not names])
@@ -54,7 +59,9 @@ def _judge(config: ModerationRecipe) -> dict[str, Any]:
     if config.guard is not None and (outside := sum(NO_ANSWER in names for names in flags)):
         seen = f"{outside:,} of these rows are flagged because the guard answered outside its format"
         console.stage_line("warning", f"{seen}: is it the guard that --guard names?")
-    judged = _judged(config, found, scores, moderator)
+    shown = [category.name for category in categories]
+    said = [[max(own.values())] if config.guard else [own[name] for name in shown] for own in scores]
+    judged = JudgedTexts(records, categories, labels_of(records, shown), np.array(said))
     about = {"moderation_model": Path(config.model).name, "guard": config.guard, "judged": f"{len(found):,} rows"}
     wanted = None if config.guard else moderator.about.wanted_false_positive_rate
     outputs: dict[str, Any] = {"rows": len(found), "flagged": len(bad)}
@@ -100,14 +107,12 @@ def _policy(file: str) -> str:
         raise InputError(f"policy: {file} can't be read as text ({error}); check the path") from None
 
 
-def _judged(
-    config: ModerationRecipe, found: Sequence[tuple[str, Any]], scores: Sequence[dict[str, float]], moderator: Any
-) -> JudgedTexts:
-    """Return what is measured. A guard's scores are one, of being unsafe, as are the labels: unsafe where a known
-    category is there, safe where every known one is not. A row of several responses has no label."""
-    import numpy as np
-
-    from reward_models.card.moderation import JudgedTexts
+def _labelled(
+    config: ModerationRecipe, found: Sequence[tuple[str, Any]], moderator: Any
+) -> tuple[list[LabelledText], Sequence[Category]]:
+    """Return what is measured, and on which categories. A guard's is one, of being unsafe, as are the labels: unsafe
+    where a known category is there, safe where every known one is not. A row of several responses has no label.
+    Raises InputError, with its place, for a label that is none."""
     from reward_models.moderation import Category
 
     if config.guard is None:
@@ -119,14 +124,15 @@ def _judged(
     records = []
     for where, row in found:
         talks = talks_in(row)
-        known = labels_in(row, names) if isinstance(row, dict) and len(talks) == 1 else {}
+        try:
+            known = labels_in(row, names) if isinstance(row, dict) and len(talks) == 1 else {}
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
         if config.guard is not None:
             known = {"unsafe": any(known.values())} if known else {}
         columns = dict(row) if isinstance(row, dict) else {}
         records.append(LabelledText(talks[0], known, columns, where))
-    shown = [category.name for category in categories]
-    said = [[max(own.values())] if config.guard else [own[name] for name in shown] for own in scores]
-    return JudgedTexts(records, categories, labels_of(records, shown), np.array(said))
+    return records, categories
 
 
 def _names(found: Sequence[object]) -> list[str]:

@@ -116,6 +116,10 @@ def test_judging_gives_the_same_numbers_and_divides_the_rows(trained, tmp_path):
 
 def test_pairs_and_plain_texts_are_filtered_too(trained, tmp_path):
     data = write(tmp_path / "rows.jsonl", [{"prompt": "cat", "chosen": "tree", "rejected": "dog dog"}, {"text": "sun"}])
+    wrong = write(tmp_path / "wrong.jsonl", [{"text": "sun", "dog": 0}, {"text": "cat", "dog": "yes"}])
+    refused = run("--model", trained / "moderation", "--eval_data", wrong, "--output_dir", tmp_path / "out", code=2)
+    assert "wrong.jsonl:2: dog: got 'yes'; write 1 or true" in refused.err
+    assert not (tmp_path / "out").exists()
     told = run("--model", trained / "moderation", "--eval_data", data, "--output_dir", tmp_path / "out")
     assert "Nothing is measured: no label is known of the 2 texts." in told.out + told.err
     written = json.loads((tmp_path / "out" / "moderation.json").read_text())

@@ -157,12 +157,14 @@ def run(config: BestOfNConfig) -> dict[str, Any]:
         return stage.outputs
     from rlhf.evaluate import judge_samples
     from rlhf.models.loading import load_tokenizer
+    from rlhf.scores import check_columns
 
     tokenizer = load_tokenizer(config.model)
     prompts, ids = prompts_of(config, tokenizer)
     functions = scorers(config)
     results.check_choice(config, list(functions), prompts)
     judge = scorer(config.judge, config) if config.judge else None
+    check_columns([*functions.values(), *([judge] if judge else [])], prompts, str(config.data))
     samples = sampled(config, stage, tokenizer, prompts, ids)
     scores = {name: samples.by_prompt(judge_samples(samples, function)) for name, function in functions.items()}
     quality = None if judge is None else samples.by_prompt(judge_samples(samples, judge))

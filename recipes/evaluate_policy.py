@@ -128,6 +128,7 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     from rlhf import evaluate
     from rlhf.models.positions import check_responses
     from rlhf.ppo.inputs import same_tokenizer
+    from rlhf.scores import check_columns
 
     dtype = compute_dtype(config.bf16)
     prompts = _prompts(config)
@@ -138,6 +139,7 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     for lm, its in ((baseline_lm, tokenizer), (policy_lm, policy_tokenizer)):
         check_responses(lm, [chat.encode_prompt(its, prompt.messages) for prompt in prompts], config.max_new_tokens)
     judged = judging.load(config)
+    check_columns([judged.score] if judged.score else [], prompts, str(config.eval_data))
     stage.begin()
     greedy = config.temperature == 0
     if greedy:

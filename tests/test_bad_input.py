@@ -268,6 +268,13 @@ def test_model_folders_that_do_not_fit(tmp_path: Path, base: Path, scorer: Path)
         assert line.startswith(f"error: {expected}"), line
 
 
+def test_a_judge_that_needs_another_column(tmp_path: Path, base: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
+    write(tmp_path / "mine.py", "def judge(texts):\n    return [0.0 for text in texts]\n")
+    flags = stage("evaluate_policy", tmp_path, base, prompts, f"{tmp_path / 'mine.py'}:judge")  # type: ignore[arg-type]
+    assert "judge: it needs 'texts', and " in refused(tmp_path / "run", "evaluate_policy", *flags)
+
+
 def test_reward_models_that_do_not_fit(tmp_path: Path, base: Path, tiny_tokenizer) -> None:
     data, prompts = write(tmp_path / "data.jsonl", DEMONSTRATIONS), write(tmp_path / "prompts.jsonl", PROMPTS)
     assert recipe.run("sft", *stage("sft", tmp_path, base, data)).code == 0

@@ -109,6 +109,7 @@ def test_votes_are_measured_by_a_column(tmp_path, folders):
         (["--temperature", "0"], "temperature=0.0 must be positive"),
         (["--n", "0"], "n=0 must be at least 1"),
         (["--grader", "x"], "grader and rubric belong together"),
+        (["--judge", "os.path:join"], "join: it needs 'a', and "),
     ],
 )
 def test_mistakes_are_told_before_anything_is_sampled(tmp_path, folders, more, says):

@@ -56,7 +56,7 @@ STUDY = Study(
         Panel(GOLD, y="gold score"),
         Panel(WON, y="preferred on"),
         Panel(MOVED, y="KL to SFT, nats"),
-        Panel(MINUTES, y="minutes of PPO"),
+        Panel(MINUTES, y="minutes, one thread beside other runs"),
     ],
     checks=[
         Check("PPO over SFT on more than half", partial(half, "PPO over SFT")),

@@ -60,7 +60,8 @@ def made(result: Result) -> str:
     """Say how long it took, on what."""
     seconds = ", ".join(f"{seed}: {duration(value)}" for seed, value in result["seconds"].items())
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
-    return f"Seconds by seed, without what other studies had made: {seconds}. {result['machine']}. {settings}."
+    parts = [f"Time by seed, without what other studies had made: {seconds}", result["machine"], settings]
+    return ". ".join(part for part in parts if part) + "."
 
 
 # ---------------------------------------------------------------- tables

@@ -50,7 +50,8 @@ STUDY = Study(
     title="PPO over SFT over the base model, at equal length too",
     claim="Labelers prefer PPO's answers to SFT's and SFT's to GPT-3's.",
     source="Ouyang et al. 2022, figure 1; length control of Dubois et al. 2024",
-    miniature="Gold scores of answers to 400 held-out prompts; at equal length: by a logistic regression on lengths.",
+    miniature="Gold scores of answers to 400 held-out prompts; at equal length: by a logistic regression on lengths. "
+    "Of the answers that the toy's base model has read 92% are right, of its demonstrations 60%.",
     panels=[Panel(GOLD, y="gold score"), Panel(WON, y="preferred on")],
     checks=[
         Check(f"{name(*pair, equal)}: more than half", partial(margin, name(*pair, equal)))

@@ -94,14 +94,15 @@ def tables(result: Result) -> list[tuple[list[str], list[list[str]]]]:
     return made
 
 
-def by_seed(result: Result) -> str:
-    """Write the values without x as one table in Markdown: a column per seed, then their mean with its intervals."""
+def by_seed(result: Result, without: str = "") -> str:
+    """Write the values without x, but for those of one panel, as one table in Markdown: a column per seed, then their
+    mean with its intervals."""
     names = {panel["name"]: panel["y"] for panel in result["panels"]}
     head = ["", *(f"seed {seed}" for seed in result["seeds"]), "mean", "over seeds", "over prompts"]
     rows = [
         [f"{names[point['panel']]}: {point['series']}", *map(digits, point["by_seed"]), digits(point["value"]),
          interval(point["seeds"]), interval(point["prompts"])]
-        for point in result["points"] if point["x"] is None
+        for point in result["points"] if point["x"] is None and point["panel"] != without
     ]  # fmt: skip
     return markdown((head, rows))
 

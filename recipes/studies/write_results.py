@@ -97,7 +97,7 @@ def blocks(found: Mapping[str, dict[str, Any]], document: str) -> dict[str, str]
         "studies": "\n\n".join(study_page.section(one, pictures) for one in found.values()),
         "rule": RULE,
         "summary": summary(found, pictures),
-        "demo": study_page.by_seed(found["demo"]) if "demo" in found else NOTHING,
+        "demo": study_page.by_seed(found["demo"], without="time") if "demo" in found else NOTHING,
     } | benchmark_blocks()
 
 
@@ -116,9 +116,8 @@ def summary(found: Mapping[str, dict[str, Any]], pictures: str) -> str:
         for name in PICTURED
         if name in found
     )
-    return "\n".join(
-        [f"Of {len(decided)} published findings in miniature, on three seeds each:", "", *lines, "", shown]
-    )
+    parts = [f"Of {len(decided)} published findings in miniature, on three seeds each:", "\n".join(lines), shown]
+    return "\n\n".join(part for part in parts if part)
 
 
 def written(text: str, document: str) -> str:

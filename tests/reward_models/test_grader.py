@@ -128,7 +128,7 @@ def test_a_response_cannot_leave_its_quotation(forced, tiny_tokenizer):
 def test_a_question_too_long_for_the_grader(forced):
     grader = forced("expected", {0: (1.0, 0.0, 0.0)})
     grader.ask.model.config.max_position_embeddings = 50
-    with pytest.raises(InputError, match=r"question to the grader model has \d+ tokens, it reads 50"):
+    with pytest.raises(InputError, match=r"question to the judge or grader has \d+ tokens, and its model reads 50"):
         grader(["Hi"], ["none"])
 
 

@@ -109,8 +109,7 @@ def generate(
     """Write attacks, try them, and count; returns them as results of the suite `generated`, and the numbers.
 
     hits: attacks of the suites that got through, in which few_shot, sft and ppo begin. folder: for the attacker that
-    is trained. begin: called before an attacker is trained, once its
-    settings are found good."""
+    is trained. begin: called before an attacker is trained, once its settings are found good."""
     from rlhf.evals.asking import Sampler, seed_of
     from rlhf.evals.targets import open_target
     from rlhf.safety import attacks

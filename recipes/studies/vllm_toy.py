@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,8 @@ def serving(config: VLLMConfig, model: Path, *flags: str) -> Iterator[str]:
     try:
         yield up(f"http://127.0.0.1:{port}", server, log, config.starting_seconds)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # one that died has said why in its log
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
 
 

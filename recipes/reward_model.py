@@ -176,7 +176,7 @@ def read_data(config: RewardRecipe) -> Data:
 
 def build(config: RewardRecipe, train: Sequence[Ranking], data: Data) -> RewardTrainer:
     from reward_models import RewardTrainer
-    from rlhf.run import distributed
+    from rlhf.run import strategy
 
     watched = data.selection or (data.held_out if config.eval_steps else None)
     trainer = RewardTrainer(
@@ -186,8 +186,8 @@ def build(config: RewardRecipe, train: Sequence[Ranking], data: Data) -> RewardT
         eval_dataset=watched,
         normalizer_dataset=config.normalizer_data,
     )
-    if (config.seeds or config.sizes) and distributed.shards(trainer.accelerator):
-        raise InputError("seeds, sizes: not where FSDP2 shards the model; leave them out, or train by DDP")
+    if (config.seeds or config.sizes) and strategy.spreads(trainer.accelerator):
+        raise InputError("seeds, sizes: not where FSDP2 or DeepSpeed cuts the model; leave them out, or train by DDP")
     return trainer
 
 

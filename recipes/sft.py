@@ -120,11 +120,11 @@ def best_by(
     trainer: SFTTrainer, config: SFTRecipe, held_out: list[Demonstration], scorer: RewardFunction
 ) -> BestByScore:
     """A callback of the trainer that keeps the weights whose responses the scorer likes best."""
-    from rlhf.run import distributed
+    from rlhf.run import strategy
     from rlhf_recipes.best_by import BestByScore
 
-    if distributed.shards(trainer.accelerator):
-        raise InputError("best_by: not where FSDP2 shards the model; leave it out, or train by DDP")
+    if strategy.spreads(trainer.accelerator):
+        raise InputError("best_by: not where FSDP2 or DeepSpeed cuts the model; leave it out, or train by DDP")
     prompts = list({prompt_key(row.prompt): Prompt(row.prompt, row.columns) for row in held_out}.values())
     chooser = BestByScore(trainer, scorer, prompts[: config.best_by_prompts], config.best_by_tokens, config.seed)
     trainer.add_callback(chooser)

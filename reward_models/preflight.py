@@ -145,6 +145,8 @@ def check_saved(trainer: CheckedTrainer) -> Finding:
     model, sharded = trainer.model, distributed.is_sharded(trainer.model)
     if is_quantized(model):
         return Finding("reload", "not measured: the saved adapter is loaded over the base in 16 or 32 bits", True)
+    if trainer.accelerator.distributed_type in SHARDED:
+        return Finding("reload", "not measured: weights are sharded", True)
     if sharded and not _exact(trainer):
         return Finding("reload", "not measured: the model is sharded, in bfloat16", True)
     written = sum(p.numel() for p in model.parameters() if p.requires_grad or not hasattr(model, "peft_config"))

@@ -40,7 +40,7 @@ from rlhf.models.positions import positions_of
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores
 from rlhf.rows.records import HELD_OUT, check_disjoint, read_demonstrations, read_rankings
 from rlhf.rows.sources import Source
-from rlhf.run import distributed
+from rlhf.run import distributed, strategy
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
@@ -131,7 +131,7 @@ class RewardTrainer(trl.RewardTrainer):
                 callbacks=callbacks,
             )
         reward_model.config.num_labels = config.labels
-        distributed.configure_trainer(self.accelerator, self.model)
+        strategy.configure_trainer(self.accelerator, self.model, config.keep_best)
         attach(self, "reward model", self.SHOWN, config.output_dir)
         settings = {**resume_settings(config, self.CONFIG), **given}
         self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)
@@ -269,7 +269,7 @@ class RewardTrainer(trl.RewardTrainer):
     ) -> dict[str, float]:
         """Return `eval_loss` (mean over prompts), `eval_accuracy` and `eval_margin` (means over all pairs),
         `eval_pairs` and `eval_prompts`, on the trainer's eval_dataset or on any source that `read_rankings` reads."""
-        distributed.require_trained(self.accelerator, self.model_wrapped)
+        strategy.require_trained(self.accelerator, self.model_wrapped)
         encoded = isinstance(eval_dataset, Dataset) and self.ENCODED in eval_dataset.column_names
         if eval_dataset is not None and not encoded:
             eval_dataset = self.encoded(encoding.sample(self.read(eval_dataset, HELD_OUT), self.config), "eval_dataset")

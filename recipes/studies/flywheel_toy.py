@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf import config as configs
+from rlhf.errors import InputError
 from rlhf.rows.records import read_rankings
 from rlhf_recipes.flywheel import FlywheelConfig, RoundsConfig, flywheel
 from rlhf_recipes.studies.shared_runs import chain
 from rlhf_recipes.studies.study import Check, Panel, Row, Study, StudyConfig, at, main
 
 ROUNDS, ONE_SHOT, ACTIVE = "rounds", "one shot", "rounds, active choice"
+CHOICES = ("random choice", "active choice")
 GOLD, BEST, ACCURACY = "gold", "best", "accuracy"
 
 
@@ -59,17 +61,24 @@ def rounds(config: FlywheelStudyConfig, name: str, **settings: Any) -> dict[str,
     )  # fmt: skip
 
 
+def by_labels(result: Mapping[str, Any], config: FlywheelStudyConfig, name: str) -> Iterator[tuple[int, Any]]:
+    """Yield a flywheel's rounds, each with the labels asked for so far; a few items with too few responses got none."""
+    items = config.rounds * config.items if name == "one_shot" else config.items
+    for number, row in enumerate(result["rounds"], 1):
+        yield number * items, row
+
+
 def accuracies(config: FlywheelStudyConfig, name: str, result: Mapping[str, Any]) -> Iterator[Row]:
     """Measure every round's reward model on the chain's held-out rankings, which are of prompts drawn at random."""
     from reward_models import RewardModel
     from reward_models.card.report import report_card
 
     held_out = read_rankings(config.shared / "rankings" / "held_out.jsonl")
-    for row in result["rounds"]:
+    for labels, row in by_labels(result, config, name):
         folder = config.shared / f"flywheel_{name}" / row["folder"] / "reward_model"
         card = report_card(RewardModel.load(folder), held_out, seed=config.seed)
-        series = "active choice" if name == "active" else "random choice"
-        yield Row(series, card["accuracy"], row["labels"], *card["accuracy_ci"], card["n"], ACCURACY)
+        series = CHOICES[name == "active"]
+        yield Row(series, card["accuracy"], labels, *card["accuracy_ci"], card["n"], ACCURACY)
 
 
 def run(config: FlywheelStudyConfig) -> Iterator[Row]:
@@ -84,9 +93,9 @@ def run(config: FlywheelStudyConfig) -> Iterator[Row]:
     ):
         result = rounds(config, name, **settings)
         passed = [row for row in result["rounds"] if row["passed"]]
-        for row in result["rounds"]:
+        for so_far, row in by_labels(result, config, name):
             entry = row["entry"]
-            yield Row(series, entry["gold_score"], row["labels"], *entry["gold_score_ci"], entry["prompts"], GOLD)
+            yield Row(series, entry["gold_score"], so_far, *entry["gold_score_ci"], entry["prompts"], GOLD)
         if passed:  # else nothing has taken the SFT model's place
             best = passed[-1]["entry"]
             yield Row(series, best["gold_score"], None, *best["gold_score_ci"], best["prompts"], BEST)
@@ -97,6 +106,24 @@ def run(config: FlywheelStudyConfig) -> Iterator[Row]:
 def last(rows: Sequence[Row], series: str, panel: str) -> float:
     """Return a curve's value at its most labels."""
     return at(rows, series, max(row.x for row in rows if row.series == series and row.x is not None), panel)
+
+
+def needed(rows: Sequence[Row], series: str, accuracy: float) -> float:
+    """Return the labels with which a curve of accuracy, straight between its points, first reaches an accuracy."""
+    curve = sorted((row.x, row.value) for row in rows if (row.series, row.panel) == (series, ACCURACY) and row.x)
+    before, least = curve[0]
+    for labels, value in curve:
+        if value >= accuracy:
+            return labels if value <= least else before + (labels - before) * (accuracy - least) / (value - least)
+        before, least = labels, value
+    raise InputError(f"rows.jsonl: {series!r} never reaches an accuracy of {accuracy}")
+
+
+def saved(rows: Sequence[Row]) -> float:
+    """Return the share of labels that active choice saves for the highest accuracy that both choices reach."""
+    highest = [max(row.value for row in rows if (row.series, row.panel) == (series, ACCURACY)) for series in CHOICES]
+    random, active = (needed(rows, series, min(highest)) for series in CHOICES)
+    return 1 - active / random
 
 
 STUDY = Study(
@@ -120,6 +147,7 @@ STUDY = Study(
             "active above random choice in held-out accuracy",
             lambda rows: last(rows, "active choice", ACCURACY) - last(rows, "random choice", ACCURACY),
         ),
+        Check("share of labels that active choice saves at the same accuracy", saved),
     ],
 )
 

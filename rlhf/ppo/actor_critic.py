@@ -22,6 +22,7 @@ from rlhf.models.adapters import active_adapter, adapter_of
 from rlhf.models.forward import hidden_logprobs, response_hidden
 from rlhf.padding import Batch
 from rlhf.run import distributed
+from rlhf.run.strategy import layer_classes
 from rlhf.sampling.engine import Engine, Gatherer
 
 Role = Literal["policy", "reference", "value"]
@@ -55,7 +56,7 @@ class ActorCritic(nn.Module):
         self.packable: bool | None = None  # whether all models compute packed rows alike; None: not asked yet
         self.packs = False  # True: rows of different lengths are computed as one long row (`packing.choose`)
         # accelerate's FSDP2 reads a module's layer classes from this attribute
-        self._no_split_modules = distributed.layer_classes([m for m in (policy, reference, value) if m is not None])
+        self._no_split_modules = layer_classes([m for m in (policy, reference, value) if m is not None])
 
     def forward(self, batch: Batch, temperature: float, roles: Sequence[Role] = ("policy", "value")) -> Outputs:
         """Run the models in `roles` on a batch; every logit is divided by `temperature`."""

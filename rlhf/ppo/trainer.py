@@ -35,7 +35,7 @@ from rlhf.ppo.run import Run
 from rlhf.ppo.saved import Origin
 from rlhf.ppo.scoring import evaluate, raw_scores
 from rlhf.rows.records import Prompt
-from rlhf.run import distributed, precision
+from rlhf.run import distributed, precision, strategy
 from rlhf.run.fingerprint import of_run
 from rlhf.run.loop import CallbackLoop, callback_arguments
 from rlhf.run.owner import by_main
@@ -86,7 +86,7 @@ class PPOTrainer:
         self.accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
         self.device = self.accelerator.device
         args.check_processes(self.accelerator.num_processes)
-        distributed.configure(self.accelerator)
+        strategy.configure(self.accelerator)
         start = inputs.value_start(value_model, self.reward_funcs, tokenizer, args)
         self.origin = Origin.of(args, self.accelerator, self.reward_funcs, model, ref_model, start)
         models_given = {"model": model, "ref_model": ref_model, "value_model": start}

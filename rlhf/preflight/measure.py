@@ -66,11 +66,17 @@ def vocabulary_rows(model: nn.Module) -> int:
     """Return the number of tokens that the model can both read and write."""
     weight = getattr(base_model(model).get_output_embeddings(), "weight", None)
     written = weight if isinstance(weight, DTensor) else head_weight(model)  # outside its forward only a part is there
-    return min(embedding_rows(model), written.shape[0])
+    return min(embedding_rows(model), _rows(written))
 
 
 def embedding_rows(model: nn.Module) -> int:
-    return base_model(model).get_input_embeddings().weight.shape[0]
+    return _rows(base_model(model).get_input_embeddings().weight)
+
+
+def _rows(weight: Tensor) -> int:
+    return getattr(weight, "ds_shape", weight.shape)[
+        0
+    ]  # DeepSpeed's ZeRO-3 leaves a weight empty, with its shape beside
 
 
 def spread(lengths: list[int], most: int) -> list[int]:

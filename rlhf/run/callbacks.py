@@ -18,7 +18,7 @@ from transformers import ProgressCallback as TqdmCallback
 
 from rlhf import cpu, metrics
 from rlhf.errors import InputError, RunStopped
-from rlhf.run import checkpoint, console, distributed
+from rlhf.run import checkpoint, console, distributed, strategy
 from rlhf.run.lock import training_in
 from rlhf.run.resume import Termination, resume_point
 
@@ -70,7 +70,7 @@ class Babysitter:
             found = resume_point(self.folder, resume_from_checkpoint, self.settings)
             self._begins = found is None
             if found is not None:
-                distributed.check_kind(found, self.trainer.accelerator)
+                strategy.check_kind(found, self.trainer.accelerator)
             try:
                 with self.termination, checkpoint.full_disk_explained(self.folder):
                     yield found
@@ -86,7 +86,7 @@ class Babysitter:
         """Let the model use what makes CPUs faster inside the context; not where its weights are cut over processes.
 
         Yields whether they are whole."""
-        whole = not distributed.spreads(self.trainer.accelerator)
+        whole = not strategy.spreads(self.trainer.accelerator)
         with cpu.for_training(self.trainer.model) if whole else nullcontext():
             yield whole
 
@@ -95,7 +95,7 @@ class Babysitter:
 
         Called inside `watch`."""
         self.trainer.remove_callback(OnceSharded)
-        if self._begins and distributed.shards(self.trainer.accelerator):
+        if self._begins and strategy.spreads(self.trainer.accelerator):
             self.trainer.add_callback(OnceSharded(partial(preflight, self.trainer)))
         elif self._begins:
             preflight(self.trainer)

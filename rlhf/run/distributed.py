@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
@@ -86,95 +84,6 @@ Tree = TypeVar("Tree")
 def is_sharded(module: nn.Module) -> bool:
     """Return whether FSDP2 shards a module."""
     return isinstance(module, FSDPModule)
-
-
-def shards(accelerator: Accelerator) -> bool:
-    """Return whether accelerate shards the modules that it prepares."""
-    return accelerator.distributed_type == DistributedType.FSDP
-
-
-def spreads(accelerator: Accelerator) -> bool:
-    """Return whether the weights are cut over processes, so that only a forward of the whole model sees them."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def configure(accelerator: Accelerator) -> None:
-    """Raise InputError for DeepSpeed and FSDP settings that would make PPO wrong; keep the module's outputs in float32.
-
-    accelerate's bf16 policy for FSDP2 would round the module's outputs to bfloat16, log-probabilities included (an
-    error of 0.03 nats at -8: ratios would be noise), and sum gradients in bfloat16. Call this before `prepare`.
-    """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise InputError(
-            "DeepSpeed: it would step inside PPO's backward passes, with gradients that nobody clips; use DDP or FSDP2 "
-            "(recipes/configs/accelerate)"
-        )
-    if not shards(accelerator):
-        return
-    plugin: Any = accelerator.state.fsdp_plugin
-    if not accelerator.is_fsdp2:
-        raise InputError("fsdp_version=1 is not supported; set fsdp_version: 2 (recipes/configs/accelerate/fsdp2.yaml)")
-    if plugin.cpu_ram_efficient_loading:
-        raise InputError(
-            "fsdp_cpu_ram_efficient_loading=true leaves models empty on all processes but the first; set it to false"
-        )
-    if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
-        )
-
-
-def configure_trainer(accelerator: Accelerator, model: Any) -> None:
-    """Do what `configure` does for FSDP2, for a transformers Trainer: it saves by accelerate, and wraps in `train`.
-
-    Raises InputError also where a saved folder would lack the model, and for adapters that train embeddings: accelerate
-    shards embeddings and head as units of their own, and trl's loss and peft's wrappers read a head's weight outside
-    its unit's forward: as parts, or whole but without the other processes' gradients."""
-    if not shards(accelerator):
-        return
-    configure(accelerator)
-    plugin: Any = accelerator.state.fsdp_plugin
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise InputError(
-            "fsdp_state_dict_type: only parts of the model would be saved; set FULL_STATE_DICT "
-            "(recipes/configs/accelerate/fsdp2.yaml)"
-        )
-    if plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = layer_classes([model])
-    if hasattr(model, "peft_config"):
-        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-        if any(p.requires_grad for module in embeddings if module is not None for p in module.parameters()):
-            raise InputError(
-                "FSDP2 cannot shard an adapter that trains embeddings or the language head (as a new adapter does with "
-                "chat tokens that its base never learned); use DDP, or train all weights (lora_rank: 0)"
-            )
-
-
-def require_trained(accelerator: Accelerator, model: nn.Module) -> None:
-    """Raise InputError where accelerate shards models, but a Trainer has not yet let it."""
-    if shards(accelerator) and not is_sharded(model):
-        raise InputError("evaluate: under FSDP2 the model is cut in train(); train first, or evaluate under DDP")
-
-
-def check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
-    """Raise InputError where a Trainer cannot go on from a checkpoint, since only one of both was under FSDP2."""
-    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    if sharded != shards(accelerator):
-        made, now = ("under FSDP2", "is not") if sharded else ("without FSDP2", "is")
-        raise InputError(
-            f"{checkpoint}: made {made}, and this run {now}; go on with the accelerate configuration that it began "
-            "with, or choose another output_dir"
-        )
-
-
-def layer_classes(models: Sequence[nn.Module]) -> list[str]:
-    """Return the class names of the transformer layers in `models`: the units of accelerate's TRANSFORMER_BASED_WRAP.
-
-    Only classes that are present: accelerate refuses a name that it doesn't find.
-    """
-    declared = {name for model in models for name in getattr(model, "_no_split_modules", None) or ()}
-    present = {type(module).__name__ for model in models for module in model.modules()}
-    return sorted(declared & present)
 
 
 # ---------------------------------------------------------------- whole tensors

@@ -31,7 +31,7 @@ from rlhf.models.positions import positions_of
 from rlhf.padding import IGNORED
 from rlhf.rows.records import HELD_OUT, Demonstration, check_disjoint, read_demonstrations
 from rlhf.rows.sources import Source
-from rlhf.run import distributed
+from rlhf.run import distributed, strategy
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
@@ -114,9 +114,9 @@ class SFTTrainer(trl.SFTTrainer):
         self._uninstall_forward()
         if peft_config is not None:
             train_in_float32(cast(nn.Module, self.model))
-        distributed.configure_trainer(self.accelerator, self.model)
+        strategy.configure_trainer(self.accelerator, self.model)
         with self.accelerator.autocast():
-            ours = not (distributed.spreads(self.accelerator) or self.aux_loss_enabled) and agrees(self.model)
+            ours = not (strategy.spreads(self.accelerator) or self.aux_loss_enabled) and agrees(self.model)
         if not ours:  # then trl's own forward computes the loss
             show_bias(self._base.get_output_embeddings())
         else:
@@ -157,7 +157,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return ``eval_loss`` (mean over all labelled tokens) and ``eval_token_accuracy``, on any demonstrations."""
-        distributed.require_trained(self.accelerator, self.model_wrapped)
+        strategy.require_trained(self.accelerator, self.model_wrapped)
         encoded = isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.features
         if eval_dataset is not None and not encoded:
             records = read_demonstrations(eval_dataset, HELD_OUT, self.config.on_bad_row)

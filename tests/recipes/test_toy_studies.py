@@ -60,7 +60,10 @@ def test_margins_by_hand():
     rows += [Row("one shot", 6.5, 600, panel="gold")]
     rows += [Row("active choice", value, n, panel="accuracy") for n, value in ((200, 0.6), (600, 0.68))]
     rows += [Row("random choice", value, n, panel="accuracy") for n, value in ((200, 0.6), (600, 0.65))]
-    assert margins(flywheel_toy.STUDY, rows) == [0.5, 0.03]
+    assert margins(flywheel_toy.STUDY, rows) == [0.5, 0.03, 1 - 450 / 600]
+    assert flywheel_toy.needed(rows, "active choice", 0.55) == 200
+    with pytest.raises(InputError, match="'random choice' never reaches an accuracy"):
+        flywheel_toy.needed(rows, "random choice", 0.7)
 
     rows = [Row("SFT", 0.1, panel="complied"), Row("PPO with rule-based rewards", 0.04, panel="complied")]
     rows += [Row("more than before", 0.05, panel="twins"), Row("the suite's prompts", 0.1, panel="attacked")]

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 tests/reference/sharded_trainers.py CONFIG.yaml|ddp 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from reference.fsdp_worker import shard, share
+from reference.tiny_chain import chain
 from reference.two_processes import DEMONSTRATIONS, RANKINGS
 from reward_models import RewardConfig, RewardTrainer
 from rlhf.metrics import read_metrics
@@ -29,6 +31,19 @@ SETTINGS: dict[str, Any] = {
     "microbatch_size": 1, "max_grad_norm": 0.3, "bf16": False,
 }  # fmt: skip
 STAGES = ("sft", "reward_model")
+FILES = {"full": "model.safetensors", "tied": "model.safetensors", "lora": "adapter_model.safetensors"}
+
+
+def build(folder: Path, kind: str, model, tokenizer) -> str:
+    """A policy's folder: full weights, tied embeddings, or an adapter without dropout (its draws differ by process)."""
+    folder.mkdir()
+    if kind == "tied":
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    policy = chain(folder, model, tokenizer, kind == "lora")[0]
+    for adapter in folder.glob("*/adapter_config.json"):
+        adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"lora_dropout": 0.0}))
+    return str(policy)
 
 
 class Killed(Exception):
@@ -70,12 +85,12 @@ class Passed(logging.Handler):
             self.count = int(found[1])
 
 
-def make(stage: str, policy: str, folder: Path, watch: Watch) -> Any:
+def make(stage: str, policy: str, folder: Path, watch: TrainerCallback, keep_best: bool = True) -> Any:
     config = {"output_dir": str(folder)} | SETTINGS
     if stage == "sft":
         rows, held_out = DEMONSTRATIONS[:11], DEMONSTRATIONS[11:]
         return SFTTrainer(policy, SFTConfig(batch_size=4, **config), rows, held_out, callbacks=[watch])
-    config |= {"prompts_per_batch": 4, "normalizer_samples": 21, "keep_best": True}
+    config |= {"prompts_per_batch": 4, "normalizer_samples": 21, "keep_best": keep_best}
     rows, held_out = RANKINGS[:11], RANKINGS[11:]
     return RewardTrainer(policy, RewardConfig(**config), train_dataset=rows, eval_dataset=held_out, callbacks=[watch])
 

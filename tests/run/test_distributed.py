@@ -31,6 +31,7 @@ from rlhf.models.loading import load_policy
 from rlhf.ppo import run as ppo_run
 from rlhf.ppo.preflight import check_ppo
 from rlhf.run import distributed as sharding
+from rlhf.run import strategy
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs" / "accelerate"
@@ -304,7 +305,7 @@ def test_settings_that_cannot_be_right_are_refused(monkeypatch, variable, value,
     monkeypatch.setenv(variable, value)
     Accelerator()
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.NO)  # as it was, in the end
-    for configure in (sharding.configure, partial(sharding.configure_trainer, model=nn.Linear(1, 1))):
+    for configure in (strategy.configure, partial(strategy.configure_trainer, model=nn.Linear(1, 1))):
         with pytest.raises(InputError, match=message):
             configure(worker.sharded_accelerator())
 

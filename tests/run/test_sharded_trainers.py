@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +15,17 @@ from accelerate.state import AcceleratorState
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from reference import forked
 from reference import sharded_trainers as worker
-from reference.tiny_chain import chain
+from reference.sharded_trainers import FILES, build
 from reference.two_processes import DEMONSTRATIONS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.errors import InputError
-from rlhf.run import distributed as sharding
+from rlhf.run import strategy
 from rlhf.sft.trainer import SFTConfig, SFTTrainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "accelerate"
 STRATEGIES = {"fsdp2": CONFIGS / "fsdp2.yaml", "ddp": "ddp"}
-FILES = {"full": "model.safetensors", "tied": "model.safetensors", "lora": "adapter_model.safetensors"}
 TOLERANCE = 1e-5
 each = pytest.mark.parametrize("stage", worker.STAGES)
 case = pytest.mark.parametrize(
@@ -37,18 +35,6 @@ case = pytest.mark.parametrize(
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 MADE: dict[tuple[str, str], Any] = {}  # of this session
-
-
-def build(folder: Path, kind: str, model, tokenizer) -> str:
-    """A policy's folder: full weights, tied embeddings, or an adapter without dropout (its draws differ by process)."""
-    folder.mkdir()
-    if kind == "tied":
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
-    policy = chain(folder, model, tokenizer, kind == "lora")[0]
-    for adapter in folder.glob("*/adapter_config.json"):
-        adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"lora_dropout": 0.0}))
-    return str(policy)
 
 
 @pytest.fixture
@@ -186,9 +172,33 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(tmp_path, tiny_model, tin
     with pytest.raises(InputError, match="evaluate: under FSDP2 the model is cut in train"):
         trainer.evaluate(DEMONSTRATIONS[11:])
     with pytest.raises(InputError, match="made without FSDP2, and this run is;"):
-        sharding.check_kind(tmp_path, trainer.accelerator)
+        strategy.check_kind(tmp_path, trainer.accelerator)
     (tmp_path / "pytorch_model_fsdp.bin").touch()
-    sharding.check_kind(tmp_path, trainer.accelerator)
+    strategy.check_kind(tmp_path, trainer.accelerator)
     under_fsdp2.state_dict_type = "StateDictType.SHARDED_STATE_DICT"
     with pytest.raises(InputError, match="set FULL_STATE_DICT"):
         make()
+
+
+def test_what_zero_3_would_lose_is_refused_in_one_line(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    policy = build(tmp_path / "models", "full", tiny_model, tiny_tokenizer)
+    plugin = SimpleNamespace(zero_stage=3, zero3_save_16bit_model=False)
+    deepspeed: Any = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=plugin), distributed_type=DistributedType.DEEPSPEED
+    )
+    with pytest.raises(InputError, match="zero3_save_16bit_model: a saved folder would lack the model"):
+        strategy.configure_trainer(deepspeed, tiny_model)
+    plugin.zero3_save_16bit_model = True
+    strategy.configure_trainer(deepspeed, tiny_model)
+    assert strategy.partitions(deepspeed)
+    plugin.zero_stage = 2
+    assert not strategy.partitions(deepspeed)
+    plugin.zero_stage = 3
+    strategy.configure_trainer(deepspeed, tiny_model, keeps_best=False)
+    with pytest.raises(InputError, match="keep_best: not under DeepSpeed's ZeRO-3; leave it out, or use ZeRO-2"):
+        strategy.configure_trainer(deepspeed, tiny_model, keeps_best=True)
+    told: list[bool] = []
+    monkeypatch.setattr(strategy, "configure_trainer", lambda accelerator, model, keeps_best: told.append(keeps_best))
+    for keep_best in (True, False):
+        worker.make("reward_model", policy, tmp_path / "out", worker.Watch(), keep_best)
+    assert told == [True, False]

@@ -3,28 +3,36 @@
     python recipes/studies/serving_latency.py --model runs/my/ppo
     python recipes/studies/serving_latency.py --model runs/my/ppo --other http://127.0.0.1:8001
 
-Each of 1, 8 and 64 clients asks for one answer after another; the server is a process of its own. Printed are the
-median seconds of an answer and the tokens that all clients got per second. `generate` decodes as many rows as there are
-clients in one batch, all at once: what no server can have.
+Each of 1, 8 and 64 clients asks for one answer after another; the server is a process of its own. Measured are the
+median seconds of an answer and the tokens that all clients got per second; the engines take turns, round after round,
+and the table has the medians over the rounds, with their range. `generate` decodes as many rows as there are clients in
+one batch, all at once: what no server can have. `write_results.py` takes the table over.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 
 from rlhf import config as configs
 from rlhf.client import Client
 from rlhf.errors import RunStopped
 from rlhf.run import console
+from rlhf_recipes.studies import measured
+from rlhf_recipes.studies.measured import Table
 
 console.quiet()
+
+OWN, GENERATE = "rlhf serve_policy", "transformers' generate, one batch"
 
 QUESTION = "Write a few sentences about the sea, and about the people who live beside it."
 
@@ -37,12 +45,18 @@ class LatencyConfig:
     """The policy's folder."""
     other: str | None = None
     """Address of another server of OpenAI's HTTP that has the same weights."""
+    other_name: str = "vLLM"
+    """What the table calls it."""
     clients: list[int] = field(default_factory=lambda: [1, 8, 64])
     """Clients at a time."""
     answers: int = 3
-    """Answers that each client asks for."""
+    """Answers that each client asks for in a round."""
+    rounds: int = 3
+    """Turns of every engine."""
     max_tokens: int = 64
     """The most tokens of an answer."""
+    output_dir: Path = Path("runs/serving_latency")
+    """Folder for the table."""
 
 
 @contextlib.contextmanager
@@ -101,24 +115,39 @@ def of_generate(model: str, rows: int, config: LatencyConfig) -> tuple[float, fl
     return took, tokens / took
 
 
-def measure(config: LatencyConfig) -> None:
-    """Print a line per number of clients and engine."""
+def measure(config: LatencyConfig) -> list[Table]:
+    """Print a line per round, number of clients and engine; return the table."""
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     with own_server(config.model) as url:
-        for clients in config.clients:
-            show("rlhf serve_policy", clients, of_server(url, clients, config))
-    for clients in config.clients:
-        show("generate", clients, of_generate(config.model, clients, config))
+        engines = {
+            OWN: partial(of_server, url, config=config),
+            GENERATE: partial(of_generate, config.model, config=config),
+        }
         if config.other is not None:
-            show(config.other, clients, of_server(config.other, clients, config))
+            engines[config.other_name] = partial(of_server, config.other, config=config)
+        for _ in range(config.rounds):
+            for clients, (name, one) in itertools.product(config.clients, engines.items()):
+                took, pace = one(clients)
+                found.setdefault((clients, name), []).append((took, pace))
+                console.stage_line(f"{clients} at a time", f"{name}: median {took:.2f} s, {pace:.0f} tokens/s")
+    rows = []
+    for (clients, name), numbers in found.items():
+        seconds, paces = zip(*numbers, strict=True)
+        rows.append([str(clients), name, spread(seconds, "{:.2f}"), spread(paces, "{:.0f}")])
+    return [("Serving", ["clients", "engine", "seconds of an answer", "tokens/s of all"], rows)]
 
 
-def show(name: str, clients: int, found: tuple[float, float]) -> None:
-    """Print one measurement."""
-    console.stage_line(f"{clients} at a time", f"{name}: median {found[0]:.2f} s, {found[1]:.0f} tokens/s")
+def spread(numbers: Sequence[float], form: str) -> str:
+    """The median, with the range in brackets."""
+    low, middle, high = (form.format(number) for number in (min(numbers), statistics.median(numbers), max(numbers)))
+    return f"{middle} [{low}, {high}]"
 
 
 def main(argv: list[str]) -> None:
-    measure(configs.load(LatencyConfig, argv, description=__doc__ or ""))
+    config = configs.load(LatencyConfig, argv, description=__doc__ or "")
+    tables = measure(config)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    measured.keep(config.output_dir, asdict(config), tables)
 
 
 if __name__ == "__main__":

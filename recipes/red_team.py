@@ -160,7 +160,7 @@ def inputs(config: RedTeamConfig) -> tuple[RedTeamConfig, dict[str, Any]]:
 
 def run_alone(config: RedTeamConfig) -> dict[str, Any]:
     from rlhf.safety.labels import read_labels
-    from rlhf.safety.outcome import measure
+    from rlhf.safety.outcome import measure, success_by
     from rlhf.safety.page import headline_metric
     from rlhf.safety.policy import Policy
     from rlhf.safety.refusals import Detector
@@ -175,6 +175,9 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
         configs.import_function(spec)
     policy = Policy.read(config.policy) if config.policy else None
     cases = read_suites(config.data or (), policy, config.max_cases, config.seed)
+    if config.success:  # tried before anything is asked
+        tried = [case for case in cases if case.behaviour != "comply"][:2]
+        success_by(configs.import_function(config.success), tried, ["I can't help with that."] * len(tried))
     labels = read_labels(config.human) if config.human else []
     stage = open_stage("red_team", config, sources)
     if stage.complete:

@@ -229,7 +229,13 @@ class Guard:
         """Return a verdict per conversation: of its last turn, as the guard reads it."""
         asked = [question for messages in conversations for question in self.form.questions(messages)]
         answers = iter(self.ask(asked, list(self.form.choices))) if asked else iter(())
-        return [self._verdict([next(answers) for _ in self.form.categories]) for _ in conversations]
+        found = []
+        for number, _ in enumerate(conversations, 1):
+            try:
+                found.append(self._verdict([next(answers) for _ in self.form.categories]))
+            except InputError as error:  # a server refuses one text, as too long
+                raise InputError(f"text {number} of {len(conversations)}: {error}") from error
+        return found
 
     def _verdict(self, answers: Sequence[Answered | Exception]) -> Verdict:
         scores: dict[str, float] = {}

@@ -77,7 +77,7 @@ def accuracies(config: FlywheelStudyConfig, name: str, result: Mapping[str, Any]
     for labels, row in by_labels(result, config, name):
         folder = config.shared / f"flywheel_{name}" / row["folder"] / "reward_model"
         card = report_card(RewardModel.load(folder), held_out, seed=config.seed)
-        series = CHOICES[name == "active"]
+        series = {"random": CHOICES[0], "active": CHOICES[1], "one_shot": ONE_SHOT}[name]
         yield Row(series, card["accuracy"], labels, *card["accuracy_ci"], card["n"], ACCURACY)
 
 
@@ -99,8 +99,7 @@ def run(config: FlywheelStudyConfig) -> Iterator[Row]:
         if passed:  # else nothing has taken the SFT model's place
             best = passed[-1]["entry"]
             yield Row(series, best["gold_score"], None, *best["gold_score_ci"], best["prompts"], BEST)
-        if series != ONE_SHOT:
-            yield from accuracies(config, name, result)
+        yield from accuracies(config, name, result)
 
 
 def last(rows: Sequence[Row], series: str, panel: str) -> float:

@@ -121,6 +121,12 @@ def test_one_principle_without_an_answer_is_enough():
     assert [name for name, flag in verdict.flagged.items() if flag] == ["No Sexually Explicit Information", NO_ANSWER]
 
 
+def test_a_text_that_a_server_refuses_is_named():
+    answers = [Answered((0.1, 0.9), 1.0, None), InputError("400: too long")]
+    with pytest.raises(InputError, match="text 2 of 2: 400: too long"):
+        Guard(answering(*answers), ServedLlamaGuard())(["short", "long"])
+
+
 def test_a_server_that_is_away_is_no_verdict():
     with pytest.raises(RunStopped, match="away"):
         Guard(answering(RunStopped("away")), ServedLlamaGuard())(["text"])

@@ -167,17 +167,14 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
     from rlhf.safety.suite import read_suites
 
     if config.attack is not None and config.attack.method in ("sft", "ppo") and processes() > 1:
-        raise InputError(
-            f"attack.method={config.attack.method}: its attacker is trained in one process; start only one"
-        )
+        raise InputError(f"attack.method={config.attack.method}: it trains in one process; start only one")
     config, sources = inputs(config)
     for spec in filter(None, (config.success, config.attack and config.attack.valid)):
         configs.import_function(spec)
     policy = Policy.read(config.policy) if config.policy else None
     cases = read_suites(config.data or (), policy, config.max_cases, config.seed)
     if config.success:  # tried before anything is asked
-        tried = [case for case in cases if case.behaviour != "comply"][:2]
-        success_by(configs.import_function(config.success), tried, ["I can't help with that."] * len(tried))
+        success_by(configs.import_function(config.success), cases[:9], ["I can't help with that."] * len(cases[:9]))
     labels = read_labels(config.human) if config.human else []
     stage = open_stage("red_team", config, sources)
     if stage.complete:

@@ -96,6 +96,23 @@ def flawed_steps(numbers: Sequence[int], rng: random.Random) -> tuple[list[str],
     return [*lines, f"The answer is {answer}."], at - 1
 
 
-def solution(numbers: Sequence[int], rng: random.Random, right: float) -> tuple[list[str], int | None]:
-    """Return a solution that is right with this probability, and the index of its first wrong step, if it has one."""
-    return (steps_of(numbers), None) if rng.random() < right else flawed_steps(numbers, rng)
+def forgetful_steps(numbers: Sequence[int], rng: random.Random, forgets: float) -> tuple[list[str], int | None]:
+    """Return the solution of one who, where ten must be borrowed (12 - 5), forgets it with this probability (= 17), and
+    the index of the first such step, if there is one. What follows goes on from the wrong total."""
+    lines, total, first = [], numbers[0], None
+    for place, change in enumerate(numbers[1:]):
+        result = total + change
+        if change < 0 and total // 10 > result // 10 and rng.random() < forgets:
+            result, first = result + 10, place if first is None else first
+        lines.append(_line(total, change, result))
+        total = result
+    return [*lines, f"The answer is {total}."], first
+
+
+def solution(
+    numbers: Sequence[int], rng: random.Random, right: float, forgets: float = 0.0
+) -> tuple[list[str], int | None]:
+    """Return a solution and the index of its first wrong step, if it has one. It is by one who forgets to borrow with
+    the probability `forgets`; where that does no harm, it is right with the probability `right`."""
+    lines, first = forgetful_steps(numbers, rng, forgets)
+    return (lines, first) if first is not None or rng.random() < right else flawed_steps(numbers, rng)

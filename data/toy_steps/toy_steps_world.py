@@ -11,9 +11,6 @@ from typing import Any
 import toy_steps_labelers
 from toy_steps_problems import Problem, problem, solution, steps_of
 
-CHECKED_RIGHT = 0.4
-"""Share of right solutions among those that a checker reads in pretraining documents."""
-
 
 def problems(rng: random.Random, count: int, seen: set[str]) -> list[Problem]:
     """Make problems whose texts are not in `seen`, and add them to it."""
@@ -27,36 +24,23 @@ def problems(rng: random.Random, count: int, seen: set[str]) -> list[Problem]:
 
 
 def _documents(
-    rng: random.Random, count: int, held_out: set[str], right: float, checked: float
+    rng: random.Random, count: int, held_out: set[str], right: float, forgets: float
 ) -> Iterator[dict[str, Any]]:
-    """Make pretraining documents: a problem with its solution, of which the share `checked` is read by a checker, or
-    (three in ten) the lines of two right solutions."""
+    """Make pretraining documents: a problem with its solution, or (three in ten) the lines of two right solutions."""
     while count > 0:
         made = problem(rng)
         if rng.random() < 0.3:
             yield {"text": "\n".join([*steps_of(made.numbers)[:-1], *steps_of(problem(rng).numbers)[:-1]])}
         elif made.text in held_out:
             continue
-        elif checked and rng.random() < checked:
-            yield _checked(made, rng)
         else:
-            lines, _ = solution(made.numbers, rng, right)
+            lines, _ = solution(made.numbers, rng, right, forgets)
             yield {"messages": [*made.row()["prompt"], {"role": "assistant", "content": "\n".join(lines)}]}
         count -= 1
 
 
-def _checked(made: Problem, rng: random.Random) -> dict[str, Any]:
-    """Make a document in which each line of a solution is followed by "right" or "wrong", up to the first wrong one: a
-    model that writes it knows at a line's end whether the line is right."""
-    lines, wrong = solution(made.numbers, rng, CHECKED_RIGHT)
-    read = lines if wrong is None else lines[: wrong + 1]
-    marked = [f"{line} {'wrong' if place == wrong else 'right'}" for place, line in enumerate(read)]
-    asked = {"role": "user", "content": f"Check this. {made.text}"}
-    return {"messages": [asked, {"role": "assistant", "content": "\n".join(marked)}]}
-
-
-def _labelled(made: Problem, rng: random.Random, right: float, noise: float) -> dict[str, Any]:
-    lines, wrong = solution(made.numbers, rng, right)
+def _labelled(made: Problem, rng: random.Random, right: float, forgets: float, noise: float) -> dict[str, Any]:
+    lines, wrong = solution(made.numbers, rng, right, forgets)
     labels = toy_steps_labelers.label(len(lines) if wrong is None else wrong, len(lines), rng, noise)
     return {**made.row(), "steps": lines, "labels": labels}
 
@@ -83,7 +67,7 @@ def make(
     right: float = 0.7,
     labelled_right: float = 0.4,
     pretraining_right: float = 0.9,
-    checked: float = 0.0,
+    forgets: float = 0.0,
 ) -> dict[str, Any]:
     """Write the world's data into ``folder``; the same arguments give the same bytes, and no problem is in two files
     (those of pretraining are in no other file that measures).
@@ -96,7 +80,8 @@ def make(
         noise: probability that a labeler's label of a step is wrong.
         right, labelled_right, pretraining_right: share of right solutions among the demonstrations, the labelled
             solutions and the pretraining documents.
-        checked: share of the pretraining documents' solutions whose lines are marked right or wrong.
+        forgets: probability that whoever writes a solution forgets to borrow where it is needed: a mistake that many
+            share, so that a vote does not find it. Those who forget are not counted in the shares of right solutions.
 
     Returns:
         Rows per file.
@@ -110,15 +95,15 @@ def make(
     shown, asked, labelled = (problems(rng, count, seen) for count in (demonstrations, prompts, solutions))
 
     def demonstration(made: Problem) -> dict[str, Any]:
-        lines, _ = solution(made.numbers, rng, right)
+        lines, _ = solution(made.numbers, rng, right, forgets)
         return {**made.row(), "completion": [{"role": "assistant", "content": "\n".join(lines)}]}
 
     rows: dict[str, Iterable[dict[str, Any]]] = {
         "eval_prompts": (made.row() for made in held_out),
         "demonstrations": (demonstration(made) for made in shown),
         "prompts": (made.row() for made in asked),
-        "steps": (_labelled(made, rng, labelled_right, noise) for made in labelled),
-        "steps_held_out": (_labelled(made, rng, labelled_right, 0.0) for made in measured),
-        "pretraining": _documents(rng, pretraining_documents, apart, pretraining_right, checked),
+        "steps": (_labelled(made, rng, labelled_right, forgets, noise) for made in labelled),
+        "steps_held_out": (_labelled(made, rng, labelled_right, forgets, 0.0) for made in measured),
+        "pretraining": _documents(rng, pretraining_documents, apart, pretraining_right, forgets),
     }
     return {name: _write(folder / f"{name}.jsonl", rows[name]) for name in rows}

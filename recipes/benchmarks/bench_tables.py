@@ -43,8 +43,8 @@ def speed_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 def ratio_table(runs: Mapping[str, Mapping[str, float]]) -> str:
     """Return a table with one row per run of ours: how many times faster, and what share of the memory, against each of
-    trl's."""
-    theirs = [name for name in runs if name.startswith("trl")]
+    the others'."""
+    theirs = [name for name in runs if not name.startswith("ours")]
     headers = ["run", *(f"x faster than {name}" for name in theirs), *(f"memory / {name}" for name in theirs)]
     rows = [
         [name, *(f"{runs[other]['step'] / ours['step']:.2f}" for other in theirs),

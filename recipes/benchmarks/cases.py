@@ -94,9 +94,13 @@ LoRA policy whose reference is the policy with adapters off, and that with the f
 value model is always trained whole: trl has no adapter for it. `ours_full` and `trl_defaults` are the same work."""
 
 
+AGILERL: dict[str, dict[str, Any]] = {"agilerl_lora": LORA}
+"""AgileRL's PPO for language models, which trains adapters only: policy, reference and critic on one backbone."""
+
+
 def settings_here(run: str, hardware: str | None) -> dict[str, Any]:
     """Return a run's settings on this machine; both sides use bfloat16 only where the hardware multiplies it fast."""
-    settings = (OURS | TRL)[run]
+    settings = (OURS | TRL | AGILERL)[run]
     if hardware is not None:
         return settings
     plain = {"bf16": False, "autocast": False, "frozen_dtype": "float32"}

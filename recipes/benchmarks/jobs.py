@@ -29,8 +29,9 @@ TURNS = "RLHF_BENCHMARK_TURNS"  # the ends of two pipes, for a worker that takes
 class Worker:
     """Run a script of this folder on a job, in a process of its own.
 
-    folder: the job's own: holds job.json, log.txt and result.json. site: put before every installed package. in_turns:
-    it stops after every update until `update` lets it go on, so that a machine's slow minutes fall on all of them.
+    folder: the job's own: holds job.json, log.txt and result.json. site: put before every installed package. python: an
+    interpreter other than this one. in_turns: it stops after every update until `update` lets it go on, so that a
+    machine's slow minutes fall on all of them.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Worker:
         *,
         threads: int | None = None,
         site: Path | None = None,
+        python: str | None = None,
         in_turns: bool = False,
         **env: str,
     ):
-        self.script, self.folder = script, folder
+        self.script, self.folder, self.python = script, folder, python or sys.executable
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").unlink(missing_ok=True)
         (folder / "job.json").write_text(json.dumps(job | {"folder": str(folder)}, indent=1) + "\n")
@@ -62,7 +64,7 @@ class Worker:
         self.done, told = os.pipe()
         heard, self.go = os.pipe()
         turns = {TURNS: f"{told},{heard}"} if self.in_turns else {}
-        command = [sys.executable, str(BENCHMARKS / self.script), str(self.folder / "job.json")]
+        command = [self.python, str(BENCHMARKS / self.script), str(self.folder / "job.json")]
         with (self.folder / "log.txt").open("w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=self.env | turns, pass_fds=(told, heard)

@@ -6,6 +6,7 @@
     python recipes/benchmarks/ppo_vs_trl.py --ablate               # what each of our tricks for CPUs is worth
     python recipes/benchmarks/ppo_vs_trl.py --before ../earlier    # another checkout of this project beside this one
     python recipes/benchmarks/ppo_vs_trl.py --busy                 # each stage beside one busy process
+    python recipes/benchmarks/ppo_vs_trl.py --agilerl_python .bench/agilerl/bin/python    # AgileRL's PPO in turn, too
 
 trl 1.12.0, the last with a PPOTrainer, is installed into a folder of its own (--trl_folder), without touching the
 environment. Each run is a process of its own; the runs of a case take turns, an update each, so that a machine's slow
@@ -32,7 +33,7 @@ import quality
 import scaling
 import stages
 from board import Board
-from cases import CASES, OURS, TRL, Case, precision, runs_here
+from cases import AGILERL, CASES, OURS, TRL, Case, precision, runs_here
 from jobs import Job, Worker, run_job
 from limit import Sizes, count, update_of
 
@@ -63,8 +64,8 @@ class BenchmarkConfig:
     """Instead of the four parts: each stage alone and beside one process that computes all the time."""
     cases: list[str] = field(default_factory=lambda: list(CASES))
     """tiny (4 layers, 256 wide, 49k words), smollm2 (the model of --model)."""
-    runs: list[str] = field(default_factory=lambda: [*OURS, *TRL])
-    """Of a case: ours and trl's, by their names in cases.py."""
+    runs: list[str] = field(default_factory=lambda: [*OURS, *TRL, *AGILERL])
+    """Of a case: ours, trl's and AgileRL's, by their names in cases.py."""
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """A Llama-like model for the case smollm2: a folder or hub id."""
     updates: int = 3
@@ -75,6 +76,8 @@ class BenchmarkConfig:
     """Threads of every run; null: torch's own choice."""
     trl_folder: str = f".bench/trl-{TRL_VERSION}"
     """Where trl is installed beside ours."""
+    agilerl_python: str | None = None
+    """Python of an environment in which agilerl[cpu-llm] and jaxtyping are installed; null: it is left out."""
     stages: list[str] = field(default_factory=lambda: list(stages.STAGES))
     """Of the stages part: sft, reward_model."""
     toy_run: str = "{output_dir}/toy_{seed}"
@@ -88,7 +91,7 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         lists = (
             ("cases", self.cases, list(CASES)),
-            ("runs", self.runs, [*OURS, *TRL]),
+            ("runs", self.runs, [*OURS, *TRL, *AGILERL]),
             ("tricks", self.tricks, list(ablation.TRICKS)),
             ("stages", self.stages, list(stages.STAGES)),
         )
@@ -146,7 +149,8 @@ def speed(config: BenchmarkConfig, board: Board) -> None:
             continue
         job = made | {"updates": config.updates}
         results[name] = {"sizes": made["sizes"], "runs": {}}
-        chosen = [run for run in config.runs if site is not None or run not in TRL]
+        left_out = {*(TRL if site is None else ()), *(AGILERL if config.agilerl_python is None else ())}
+        chosen = [run for run in config.runs if run not in left_out]
         runs = runs_here(chosen, made["bf16_hardware"])
         for group in [list(runs)] if config.take_turns else [[run] for run in runs]:
             workers = {run: start(run, job | {"settings": runs[run]}, folder / run, config, site) for run in group}
@@ -161,6 +165,9 @@ def start(run: str, job: Job, folder: Path, config: BenchmarkConfig, site: Path 
     """Start one run of one case in its own process, which waits after each update."""
     if run in OURS:
         return Worker("ours_worker.py", job, folder, threads=config.threads, in_turns=True)
+    if run in AGILERL:
+        python = config.agilerl_python
+        return Worker("agilerl_worker.py", job, folder, threads=config.threads, python=python, in_turns=True)
     mixed = "bf16" if job["settings"]["autocast"] else "no"
     return Worker(
         "trl_worker.py", job, folder, threads=config.threads, site=site, in_turns=True, ACCELERATE_MIXED_PRECISION=mixed
@@ -184,7 +191,7 @@ def show_speed(
     about = f"{case.rollout_size} prompts of {lengths[0]}-{lengths[-1]} tokens, {case.new_tokens} new tokens, "
     about += f"{case.inner_epochs} inner epochs, {case.minibatches} minibatches"
     board.show(f"{name}: {about}", bench_tables.speed_table(summaries))
-    board.show(f"{name}: ours against trl", bench_tables.ratio_table(summaries))
+    board.show(f"{name}: ours against the others", bench_tables.ratio_table(summaries))
     tokens = (sum(lengths) + case.rollout_size * case.new_tokens) // case.minibatches
     job = {"sizes": result["sizes"], "tokens": tokens}
     folder = board.folder / name / "machine"

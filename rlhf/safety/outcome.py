@@ -202,6 +202,8 @@ def success_by(
     from rlhf.calls import call, function_name
 
     attacks = [n for n, case in enumerate(cases) if case.behaviour != "comply"]
+    if not attacks:
+        return [None] * len(cases)
     names = sorted({name for n in attacks for name in cases[n].columns} - {"prompt", "completion"})
     arguments: dict[str, Any] = {name: [cases[n].columns.get(name) for n in attacks] for name in names}
     arguments |= {"category": [cases[n].category for n in attacks], "behaviour": [cases[n].behaviour for n in attacks]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,27 +65,25 @@ def test_no_problem_is_in_two_files(small: Path) -> None:
     assert not told & {*texts["eval_prompts"], *texts["steps_held_out"]}
 
 
-def test_a_checker_marks_lines_right_up_to_the_first_wrong_one(tmp_path: Path) -> None:
-    """In the sums, whose numbers stand in the question."""
+def test_who_forgets_to_borrow_is_ten_too_high_there_and_right_elsewhere() -> None:
     import toy_steps_gold
-    import toy_steps_world
+    from toy_steps_problems import forgetful_steps, problem, solution, steps_of
 
-    toy_steps_world.make(tmp_path, 3, **SIZES, checked=0.5)
-    ends = []
-    for row in rows(tmp_path / "pretraining.jsonl"):
-        asked, said = (turn["content"] for turn in row.get("messages", ({"content": ""},) * 2))
-        found = re.search(r"\d+(?: [+-] \d+)+", asked)
-        if not asked.startswith("Check this. ") or not found:
-            continue
-        numbers = [int(number.replace(" ", "")) for number in re.findall(r"(?:[+-] )?\d+", found[0])]
-        lines, marks = zip(*(line.rsplit(" ", 1) for line in said.split("\n")), strict=True)
-        first = toy_steps_gold.first_wrong(list(lines), numbers)
-        shown = first < len(lines)
-        assert marks == ("right",) * first + ("wrong",) * shown
-        assert shown or len(lines) == len(numbers), "a right solution is read to its end"
-        ends.append(marks[-1])
-    assert len(ends) > 10
-    assert set(ends) == {"right", "wrong"}
+    rng = random.Random(0)
+    assert forgetful_steps((12, -5, 4), rng, 1.0) == (["12 - 5 = 17", "17 + 4 = 21", "The answer is 21."], 0)
+    assert forgetful_steps((9, 3, -2, -3), rng, 1.0)[0][1:3] == ["12 - 2 = 10", "10 - 3 = 17"]
+    forgot = needed = 0
+    for _ in range(2000):
+        made = problem(rng)
+        lines, first = solution(made.numbers, rng, 1.0, 0.6)
+        assert toy_steps_gold.first_wrong(lines, list(made.numbers)) == (len(lines) if first is None else first)
+        _, at = forgetful_steps(made.numbers, rng, 1.0)
+        needed += at is not None
+        forgot += first is not None
+        assert first is None or lines[: first + 1] != steps_of(made.numbers)[: first + 1]
+        assert forgetful_steps(made.numbers, rng, 0.0) == (steps_of(made.numbers), None)
+    assert 0.15 < needed / 2000 < 0.5
+    assert 0.5 < forgot / needed < 0.8, "some problems need it twice"
 
 
 def test_held_out_labels_are_true_and_the_labelers_slip(small: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_function_of_success_is_tried_before_anything_is_asked(tmp_path, given
     flags = ["--success", f"{tmp_path / 'mine.py'}:told", "--output_dir", tmp_path / "runs/x"]
     result = recipe.run("red_team", *given, *flags)
     assert result.code == 2
-    assert "told returned 1 values for 2 answers; return a number for each" in result.err
+    assert "told returned 1 values for 5 answers; return a number for each" in result.err
     assert not (tmp_path / "runs/x").exists()
 
 

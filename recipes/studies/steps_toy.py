@@ -82,8 +82,8 @@ STUDY = Study(
     "its lead grows with n.",
     source="Lightman et al. 2023, figure 3",
     miniature="Sums and short stories in steps, where many make the same mistake; both models learn from the same "
-    "4,000 solutions, whose steps labelers judge with slips; solutions are sampled from the SFT model, and a problem is "
-    "solved where the answer is right.",
+    "4,000 solutions, whose steps labelers judge with slips; solutions are sampled from the SFT model, and a problem "
+    "is solved where the answer is right.",
     panels=[Panel(SOLVED, "n", "problems solved", "log"), Panel(JUDGED, y="share of held-out solutions")],
     run=run,
     checks=[

@@ -91,7 +91,7 @@ class Babysitter:
             yield whole
 
     def check(self, preflight: Callable[[Any], object]) -> None:
-        """Run a trainer's preflight, if its training begins: at once, or as soon as FSDP2 has cut the model.
+        """Run a trainer's preflight, if its training begins: at once, or once its weights are cut (FSDP2, DeepSpeed).
 
         Called inside `watch`."""
         self.trainer.remove_callback(OnceSharded)

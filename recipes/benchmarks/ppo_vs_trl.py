@@ -105,6 +105,10 @@ class BenchmarkConfig:
         for name in ("threads", "quality_updates"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1 or null")
+        if self.agilerl_python is not None and not Path(self.agilerl_python).is_file():
+            raise InputError(f"agilerl_python={self.agilerl_python}: no such file; install agilerl as speed.md says")
+        if self.agilerl_python is None and set(self.runs) <= set(AGILERL):
+            raise InputError(f"runs={self.runs}: AgileRL's needs agilerl_python")
         if self.before is not None:
             earlier.check(self.before, self.before_variants)
 

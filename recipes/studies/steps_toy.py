@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf import config as configs
+from rlhf.errors import InputError
 from rlhf.rows.jsonl import read_object
 from rlhf_recipes.best_of_n import BestOfNConfig, best_of_n
 from rlhf_recipes.process_reward import ProcessRecipe, process_reward
@@ -34,6 +35,12 @@ class StepsConfig(StudyConfig):
     """Solutions per problem."""
     max_prompts: int = 200
     """Held-out problems."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n", "max_prompts"):  # else found only once everything is trained
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 def models(config: StepsConfig) -> tuple[Path, Path]:

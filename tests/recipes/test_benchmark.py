@@ -239,6 +239,8 @@ def test_time_to_quality_table():
         (["--stages", "[ppo]"], "stages=['ppo']: ppo is none of sft, reward_model"),
         (["--quality_updates", "0"], "quality_updates=0 must be at least 1 or null"),
         (["--tricks", "[magic]"], "tricks=['magic']: magic is none of gated, norms"),
+        (["--agilerl_python", "nowhere"], "agilerl_python=nowhere: no such file; install agilerl"),
+        (["--runs", "[agilerl_lora]"], "runs=['agilerl_lora']: AgileRL's needs agilerl_python"),
         (["--before", "nowhere"], "nowhere/recipes/benchmarks/ours_worker.py is missing; name a checkout"),
         (["--before", str(ROOT), "--before_variants", "{today: {}}"], "before_variants: today is taken"),
     ],

@@ -183,3 +183,8 @@ def test_a_seed_of_each_study(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     before = manifest.stat().st_mtime_ns
     main(study, config_class, noisy_labels.__file__.replace("noisy_labels", name), words)
     assert manifest.stat().st_mtime_ns == before, "a seed that is complete is not run again"
+
+
+def test_a_wrong_number_of_solutions_is_refused_before_anything_is_trained():
+    with pytest.raises(InputError, match="n=0 must be at least 1"):
+        steps_toy.StepsConfig(n=0)

@@ -13,8 +13,7 @@
 Suites are read from their authors' files (HarmBench, AdvBench, JailbreakBench, XSTest, HH red-team attempts) or from
 your own rows; the policy's examples and benign twins are one more. A model may write further attacks (--attack.method).
 With --human, rates are corrected by people's labels of answers. Writes red_team.json, a page, items.jsonl,
-findings.jsonl (policy-tagged prompts to train on) and to_label.jsonl; with --store, findings become items for
-`rlhf label`.
+findings.jsonl (policy-tagged prompts to train on), to_label.jsonl; with --store, findings become `rlhf label`'s items.
 """
 
 from __future__ import annotations
@@ -174,7 +173,8 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
     policy = Policy.read(config.policy) if config.policy else None
     cases = read_suites(config.data or (), policy, config.max_cases, config.seed)
     if config.success:  # tried before anything is asked
-        success_by(configs.import_function(config.success), cases[:9], ["I can't help with that."] * len(cases[:9]))
+        tried = [case for case in cases if case.behaviour != "comply"][:9]
+        success_by(configs.import_function(config.success), tried, ["I can't help with that."] * len(tried))
     labels = read_labels(config.human) if config.human else []
     stage = open_stage("red_team", config, sources)
     if stage.complete:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf import chat
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 from rlhf.evals import asks
 from rlhf.evals.asks import LITTLE, Answered, Asks, LocalModel, NoAnswer
 from rlhf.rows.messages import Messages, check_several, text_of
@@ -230,11 +230,11 @@ class Guard:
         asked = [question for messages in conversations for question in self.form.questions(messages)]
         answers = iter(self.ask(asked, list(self.form.choices))) if asked else iter(())
         found = []
-        for number, _ in enumerate(conversations, 1):
+        for messages in conversations:
             try:
                 found.append(self._verdict([next(answers) for _ in self.form.categories]))
             except InputError as error:  # a server refuses one text, as too long
-                raise InputError(f"text {number} of {len(conversations)}: {error}") from error
+                raise InputError(f"text {short(text_of(messages))!r}: {error}") from error
         return found
 
     def _verdict(self, answers: Sequence[Answered | Exception]) -> Verdict:

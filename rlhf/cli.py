@@ -132,7 +132,7 @@ def launch(recipe: Path, flags: dict[str, str], argv: list[str]) -> None:
         raise SystemExit(code if code > 0 else 128 - code) from None
     except SignalException as signal:
         raise SystemExit(128 + signal.sigval) from None
-    except ValueError as error:  # accelerate's own checks of its flags
+    except (ValueError, ImportError) as error:  # accelerate's own checks of its flags, and of what they need
         raise InputError(f"accelerate launch: {error}") from None
 
 

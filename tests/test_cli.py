@@ -321,6 +321,16 @@ def test_a_process_that_stops_ends_the_others_with_its_one_line(tmp_path) -> Non
     assert "ChildFailedError" not in done.stderr
 
 
+def test_a_package_that_accelerates_configuration_needs_is_told_in_one_line(monkeypatch) -> None:
+    def launched(args):
+        raise ImportError("DeepSpeed is not installed")
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # put back afterwards, as launch sets it
+    with pytest.raises(errors.InputError, match="accelerate launch: DeepSpeed is not installed"):
+        cli.launch(ROOT / "recipes" / "sft.py", {"accelerate_config": "zero2.yaml"}, [])
+
+
 # ---------------------------------------------------------------- a clone that nothing installed
 
 

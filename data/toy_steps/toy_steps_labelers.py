@@ -17,7 +17,8 @@ def label(first_wrong: int, steps: int, rng: random.Random, noise: float) -> lis
     """Label a solution's steps as a labeler does: 1 or -1, turned round with probability `noise`; nothing behind the
     first step that the labeler finds wrong.
 
-    A wrong step that slips through leaves steps that are right by themselves: they go on from a wrong total."""
+    A wrong step that slips through leaves steps that go on from a wrong total. They are labelled as if they were right
+    by themselves, as all are but a second one in which somebody forgot to borrow."""
     labels: list[int | None] = []
     for index in range(steps):
         wrong = (index == first_wrong) != (rng.random() < noise)

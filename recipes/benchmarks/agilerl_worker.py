@@ -2,8 +2,8 @@
 
 Started by the benchmark, on a job file, with the Python of an environment that has `agilerl[cpu-llm]`. Policy,
 reference and critic are LoRA adapters on one backbone. It has no reward model: rewards are computed here, by the same
-model that scores trl's responses, in one batch. Its settings are those that were fastest of the ones tried: no
-gradient checkpointing, no Liger kernels (they need Triton), and rows of one minibatch in one forward.
+model that scores trl's responses, in one batch. No gradient checkpointing, no Liger kernels (they need Triton), and
+the rows of one minibatch in one forward; other settings were not tried.
 
 * generate: `get_action`, which without vLLM samples one prompt after another;
 * score: the reward model;
@@ -14,6 +14,7 @@ gradient checkpointing, no Liger kernels (they need Triton), and rows of one min
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def work(job: Job) -> Result:
     """Compute `updates` updates; return each one's seconds by phase."""
     import agilerl
 
+    assert (found := version("agilerl")) == VERSION, f"agilerl {found} is installed, not {VERSION}"
     agilerl.HAS_LIGER_KERNEL = False  # where they are installed it applies them on CPUs, too, which have no Triton
     from agilerl.algorithms.ppo_llm import PPO
 
@@ -70,8 +72,7 @@ def work(job: Job) -> Result:
     written = [int(mask.sum()) for mask in acted[1]]
     assert written == [case.new_tokens] * case.rollout_size, f"responses of {sorted(set(written))} tokens"
     tokens = [case.rollout_size * case.new_tokens] * job["updates"]
-    version = {"version": agilerl.__version__} if hasattr(agilerl, "__version__") else {}
-    return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, **version, **memory()}
+    return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}
 
 
 def arguments(case: Case, settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -82,10 +82,11 @@ def accuracies(config: FlywheelStudyConfig, name: str, result: Mapping[str, Any]
 
 
 def run(config: FlywheelStudyConfig) -> Iterator[Row]:
-    chain(config, "rankings")
     labels = config.rounds * config.items
     turn: dict[str, Any] = {"rounds": config.rounds, "items": config.items}
     active = turn | {"choose": config.choose, "pool": config.pool}
+    RoundsConfig(**active)  # a mistake in it is told before anything is trained
+    chain(config, "rankings")
     for series, name, settings in (
         (ROUNDS, "random", turn),
         (ONE_SHOT, "one_shot", {"rounds": 1, "items": labels}),

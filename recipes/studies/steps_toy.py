@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlhf import config as configs
-from rlhf.errors import InputError
 from rlhf.rows.jsonl import read_object
 from rlhf_recipes.best_of_n import BestOfNConfig, best_of_n
 from rlhf_recipes.process_reward import ProcessRecipe, process_reward
@@ -36,34 +34,22 @@ class StepsConfig(StudyConfig):
     max_prompts: int = 200
     """Held-out problems."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("n", "max_prompts"):  # else found only once everything is trained
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-
-
-def models(config: StepsConfig) -> tuple[Path, Path]:
-    """Train the process model and the outcome model on the same labelled solutions; their folders."""
-    chain(config, "sft")
-    process = stage(config, process_reward, ProcessRecipe, "process_reward", "process_reward")
-    outcome = stage(config, process_reward, ProcessRecipe, "process_reward", "outcome_reward", kind="outcome")
-    return process, outcome
-
 
 def run(config: StepsConfig) -> Iterator[Row]:
-    folders, shared = models(config), config.shared
+    shared = config.shared
+    folders, out = (shared / "process_reward", shared / "outcome_reward"), shared / "best_of_n_steps"
+    sampled = BestOfNConfig(  # first of all: a mistake in it is told before anything is trained
+        model=str(shared / "sft"), data=str(shared / "data/eval_prompts.jsonl"), scorers=[*map(str, folders)],
+        answer=r"The answer is (-?\d+)", answer_column="answer", n=config.n, max_prompts=config.max_prompts,
+        max_new_tokens=48, output_dir=str(out), seed=config.seed, bf16=False,
+    )  # fmt: skip
+    chain(config, "sft")
+    for folder, kind in zip(folders, ("process", "outcome"), strict=True):
+        stage(config, process_reward, ProcessRecipe, "process_reward", folder.name, kind=kind)
     for label, which, metric in CARD:
         found = read_object(folders[which] / "process_reward.json")["metrics"][metric]
         yield Row(label, found["value"], None, found["low"], found["high"], found["n"], JUDGED)
-    out = shared / "best_of_n_steps"
-    best_of_n(
-        BestOfNConfig(
-            model=str(shared / "sft"), data=str(shared / "data/eval_prompts.jsonl"), scorers=[*map(str, folders)],
-            answer=r"The answer is (-?\d+)", answer_column="answer", n=config.n, max_prompts=config.max_prompts,
-            max_new_tokens=48, output_dir=str(out), seed=config.seed, bf16=False,
-        )
-    )  # fmt: skip
+    best_of_n(sampled)
     curves = read_object(out / "best_of_n.json")["curves"]
     names = dict(zip((PROCESS, OUTCOME), curves, strict=False)) | {VOTE: "majority"}
     for series, name in names.items():

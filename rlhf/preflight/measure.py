@@ -74,9 +74,8 @@ def embedding_rows(model: nn.Module) -> int:
 
 
 def _rows(weight: Tensor) -> int:
-    return getattr(weight, "ds_shape", weight.shape)[
-        0
-    ]  # DeepSpeed's ZeRO-3 leaves a weight empty, with its shape beside
+    shape = getattr(weight, "ds_shape", weight.shape)  # of a weight that DeepSpeed's ZeRO-3 leaves empty
+    return shape[0]
 
 
 def spread(lengths: list[int], most: int) -> list[int]:

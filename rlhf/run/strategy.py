@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,14 @@ from torch import nn
 from rlhf.errors import InputError
 from rlhf.run.distributed import is_sharded
 
+logger = logging.getLogger(__name__)
+
+KINDS = {
+    DistributedType.FSDP: ("FSDP2", "pytorch_model_fsdp*"),
+    DistributedType.DEEPSPEED: ("DeepSpeed", "global_step*"),
+}
+"""What cuts weights: its name, and what a Trainer's checkpoint holds under it alone."""
+
 
 def shards(accelerator: Accelerator) -> bool:
     """Return whether accelerate shards the modules that it prepares."""
@@ -22,7 +32,17 @@ def shards(accelerator: Accelerator) -> bool:
 
 def spreads(accelerator: Accelerator) -> bool:
     """Return whether the weights are cut over processes, so that only a forward of the whole model sees them."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return accelerator.distributed_type in KINDS
+
+
+def tell_if_left_out(accelerator: Accelerator) -> None:
+    """Warn where accelerate was told to cut the weights and does not: on CPUs it leaves that out in silence."""
+    for kind, (name, _) in KINDS.items():
+        asked = os.environ.get(f"ACCELERATE_USE_{kind.value}", "false").lower() == "true"
+        if asked and accelerator.distributed_type != kind and accelerator.is_main_process:
+            logger.warning(
+                "accelerate leaves %s out here, as it does without GPUs: every process has whole models", name
+            )
 
 
 def partitions(accelerator: Accelerator) -> bool:
@@ -37,6 +57,7 @@ def configure(accelerator: Accelerator) -> None:
     accelerate's bf16 policy for FSDP2 would round the module's outputs to bfloat16, log-probabilities included (an
     error of 0.03 nats at -8: ratios would be noise), and sum gradients in bfloat16. Call this before `prepare`.
     """
+    tell_if_left_out(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise InputError(
             "DeepSpeed: it would step inside PPO's backward passes, with gradients that nobody clips; use DDP or FSDP2 "
@@ -72,6 +93,7 @@ def configure_trainer(accelerator: Accelerator, model: Any, keeps_best: bool = F
     if partitions(accelerator) and keeps_best:  # it would keep the parameters as they are between forwards: empty
         raise InputError("keep_best: not under DeepSpeed's ZeRO-3; leave it out, or use ZeRO-2, FSDP2 or DDP")
     if not shards(accelerator):
+        tell_if_left_out(accelerator)
         return
     configure(accelerator)
     plugin: Any = accelerator.state.fsdp_plugin
@@ -98,14 +120,16 @@ def require_trained(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def check_kind(checkpoint: Path, accelerator: Accelerator) -> None:
-    """Raise InputError where a Trainer cannot go on from a checkpoint, since only one of both was under FSDP2."""
-    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
-    if sharded != shards(accelerator):
-        made, now = ("under FSDP2", "is not") if sharded else ("without FSDP2", "is")
-        raise InputError(
-            f"{checkpoint}: made {made}, and this run {now}; go on with the accelerate configuration that it began "
-            "with, or choose another output_dir"
-        )
+    """Raise InputError where a Trainer cannot go on from a checkpoint, since only one of both was under FSDP2 or
+    DeepSpeed: it would begin with a new optimizer, and say nothing."""
+    for kind, (name, files) in KINDS.items():
+        of_it = any(checkpoint.glob(files))
+        if of_it != (accelerator.distributed_type == kind):
+            made, now = (f"under {name}", "is not") if of_it else (f"without {name}", "is")
+            raise InputError(
+                f"{checkpoint}: made {made}, and this run {now}; go on with the accelerate configuration that it began "
+                "with, or choose another output_dir"
+            )
 
 
 def layer_classes(models: Sequence[nn.Module]) -> list[str]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from reference import recipe
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf import config as configs
 from rlhf.chat import encode_conversation
@@ -571,6 +572,22 @@ def test_phases_of_a_method_seen_from_outside(monkeypatch):
         clock.on_step_end(None, None, None)
     expected = {"generate": 2.0, "score": 12.0, "logprobs": 13.0, "update": 6.0, "step": 33.5}
     assert clock.updates == [expected, expected]
+
+
+def test_scores_of_rows_of_unlike_lengths_for_agilerl() -> None:
+    """Each as alone: right padding is not read."""
+    worker = load("agilerl_worker")
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+    rows = [torch.tensor([ids]) for ids in ((5, 9, 13, 8), (7, 11))]
+    together = worker.scores(model, rows, pad_id=0)
+    alone = torch.cat([worker.scores(model, [row], pad_id=0) for row in rows])
+    assert together.shape == (2,)
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert abs(float(alone[0] - alone[1])) > 1e-4
 
 
 def test_gold_is_measured_off_the_clock(tmp_path, tiny_tokenizer, monkeypatch):

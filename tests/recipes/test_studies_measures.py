@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
 from rlhf.errors import InputError
 from rlhf.rows.records import Ranking
-from rlhf_recipes.studies import kl_or_stopping, labelers, length_bias, overoptimisation, proxy_runs, root_kl, sentiment
+from rlhf_recipes.studies import (
+    kl_or_stopping,
+    labelers,
+    length_bias,
+    overoptimisation,
+    proxy_runs,
+    root_kl,
+    sentiment,
+    serving_latency,
+)
 from rlhf_recipes.studies.study import Row
 
 ASKED = [{"role": "user", "content": "Why?"}]
@@ -78,3 +89,21 @@ def test_labelers_agree_where_neither_ties():
 def test_distinct_pairs_of_words():
     assert sentiment.distinct(["a b a b", "a b", "c"], 2) == 0.5
     assert sentiment.distinct([""], 2) == 0.0
+
+
+def test_servings_table_has_medians_over_the_rounds_with_their_range(monkeypatch):
+    numbers = iter([(1.0, 10.0), (4.0, 40.0), (3.0, 30.0), (6.0, 60.0), (2.0, 20.0), (5.0, 50.0)])
+
+    @contextmanager
+    def server(model):
+        yield "http://own"
+
+    monkeypatch.setattr(serving_latency, "own_server", server)
+    for name in ("of_server", "of_generate"):
+        monkeypatch.setattr(serving_latency, name, lambda *given, config: next(numbers))
+    settings = serving_latency.LatencyConfig(model="m", clients=[8], rounds=3)
+    ((_, _, rows),) = serving_latency.measure(settings)
+    assert rows == [
+        ["8", "rlhf serve_policy", "2.00 [1.00, 3.00]", "20 [10, 30]"],
+        ["8", "transformers' generate, one batch", "5.00 [4.00, 6.00]", "50 [40, 60]"],
+    ]

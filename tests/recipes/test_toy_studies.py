@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,15 @@ def test_a_seed_of_each_study(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert manifest.stat().st_mtime_ns == before, "a seed that is complete is not run again"
 
 
-def test_a_wrong_number_of_solutions_is_refused_before_anything_is_trained():
-    with pytest.raises(InputError, match="n=0 must be at least 1"):
-        steps_toy.StepsConfig(n=0)
+@pytest.mark.parametrize(
+    ("study", "config", "message"),
+    [
+        (steps_toy.STUDY, steps_toy.StepsConfig(n=0), "n=0 must be at least 1"),
+        (flywheel_toy.STUDY, flywheel_toy.FlywheelStudyConfig(items=0), "items=0 must be at least 2"),
+    ],
+)
+def test_a_wrong_number_is_refused_before_anything_is_trained(study, config, message, tmp_path):
+    config = replace(config, output_dir=str(tmp_path / "studies" / study.name / "seed-0"), seeds=[0])
+    with pytest.raises(InputError, match=message):
+        next(iter(study.run(config)))
+    assert not any(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """SFT and a reward model by DeepSpeed's ZeRO in several gloo processes: whole, and killed half-way and resumed.
 
-torchrun --nproc_per_node 2 tests/reference/deepspeed_trainers.py ZERO_STAGE FOLDER POLICY
+torchrun --nproc_per_node 2 tests/reference/deepspeed_trainers.py zero2.yaml|zero3.yaml|alone FOLDER POLICY
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from torch import distributed
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from reference.sharded_trainers import STAGES, Killed
 from reference.sharded_trainers import make as make_trainer
+
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "accelerate"
 
 
 class DiesAt(TrainerCallback):
@@ -27,15 +31,15 @@ class DiesAt(TrainerCallback):
             raise Killed
 
 
-def on_cpus(zero_stage: str) -> None:
-    """Let trainers in this process use ZeRO as `accelerate launch` has them do on GPUs: accelerate leaves DeepSpeed out
-    where it is told to use CPUs."""
-    os.environ |= {
-        "ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": zero_stage,
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "ACCELERATE_GRADIENT_CLIPPING": "auto",
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    }  # fmt: skip
+def on_cpus(config: str) -> None:
+    """Let trainers in this process use ZeRO as `accelerate launch --config_file CONFIG` has them do on GPUs: accelerate
+    leaves DeepSpeed out where it is told to use CPUs."""
+    args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "recipes/sft.py"])
+    args, defaults, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as launch_command does
+    environment = prepare_deepspeed_cmd_env(args)[1].items()
+    os.environ |= {key: value for key, value in environment if key.startswith("ACCELERATE_")}
+    os.environ |= {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
     post_init = TrainingArguments.__post_init__
 
     def not_told_of_cpus(self: TrainingArguments) -> None:
@@ -66,9 +70,9 @@ def run(stage: str, policy: str, folder: Path) -> None:
     whole.accelerator.wait_for_everyone()
 
 
-def main(zero_stage: str, folder: str, policy: str) -> None:
-    if zero_stage != "0":
-        on_cpus(zero_stage)
+def main(config: str, folder: str, policy: str) -> None:
+    if config != "alone":
+        on_cpus(config)
     for stage in STAGES:
         run(stage, policy, Path(folder, stage))
     if distributed.is_initialized():

@@ -123,7 +123,7 @@ def test_one_principle_without_an_answer_is_enough():
 
 def test_a_text_that_a_server_refuses_is_named():
     answers = [Answered((0.1, 0.9), 1.0, None), InputError("400: too long")]
-    with pytest.raises(InputError, match="text 2 of 2: 400: too long"):
+    with pytest.raises(InputError, match="text 'long': 400: too long"):
         Guard(answering(*answers), ServedLlamaGuard())(["short", "long"])
 
 

@@ -14,21 +14,21 @@ from reference.sharded_trainers import FILES, build
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
-ZERO = {"2": 1e-6, "3": 2e-5}  # stage: how far weights may be from one process's
+ZERO = {"zero2.yaml": 1e-6, "zero3.yaml": 2e-5}  # how far weights may be from one process's
 case = pytest.mark.parametrize(("zero", "kind"), [(zero, kind) for zero in ZERO for kind in ("full", "lora")])
 MADE: dict[tuple[str, str], Path | str] = {}  # of this session
 
 
 @pytest.fixture
 def made(tmp_path_factory, tiny_model, tiny_tokenizer):
-    """Return the folder that a ZeRO stage ("0": one process without it) filled; made when a test first asks for it."""
+    """Return the folder that a configuration ("alone": one process) filled; made when a test first asks for it."""
     pytest.importorskip("deepspeed", reason="no deepspeed here: pip install deepspeed", exc_type=ImportError)
 
     def make(zero: str, kind: str) -> Path:
         if (zero, kind) not in MADE:
-            folder = tmp_path_factory.mktemp(f"zero{zero}-{kind}")
+            folder = tmp_path_factory.mktemp(f"{zero}-{kind}")
             policy = build(folder / "models", kind, copy.deepcopy(tiny_model), tiny_tokenizer)
-            if zero == "0":
+            if zero == "alone":
                 worker.main(zero, str(folder), policy)
                 MADE[zero, kind] = folder
             else:
@@ -45,7 +45,7 @@ def made(tmp_path_factory, tiny_model, tiny_tokenizer):
 @case
 @pytest.mark.parametrize("stage", worker.STAGES)
 def test_its_weights_are_one_processs_and_a_killed_runs(made, zero, kind, stage):
-    mine, alone = made(zero, kind), made("0", kind)
+    mine, alone = made(zero, kind), made("alone", kind)
     whole, resumed, expected = (
         load_file(place / stage / name / FILES[kind])
         for place, name in ((mine, "whole"), (mine, "resumed"), (alone, "whole"))

@@ -175,6 +175,9 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(tmp_path, tiny_model, tin
         strategy.check_kind(tmp_path, trainer.accelerator)
     (tmp_path / "pytorch_model_fsdp.bin").touch()
     strategy.check_kind(tmp_path, trainer.accelerator)
+    (tmp_path / "global_step2").mkdir()
+    with pytest.raises(InputError, match="made under DeepSpeed, and this run is not;"):
+        strategy.check_kind(tmp_path, trainer.accelerator)
     under_fsdp2.state_dict_type = "StateDictType.SHARDED_STATE_DICT"
     with pytest.raises(InputError, match="set FULL_STATE_DICT"):
         make()
@@ -202,3 +205,17 @@ def test_what_zero_3_would_lose_is_refused_in_one_line(tmp_path, tiny_model, tin
     for keep_best in (True, False):
         worker.make("reward_model", policy, tmp_path / "out", worker.Watch(), keep_best)
     assert told == [True, False]
+
+
+def test_weights_that_accelerate_leaves_whole_on_cpus_are_told(monkeypatch, caplog, tiny_model):
+    accelerator = Accelerator()
+    strategy.configure_trainer(accelerator, tiny_model)
+    assert not caplog.records
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP2"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "true")
+            strategy.configure_trainer(accelerator, tiny_model)
+            strategy.configure(accelerator)
+        told = [record.getMessage() for record in caplog.records if record.name.startswith("rlhf")]
+        assert [message.startswith(f"accelerate leaves {name} out here") for message in told] == [True, True]

@@ -53,6 +53,9 @@ class BaselinesConfig(StudyConfig):
         if self.learning_rates and len({len(trials) for trials in self.learning_rates.values()}) > 1:
             raise InputError("learning_rates: give every method as many trials")
 
+    def check(self) -> None:
+        tuned(self)
+
 
 def trained(config: BaselinesConfig, method: str, rate: float) -> Path:
     """Train a method at a learning rate, beside the seed's chain; its folder."""

@@ -41,6 +41,19 @@ class FlywheelStudyConfig(StudyConfig):
     max_prompts: int = 200
     """Held-out prompts of a round's evaluation."""
 
+    @property
+    def turn(self) -> dict[str, Any]:
+        """Return the flywheel's settings with random choice."""
+        return {"rounds": self.rounds, "items": self.items}
+
+    @property
+    def active(self) -> dict[str, Any]:
+        """Return those with active choice."""
+        return self.turn | {"choose": self.choose, "pool": self.pool}
+
+    def check(self) -> None:
+        RoundsConfig(**self.active)
+
 
 def rounds(config: FlywheelStudyConfig, name: str, **settings: Any) -> dict[str, Any]:
     """Run the flywheel over the seed's data, base and SFT model; the content of flywheel.json."""
@@ -83,14 +96,11 @@ def accuracies(config: FlywheelStudyConfig, name: str, result: Mapping[str, Any]
 
 def run(config: FlywheelStudyConfig) -> Iterator[Row]:
     labels = config.rounds * config.items
-    turn: dict[str, Any] = {"rounds": config.rounds, "items": config.items}
-    active = turn | {"choose": config.choose, "pool": config.pool}
-    RoundsConfig(**active)  # a mistake in it is told before anything is trained
     chain(config, "rankings")
     for series, name, settings in (
-        (ROUNDS, "random", turn),
+        (ROUNDS, "random", config.turn),
         (ONE_SHOT, "one_shot", {"rounds": 1, "items": labels}),
-        (ACTIVE, "active", active),
+        (ACTIVE, "active", config.active),
     ):
         result = rounds(config, name, **settings)
         passed = [row for row in result["rounds"] if row["passed"]]

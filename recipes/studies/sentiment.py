@@ -38,9 +38,11 @@ class SentimentConfig(StudyConfig):
     methods: list[str] = field(default_factory=lambda: ["dpo", "kto", "grpo", "rloo"])
     """Baselines in the table; [] for none."""
 
+    def check(self) -> None:
+        configs.import_function(f"{LEXICON_FILE}:analyzer")()  # its package may be missing
+
 
 def run(config: SentimentConfig) -> Iterator[Row]:
-    configs.import_function(f"{LEXICON_FILE}:analyzer")()  # before the hours, not behind them
     folder = chain(config)
     yield from of_models(folder)
     for method in config.methods:

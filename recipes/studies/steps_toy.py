@@ -17,6 +17,7 @@ from rlhf_recipes.studies.study import Check, Panel, Row, Study, StudyConfig, at
 
 PROCESS, OUTCOME, VOTE = "process model", "outcome model", "majority"
 SOLVED, JUDGED = "", "judged"
+PROCESS_FOLDER, OUTCOME_FOLDER = "process_reward", "outcome_reward"
 CARD = (
     ("process model: first wrong step found", 0, "first_error_accuracy"),
     ("process model: solution judged rightly", 0, "solution_accuracy_min"),
@@ -34,23 +35,32 @@ class StepsConfig(StudyConfig):
     max_prompts: int = 200
     """Held-out problems."""
 
+    def check(self) -> None:
+        sampled(self)
+
+
+def sampled(config: StepsConfig) -> BestOfNConfig:
+    """Return the settings of best-of-n with both models."""
+    shared = config.shared
+    return BestOfNConfig(
+        model=str(shared / "sft"), data=str(shared / "data/eval_prompts.jsonl"),
+        scorers=[str(shared / PROCESS_FOLDER), str(shared / OUTCOME_FOLDER)], answer=r"The answer is (-?\d+)",
+        answer_column="answer", n=config.n, max_prompts=config.max_prompts, max_new_tokens=48,
+        output_dir=str(shared / "best_of_n_steps"), seed=config.seed, bf16=False,
+    )  # fmt: skip
+
 
 def run(config: StepsConfig) -> Iterator[Row]:
-    shared = config.shared
-    folders, out = (shared / "process_reward", shared / "outcome_reward"), shared / "best_of_n_steps"
-    sampled = BestOfNConfig(  # first of all: a mistake in it is told before anything is trained
-        model=str(shared / "sft"), data=str(shared / "data/eval_prompts.jsonl"), scorers=[*map(str, folders)],
-        answer=r"The answer is (-?\d+)", answer_column="answer", n=config.n, max_prompts=config.max_prompts,
-        max_new_tokens=48, output_dir=str(out), seed=config.seed, bf16=False,
-    )  # fmt: skip
     chain(config, "sft")
-    for folder, kind in zip(folders, ("process", "outcome"), strict=True):
-        stage(config, process_reward, ProcessRecipe, "process_reward", folder.name, kind=kind)
+    folders = [
+        stage(config, process_reward, ProcessRecipe, "process_reward", out, kind=kind)
+        for out, kind in ((PROCESS_FOLDER, "process"), (OUTCOME_FOLDER, "outcome"))
+    ]
     for label, which, metric in CARD:
         found = read_object(folders[which] / "process_reward.json")["metrics"][metric]
         yield Row(label, found["value"], None, found["low"], found["high"], found["n"], JUDGED)
-    best_of_n(sampled)
-    curves = read_object(out / "best_of_n.json")["curves"]
+    best_of_n(sampled(config))
+    curves = read_object(config.shared / "best_of_n_steps" / "best_of_n.json")["curves"]
     names = dict(zip((PROCESS, OUTCOME), curves, strict=False)) | {VOTE: "majority"}
     for series, name in names.items():
         for point in curves[name]:

@@ -30,7 +30,7 @@ from rlhf_recipes.studies.verdicts import checked, over_prompts, over_seeds, ver
 
 console.quiet()
 
-OWN = ("seeds", "chain", "chain_flags")
+OWN = ("seeds", "chain", "chain_flags", "model", "train_data", "python")
 """Settings that a result's list leaves out: it has the seeds, and paths are nobody else's."""
 
 
@@ -52,6 +52,10 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds={self.seeds}: write different whole numbers, such as [0, 1, 2]")
+
+    def check(self) -> None:
+        """Raise InputError for what else would be found out only after hours. Called for one seed, before anything is
+        written."""
 
     @property
     def seed(self) -> int:
@@ -139,6 +143,7 @@ def run_seed(study: Study, config: StudyConfig, seed: int) -> list[Row]:
     own = replace(config, output_dir=str(folder), seeds=[seed])
     stage = open_stage(study.name, own, {})
     if not stage.complete:
+        own.check()
         stage.begin()
         rows = list(study.run(own))
         write_jsonl(folder / "rows.jsonl", map(asdict, rows))

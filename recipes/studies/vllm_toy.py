@@ -63,13 +63,15 @@ class VLLMConfig(StudyConfig):
     starting_seconds: float = 300.0
     """Time for the server to come up."""
 
+    def check(self) -> None:
+        if not Path(self.python).is_file():
+            raise InputError(f"python={self.python}: not there; install vLLM with `make vllm-env`, or name its Python")
+
 
 @contextmanager
 def serving(config: VLLMConfig, model: Path, *flags: str) -> Iterator[str]:
     """Serve a model by vLLM in float32 on a free port; its address."""
     python = Path(config.python).absolute()  # not resolved: a link leads out of the environment
-    if not python.is_file():
-        raise InputError(f"python={config.python}: not there; install vLLM with `make vllm-env`, or name its Python")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = str(listening.getsockname()[1])
     command = [

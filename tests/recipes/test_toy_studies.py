@@ -21,7 +21,7 @@ from rlhf_recipes.studies import (
     steps_toy,
     vllm_toy,
 )
-from rlhf_recipes.studies.study import Row, StudyConfig, main
+from rlhf_recipes.studies.study import Row, StudyConfig, main, run_seed
 
 USER = [{"role": "user", "content": "Who?"}]
 
@@ -189,12 +189,14 @@ def test_a_seed_of_each_study(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("study", "config", "message"),
     [
+        (vllm_toy.STUDY, vllm_toy.VLLMConfig(python="nowhere/python"), "nowhere/python: not there"),
+        (baselines_toy.STUDY, baselines_toy.BaselinesConfig(), "run the trials first"),
         (steps_toy.STUDY, steps_toy.StepsConfig(n=0), "n=0 must be at least 1"),
         (flywheel_toy.STUDY, flywheel_toy.FlywheelStudyConfig(items=0), "items=0 must be at least 2"),
     ],
 )
-def test_a_wrong_number_is_refused_before_anything_is_trained(study, config, message, tmp_path):
-    config = replace(config, output_dir=str(tmp_path / "studies" / study.name / "seed-0"), seeds=[0])
+def test_what_is_wrong_is_told_before_anything_is_written(study, config, message, tmp_path):
+    config = replace(config, output_dir=str(tmp_path / "studies"))
     with pytest.raises(InputError, match=message):
-        next(iter(study.run(config)))
+        run_seed(study, config, 0)
     assert not any(tmp_path.iterdir())

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reward_models.config import ProcessConfig
+from reward_models.steps import read_steps
 from rlhf import config as configs
-from rlhf.rows.records import HELD_OUT, StepLabels, check_disjoint, split_by_prompt
+from rlhf.rows.records import StepLabels
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf_recipes.splits import Splits, read_splits
 from rlhf_recipes.stage import (
     SECTIONS,
     Stage,
@@ -76,22 +78,13 @@ class ProcessRecipe(ProcessConfig):
         check_kept(self)
 
 
-@dataclass(frozen=True)
-class Data:
-    """What is trained on, what is measured on, and what (if anything) is chosen by: no problem is in two."""
-
-    train: list[StepLabels]
-    held_out: list[StepLabels]
-    selection: list[StepLabels] | None
-
-
 def process_reward(config: ProcessRecipe, name: str = "process_reward") -> dict[str, Any]:
     """The stage: train, save, measure on held-out problems."""
     config, sources = inputs(config)
     stage = open_stage(name, config, sources)
     if stage.complete:
         return stage.outputs
-    data = read_data(config)
+    data = read_splits(config, read_steps, config.keep_best)
     trainer = build(config, data)  # finds what is wrong with the input, before anything is written
     stage.begin()
     train_and_save(trainer, stage, name, "step_accuracy")
@@ -114,33 +107,14 @@ def inputs(config: ProcessRecipe) -> tuple[ProcessRecipe, dict[str, Any]]:
     return config, {source: getattr(config, source) for source in names}
 
 
-def read_data(config: ProcessRecipe) -> Data:
-    """Labelled solutions, split by problem where no file is named."""
-    from reward_models.steps import read_steps
-
-    train, selection = read_steps(str(config.train_data), on_bad_row=config.on_bad_row), None
-    if config.eval_data:
-        held_out = read_steps(config.eval_data, HELD_OUT, config.on_bad_row)
-        check_disjoint(train, held_out, ("train_data", "eval_data"))
-    else:
-        train, held_out = split_by_prompt(train, 0.1, config.seed)
-    if config.selection_data:
-        selection = read_steps(config.selection_data, HELD_OUT, config.on_bad_row)
-        check_disjoint(train, selection, ("train_data", "selection_data"))
-        check_disjoint(held_out, selection, ("eval_data", "selection_data"))
-    elif config.keep_best:
-        train, selection = split_by_prompt(train, 0.1, config.seed + 1)
-    return Data(train, held_out, selection)
-
-
-def build(config: ProcessRecipe, data: Data) -> ProcessTrainer:
+def build(config: ProcessRecipe, data: Splits[StepLabels]) -> ProcessTrainer:
     from reward_models.process_trainer import ProcessTrainer
 
     watched = data.selection or (data.held_out if config.eval_steps else None)
     return ProcessTrainer(str(config.model), args=config, train_dataset=data.train, eval_dataset=watched)
 
 
-def measure(config: ProcessRecipe, data: Data, stage: Stage) -> dict[str, Any]:
+def measure(config: ProcessRecipe, data: Splits[StepLabels], stage: Stage) -> dict[str, Any]:
     """Write process_reward.json and the card; return the main numbers."""
     from reward_models.card.process import metrics_of, process_report
     from reward_models.card.process_page import save_process_report

@@ -21,12 +21,13 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.rows.jsonl import read_object
 from rlhf.rows.mixed import Sources
-from rlhf.rows.records import HELD_OUT, Ranking, check_disjoint, read_rankings, split_by_prompt, split_key
+from rlhf.rows.records import Ranking, read_rankings, split_key
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import drop_checkpoints
+from rlhf_recipes.splits import Splits, read_splits
 from rlhf_recipes.stage import (
     SECTIONS,
     Stage,
@@ -96,15 +97,6 @@ BEST = "best.safetensors"  # reward_models.best.BEST_FILE, whose module takes se
 EXAMPLES = {"seeds": "[0, 1, 2]", "sizes": "[500, 1000, 2000]"}
 
 
-@dataclass(frozen=True)
-class Data:
-    """What is trained on, what accuracy is measured on, and what (if anything) is chosen by: no prompt is in two."""
-
-    train: list[Ranking]
-    held_out: list[Ranking]
-    selection: list[Ranking] | None
-
-
 def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, Any]:
     """The stage: train (once per seed), fit the normaliser, measure held-out accuracy, save."""
     config, sources = inputs(config)
@@ -153,28 +145,17 @@ def clean(stage: Stage, keep_seeds: bool) -> None:
         shutil.rmtree(folder)
 
 
-def read_data(config: RewardRecipe) -> Data:
+def read_data(config: RewardRecipe) -> Splits[Ranking]:
     """Rankings, split by prompt where no file is named."""
-    train, selection = read_rankings(config.train_data, on_bad_row=config.on_bad_row), None
-    if config.eval_data:
-        held_out = read_rankings(config.eval_data, HELD_OUT, config.on_bad_row)
-        check_disjoint(train, held_out, ("train_data", "eval_data"))
-    else:
-        train, held_out = split_by_prompt(train, 0.1, config.seed)
-    if config.selection_data:
-        selection = read_rankings(config.selection_data, HELD_OUT, config.on_bad_row)
-        check_disjoint(train, selection, ("train_data", "selection_data"))
-        check_disjoint(held_out, selection, ("eval_data", "selection_data"))
-    elif config.keep_best or config.seeds:
-        train, selection = split_by_prompt(train, 0.1, config.seed + 1)
-    if config.sizes and max(config.sizes) >= _prompts(train):
+    data = read_splits(config, read_rankings, config.keep_best or bool(config.seeds))
+    if config.sizes and max(config.sizes) >= _prompts(data.train):
         raise InputError(
-            f"sizes: {max(config.sizes)} is not below the {_prompts(train)} training prompts; leave it out"
+            f"sizes: {max(config.sizes)} is not below the {_prompts(data.train)} training prompts; leave it out"
         )
-    return Data(train, held_out, selection)
+    return data
 
 
-def build(config: RewardRecipe, train: Sequence[Ranking], data: Data) -> RewardTrainer:
+def build(config: RewardRecipe, train: Sequence[Ranking], data: Splits[Ranking]) -> RewardTrainer:
     from reward_models import RewardTrainer
     from rlhf.run import strategy
 
@@ -191,7 +172,7 @@ def build(config: RewardRecipe, train: Sequence[Ranking], data: Data) -> RewardT
     return trainer
 
 
-def trained(config: RewardRecipe, train: Sequence[Ranking], data: Data, name: str) -> RewardTrainer:
+def trained(config: RewardRecipe, train: Sequence[Ranking], data: Splits[Ranking], name: str) -> RewardTrainer:
     """A trainer that has trained into config.output_dir, from where an earlier attempt stopped."""
     trainer = build(config, train, data)
     run(trainer, name)
@@ -212,7 +193,7 @@ def train_once(trainer: RewardTrainer, stage: Stage, name: str) -> dict[str, Any
     return _about(trainer)
 
 
-def best_of_seeds(config: RewardRecipe, data: Data, stage: Stage, name: str) -> dict[str, Any]:
+def best_of_seeds(config: RewardRecipe, data: Splits[Ranking], stage: Stage, name: str) -> dict[str, Any]:
     """One model per seed; the one with the lowest loss on the selection data becomes the stage's."""
 
     def train(own: RewardRecipe) -> dict[str, Any]:
@@ -242,7 +223,7 @@ def best_of_seeds(config: RewardRecipe, data: Data, stage: Stage, name: str) -> 
     return {"seed": seed, **kept, "seeds": {str(s): result for s, result in found.items()}, "seeds_spread": spread}
 
 
-def accuracy_curve(config: RewardRecipe, data: Data, stage: Stage, name: str) -> list[dict[str, Any]]:
+def accuracy_curve(config: RewardRecipe, data: Splits[Ranking], stage: Stage, name: str) -> list[dict[str, Any]]:
     """Held-out accuracy of models trained on fewer prompts, always measured on the same held-out ones."""
     keys = {split_key(ranking) for ranking in data.train}
     order = sorted(keys, key=lambda key: hashlib.sha256(f"{config.seed}:size:{key}".encode()).digest())
@@ -278,7 +259,7 @@ def _about(trainer: RewardTrainer) -> dict[str, Any]:
     return {"training_prompts": len(trainer.train_dataset), **best}
 
 
-def _card(trainer: RewardTrainer, data: Data, seed: int) -> dict[str, Any]:
+def _card(trainer: RewardTrainer, data: Splits[Ranking], seed: int) -> dict[str, Any]:
     from reward_models import RewardModel
     from reward_models.card.report import report_card
 

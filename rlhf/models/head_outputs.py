@@ -20,14 +20,15 @@ def head_outputs(
     """Return a decoder's head at every real position, by a hook: the model's own pooling would search for a pad id.
 
     call: the model, or accelerate's wrapper of it (DDP, FSDP), which is called. packs: the rows as one long row, if it
-    is not too long (`packing`)."""
+    is not too long, and what neighbouring rows begin with once (`packing`)."""
     mask, caught = attention_mask.bool(), list[Tensor]()
     hook = score_head(model).register_forward_hook(lambda head, args, out: caught.append(out))
     try:
-        if packs and packing.fits(model, mask):
-            with packing.as_one_row(model, input_ids, mask) as given:
+        shared = packing.common(model, input_ids, mask) if packs else None
+        if packs and packing.fits(model, mask, shared):
+            with packing.as_one_row(model, input_ids, mask, shared) as given:
                 call(**given)
-            return packing.apart(caught[0][0], mask)
+            return packing.apart(caught[0][0], mask, shared)
         positions = position_ids(attention_mask)
         call(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
     finally:
@@ -45,11 +46,11 @@ def packs_rows(model: Any, setting: packing.Packing, dtype: torch.dtype) -> bool
 
 @torch.no_grad()
 def hands_rows_on(model: Any) -> bool:
-    """Return whether the model as a whole computes the same for packed rows: some families' classifiers keep from their
-    trunk what it needs for them."""
+    """Return whether the model as a whole computes the same for packed rows, of which two begin alike: some families'
+    classifiers keep from their trunk what it needs for them."""
     vocabulary, training = model.get_input_embeddings().weight.shape[0], model.training
-    ids = torch.tensor([[7, 2, 5, 1], [1, 6, 4, 0]], device=model.device) % vocabulary
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=model.device)
+    ids = torch.tensor([[7, 2, 5, 1], [7, 2, 6, 0], [1, 6, 4, 0]], device=model.device) % vocabulary
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]], device=model.device)
     model.eval()
     try:
         packed, padded = (head_outputs(model, model, ids, mask, packs)[mask.bool()] for packs in (True, False))

@@ -3,6 +3,9 @@
 Everything but attention treats each token by itself, so a padded batch computes padding tokens that nobody reads.
 transformers supports this form (positions that restart at 0): flash attention computes it row by row, and so does
 `rlhf.cpu.attention.short_rows`; SDPA masks it with a mask [N, N].
+
+Where attention takes rows apart itself (`short_rows`), tokens with which neighbouring rows begin, such as a prompt with
+several responses, can stand in the long row once (`common`): all but attention then computes them once.
 """
 
 from __future__ import annotations
@@ -62,6 +65,24 @@ class Gather(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
+class Share(torch.autograd.Function):
+    """As `Move`, where rows of x may be in the result several times: their gradients are added up.
+
+    more, again [k]: the indices in the result of all but one of each row's places, and the rows of x that stand there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, more: Tensor, again: Tensor) -> Tensor:
+        ctx.save_for_backward(target, more, again)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        target, more, again = ctx.saved_tensors
+        grad = grads[0].index_select(0, target)
+        return grad.index_add_(0, again, grads[0].index_select(0, more)), None, None, None, None
+
+
 @dataclass(frozen=True)
 class Rows:
     """The map between one long row of N tokens and its B rows, each padded to T tokens (the longest, or a bit more)."""
@@ -69,17 +90,28 @@ class Rows:
     tokens: Int[Tensor, "B T"]  # the index in the long row of each token; on padding, of the row's last token
     real: Bool[Tensor, "B T"]  # False on padding
     padded: Int[Tensor, "N"]  # the index b * T + t in the padded rows of each token of the long row
+    repeated: Int[Tensor, "R"] | None = None  # the same of its further places, where rows share tokens
     _cached: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, mask: Bool[Tensor, "B L"], grain: int = 1) -> Rows:
-        """Return the map for a batch with padding on either side; T is rounded up to a multiple of `grain`."""
+    def of(cls, mask: Bool[Tensor, "B L"], grain: int = 1, shared: Int[Tensor, "B"] | None = None) -> Rows:
+        """Return the map for a batch with padding on either side; T is rounded up to a multiple of `grain`. shared:
+        how many tokens each row has in common with the row before it, from the first on (`common`)."""
         lengths = mask.sum(-1)
         longest = int(lengths.max())
         steps = torch.arange(longest + -longest % grain, device=mask.device)
         real = steps < lengths[:, None]
-        tokens = (lengths.cumsum(0) - lengths)[:, None] + torch.minimum(steps, lengths[:, None] - 1)
-        return cls(tokens, real, real.flatten().nonzero().squeeze(-1))
+        last = torch.minimum(steps, lengths[:, None] - 1)
+        if shared is None:
+            tokens = (lengths.cumsum(0) - lengths)[:, None] + last
+            return cls(tokens, real, real.flatten().nonzero().squeeze(-1))
+        own = steps >= shared[:, None]
+        number = torch.arange(len(mask), device=mask.device)[:, None]
+        owner = torch.where(own, number, -1).cummax(0).values  # the row in which a token stood first
+        start = (lengths - shared).cumsum(0) - lengths
+        tokens = (start[owner] + steps).gather(1, last)
+        first, again = ((real & kind).flatten().nonzero().squeeze(-1) for kind in (own, ~own))
+        return cls(tokens, real, first, again)
 
     def once(self, make: Callable[..., Made], *of: Any) -> Made:
         """Return ``make(*of)``, computed in the first layer and cached for the rest; tensors are keyed by identity."""
@@ -93,20 +125,27 @@ class Rows:
     def unpack(self, x: Float[Tensor, "1 H N D"]) -> Float[Tensor, "B H T D"]:
         """Split the long row into its padded rows, contiguous."""
         heads, (rows, steps) = x.shape[1], self.tokens.shape
-        source, target = self.once(self._sources, heads), self.once(self._targets, heads)
-        return Move.apply(x[0].transpose(0, 1).reshape(-1, x.shape[-1]), source, target).view(
-            rows, heads, steps, x.shape[-1]
-        )
+        flat = x[0].transpose(0, 1).reshape(-1, x.shape[-1])
+        source, target = self.once(self._sources, heads), self.once(self._targets, heads, self.padded)
+        if self.repeated is None:
+            apart = Move.apply(flat, source, target)
+        else:
+            more = self.once(self._targets, heads, self.repeated)
+            apart = Share.apply(flat, source, target, more, self.once(source.index_select, 0, more))
+        return apart.view(rows, heads, steps, x.shape[-1])
 
     def pack(self, x: Float[Tensor, "B H T D"]) -> Float[Tensor, "1 N H D"]:
         """Join the padded rows into the long row again; the dimensions are ordered as in attention's result."""
-        index = self.once(self._targets, x.shape[1])
+        index = self.once(self._targets, x.shape[1], self.padded)
         return Gather.apply(x.reshape(-1, x.shape[-1]), index).view(1, -1, x.shape[1], x.shape[-1])
 
     def mask_of(self, function: Callable[..., Tensor]) -> Bool[Tensor, "B 1 T T"]:
         """Evaluate transformers' mask function of (row, head, query, key) for each row alone instead of as [N, N]."""
         first = self.tokens.new_zeros(1, 1, 1, 1)
-        seen = function(first, first, self.tokens[:, None, :, None], self.tokens[:, None, None, :])
+        places = self.tokens
+        if self.repeated is not None:  # the long row's order says nothing of distances; `as_one_row` asks for one row
+            places = torch.arange(places.shape[1], device=places.device).expand_as(places)
+        seen = function(first, first, places[:, None, :, None], places[:, None, None, :])
         return seen & self.real[:, None, None, :]
 
     def mask(self, whole: Tensor | None) -> Tensor | None:
@@ -125,15 +164,25 @@ class Rows:
         head = torch.arange(heads, device=self.tokens.device)
         return (self.tokens[:, None, :] * heads + head[:, None]).flatten()
 
-    def _targets(self, heads: int) -> Int[Tensor, "NH"]:
-        """Return, for each entry of [N, heads], its index in the flattened [B, heads, T]."""
+    def _targets(self, heads: int, places: Int[Tensor, "N"]) -> Int[Tensor, "NH"]:
+        """Return, for each entry of [N, heads], its index in the flattened [B, heads, T]. places: b * T + t."""
         steps = self.tokens.shape[1]
-        first = self.padded // steps * (heads * steps) + self.padded % steps
+        first = places // steps * (heads * steps) + places % steps
         return (first[:, None] + torch.arange(heads, device=first.device) * steps).flatten()
 
 
 PACKED: ContextVar[Rows | None] = ContextVar("packed", default=None)
 """The rows of the current forward, for the mask function, to which transformers does not pass `packed_rows`."""
+
+
+def common(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B"] | None:
+    """Count the tokens with which each row, padded on the right, begins as the row before it does. None where no row
+    does, or the model's attention doesn't take rows apart itself."""
+    if attention_of(model) != BY_ROWS:
+        return None
+    alike = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
+    shared = torch.nn.functional.pad(alike.long().cumprod(-1).sum(-1), (1, 0))
+    return shared if bool(shared.any()) else None
 
 
 def packed_hidden(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:
@@ -148,22 +197,34 @@ def padded_hidden(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, 
     return apart(packed_hidden(model, input_ids, mask), mask)
 
 
-def apart(states: Float[Tensor, "N H"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
-    """Put the states of a long row where their tokens stand in the batch; 0 on padding."""
-    return states.new_zeros(*mask.shape, states.shape[-1]).index_put((mask,), states[: int(mask.sum())])
+def apart(
+    states: Float[Tensor, "N H"], mask: Bool[Tensor, "B L"], shared: Int[Tensor, "B"] | None = None
+) -> Float[Tensor, "B L H"]:
+    """Put the states of a long row where their tokens stand in the batch; 0 on padding. shared: as in `as_one_row`."""
+    rows = Rows.of(mask, shared=shared)
+    own = states[: int(mask.sum())] if shared is None else states.index_select(0, rows.tokens[rows.real])
+    return states.new_zeros(*mask.shape, states.shape[-1]).index_put((mask,), own)
 
 
 @contextmanager
-def as_one_row(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Iterator[dict[str, Any]]:
+def as_one_row(
+    model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"], shared: Int[Tensor, "B"] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield a forward's arguments that hold the batch's real tokens as one long row; call the model inside the context.
 
-    The long row may end in a few tokens more, whose states are to be thrown away."""
-    more = -int(mask.sum()) % GRAIN
+    The long row may end in a few tokens more, whose states are to be thrown away. shared: as `common` counts them, for
+    a model whose attention is `short_rows`; such tokens stand in the long row once."""
+    more = -int(mask.sum() - (0 if shared is None else shared.sum())) % GRAIN
     if 0 < more <= mask.shape[1]:
         mask = torch.cat([mask, torch.arange(mask.shape[1], device=mask.device)[None] < more])
         input_ids = torch.cat([input_ids, input_ids[:1]])
-    positions = (mask.long().cumsum(-1) - 1)[mask]
-    given = {"input_ids": input_ids[mask][None], "position_ids": positions[None], "use_cache": False}
+        shared = None if shared is None else torch.nn.functional.pad(shared, (0, 1))
+    place = mask.long().cumsum(-1) - 1
+    own = mask if shared is None else mask & (place >= shared[:, None])
+    ids = input_ids[own][None]
+    given = {"input_ids": ids, "position_ids": place[own][None], "use_cache": False}
+    if shared is not None:  # else transformers would find rows by their positions, and no token its row's beginning
+        given["attention_mask"] = torch.ones_like(ids)
     if is_flash(model):  # it would find the rows by their positions, in every layer anew
         lengths = mask.sum(-1)
         ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
@@ -171,7 +232,7 @@ def as_one_row(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B 
         yield given | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         return
     half = torch.is_autocast_enabled(mask.device.type) or model.dtype.itemsize == 2
-    rows = Rows.of(mask, HALF_GRAIN if half else 1)
+    rows = Rows.of(mask, HALF_GRAIN if half else 1, shared)
     token = PACKED.set(rows)
     try:
         yield given | {"packed_rows": rows}
@@ -194,9 +255,10 @@ def most_tokens(model: Any) -> int:
     return 2**62 if is_flash(model) else MOST_TOKENS
 
 
-def fits(model: Any, mask: Bool[Tensor, "B L"]) -> bool:
+def fits(model: Any, mask: Bool[Tensor, "B L"], shared: Int[Tensor, "B"] | None = None) -> bool:
     """Return whether a batch is worth being packed, and short enough."""
-    return not bool(mask.all()) and int(mask.sum()) <= most_tokens(model)
+    tokens = int(mask.sum()) - (0 if shared is None else int(shared.sum()))
+    return tokens < mask.numel() and tokens <= most_tokens(model)
 
 
 def choose(model: Any, setting: Packing) -> bool:

@@ -350,8 +350,8 @@ def test_in_half_precision_rows_have_places_for_a_multiple_of_32_keys(dtype, exp
     """The longest row has 9 tokens; the contents of the other positions change nothing."""
     model, seen, plain = new_model("mistral").to(dtype), [], Rows.of
 
-    def spy(mask, grain=1):
-        rows = plain(mask, grain)
+    def spy(mask, grain=1, shared=None):
+        rows = plain(mask, grain, shared)
         seen.append(rows.tokens.shape[1])
         return rows
 

@@ -1,0 +1,150 @@
+"""What neighbouring rows begin with, once in the long row: against plain loops, scores against each row alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from reference.families import new_model
+
+from rlhf import cpu
+from rlhf.models import packing
+from rlhf.models.adapters import backbone
+from rlhf.models.head_outputs import head_outputs, packs_rows
+from rlhf.models.packing import Rows
+from rlhf.models.scalar import new_scalar_model, score_head
+from rlhf.padding import pad
+
+ROWS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 10, 11], [20], [20]]
+SHARED = torch.tensor([0, 2, 3, 0, 1])
+TOKENS = [[0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5, 6], [7], [7]]
+"""Where each token stands in the long row: 5 6 7 8, 9, 10 11, 20."""
+HEADS, WIDTH = 2, 3
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return pad(ROWS, fill=0)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def long_scorer(family: str) -> Any:
+    return new_scalar_model(new_model(family), seed=0).eval()
+
+
+def texts(seed: int) -> list[list[int]]:
+    """Prompts of 9, 4 and 14 tokens with four responses each, of which two are the same, and one without another."""
+    draw = torch.Generator().manual_seed(seed)
+    prompts, ends = [
+        [torch.randint(5, 90, (n,), generator=draw).tolist() for n in sizes] for sizes in ((9, 4, 14), (1, 5, 3))
+    ]
+    rows = [prompt + end for prompt in prompts for end in (*ends, ends[2])]
+    return [*rows, torch.randint(5, 90, (6,), generator=draw).tolist()]
+
+
+def test_what_rows_have_in_common_with_the_one_before(monkeypatch):
+    ids, mask = batch()
+    assert packing.common(long_scorer("llama"), ids, mask) is None, "torch's kernel takes no rows apart"
+    monkeypatch.setattr(packing, "attention_of", lambda model: packing.BY_ROWS)
+    assert torch.equal(packing.common(None, ids, mask), SHARED)
+    assert packing.common(None, ids[::2], mask[::2]) is not None
+    assert packing.common(None, ids[[0, 3]], mask[[0, 3]]) is None
+    filled = torch.where(mask, ids, 7)  # what stands on padding says nothing
+    assert torch.equal(packing.common(None, filled, mask), SHARED)
+
+
+def test_rows_are_set_apart_and_put_back():
+    _, mask = batch()
+    rows = Rows.of(mask, shared=SHARED)
+    places = {(row, step): token for row, own in enumerate(TOKENS) for step, token in enumerate(own)}
+    first = {token: place for place, token in reversed(places.items())}
+    x = numbers(1, HEADS, 8, WIDTH).requires_grad_()
+    apart = rows.unpack(x)
+    assert all(torch.equal(apart[row, :, step], x[0, :, token]) for (row, step), token in places.items())
+    up = torch.where(rows.real[:, None, :, None], numbers(*apart.shape, seed=1), 0.0)
+    apart.backward(up)
+    expected = torch.zeros_like(x)
+    for (row, step), token in places.items():
+        expected[0, :, token] += up[row, :, step]
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-6)
+    again = x.grad.clone()
+    x.grad = None
+    rows.unpack(x).backward(up)
+    assert torch.equal(x.grad, again)
+
+    y = numbers(5, HEADS, 5, WIDTH, seed=2).requires_grad_()
+    together = rows.pack(y)
+    assert together.shape == (1, 8, HEADS, WIDTH)
+    assert all(torch.equal(together[0, token], y[row, :, step]) for token, (row, step) in first.items())
+
+
+def test_a_mask_is_asked_by_places_in_a_row():
+    """A window of two: in the long row 9 stands four places behind 6, which it follows."""
+    _, mask = batch()
+    seen = Rows.of(mask, shared=SHARED).mask_of(lambda batch, head, query, key: (key <= query) & (query - key < 2))
+    assert seen[2, 0].tolist() == [[abs(q - k - 0.5) == 0.5 for k in range(5)] for q in range(5)]
+    assert seen[1, 0, 2].tolist() == [False, True, True, False, False]
+    assert seen[3, 0, 0].tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "cohere2", "glm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_and_gradients_are_those_of_each_row_alone(family, dtype):
+    """Sliding windows shorter than the rows (gemma3_text), learned positions (gpt2), other rotations."""
+    model = long_scorer(family)
+    twin = copy.deepcopy(model)
+    rows = texts(3)
+    ids, mask = pad(rows, fill=0)
+    widths: list[int] = []
+    backbone(model).register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append((args[0] if args else kwargs["input_ids"]).shape[1]),
+        with_kwargs=True,
+    )
+    half = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with cpu.for_training(model), half:
+        assert packs_rows(model, "auto", dtype)
+        widths.clear()
+        found = head_outputs(model, model, ids, mask.long(), True)
+    own = 27 + 6 + 3 * (1 + 5 + 3)
+    assert widths == [own + -own % packing.GRAIN], "every prompt once, and nothing of the response that is there twice"
+    with half:
+        alone = [score_head(twin)(backbone(twin)(input_ids=torch.tensor([row])).last_hidden_state)[0] for row in rows]
+    expected = torch.cat(alone)
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found[mask].float(), expected.float(), rtol=0, atol=limit)
+    assert not found[~mask].any()
+    if dtype == torch.float32:
+        weights = numbers(*expected.shape, seed=4)
+        (found[mask] * weights).sum().backward()
+        (expected * weights).sum().backward()
+        pairs = [(mine.grad, theirs.grad) for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True)]
+        most = max(float(theirs.abs().max()) for _, theirs in pairs if theirs is not None)
+        for mine, theirs in pairs:
+            if theirs is not None:
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * most)
+
+
+def test_rows_longer_than_our_attention_takes():
+    """They go on to torch's kernel, which computes the same."""
+    model, draw = long_scorer("llama"), torch.Generator().manual_seed(0)
+    prompt = torch.randint(5, 90, (300,), generator=draw).tolist()
+    ids, mask = pad([[*prompt, 7, 8, 9], [*prompt, 11]], fill=0)
+    with torch.no_grad():
+        expected = head_outputs(model, model, ids, mask.long(), False)
+        with cpu.for_training(model):
+            found = head_outputs(model, model, ids, mask.long(), True)
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+def test_a_batch_that_is_too_long_but_for_what_it_shares_fits(monkeypatch):
+    monkeypatch.setattr(packing, "MOST_TOKENS", 8)
+    model = long_scorer("llama")
+    _, mask = batch()
+    assert packing.fits(model, mask, SHARED)
+    assert not packing.fits(model, mask)
+    assert packing.fits(model, torch.ones(2, 4, dtype=torch.bool), torch.tensor([0, 3])), "no padding, but shared"
+    assert not packing.fits(model, torch.ones(2, 4, dtype=torch.bool))

@@ -26,7 +26,7 @@ from rlhf.errors import InputError, RunStopped
 from rlhf.run import console
 
 HERE = Path(__file__).resolve().parent
-LONG = ("sentiment", "baselines_toy", "vllm_toy", "student_steps")
+LONG = ("sentiment", "baselines_toy", "vllm_toy", "student_steps", "hh", "qa_feedback")
 """Studies that run only where they are asked for: those of real text take as long as all others together, that of
 baselines has trials to run before, and that of vLLM needs it installed."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +19,14 @@ WATCHED: dict[str, Any] = {"reward_functions": [GOLD], "reward_weights": [1.0, 0
 Config = TypeVar("Config")
 
 
-def chain(config: StudyConfig, last: str = "evaluation") -> Path:
+def chain(config: StudyConfig, last: str = "evaluation", **changes: Mapping[str, Any]) -> Path:
     """Run a seed's chain up to a stage, as far as it is not there yet; its folder. Where the toy world's gold judges
-    the chain, it watches a PPO that has no reward functions of its own."""
+    the chain, it watches a PPO that has no reward functions of its own. changes: settings to replace, by section."""
     argv = ["--config", config.chain, "--seed", str(config.seed), "--output_dir", str(config.shared)]
     own = configs.load(whole.ChainConfig, [*argv, *config.chain_flags])
     if own.evaluation.judge == GOLD and not own.ppo.reward_functions:
         own = replace(own, ppo=replace(own.ppo, **WATCHED))
+    own = replace(own, **{name: replace(getattr(own, name), **values) for name, values in changes.items()})
     steps = whole.steps_of(own)
     whole.check(own)
     whole.require_same(config.shared, steps)

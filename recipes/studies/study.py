@@ -30,7 +30,7 @@ from rlhf_recipes.studies.verdicts import checked, over_prompts, over_seeds, ver
 
 console.quiet()
 
-OWN = ("seeds", "chain", "chain_flags", "model", "train_data", "python")
+OWN = ("seeds", "chain", "chain_flags", "model", "train_data", "source", "encoder", "python")
 """Settings that a result's list leaves out: it has the seeds, and paths are nobody else's."""
 
 

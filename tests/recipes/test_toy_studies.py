@@ -1,4 +1,4 @@
-"""Studies 7, 8, 9, 11, 13, 16 and 17: what each computes, by hand; a seed of each on worlds that take seconds."""
+"""Studies 7, 8, 9, 11, 13, 16, 17 and 19: what each computes, by hand; a seed of each on worlds that take seconds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rlhf.rows.records import Ranking
 from rlhf_recipes.studies import (
     baselines_toy,
     flywheel_toy,
+    hh,
     noisy_labels,
     ptx_toy,
     safety_toy,
@@ -51,6 +52,10 @@ def test_margins_by_hand():
     rows = [Row(name, value + shift, panel=panel) for name, value in gold.items() for panel, shift in
             (("equal", 0.0), ("end", 1.0))]  # fmt: skip
     assert margins(noisy_labels.STUDY, rows) == [1.0, 1.0, -1.0, -1.0]
+
+    right = {"SmolLM2": 0.625, "MiniLM": 0.75, "their mean": 0.6875, "bag of words": 0.5}
+    rows = [Row(name, value) for name, value in right.items()] + [Row("PPO over SFT", 0.75, panel="won")]
+    assert margins(hh.STUDY, rows) == [0.125, 0.25, 0.1875, 0.125, 0.25, 0.1875, -0.0625, 0.25]
 
     losses = {"SFT": 1.0, "PPO": 1.5, "PPO with the mix": 1.1}
     rows = [Row(name, value, panel="loss") for name, value in losses.items()]
@@ -148,6 +153,7 @@ SMALL: dict[str, tuple[Any, Any, list[str]]] = {
                      ["--rounds", "2", "--items", "16", "--pool", "2", "--updates", "2", "--rollout_size", "16"]),
     "safety_toy": (safety_toy.STUDY, safety_toy.SafetyStudyConfig, ["--attacks", "8"]),
     "steps_toy": (steps_toy.STUDY, steps_toy.StepsConfig, ["--n", "4", "--max_prompts", "10"]),
+    "hh": (hh.STUDY, hh.HHConfig, ["--small", "smoke.yaml"]),
 }  # fmt: skip
 TINY_STEPS = [
     "--data.options={prompts: 40, demonstrations: 48, pretraining_documents: 300, evaluation_prompts: 12,"

@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rlhf.models.packing import BY_ROWS, PACKED, Rows, attention_of, set_attention
+from rlhf.models.long_row import PACKED, Rows
+from rlhf.models.packing import BY_ROWS, attention_of, set_attention
 
 MOST_TOKENS = 256  # keys of a row; longer rows go to torch's kernel
 

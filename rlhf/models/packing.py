@@ -10,11 +10,9 @@ several responses, can stand in the long row once (`common`): all but attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,8 +20,7 @@ from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
 from rlhf.models.adapters import backbone, base_model
-
-Made = TypeVar("Made")
+from rlhf.models.long_row import PACKED, Rows
 
 Packing = Literal["auto", "on", "off"]
 BY_ROWS = "rlhf_short_rows"  # the attention of `rlhf.cpu.attention`
@@ -31,148 +28,6 @@ FLASH = "flash_attention_2"
 MOST_TOKENS = 2048  # in one long row but for flash attention: SDPA, and a family with its own mask, make it [N, N]
 GRAIN = 32  # the long row's length is a multiple: kernels are compiled and kept per length (14 MB, SmolLM2-135M)
 HALF_GRAIN = 32  # a row's keys in half precision are a multiple: softmax of 92 takes a CPU 3 times as long as of 96
-
-
-class Move(torch.autograd.Function):
-    """The rows of x [n, D] in another order: row i of the result is row `source[i]`, source [m].
-
-    target [n]: the index in the result of each row of x. The other rows of the result (padding) get no gradient, so
-    nothing may use them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        ctx.save_for_backward(target)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class Gather(torch.autograd.Function):
-    """The rows `index` [m] of x [n, D], each at most once; the gradient of the others is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, ctx.saved_tensors[0], grad), None
-
-
-class Share(torch.autograd.Function):
-    """As `Move`, where rows of x may be in the result several times: their gradients are added up.
-
-    more, again [k]: the indices in the result of all but one of each row's places, and the rows of x that stand there.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, more: Tensor, again: Tensor) -> Tensor:
-        ctx.save_for_backward(target, more, again)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        target, more, again = ctx.saved_tensors
-        grad = grads[0].index_select(0, target)
-        return grad.index_add_(0, again, grads[0].index_select(0, more)), None, None, None, None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The map between one long row of N tokens and its B rows, each padded to T tokens (the longest, or a bit more)."""
-
-    tokens: Int[Tensor, "B T"]  # the index in the long row of each token; on padding, of the row's last token
-    real: Bool[Tensor, "B T"]  # False on padding
-    padded: Int[Tensor, "N"]  # the index b * T + t in the padded rows of each token of the long row
-    repeated: Int[Tensor, "R"] | None = None  # the same of its further places, where rows share tokens
-    _cached: dict[Any, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, mask: Bool[Tensor, "B L"], grain: int = 1, shared: Int[Tensor, "B"] | None = None) -> Rows:
-        """Return the map for a batch with padding on either side; T is rounded up to a multiple of `grain`. shared:
-        how many tokens each row has in common with the row before it, from the first on (`common`)."""
-        lengths = mask.sum(-1)
-        longest = int(lengths.max())
-        steps = torch.arange(longest + -longest % grain, device=mask.device)
-        real = steps < lengths[:, None]
-        last = torch.minimum(steps, lengths[:, None] - 1)
-        if shared is None:
-            tokens = (lengths.cumsum(0) - lengths)[:, None] + last
-            return cls(tokens, real, real.flatten().nonzero().squeeze(-1))
-        own = steps >= shared[:, None]
-        number = torch.arange(len(mask), device=mask.device)[:, None]
-        owner = torch.where(own, number, -1).cummax(0).values  # the row in which a token stood first
-        start = (lengths - shared).cumsum(0) - lengths
-        tokens = (start[owner] + steps).gather(1, last)
-        first, again = ((real & kind).flatten().nonzero().squeeze(-1) for kind in (own, ~own))
-        return cls(tokens, real, first, again)
-
-    def once(self, make: Callable[..., Made], *of: Any) -> Made:
-        """Return ``make(*of)``, computed in the first layer and cached for the rest; tensors are keyed by identity."""
-        if torch.compiler.is_compiling():
-            return make(*of)
-        key = (make.__qualname__, *(id(part) if isinstance(part, Tensor) else part for part in of))
-        if key not in self._cached:
-            self._cached[key] = make(*of), of  # `of` too: the id of a freed tensor may be given to another one
-        return self._cached[key][0]
-
-    def unpack(self, x: Float[Tensor, "1 H N D"]) -> Float[Tensor, "B H T D"]:
-        """Split the long row into its padded rows, contiguous."""
-        heads, (rows, steps) = x.shape[1], self.tokens.shape
-        flat = x[0].transpose(0, 1).reshape(-1, x.shape[-1])
-        source, target = self.once(self._sources, heads), self.once(self._targets, heads, self.padded)
-        if self.repeated is None:
-            apart = Move.apply(flat, source, target)
-        else:
-            more = self.once(self._targets, heads, self.repeated)
-            apart = Share.apply(flat, source, target, more, self.once(source.index_select, 0, more))
-        return apart.view(rows, heads, steps, x.shape[-1])
-
-    def pack(self, x: Float[Tensor, "B H T D"]) -> Float[Tensor, "1 N H D"]:
-        """Join the padded rows into the long row again; the dimensions are ordered as in attention's result."""
-        index = self.once(self._targets, x.shape[1], self.padded)
-        return Gather.apply(x.reshape(-1, x.shape[-1]), index).view(1, -1, x.shape[1], x.shape[-1])
-
-    def mask_of(self, function: Callable[..., Tensor]) -> Bool[Tensor, "B 1 T T"]:
-        """Evaluate transformers' mask function of (row, head, query, key) for each row alone instead of as [N, N]."""
-        first = self.tokens.new_zeros(1, 1, 1, 1)
-        places = self.tokens
-        if self.repeated is not None:  # the long row's order says nothing of distances; `as_one_row` asks for one row
-            places = torch.arange(places.shape[1], device=places.device).expand_as(places)
-        seen = function(first, first, places[:, None, :, None], places[:, None, None, :])
-        return seen & self.real[:, None, None, :]
-
-    def mask(self, whole: Tensor | None) -> Tensor | None:
-        """Cut each row's part [B, X, T, T] out of the long row's mask [1, X, N, N]; False or the minimum on padding."""
-        rows, steps = self.tokens.shape
-        if whole is None or (whole.shape[0], whole.shape[-1]) == (rows, steps):  # already separated by row
-            return whole
-        count = whole.shape[-1]
-        index = self.tokens[:, :, None] * count + self.tokens[:, None, :]
-        own = whole[0].flatten(1).index_select(1, index.flatten()).view(-1, rows, steps, steps).transpose(0, 1)
-        least = False if own.dtype == torch.bool else torch.finfo(own.dtype).min
-        return own.masked_fill(~self.real[:, None, None, :], least)
-
-    def _sources(self, heads: int) -> Int[Tensor, "BHT"]:
-        """Return, for each entry of [B, heads, T], its index in the flattened [N, heads]."""
-        head = torch.arange(heads, device=self.tokens.device)
-        return (self.tokens[:, None, :] * heads + head[:, None]).flatten()
-
-    def _targets(self, heads: int, places: Int[Tensor, "N"]) -> Int[Tensor, "NH"]:
-        """Return, for each entry of [N, heads], its index in the flattened [B, heads, T]. places: b * T + t."""
-        steps = self.tokens.shape[1]
-        first = places // steps * (heads * steps) + places % steps
-        return (first[:, None] + torch.arange(heads, device=first.device) * steps).flatten()
-
-
-PACKED: ContextVar[Rows | None] = ContextVar("packed", default=None)
-"""The rows of the current forward, for the mask function, to which transformers does not pass `packed_rows`."""
 
 
 def common(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B"] | None:

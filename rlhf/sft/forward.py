@@ -19,6 +19,7 @@ from rlhf.models.adapters import backbone
 from rlhf.models.forward import tokens_per_chunk
 from rlhf.models.heads import head_weight, logits_function
 from rlhf.models.logprobs import token_statistics
+from rlhf.models.long_row import Gather
 from rlhf.padding import IGNORED
 
 
@@ -53,7 +54,7 @@ def labelled(
     if len(rows) == 0:
         rows, places = labels.new_zeros(1), labels.new_zeros(1)
     before, targets = rows * states.shape[1] + places, labels[:, 1:][rows, places].clamp(min=0)
-    chosen, weight = packing.Gather.apply(states.flatten(0, 1), before), head_weight(model)
+    chosen, weight = Gather.apply(states.flatten(0, 1), before), head_weight(model)
     chunk = tokens_per_chunk(weight)
     numbers = token_statistics(chosen[None], weight, targets[None], 1.0, chunk, logits_function(model))
     logprobs, entropy, likeliest = (number[0] for number in numbers)

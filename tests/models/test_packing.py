@@ -17,7 +17,8 @@ from rlhf import chat, cpu
 from rlhf.cpu.attention import MOST_TOKENS, use_short_rows
 from rlhf.models import packing
 from rlhf.models.adapters import backbone, lora_config
-from rlhf.models.packing import Rows, can_pack, packed_hidden
+from rlhf.models.long_row import Rows
+from rlhf.models.packing import can_pack, packed_hidden
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo import actor_critic as actor_critics
 from rlhf.ppo.build import build_actor_critic, enable_gradient_checkpointing
@@ -355,7 +356,7 @@ def test_in_half_precision_rows_have_places_for_a_multiple_of_32_keys(dtype, exp
         seen.append(rows.tokens.shape[1])
         return rows
 
-    monkeypatch.setattr(actor_critics.packing.Rows, "of", spy)
+    monkeypatch.setattr(Rows, "of", spy)
     use_short_rows(model)
     mask = torch.arange(9) < torch.tensor([[9], [4]])
     ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(0))

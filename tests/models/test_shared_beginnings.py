@@ -13,7 +13,7 @@ from rlhf import cpu
 from rlhf.models import packing
 from rlhf.models.adapters import backbone
 from rlhf.models.head_outputs import head_outputs, packs_rows
-from rlhf.models.packing import Rows
+from rlhf.models.long_row import Rows
 from rlhf.models.scalar import new_scalar_model, score_head
 from rlhf.padding import pad
 

@@ -107,6 +107,20 @@ def by_seed(result: Result, without: str = "") -> str:
     return markdown((head, rows))
 
 
+def by_series(result: Result) -> str:
+    """Write the values without x as one table in Markdown: a row per series, a column per panel, with intervals over
+    seeds."""
+    of = {(point["series"], point["panel"]): point for point in result["points"] if point["x"] is None}
+
+    def cell(series: str, panel: str) -> str:
+        point = of.get((series, panel))
+        return f"{digits(point['value'])} {interval(point['seeds'])}".strip() if point else ""
+
+    panels = {panel["name"]: panel["y"] for panel in result["panels"]}
+    rows = [[series, *(cell(series, name) for name in panels)] for series in dict.fromkeys(series for series, _ in of)]
+    return markdown((["", *panels.values()], rows))
+
+
 def digits(value: float) -> str:
     """Write a number in three digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

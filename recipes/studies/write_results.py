@@ -97,6 +97,7 @@ def blocks(found: Mapping[str, dict[str, Any]], document: str) -> dict[str, str]
         "studies": "\n\n".join(study_page.section(one, pictures) for one in found.values()),
         "rule": RULE,
         "summary": summary(found, pictures),
+        "baselines": study_page.by_series(found["baselines_toy"]) if "baselines_toy" in found else NOTHING,
         "demo": study_page.by_seed(found["demo"], without="time") if "demo" in found else NOTHING,
     } | benchmark_blocks()
 

@@ -182,6 +182,17 @@ def test_a_cell_cannot_break_a_table():
     assert study_page.markdown((["a | b"], [["c|d"]])) == "| a \\| b |\n| --- |\n| c\\|d |"
 
 
+def test_one_table_of_all_panels():
+    point = {"panel": "", "series": "PPO", "x": None, "value": 0.5, "seeds": [0.25, 0.75]}
+    curve, other = point | {"x": 1.0, "value": 9.0}, point | {"panel": "cost", "value": 1234.0, "seeds": None}
+    panels = [{"name": "", "y": "gold | score"}, {"name": "cost", "y": "minutes"}]
+    result = {"panels": panels, "points": [point, curve, other, point | {"series": "DPO"}]}
+    assert study_page.by_series(result).splitlines() == [
+        "|  | gold \\| score | minutes |", "| --- | --- | --- |", "| PPO | 0.5 [0.25, 0.75] | 1,234 |",
+        "| DPO | 0.5 [0.25, 0.75] |  |",
+    ]  # fmt: skip
+
+
 def test_workers_share_the_seeds_of_a_chain():
     """Seeds of one study run side by side; a chain's seed is one worker's at a time; nothing runs twice."""
     names, seeds = ["accuracy", "ladder", "steps_toy"], [0, 1, 2]

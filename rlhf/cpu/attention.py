@@ -43,6 +43,8 @@ def short_rows(
     if packed_rows is not None:
         query, key, value = (packed_rows.unpack(part) for part in (query, key, value))
         attention_mask = packed_rows.once(packed_rows.mask, attention_mask)
+        if key.shape[2] > MOST_TOKENS and packed_rows.once(packed_rows.only_causal, attention_mask):
+            attention_mask, is_causal = None, True  # torch's kernel leaves out the upper half
     _, heads, tokens, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and attention_mask is None

@@ -143,6 +143,14 @@ class Rows:
         least = False if own.dtype == torch.bool else torch.finfo(own.dtype).min
         return own.masked_fill(~self.real[:, None, None, :], least)
 
+    def only_causal(self, mask: Tensor | None) -> bool:
+        """Return whether a mask [B, 1, T, T] of `mask` hides later tokens alone: rows end in their padding, so no real
+        token sees it without a mask either."""
+        if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1:
+            return False
+        causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+        return bool(torch.equal(mask, causal & self.real[:, None, None, :]))
+
     def _sources(self, heads: int) -> Int[Tensor, "BHT"]:
         """Return, for each entry of [B, heads, T], its index in the flattened [N, heads]."""
         head = torch.arange(heads, device=self.tokens.device)

@@ -10,6 +10,7 @@ import torch
 from reference.families import new_model
 
 from rlhf import cpu
+from rlhf.cpu import attention
 from rlhf.models import packing
 from rlhf.models.adapters import backbone
 from rlhf.models.head_outputs import head_outputs, packs_rows
@@ -128,15 +129,36 @@ def test_scores_and_gradients_are_those_of_each_row_alone(family, dtype):
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * most)
 
 
-def test_rows_longer_than_our_attention_takes():
-    """They go on to torch's kernel, which computes the same."""
-    model, draw = long_scorer("llama"), torch.Generator().manual_seed(0)
+def test_a_mask_that_only_hides_later_tokens_is_told_from_others():
+    _, mask = batch()
+    rows = Rows.of(mask, shared=SHARED)
+    causal = rows.mask_of(lambda batch, head, query, key: key <= query)
+    assert rows.only_causal(causal)
+    window = rows.mask_of(lambda batch, head, query, key: (key <= query) & (query - key < 4))
+    assert not rows.only_causal(window)
+    assert not rows.only_causal(torch.where(causal, 0.0, -9.0))
+    assert not rows.only_causal(None)
+
+
+@pytest.mark.parametrize(("family", "masks"), [("llama", {None}), ("gemma3_text", {None, torch.bool})])
+def test_rows_longer_than_our_attention_takes(family, masks, monkeypatch):
+    """They go on to torch's kernel, which computes the same: without a mask where it would only hide later tokens."""
+    model, draw = long_scorer(family), torch.Generator().manual_seed(0)
+    seen: list[torch.Tensor | None] = []
+    plain = attention.sdpa_attention_forward
+
+    def spy(module, query, key, value, mask, *rest, **more):
+        seen.append(mask)
+        return plain(module, query, key, value, mask, *rest, **more)
+
     prompt = torch.randint(5, 90, (300,), generator=draw).tolist()
     ids, mask = pad([[*prompt, 7, 8, 9], [*prompt, 11]], fill=0)
     with torch.no_grad():
         expected = head_outputs(model, model, ids, mask.long(), False)
         with cpu.for_training(model):
+            monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
             found = head_outputs(model, model, ids, mask.long(), True)
+    assert {None if one is None else one.dtype for one in seen} == masks
     torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
 
 

@@ -29,7 +29,7 @@ from rlhf_recipes.studies import study
 from rlhf_recipes.studies.shared_runs import chain, compared, stage
 from rlhf_recipes.studies.study import Check, Panel, Row, Study, StudyConfig, at
 
-GOLD, WON, MOVED, TOKENS, COST, CALLS = "gold", "won", "distance", "length", "cost", "calls"
+GOLD, WON, MOVED, TOKENS, COST, CALLS, TRIALS = "gold", "won", "distance", "length", "cost", "calls", "trials"
 TUNED = "tuned.json"
 
 
@@ -95,18 +95,18 @@ def tune(config: BaselinesConfig) -> Path:
     return home / TUNED
 
 
-def tuned(config: BaselinesConfig) -> dict[str, float]:
-    """Read each method's learning rate. Raises InputError where the trials have not been run."""
+def tuned(config: BaselinesConfig) -> dict[str, Any]:
+    """Read what `tune` wrote. Raises InputError where the trials have not been run."""
     file = Path(config.output_dir).parent / TUNED
     if not file.is_file():
         raise InputError(f"{file}: not there; run the trials first: baselines_toy.py --tune true")
-    return dict(json.loads(file.read_text(encoding="utf-8"))["best"])
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def run(config: BaselinesConfig) -> Iterator[Row]:
-    rates = tuned(config)
+    found = tuned(config)
     chain(config, "reward_model")
-    folders = {method: trained(config, method, rate) for method, rate in rates.items()}
+    folders = {method: trained(config, method, rate) for method, rate in found["best"].items()}
     entries = judged(config, "baselines", list(folders.values()))
     for method, folder in folders.items():
         entry, name, made = entries[folder.name], method.upper(), Manifest.read(folder)
@@ -116,6 +116,8 @@ def run(config: BaselinesConfig) -> Iterator[Row]:
         yield Row(name, entry["response_tokens"], n=entry["prompts"], panel=TOKENS)
         yield Row(name, made.seconds / 60, panel=COST)
         yield Row(name, ppo_calls(made) if method == "ppo" else made.outputs["score_calls"], panel=CALLS)
+        for rate, gold in found["trials"][method].items():  # of the tuning seed: the same for every reported one
+            yield Row(name, gold, float(rate), panel=TRIALS)
 
 
 def ppo_calls(made: Manifest) -> int:
@@ -142,6 +144,7 @@ STUDY = Study(
         Panel(TOKENS, y="tokens per response"),
         Panel(COST, y="minutes of training"),
         Panel(CALLS, y="score calls"),
+        Panel(TRIALS, "learning rate", "gold score on the tuning seed", "log"),
     ],
     checks=[
         Check(f"PPO above {other.upper()} in gold", partial(above, other.upper()))

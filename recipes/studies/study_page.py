@@ -116,7 +116,7 @@ def by_series(result: Result) -> str:
         point = of.get((series, panel))
         return f"{digits(point['value'])} {interval(point['seeds'])}".strip() if point else ""
 
-    panels = {panel["name"]: panel["y"] for panel in result["panels"]}
+    panels = {panel["name"]: panel["y"] for panel in result["panels"] if panel["name"] in {name for _, name in of}}
     rows = [[series, *(cell(series, name) for name in panels)] for series in dict.fromkeys(series for series, _ in of)]
     return markdown((["", *panels.values()], rows))
 

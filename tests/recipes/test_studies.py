@@ -185,7 +185,7 @@ def test_a_cell_cannot_break_a_table():
 def test_one_table_of_all_panels():
     point = {"panel": "", "series": "PPO", "x": None, "value": 0.5, "seeds": [0.25, 0.75]}
     curve, other = point | {"x": 1.0, "value": 9.0}, point | {"panel": "cost", "value": 1234.0, "seeds": None}
-    panels = [{"name": "", "y": "gold | score"}, {"name": "cost", "y": "minutes"}]
+    panels = [{"name": name, "y": y} for name, y in (("", "gold | score"), ("cost", "minutes"), ("curve", "nothing"))]
     result = {"panels": panels, "points": [point, curve, other, point | {"series": "DPO"}]}
     assert study_page.by_series(result).splitlines() == [
         "|  | gold \\| score | minutes |", "| --- | --- | --- |", "| PPO | 0.5 [0.25, 0.75] | 1,234 |",

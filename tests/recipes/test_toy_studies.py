@@ -128,6 +128,8 @@ def test_baselines_are_tuned_before_they_are_compared(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "studies/baselines_toy/baselines_toy.json").read_text())
     calls = {point["series"]: point["value"] for point in result["points"] if point["panel"] == "calls"}
     assert calls == {"PPO": 64, "GRPO": 64, "RLOO": 64, "DPO": 0, "KTO": 0}
+    tried = {(p["series"].lower(), p["x"]): p["value"] for p in result["points"] if p["panel"] == "trials"}
+    assert tried == {(method, float(rate)): gold for method in methods for rate, gold in kept["trials"][method].items()}
     assert result["seeds"] == [0]
 
 

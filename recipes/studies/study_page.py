@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,14 +107,16 @@ def by_seed(result: Result, without: str = "") -> str:
     return markdown((head, rows))
 
 
-def by_series(result: Result) -> str:
+def by_series(result: Result, bare: Collection[str] = ()) -> str:
     """Write the values without x as one table in Markdown: a row per series, a column per panel, with intervals over
-    seeds."""
+    seeds. bare: panels without intervals."""
     of = {(point["series"], point["panel"]): point for point in result["points"] if point["x"] is None}
 
     def cell(series: str, panel: str) -> str:
         point = of.get((series, panel))
-        return f"{digits(point['value'])} {interval(point['seeds'])}".strip() if point else ""
+        if point is None:
+            return ""
+        return f"{digits(point['value'])} {'' if panel in bare else interval(point['seeds'])}".strip()
 
     panels = {panel["name"]: panel["y"] for panel in result["panels"] if panel["name"] in {name for _, name in of}}
     rows = [[series, *(cell(series, name) for name in panels)] for series in dict.fromkeys(series for series, _ in of)]

@@ -191,6 +191,7 @@ def test_one_table_of_all_panels():
         "|  | gold \\| score | minutes |", "| --- | --- | --- |", "| PPO | 0.5 [0.25, 0.75] | 1,234 |",
         "| DPO | 0.5 [0.25, 0.75] |  |",
     ]  # fmt: skip
+    assert study_page.by_series(result, bare=("",)).splitlines()[2:] == ["| PPO | 0.5 | 1,234 |", "| DPO | 0.5 |  |"]
 
 
 def test_workers_share_the_seeds_of_a_chain():

@@ -2,8 +2,7 @@
 
 `lora`, `gated` and `norms` give layers a forward and a backward with fewer passes over memory; `attention` computes
 short rows as plain matrix products, also those that `models.packing` has joined into one row; `memory` returns
-freed memory; `drawing` draws a token with one random number; `waiting` shares the cores with other programs. Results
-differ from the plain path at most by rounding.
+freed memory; `drawing` draws a token with one random number. Results differ from the plain path at most by rounding.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from rlhf.cpu import attention, drawing, gated, lora, memory, norms, waiting
-from rlhf.models import encoders, packing
+from rlhf.cpu import attention, drawing, gated, lora, memory, norms
+from rlhf.models import encoders, packing, waiting
 
 __all__ = ["draw", "for_training", "give_way", "prepare", "release_memory", "restore"]
 

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf.errors import InputError, reason
 from rlhf.models.adapter_check import read_adapter
 from rlhf.models.adapters import is_adapter, train_in_float32
+from rlhf.models.waiting import give_way
 
 log = logging.getLogger("rlhf")
 
@@ -109,6 +110,8 @@ def from_pretrained(
     cannot be loaded, or if tensors are missing or have other shapes.
     """
     check_folder(path)
+    if not torch.accelerator.is_available():
+        give_way(torch.device("cpu"))  # who loads a model is about to compute
     try:
         with quietly():
             loaded: Any = cls.from_pretrained(

@@ -9,14 +9,15 @@ import sys
 import pytest
 import torch
 
-from rlhf.cpu import waiting
+from rlhf.models import pretrained, waiting
+from rlhf.models.loading import load_policy
 
 CPU = torch.device("cpu")
 CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 TEAM = """
 import os, torch
-from rlhf.cpu.waiting import Crowd
+from rlhf.models.waiting import Crowd
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -60,7 +61,7 @@ def test_waited_seconds_count_the_time_without_a_core():
     code = """
 import os, threading
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from rlhf.cpu import waiting
+from rlhf.models import waiting
 start = os.times().user
 before = waiting.waited_seconds()
 other = os.fork()
@@ -92,3 +93,16 @@ def test_nothing_watches_where_it_could_not_help(monkeypatch):
     waiting.give_way(CPU)
     waiting.give_way(CPU)
     assert started == (["rlhf-waiting"] if sys.platform == "linux" else [])
+
+
+def test_whoever_loads_a_model_gives_way(monkeypatch, tmp_path, tiny_model):
+    """Scoring, evals and servers compute without a trainer: beside a busy process they took three times as long."""
+    asked = []
+    monkeypatch.setattr(pretrained, "give_way", lambda device: asked.append(device))
+    tiny_model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    load_policy(tmp_path / "model")
+    assert asked == []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    load_policy(tmp_path / "model")
+    assert asked == [CPU]

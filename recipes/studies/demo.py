@@ -1,4 +1,4 @@
-"""The toy chain (`make demo`) on three seeds: README's table.
+"""The toy chain (what `make demo` runs) on three seeds: README's table.
 
 python recipes/studies/demo.py
 """

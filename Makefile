@@ -8,9 +8,10 @@ PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loa
 
 .PHONY: demo bench studies test test-slow test-long test-browser vllm-env test-vllm check format docs clean
 
-# Two processes of one thread each take two cores further than one of two threads: seven minutes instead of nine.
+# Two processes of one thread each take two cores further than one of two threads: seven minutes instead of nine. On CPUs: two processes
+# would ask for two GPUs.
 demo: .venv/installed
-	.venv/bin/rlhf chain --config toy.yaml --num_processes 2
+	CUDA_VISIBLE_DEVICES= .venv/bin/rlhf chain --config toy.yaml --num_processes 2
 
 # About an hour on 2 cores; with --only speed, quality or scaling one part of it: `rlhf benchmark --help`.
 bench: .venv/installed

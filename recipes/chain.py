@@ -271,11 +271,6 @@ def make_base(config: FunctionConfig) -> dict[str, Any]:
         bar.update(int(numbers["step"]))
 
     function = configs.import_function(config.function)
-    import torch
-
-    from rlhf.models.waiting import give_way
-
-    give_way(torch.device("cpu"))  # which a base is pretrained on
     stage.begin()
     with full_disk_explained(stage.folder):
         outputs = by_main(lambda: function(data, stage.folder, seed=config.seed, log=log, **config.options))

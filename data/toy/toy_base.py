@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from rlhf.chat import encode_conversation, prepare_tokenizer
+from rlhf.models.waiting import give_way
 from rlhf.rows.jsonl import read_rows
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -150,6 +151,7 @@ def pretrain(
     Returns:
         ``parameters``, ``vocabulary``, ``steps``, ``tokens``, ``loss`` (the last one logged) and ``seconds``.
     """
+    give_way(torch.device("cpu"))  # to other programs: beside a busy one it would take ten times as long
     started, output = time.monotonic(), Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     documents = read_documents(Path(data_folder) / "pretraining.jsonl")
@@ -167,7 +169,6 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
-    model.train()
     step, losses, line = 0, list[float](), dict[str, float]()
     with (output / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
         for _ in range(epochs):

@@ -56,8 +56,11 @@ def apart(
     states: Float[Tensor, "N H"], mask: Bool[Tensor, "B L"], shared: Int[Tensor, "B"] | None = None
 ) -> Float[Tensor, "B L H"]:
     """Put the states of a long row where their tokens stand in the batch; 0 on padding. shared: as in `as_one_row`."""
-    rows = Rows.of(mask, shared=shared)
-    own = states[: int(mask.sum())] if shared is None else states.index_select(0, rows.tokens[rows.real])
+    if shared is None:
+        own = states[: int(mask.sum())]
+    else:
+        rows = Rows.of(mask, shared=shared)
+        own = states.index_select(0, rows.tokens[rows.real])
     return states.new_zeros(*mask.shape, states.shape[-1]).index_put((mask,), own)
 
 

@@ -12,6 +12,7 @@ from rlhf.models import packing
 from rlhf.models.adapters import backbone
 from rlhf.models.heads import head_weight, logits_function
 from rlhf.models.logprobs import token_logprobs
+from rlhf.models.long_row import Rows
 from rlhf.padding import Batch, position_ids
 
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**26}  # 16 and 256 MiB in float32
@@ -24,10 +25,12 @@ def tokens_per_chunk(weight: Float[Tensor, "V H"]) -> int:
 
 def response_hidden(model: Any, batch: Batch, packed: bool = False) -> Float[Tensor, "B T H"]:
     """Compute the hidden state before each response token; packed: without computing the padding (`packing`)."""
-    if packed and packing.fits(model, batch.attention_mask):
-        indices = batch.attention_mask.flatten().cumsum(0).view_as(batch.attention_mask) - 1
-        states = packing.packed_hidden(model, batch.input_ids, batch.attention_mask)
-        return states[indices.clamp(min=0).gather(1, batch.positions())]
+    shared = packing.common(model, batch.input_ids, batch.attention_mask) if packed else None
+    if packed and packing.fits(model, batch.attention_mask, shared):
+        states = packing.packed_hidden(model, batch.input_ids, batch.attention_mask, shared)
+        steps = position_ids(batch.attention_mask).gather(1, batch.positions())
+        tokens = Rows.of(batch.attention_mask, shared=shared).tokens.gather(1, steps)
+        return states.index_select(0, tokens.flatten()).view(*tokens.shape, -1)
     mask = batch.attention_mask.long()
     hidden = backbone(model)(
         input_ids=batch.input_ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False

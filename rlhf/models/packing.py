@@ -21,35 +21,42 @@ from transformers.utils import is_flash_attn_2_available
 
 from rlhf.models.adapters import backbone, base_model
 from rlhf.models.long_row import PACKED, Rows
+from rlhf.padding import pad
 
 Packing = Literal["auto", "on", "off"]
 BY_ROWS = "rlhf_short_rows"  # the attention of `rlhf.cpu.attention`
 FLASH = "flash_attention_2"
 MOST_TOKENS = 2048  # in one long row but for flash attention: SDPA, and a family with its own mask, make it [N, N]
 GRAIN = 32  # the long row's length is a multiple: kernels are compiled and kept per length (14 MB, SmolLM2-135M)
+FEW = 16  # less than one token in so many that need not be computed again is not worth the index
 HALF_GRAIN = 32  # a row's keys in half precision are a multiple: softmax of 92 takes a CPU 3 times as long as of 96
 
 
 def common(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B"] | None:
-    """Count the tokens with which each row, padded on the right, begins as the row before it does. None where no row
-    does, or the model's attention doesn't take rows apart itself."""
+    """Count the tokens with which each row, padded on the right, begins as the row before it does. None where these are
+    few of all, or the model's attention doesn't take rows apart itself."""
     if attention_of(model) != BY_ROWS:
         return None
     alike = (input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]
     shared = torch.nn.functional.pad(alike.long().cumprod(-1).sum(-1), (1, 0))
-    return shared if bool(shared.any()) else None
+    return shared if int(shared.sum()) * FEW >= int(mask.sum()) else None
 
 
-def packed_hidden(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "N H"]:
-    """Compute the hidden states of the batch's N real tokens, row after row."""
-    with as_one_row(model, input_ids, mask) as given:
+def packed_hidden(
+    model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"], shared: Int[Tensor, "B"] | None = None
+) -> Float[Tensor, "N H"]:
+    """Compute the hidden states of the batch's N real tokens, row after row. shared: as in `as_one_row`; N counts such
+    tokens once."""
+    with as_one_row(model, input_ids, mask, shared) as given:
         output = backbone(model)(**given)
-    return output.last_hidden_state[0, : int(mask.sum())]
+    return output.last_hidden_state[0, : int(mask.sum()) - (0 if shared is None else int(shared.sum()))]
 
 
-def padded_hidden(model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
+def padded_hidden(
+    model: Any, input_ids: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"], shared: Int[Tensor, "B"] | None = None
+) -> Float[Tensor, "B L H"]:
     """Compute `packed_hidden`, and put the states where their tokens stand in the batch; 0 on padding."""
-    return apart(packed_hidden(model, input_ids, mask), mask)
+    return apart(packed_hidden(model, input_ids, mask, shared), mask, shared)
 
 
 def apart(
@@ -176,29 +183,34 @@ def decoding(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def can_pack(model: Any) -> bool:
-    """Return whether a row computes the same in one long row as alone, to the last bit for any row before it.
+    """Return whether a row computes the same in one long row as alone, to the last bit for any row before it, and where
+    it begins as that one does.
 
     False if another part than attention sees other tokens (a convolution, a recurrent state), or if a family computes
     its own positions.
     """
-    vocabulary, device = backbone(model).get_input_embeddings().weight.shape[0], model.device
-    first, other, second = ([n % vocabulary for n in ids] for ids in ([7, 2, 5, 1], [3, 9, 4, 8], [1, 6, 4]))
+    vocabulary = backbone(model).get_input_embeddings().weight.shape[0]
+    first, other, second, alike = (
+        [n % vocabulary for n in ids] for ids in ([7, 2, 5, 1], [3, 9, 4, 8], [1, 6, 4], [7, 2, 6])
+    )
+
+    def together(*rows: list[int]) -> Tensor:
+        ids, mask = pad(rows, 0, model.device)
+        return padded_hidden(model, ids, mask, common(model, ids, mask))[mask]
+
     training = model.training
     model.eval()
     try:
-        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool, device=device)
-        packed = [
-            packed_hidden(model, torch.tensor([row, [*second, 0]], device=device), mask) for row in (first, other)
-        ]
+        packed, moved, begun = together(first, second), together(other, second), together(first, alike)
         alone = [
-            backbone(model)(input_ids=torch.tensor([row], device=device), use_cache=False).last_hidden_state[0]
-            for row in (first, second)
+            backbone(model)(input_ids=torch.tensor([row], device=model.device), use_cache=False).last_hidden_state[0]
+            for row in (first, second, first, alike)
         ]
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     finally:
         model.train(training)
     expected = torch.cat(alone).float()
-    error = float((packed[0].float() - expected).abs().max() / expected.abs().max())
-    limit = 1e-4 if packed[0].dtype == torch.float32 else 0.05  # in half precision the shape alone makes a difference
-    return error <= limit and torch.equal(packed[0][len(first) :], packed[1][len(first) :])
+    error = float((torch.cat([packed, begun]).float() - expected).abs().max() / expected.abs().max())
+    limit = 1e-4 if packed.dtype == torch.float32 else 0.05  # in half precision the shape alone makes a difference
+    return error <= limit and torch.equal(packed[len(first) :], moved[len(first) :])

@@ -27,11 +27,11 @@ log = logging.getLogger("rlhf")
 class TransformersEngine:
     """An engine that samples with a transformers model: left-padded prompts, a KV cache, finished rows leave the batch.
 
-    rows_per_batch bounds memory; rows are grouped by prompt length. Each row has random numbers of its own, so the rows
-    beside it change a response by rounding only. A hub model's generation_config is ignored, so the tokens come
-    from the distribution that the trainer scores. The first call checks that the loop works for the model's
-    family (`can_decode`). If not, transformers' `generate` samples (`rlhf.sampling.generate`); if that differs from the
-    model's own logits too, the call raises InputError.
+    rows_per_batch bounds memory; rows are grouped by prompt length, and a prompt that is there several times is read
+    once. Each row has random numbers of its own, so the rows beside it change a response by rounding only. A hub
+    model's generation_config is ignored, so the tokens come from the distribution that the trainer scores. The first
+    call checks that the loop works for the model's family (`can_decode`). If not, transformers' `generate` samples
+    (`rlhf.sampling.generate`); if that differs from the model's own logits too, the call raises InputError.
 
     reports_logprobs: report what each token was drawn with, as a run with `rollouts_ahead` needs. `generate` reports
     none.
@@ -62,7 +62,7 @@ class TransformersEngine:
     ) -> Responses:
         """Sample one response per prompt, in the prompts' order. Raises InputError where the model lacks positions."""
         check_responses(self.model, prompt_ids, max_new_tokens)
-        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+        order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
         ids: list[list[int]] = [[] for _ in prompt_ids]
         logprobs: list[list[float]] = [[] for _ in prompt_ids]
         training = self.model.training
@@ -91,7 +91,8 @@ class TransformersEngine:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Return each prompt's response, and its tokens' log-probabilities (empty unless `reports_logprobs`)."""
         device = self.model.device
-        input_ids, mask = pad(prompts, self.pad_id, device, side="left")
+        place = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        input_ids, mask = pad(list(place), self.pad_id, device, side="left")
         stop = torch.tensor(self.stop_ids, device=device)
         cache: Any = DynamicCache(config=self.model.config)  # Any: its annotations demand torch.LongTensor
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -102,6 +103,10 @@ class TransformersEngine:
         drawn = torch.zeros(len(prompts), max_new_tokens if self.reports_logprobs else 0, device=device)
         for step in range(max_new_tokens):
             logits = next_logits(self.model, input_ids, attention, positions, cache)
+            if step == 0 and len(place) < len(prompts):  # a prompt with several responses has been read once
+                rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+                cache.reorder_cache(rows)
+                logits, attention, positions = logits[rows], attention[rows], positions[rows]
             token = sample(logits, temperature, numbers[alive, step])
             written[alive, step] = torch.where(done, -1, token)
             if self.reports_logprobs:

@@ -44,8 +44,9 @@ def labelled(
 
     Without any label (rows that only fill an epoch's last batch) there is one number, 0, whose gradient is 0."""
     mask, real = labels[:, 1:] != IGNORED, attention_mask.bool()
-    if packs and packing.fits(model, real):
-        states = packing.padded_hidden(model, input_ids, real)
+    shared = packing.common(model, input_ids, real) if packs else None
+    if packs and packing.fits(model, real, shared):
+        states = packing.padded_hidden(model, input_ids, real, shared)
     else:
         states = backbone(model)(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False

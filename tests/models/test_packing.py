@@ -49,14 +49,14 @@ def widths(monkeypatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     plain = actor_critics.packing.packed_hidden
 
-    def spy(model, input_ids, mask):
+    def spy(model, input_ids, mask, shared=None):
         if mask.shape == (2, 4):
-            return plain(model, input_ids, mask)
+            return plain(model, input_ids, mask, shared)
         handle = backbone(model).register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
         try:
-            return plain(model, input_ids, mask)
+            return plain(model, input_ids, mask, shared)
         finally:
             handle.remove()
 
@@ -220,7 +220,7 @@ def test_what_is_left_padded(widths, monkeypatch):
 def test_long_rows_have_few_lengths(lengths, width, widths):
     """A multiple of 32 tokens, where the longest row has enough of them to fill it up."""
     model = prepared_models(new_model("llama"))
-    batch = make_batch([[5] * (n - 1) for n in lengths], [[6]] * 2, 3, "cpu")
+    batch = make_batch([[first] * (n - 1) for first, n in zip((5, 7), lengths, strict=True)], [[6]] * 2, 3, "cpu")
     model(batch, 1.0, ("policy",))
     assert widths == [(1, width)]
 

@@ -1,4 +1,4 @@
-"""What neighbouring rows begin with, once in the long row: against plain loops, scores against each row alone."""
+"""What neighbouring rows begin with, once in the long row: against plain loops, numbers against each row alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from rlhf import cpu
 from rlhf.cpu import attention
 from rlhf.models import packing
 from rlhf.models.adapters import backbone
+from rlhf.models.forward import hidden_logprobs, response_hidden
 from rlhf.models.head_outputs import head_outputs, packs_rows
 from rlhf.models.long_row import Rows
 from rlhf.models.scalar import new_scalar_model, score_head
-from rlhf.padding import pad
+from rlhf.padding import IGNORED, make_batch, pad
+from rlhf.sft.forward import labelled
 
 ROWS = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 10, 11], [20], [20]]
 SHARED = torch.tensor([0, 2, 3, 0, 1])
@@ -54,6 +56,11 @@ def test_what_rows_have_in_common_with_the_one_before(monkeypatch):
     assert torch.equal(packing.common(None, ids, mask), SHARED)
     assert packing.common(None, ids[::2], mask[::2]) is not None
     assert packing.common(None, ids[[0, 3]], mask[[0, 3]]) is None
+    many, all_real = torch.arange(32).view(2, 16), torch.ones(2, 16, dtype=torch.bool)
+    many[1, 0] = 0
+    assert packing.common(None, many, all_real) is None, "one token of 32"
+    many[1, 1] = 1
+    assert packing.common(None, many, all_real).tolist() == [0, 2]
     filled = torch.where(mask, ids, 7)  # what stands on padding says nothing
     assert torch.equal(packing.common(None, filled, mask), SHARED)
 
@@ -170,3 +177,72 @@ def test_a_batch_that_is_too_long_but_for_what_it_shares_fits(monkeypatch):
     assert not packing.fits(model, mask)
     assert packing.fits(model, torch.ones(2, 4, dtype=torch.bool), torch.tensor([0, 3])), "no padding, but shared"
     assert not packing.fits(model, torch.ones(2, 4, dtype=torch.bool))
+
+
+def lm_rows() -> list[list[int]]:
+    """Rows that begin with the same nine tokens, a template's; the last two are the same ones."""
+    draw = torch.Generator().manual_seed(1)
+    begun = [torch.randint(5, 90, (n,), generator=draw).tolist() for n in (9, 3, 6, 4)]
+    template, *ends = begun
+    return [template + end for end in (*ends, ends[2])]
+
+
+def read_tokens(model: Any) -> list[int]:
+    """Record how many tokens the model's trunk reads in each forward."""
+    read: list[int] = []
+    backbone(model).register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return read
+
+
+def same_gradients(model: Any, twin: Any) -> None:
+    most = max(float(theirs.grad.abs().max()) for theirs in twin.parameters())
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-5 * most)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_supervised_rows_read_what_they_begin_with_once(family):
+    model = new_model(family).eval()
+    twin, rows = copy.deepcopy(model), lm_rows()
+    ids, mask = pad(rows, fill=0)
+    labels = torch.where(mask & (torch.arange(ids.shape[1]) >= 10), ids, IGNORED)
+    read = read_tokens(model)
+    with cpu.for_training(model):
+        found = labelled(model, ids, mask.long(), labels, packs=True)
+        assert read == [9 + 3 + 6 + 4 + 10], "the last row is the one before it; ten more fill the long row"
+        weights = numbers(len(found.log_probs), seed=2)
+        (found.log_probs * weights).sum().backward()
+    alone = []
+    for row in rows:
+        logits = twin(input_ids=torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
+        alone.append(logits[9:-1].gather(-1, torch.tensor(row[10:])[:, None])[:, 0])
+    expected = torch.cat(alone)
+    torch.testing.assert_close(found.log_probs, expected, rtol=0, atol=1e-5)
+    (expected * weights).sum().backward()
+    same_gradients(model, twin)
+
+
+def test_responses_read_what_their_prompts_begin_with_once():
+    model = new_model("llama").eval()
+    twin, rows = copy.deepcopy(model), lm_rows()
+    cuts = (10, 9, 11, 5)  # the first response token of each row; the last one lies in what all rows begin with
+    prompts, responses = zip(*((row[:cut], row[cut:]) for row, cut in zip(rows, cuts, strict=True)), strict=True)
+    batch = make_batch(prompts, responses, 0, "cpu")
+    read = read_tokens(model)
+    with cpu.for_training(model):
+        hidden = response_hidden(model, batch, packed=True)
+        assert read == [32]
+        found = hidden_logprobs(model, hidden, batch, 0.7)
+        weights = numbers(*batch.mask.shape, seed=3) * batch.mask
+        (found[0] * weights).sum().backward()
+    expected = [torch.zeros(batch.mask.shape) for _ in found]
+    for number, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
+        logits = twin(input_ids=torch.tensor([row]), use_cache=False).logits[0].div(0.7).log_softmax(-1)[cut - 1 : -1]
+        expected[0][number, : len(logits)] = logits.gather(-1, torch.tensor(row[cut:])[:, None])[:, 0]
+        expected[1][number, : len(logits)] = -(logits.exp() * logits).sum(-1)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=0, atol=1e-5)
+    (expected[0] * weights).sum().backward()
+    same_gradients(model, twin)

@@ -193,6 +193,25 @@ def test_a_response_depends_on_its_own_seed_alone(tiny_model):
     assert plain[0] == plain[1]
 
 
+def test_a_prompt_with_several_responses_is_read_once(tiny_model):
+    """Its rows differ, as their seeds do, and are what each gives alone; the prompts' order is kept."""
+    stops, asked = list(range(0, 400, 9)), [PROMPTS[i] for i in (2, 0, 2, 1, 0, 2)]
+    read: list[int] = []
+    tiny_model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
+    seeds = [50 + i for i in range(len(asked))]
+    engine = engine_of(tiny_model, stops)
+    together = engine.generate(asked, 12, 1.0, RowGenerator.of(seeds, 7, "cpu"))
+    read.clear()
+    assert engine.generate(asked, 1, 1.0, RowGenerator.of(seeds, 7, "cpu")).ids == [row[:1] for row in together.ids]
+    assert read == [3 * max(len(prompt) for prompt in asked)]
+    alone = [
+        engine.generate([prompt], 12, 1.0, RowGenerator.of([seed], 7, "cpu")).ids[0]
+        for prompt, seed in zip(asked, seeds, strict=True)
+    ]
+    assert together.ids == alone
+    assert len({tuple(row) for row in alone}) == len(alone)
+
+
 def test_a_plain_engine_reads_a_row_generator_as_any_other():
     first, second = RowGenerator.of([1, 2], 5, "cpu"), torch.Generator().manual_seed(5)
     assert torch.equal(torch.rand(3, generator=first), torch.rand(3, generator=second))

@@ -83,8 +83,10 @@ class BenchmarkConfig:
     toy_run: str = "{output_dir}/toy_{seed}"
     """A finished toy chain for the quality part (the stages part takes the rows of number 0); {seed} stands for its
     number. One that is missing is made."""
-    seeds: int = 3
-    """Runs of the quality part."""
+    seeds: int = 5
+    """Runs of the quality part: on the seeds 0, 1 and so on."""
+    tuning_seed: int | None = 9
+    """Seed on which each side of the quality part tries its settings first; null: both take toy.yaml's."""
     quality_updates: int | None = None
     """Updates over which the quality part's learning rate falls to 0 and after which it gives up; null: the toy's."""
 
@@ -99,6 +101,8 @@ class BenchmarkConfig:
             wrong = [one for one in chosen if one not in known]
             if wrong or not chosen:
                 raise InputError(f"{name}={chosen}: {wrong[0] if wrong else 'nothing'} is none of {', '.join(known)}")
+        if self.tuning_seed is not None and not self.seeds <= self.tuning_seed:
+            raise InputError(f"tuning_seed={self.tuning_seed} is one of the {self.seeds} that are raced; take another")
         for name in ("updates", "seeds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
@@ -221,17 +225,10 @@ def limits(settings: dict[str, Any], case: Case, sizes: Sizes, machine: dict[str
 def quality_part(config: BenchmarkConfig, board: Board) -> None:
     """Measure the seconds until the toy world's gold score passes the mark, ours and trl's, seed by seed."""
     site = board.attempt("install trl", partial(install_trl, Path(config.trl_folder)))
-    rows = []
-    for seed in range(config.seeds):
-        run = Path(config.toy_run.format(output_dir=board.folder, seed=seed))
-        folder, updates = board.folder / "quality" / f"seed_{seed}", config.quality_updates
-        work = partial(quality.measure, run, seed, folder, config.threads, site, updates)
-        row = board.attempt(f"quality: seed {seed}", work)
-        if row is not None:
-            rows.append(row)
-            board.keep("quality", rows)
-    if rows:
-        board.show("Seconds until the gold score passes the mark", quality.table(rows))
+    race = quality.Race(
+        board=board, toy_run=config.toy_run, updates=config.quality_updates, threads=config.threads, site=site
+    )
+    quality.measure(race, range(config.seeds), config.tuning_seed)
 
 
 def scaling_part(config: BenchmarkConfig, board: Board) -> None:

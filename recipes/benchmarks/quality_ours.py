@@ -29,7 +29,7 @@ def work(job: Job) -> Result:
         PPOConfig, settings()["ppo"] | job["settings"] | {"output_dir": job["folder"]}, "toy.yaml: ppo"
     )
     args = replace(args, seed=job["seed"], save_steps=0, updates=job["updates"] or args.updates)
-    clock = GoldClock(run, models.load_tokenizer(str(run / "sft")), job["mark"], job["seed"])
+    clock = GoldClock(job, models.load_tokenizer(str(run / "sft")))
     trainer = PPOTrainer(
         str(run / "sft"),
         RewardModel.load(str(run / "reward_model")),

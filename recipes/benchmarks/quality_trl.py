@@ -1,9 +1,9 @@
 """Run trl's PPOTrainer on the toy world until the gold score passes the mark. Started by the benchmark, on a job file.
 
-The hyperparameters are the toy config's, as far as trl's PPO has them: no learning rate of the value model's own, no
-updates for the value model alone, no clipping of gradients. A response without its stop token loses the penalty
-(ours, in the toy config: it is replaced by it). The reward model's normaliser is put into its head, so that scores
-and first values are those of ours.
+The hyperparameters are the toy config's and the job's `settings`, as far as trl's PPO has them: no learning rate of
+the value model's own, no updates for the value model alone, no clipping of gradients. A response without its stop token
+loses the penalty (ours, in the toy config: it is replaced by it). The reward model's normaliser is put into its head,
+so that scores and first values are those of ours.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def work(job: Job) -> Result:
     run = Path(job["run"])
     tokenizer = models.load_tokenizer(str(run / "sft"))
     tokenizer.padding_side = "left"
-    toy: Any = from_dict(PPOConfig, settings()["ppo"], "toy.yaml: ppo")
+    toy: Any = from_dict(PPOConfig, settings()["ppo"] | job["settings"], "toy.yaml: ppo")
     ids = [encode_prompt(tokenizer, prompt.messages) for prompt in read_prompts(str(run / "rankings/prompts.jsonl"))]
-    clock = GoldClock(run, tokenizer, job["mark"], job["seed"])
+    clock = GoldClock(job, tokenizer)
     args = ppo_trainer.PPOConfig(
         output_dir=job["folder"],
         num_mini_batches=toy.rollout_size // toy.minibatch_size,

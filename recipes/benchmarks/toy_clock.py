@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import Job
 from transformers import TrainerCallback
 
 from rlhf import chat, evaluate
@@ -45,18 +46,20 @@ def sampled(model: Any, tokenizer: Any, prompts: list[Prompt], seed: int, n: int
 
 
 class MarkPassed(Exception):
-    """End training when the gold score has passed the mark."""
+    """End training when the gold score has passed the mark, or time is up."""
 
 
 class GoldClock(TrainerCallback):
     """Record the gold score on held-out prompts after every update, and the seconds of training until then.
 
-    The clock stands still while gold is measured. Ends training (MarkPassed) when the score reaches `mark`. Sampling
-    has a generator of its own, so that it does not change the training it watches.
+    The clock stands still while gold is measured. Ends training (MarkPassed) when the score reaches the job's `mark`,
+    or without it after `at_most` seconds of training (None: never). Sampling has a generator of its own, so that it
+    does not change the training it watches.
     """
 
-    def __init__(self, run: Path, tokenizer: Any, mark: float, seed: int):
-        self.prompts, self.tokenizer, self.mark, self.seed = held_out(run), tokenizer, mark, seed
+    def __init__(self, job: Job, tokenizer: Any):
+        self.prompts, self.tokenizer, self.seed = held_out(Path(job["run"])), tokenizer, job["seed"]
+        self.mark, self.at_most = job["mark"], job.get("at_most")
         self.judge = judge()
         self.history: list[dict[str, float]] = []
         self.seconds: float | None = None  # until the mark
@@ -73,6 +76,8 @@ class GoldClock(TrainerCallback):
         print(self.history[-1], flush=True)
         if gold >= self.mark:
             self.seconds = self._spent
+            raise MarkPassed
+        if self.at_most is not None and self._spent >= self.at_most:
             raise MarkPassed
         self._since = time.perf_counter()
 

@@ -207,23 +207,42 @@ def test_busy_table():
     assert "| ppo_tiny | 1.00 | 2.10 | 2.10 | no |" in text
 
 
-def test_time_to_quality_table():
-    def side(seconds, trained, updates):
-        return {"seconds": seconds, "trained_seconds": trained, "history": [{}] * updates}
+def raced(seconds, trained, updates):
+    return {"seconds": seconds, "trained_seconds": trained, "history": [{}] * updates}
 
+
+def test_time_to_quality_table():
     mark = {"sft": 4.0, "best_of_16": 7.0, "mark": 5.5}
-    ours = {"ours": side(10.0, 10.0, 4), "ours, shared_trunk": side(5.0, 5.0, 4), "ours, toy.yaml": side(20.0, 20.0, 7)}
-    passed = {"seed": 0, **mark, **ours, "trl": side(40.0, 40.0, 9)}
-    never = {"seed": 1, **mark, **ours, "trl": side(None, 60.0, 28)}
+    passed = {"seed": 0, **mark, "ours": raced(10.0, 10.0, 4), "trl": raced(40.0, 40.0, 9)}
+    never = {"seed": 1, **mark, "ours": raced(10.0, 10.0, 4), "trl": raced(None, 60.0, 28)}
     text = quality.table([passed, never])
-    assert "| 0 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 5.0 (4) | 20.0 (7) | 40.0 (9) | 4.00 | 8.00 | 2.00 |" in text
-    assert (
-        "| 1 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 5.0 (4) | 20.0 (7) | not in 60 (28) | > 6.00 | > 12.00 | > 3.00 |"
-        in text
+    assert "| 0 | 4.00 | 7.00 | 5.50 | 10.0 (4) | 40.0 (9) | 4.00 |" in text
+    assert "| 1 | 4.00 | 7.00 | 5.50 | 10.0 (4) | not in 60 (28) | > 6.00 |" in text
+    assert "| median (range) |  |  |  |  |  | 5.00 (4.00-6.00) |" in text
+    lost = quality.table([passed, never | {"ours": raced(None, 60.0, 28)}])
+    assert "| median (range) |  |  |  |  |  | - |" in lost
+
+
+def test_each_side_tries_as_many_settings_and_a_trial_ends_where_it_has_lost():
+    sides = list(quality.TRIALS.values())
+    assert len({len(own) for own in sides}) == 1
+    assert all(len({str(one) for one in own}) == len(own) for own in sides)
+    took, given = [30.0, None, 20.0, 50.0, None, 25.0], []
+
+    def run(settings, at_most, name):
+        seconds = took[len(given)]
+        given.append((settings, at_most, name))
+        return raced(seconds, 1.0, 1)
+
+    trials = quality.tried(run, "ours")
+    assert [one["settings"] for one in trials] == quality.TRIALS["ours"]
+    assert [at_most for _, at_most, _ in given] == [None, 30.0, 30.0, 20.0, 20.0, 20.0]
+    assert len({name for *_, name in given}) == len(given), "each has a folder of its own"
+    assert quality.best(trials) == quality.TRIALS["ours"][2]
+    assert quality.best([one | {"seconds": None} for one in trials]) == quality.TRIALS["ours"][0]
+    assert "| ours | value_model separate, learning_rate 0.0006 | not in 1 (1) |" in quality.trials_table(
+        {"ours": trials}
     )
-    assert "| median |  |  |  |  |  |  |  | 5.00 | 10.00 | 2.50 |" in text
-    lost = quality.table([passed, never | {"ours": side(None, 60.0, 28)}])
-    assert "| median |  |  |  |  |  |  |  | - | 10.00 | 2.50 |" in lost
 
 
 # -- settings ----------------------------------------------------------------------------------------------
@@ -239,6 +258,7 @@ def test_time_to_quality_table():
         (["--only", "memory"], "--only: expected one of speed, quality, scaling, stages"),
         (["--stages", "[ppo]"], "stages=['ppo']: ppo is none of sft, reward_model"),
         (["--quality_updates", "0"], "quality_updates=0 must be at least 1 or null"),
+        (["--tuning_seed", "4"], "tuning_seed=4 is one of the 5 that are raced; take another"),
         (["--tricks", "[magic]"], "tricks=['magic']: magic is none of gated, norms"),
         (["--agilerl_python", "nowhere"], "agilerl_python=nowhere: no such file; install agilerl"),
         (["--runs", "[agilerl_lora]"], "runs=['agilerl_lora']: AgileRL's needs agilerl_python"),
@@ -603,7 +623,8 @@ def test_gold_is_measured_off_the_clock(tmp_path, tiny_tokenizer, monkeypatch):
             wall.pass_(50.0)
             return next(golds)
 
-    clock = Slow(tmp_path, tiny_tokenizer, mark=2.0, seed=0)
+    job = {"run": str(tmp_path), "seed": 0, "mark": 2.0}
+    clock = Slow(job, tiny_tokenizer)
     wall.pass_(7.0)
     clock.start()
     wall.pass_(1.0)
@@ -614,6 +635,16 @@ def test_gold_is_measured_off_the_clock(tmp_path, tiny_tokenizer, monkeypatch):
     result = clock.result()
     assert result["seconds"] == result["trained_seconds"] == 3.0
     assert [(row["seconds"], row["gold_score"]) for row in result["history"]] == [(1.0, 1.0), (3.0, 3.0)]
+
+    golds = iter([1.0, 1.5])
+    late = Slow(job | {"at_most": 3.0}, tiny_tokenizer)
+    late.start()
+    wall.pass_(2.9)
+    late.on_step_end(None, None, None, model="policy")
+    wall.pass_(0.1)
+    with pytest.raises(toy_clock.MarkPassed):
+        late.on_step_end(None, None, None, model="policy")
+    assert late.result()["seconds"] is None
 
 
 def test_the_toy_configs_judge_is_the_gold_score():
@@ -682,7 +713,7 @@ def test_a_toy_chain_is_made_and_ours_runs_on_it(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "path", [*sys.path])
         mark = toy_mark.work(job)
         assert mark["mark"] == pytest.approx((mark["sft"] + mark["best_of_16"]) / 2)
-        result = ours.work(job | {"mark": 10.1, "settings": quality.AS_TRL})  # gold ends at 10
+        result = ours.work(job | {"mark": 10.1, "settings": quality.BOTH})  # gold ends at 10
         assert result["seconds"] is None
         assert [row["update"] for row in result["history"]] == [1, 2]
         passed = ours.work(job | {"mark": 0.0, "settings": {}, "folder": str(tmp_path / "again")})

@@ -7,7 +7,7 @@ A study is a script beside this file with a `Study`, a frozen config and a YAML 
 
 Each seed's rows stay in <output_dir>/<study>/seed-<seed>/rows.jsonl, and the chain that several studies share in
 <output_dir>/runs/<chain>-<seed>: run again, a study goes on where it stopped. The table is of all seeds that are
-complete.
+complete. Seeds may be run on several machines: `write_results.py` joins them.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def main(study: Study, config_class: type[StudyConfig], file: str, argv: list[st
     config = configs.load(config_class, [*own, *argv], description=f"{study.title}: {study.claim}")
     for seed in config.seeds:
         run_seed(study, config, seed)
-    result = result_of(study, config)
+    result = result_of(study, complete(study, Path(config.output_dir) / study.name))
     console.stage_line(study.name, f"{result['verdict']}: {study.title}")
     console.stage_line("", str(write(result, Path(config.output_dir) / study.name)))
 
@@ -159,17 +159,51 @@ def read(folder: Path) -> list[Row]:
 # ---------------------------------------------------------------- the table
 
 
-def result_of(study: Study, config: StudyConfig) -> dict[str, Any]:
-    """Make the study's result of all complete seeds, as it is committed: texts, points, checks, verdict, seconds."""
-    folder = Path(config.output_dir) / study.name
-    folders = sorted(folder.glob("seed-*/manifest.json"), key=lambda file: int(file.parent.name[5:]))
-    by_seed = {int(file.parent.name[5:]): read(file.parent) for file in folders}
-    if not by_seed:
+@dataclass(frozen=True, kw_only=True)
+class Seed:
+    """A complete seed: its rows, and how they were made."""
+
+    seed: int
+    settings: dict[str, Any]
+    seconds: int
+    machine: str
+    versions: dict[str, str]
+    rows: list[Row]
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Seed:
+        """Read what a run left in seed-<seed>."""
+        made = Manifest.read(folder)
+        settings = {name: value for name, value in made.inputs["config"].items() if name not in OWN}
+        return cls(
+            seed=int(folder.name[5:]), settings=settings, seconds=round(made.seconds), machine=made.machine,
+            versions=made.versions, rows=read(folder),
+        )  # fmt: skip
+
+    def write(self, file: Path) -> None:
+        """Write the seed as it is committed: a line that says how it was made, then a line per row."""
+        head = {name: value for name, value in vars(self).items() if name != "rows"}
+        write_jsonl(file, [head, *map(asdict, self.rows)])
+
+    @classmethod
+    def read(cls, file: Path) -> Seed:
+        """Read what `write` wrote."""
+        head, *rows = (row for _, row in read_rows(file))
+        return cls(**head, rows=[Row(**row) for row in rows])
+
+
+def complete(study: Study, folder: Path) -> list[Seed]:
+    """Read the complete seeds of a study's folder, in their order. Raises InputError where there is none."""
+    files = sorted(folder.glob("seed-*/manifest.json"), key=lambda file: int(file.parent.name[5:]))
+    if not files:
         raise InputError(f"{folder}: no seed is complete; run the study")
-    made = {seed: Manifest.read(folder / f"seed-{seed}") for seed in by_seed}
+    return [Seed.of_run(file.parent) for file in files]
+
+
+def result_of(study: Study, seeds: Sequence[Seed]) -> dict[str, Any]:
+    """Make the study's result, as it is committed: texts, points, checks, verdict, seconds."""
+    by_seed = {seed.seed: seed.rows for seed in seeds}
     checks = [checked(check.text, [check.margin(rows) for rows in by_seed.values()]) for check in study.checks]
-    last = list(made.values())[-1]
-    settings = {name: value for name, value in last.inputs["config"].items() if name not in OWN}
     texts = {name: getattr(study, name) for name in ("name", "number", "title", "claim", "source", "miniature")}
     return {
         **texts,
@@ -179,10 +213,10 @@ def result_of(study: Study, config: StudyConfig) -> dict[str, Any]:
         "panels": [asdict(panel) for panel in study.panels],
         "points": points(by_seed),
         "checks": checks,
-        "settings": settings,
-        "seconds": {str(seed): round(manifest.seconds) for seed, manifest in made.items()},
-        "machine": last.machine,
-        "versions": last.versions,
+        "settings": seeds[-1].settings,
+        "seconds": {str(seed.seed): seed.seconds for seed in seeds},
+        "machine": seeds[-1].machine,
+        "versions": seeds[-1].versions,
     }
 
 

@@ -21,11 +21,16 @@ COLORS = [html.FIRST, html.SECOND, "#0f9d76", "#7c3aed", html.WRONG, "#6b7280"]
 
 def write(result: Result, folder: Path) -> Path:
     """Write a study's files into a folder; return the page's path."""
+    write_result(result, folder)
+    return html.write(folder / f"{result['name']}.html", page(result))
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write what is committed of a study: its result, and its pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / f"{result['name']}.json", result)
     for panel, picture in pictures(result).items():
         html.write(folder / file_of(result, panel), picture)
-    return html.write(folder / f"{result['name']}.html", page(result))
 
 
 def file_of(result: Result, panel: str) -> str:

@@ -4,12 +4,14 @@
     python recipes/studies/write_results.py runs/studies    # take over the results of that folder of studies first
     python recipes/studies/write_results.py runs/benchmark  # or the tables of a benchmark, under its folder's name
 
-The results are recipes/studies/results/*.json, with their pictures beside them. A document has them between
+The results are recipes/studies/results/*.json, with their pictures beside them, and each seed's rows in its folder
+seeds: seeds that other machines ran with the same settings stay in a study's result. A document has results between
 `<!-- results: NAME -->` and `<!-- end of NAME -->`; a benchmark's tables are NAME_0, NAME_1 and so on.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -21,6 +23,7 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf_recipes.studies import study_page
+from rlhf_recipes.studies.study import Seed, Study, complete, result_of
 from rlhf_recipes.studies.verdicts import RULE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,17 +46,35 @@ def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 
 def take_over(runs: Path) -> list[str]:
-    """Copy the results and pictures of every study in a folder of studies; their names."""
+    """Copy the results and pictures of every study in a folder of studies, and of every table of measurements; their
+    names."""
     names = []
     for file in sorted(runs.glob("*/*.json")):
         if file.stem == file.parent.name:
-            RESULTS.mkdir(exist_ok=True)
-            for made in (file, *file.parent.glob(f"{file.stem}*.svg")):
-                shutil.copyfile(made, RESULTS / made.name)
+            if "checks" in json.loads(file.read_text(encoding="utf-8")):
+                take_over_study(file.parent)
+            else:
+                RESULTS.mkdir(exist_ok=True)
+                shutil.copyfile(file, RESULTS / file.name)
             names.append(file.stem)
     if not names:
         raise InputError(f"{runs}: holds no result of a study (NAME/NAME.json); run one, or `make studies`")
     return names
+
+
+def take_over_study(folder: Path) -> None:
+    """Put a study's complete seeds among those that are committed, and make its result of all of them. Seeds of other
+    settings are gone."""
+    study: Study = importlib.import_module(f"rlhf_recipes.studies.{folder.name}").STUDY
+    own = complete(study, folder)
+    for seed in own:
+        seed.write(RESULTS / "seeds" / f"{study.name}-{seed.seed}.jsonl")
+    found = {file: Seed.read(file) for file in (RESULTS / "seeds").glob(f"{study.name}-*.jsonl")}
+    for file, seed in found.items():
+        if seed.settings != own[-1].settings:
+            file.unlink()
+    alike = [seed for seed in found.values() if seed.settings == own[-1].settings]
+    study_page.write_result(result_of(study, sorted(alike, key=lambda seed: seed.seed)), RESULTS)
 
 
 def take_over_benchmark(run: Path) -> str:

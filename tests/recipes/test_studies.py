@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from reference.documents import ROOT
@@ -171,6 +172,26 @@ def test_a_benchmark_is_taken_over_without_its_folders(tmp_path, monkeypatch):
     assert json.loads(written)["settings"] == {"updates": 3}
     found = write_results.benchmark_blocks()
     assert found == {"speed_here_0": "*A, b* (one CPU)\n\n| x |\n| --- |", "speed_here_1": "*C* (one CPU)\n\n| y |"}
+
+
+def test_seeds_of_several_machines_make_one_result(tmp_path, monkeypatch):
+    """Where they have the same settings; a machine's own seed replaces the committed one."""
+    monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(write_results.importlib, "import_module", lambda name: SimpleNamespace(STUDY=STUDY))
+    for machine, seeds in (("here", "[0, 2]"), ("there", "[1, 2]")):
+        (tmp_path / machine).mkdir()
+        started(tmp_path / machine, "--seeds", seeds)
+        assert write_results.take_over(tmp_path / machine / "out") == ["slope"]
+    result = write_results.results(tmp_path / "results")["slope"]
+    whole = started(tmp_path / "here", "--seeds", "[0, 1, 2]")
+    assert result | {"seconds": 0} == whole | {"seconds": 0}
+    assert list(result["seconds"]) == ["0", "1", "2"]
+    assert (tmp_path / "results/slope.svg").read_text() == (tmp_path / "here/out/slope/slope.svg").read_text()
+    (tmp_path / "other").mkdir()
+    started(tmp_path / "other", "--seeds", "[1]", "--slope", "2.0")
+    write_results.take_over(tmp_path / "other/out")
+    assert write_results.results(tmp_path / "results")["slope"]["seeds"] == [1]
+    assert [file.name for file in (tmp_path / "results/seeds").iterdir()] == ["slope-1.jsonl"]
 
 
 def test_a_mark_of_nothing_is_refused():

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.functions import Texts, conversation
-from rlhf import chat
+from rlhf import chat, cpu
 from rlhf.errors import InputError
-from rlhf.models import encoders
+from rlhf.models import encoders, packing
 from rlhf.models import loading as models
 from rlhf.models.positions import positions_of
 from rlhf.models.pretrained import check_folder
@@ -69,6 +69,7 @@ class RewardModel:
         self.reads_rendered = reads_rendered
         self.folder: str | None = None  # the path that `load` read
         self._warned = False
+        self._packs: bool | None = None  # whether rows may be computed as one long row (`packing`); not asked yet
         self._compared: tuple[PreTrainedTokenizerBase, bool] | None = None
         self._limit = encoders.position_limit(model) if encoders.is_encoder(model.config) else None
         self._positions = positions_of(model)
@@ -143,9 +144,12 @@ class RewardModel:
         return self._scores([self._encoded(messages, {}, n) for n, messages in enumerate(conversations, start=1)])
 
     def _scores(self, sequences: list[list[int]]) -> Float[Tensor, " B"]:
-        return score_sequences(
-            self.model, self.fitting(sequences), chat.pad_id(self.tokenizer), self.tokens_per_microbatch
-        )
+        sequences, pad_id = self.fitting(sequences), chat.pad_id(self.tokenizer)
+        with cpu.for_scoring(self.model) as by_rows:
+            if by_rows and self._packs is None:
+                self._packs = packing.can_pack(self.model)
+            packs = by_rows and bool(self._packs)
+            return score_sequences(self.model, sequences, pad_id, self.tokens_per_microbatch, packs)
 
     def _encoded(
         self, messages: Messages, row: Mapping[str, object], number: int, sampled: Sequence[int] | None = None
@@ -253,17 +257,50 @@ def _check_stage(folder: Path) -> None:
 
 @torch.no_grad()
 def score_sequences(
-    model: PreTrainedModel | PeftModel, sequences: Sequence[Sequence[int]], pad_id: int, tokens_per_microbatch: int
+    model: PreTrainedModel | PeftModel,
+    sequences: Sequence[list[int]],
+    pad_id: int,
+    tokens_per_microbatch: int,
+    packs: bool = False,
 ) -> Float[Tensor, " B"]:
     """Return raw scores of token sequences, in their order, on the CPU in float32.
 
-    Sequences of similar length share a micro-batch, so little is computed on padding."""
+    Sequences of similar length share a micro-batch, so little is computed on padding. packs: instead, those that begin
+    alike do, as one long row in which that stands once (`packing`)."""
     scores = torch.empty(len(sequences), dtype=torch.float32)
     device = next(model.parameters()).device
-    for indices in length_batches([len(ids) for ids in sequences], tokens_per_microbatch):
+    if packs:
+        batches = beginning_batches(sequences, tokens_per_microbatch)
+    else:
+        batches = length_batches([len(ids) for ids in sequences], tokens_per_microbatch)
+    for indices in batches:
         input_ids, mask = pad([sequences[i] for i in indices], pad_id, device)
-        scores[indices] = last_token_scores(model, input_ids, mask).cpu()
+        scores[indices] = last_token_scores(model, input_ids, mask, packs).cpu()
     return scores
+
+
+def begun_alike(one: list[int], other: list[int]) -> int:
+    """Count the tokens with which both sequences begin."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def beginning_batches(sequences: Sequence[list[int]], tokens_per_microbatch: int) -> Iterator[list[int]]:
+    """Yield indices in micro-batches of at most that many padded tokens whose own fit one long row; what a sequence
+    begins with as the one before it counts once, and those that begin alike stand together. A longer row is one by
+    itself."""
+    batch: list[int] = []
+    tokens = longest = 0
+    for index in sorted(range(len(sequences)), key=lambda i: sequences[i]):
+        ids = sequences[index]
+        own = len(ids) - (begun_alike(sequences[batch[-1]], ids) if batch else 0)
+        longest = max(longest, len(ids))
+        if batch and ((len(batch) + 1) * longest > tokens_per_microbatch or tokens + own > packing.MOST_TOKENS):
+            yield batch
+            batch, tokens, longest, own = [], 0, len(ids), len(ids)
+        batch.append(index)
+        tokens += own
+    if batch:
+        yield batch
 
 
 def length_batches(lengths: Sequence[int], tokens_per_microbatch: int) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ import torch
 from rlhf.cpu import attention, drawing, gated, lora, memory, norms
 from rlhf.models import encoders, packing, waiting
 
-__all__ = ["draw", "for_training", "give_way", "prepare", "release_memory", "restore"]
+__all__ = ["draw", "for_scoring", "for_training", "give_way", "prepare", "release_memory", "restore"]
 
 draw = drawing.draw
 release_memory = memory.release_freed_memory
@@ -66,6 +66,20 @@ def for_training(model: Any) -> Iterator[None]:
         yield
     finally:
         _separate(model)
+
+
+@contextmanager
+def for_scoring(model: Any) -> Iterator[bool]:
+    """Let one model compute attention by `short_rows` inside the context, if it is on a CPU and no encoder; yields
+    whether it does."""
+    before = attention.uses_short_rows(model)
+    if not encoders.is_encoder(model.config):
+        attention.use_short_rows(model)
+    try:
+        yield attention.uses_short_rows(model)
+    finally:
+        if not before:
+            attention.use_sdpa(model)
 
 
 def _fuse(model: Any) -> None:

@@ -32,10 +32,11 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.errors import InputError, reason
-from rlhf.models import encoders
+from rlhf.models import encoders, packing
 from rlhf.models.adapter_check import check_same, read_adapter
 from rlhf.models.adapters import backbone, base_model, is_adapter
 from rlhf.models.loading import is_quantized, load_tokenizer, with_adapter
+from rlhf.models.long_row import Rows
 from rlhf.models.pretrained import (
     adapter_weights,
     base_of,
@@ -270,19 +271,28 @@ def last_token_scores(
     model: PreTrainedModel | PeftModel,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"],
+    packs: bool = False,
 ) -> Float[Tensor, "B"]:
     """Compute raw scores in float32 at each row's last real position, found by the attention mask (pad may equal eos).
 
-    An encoder's own head reads the position of its family, with padding masked."""
+    An encoder's own head reads the position of its family, with padding masked. packs: rows that are padded on the
+    right as one long row, if it is not too long, and what neighbouring rows begin with once (`packing`)."""
     if encoders.is_encoder(model.config):
         return encoders.encoder_scores(model, input_ids, attention_mask)
-    mask = attention_mask.long()
-    hidden = backbone(model)(
-        input_ids=input_ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
-    ).last_hidden_state
-    indices = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = torch.where(mask.bool(), indices, -1).amax(-1)
-    head, states = score_head(model), hidden[torch.arange(len(last), device=last.device), last]
+    real = attention_mask.bool()
+    shared = packing.common(model, input_ids, real) if packs else None
+    if packs and packing.fits(model, real, shared):
+        tokens = Rows.of(real, shared=shared).tokens[:, -1]  # of its padding, too, a row's last token
+        states = packing.packed_hidden(model, input_ids, real, shared)[tokens]
+    else:
+        mask = attention_mask.long()
+        hidden = backbone(model)(
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
+        ).last_hidden_state
+        indices = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = torch.where(real, indices, -1).amax(-1)
+        states = hidden[torch.arange(len(last), device=last.device), last]
+    head = score_head(model)
     return head(states.to(cast(Tensor, head.weight).dtype)).squeeze(-1).float()
 
 

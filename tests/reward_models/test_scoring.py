@@ -5,9 +5,17 @@ import torch
 from reference.templates import tokenizer_for
 from transformers import AutoModelForSequenceClassification
 
-from reward_models.scoring import RewardModel, conversation, length_batches, score_sequences, talks_of
+from reward_models.scoring import (
+    RewardModel,
+    beginning_batches,
+    conversation,
+    length_batches,
+    score_sequences,
+    talks_of,
+)
 from rlhf import chat
 from rlhf.errors import InputError
+from rlhf.models import packing
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, new_scalar_model
 from rlhf.run.stages import Manifest
 
@@ -147,6 +155,33 @@ def test_length_batches_by_hand():
     assert list(length_batches([2, 9, 3, 4, 1], 9)) == [[1], [3, 2], [0, 4]]
     assert list(length_batches([5, 6], 1)) == [[1], [0]]
     assert list(length_batches([], 10)) == []
+
+
+def test_beginning_batches_by_hand(monkeypatch):
+    rows = [[1, 2, 3, 4], [9], [1, 2, 5], [1, 2, 3, 6, 7], [2]]
+    assert list(beginning_batches(rows, 100)) == [[0, 3, 2, 4, 1]]
+    assert list(beginning_batches(rows, 10)) == [[0, 3], [2, 4, 1]], "two rows of five places"
+    monkeypatch.setattr(packing, "MOST_TOKENS", 7)
+    assert list(beginning_batches(rows, 100)) == [[0, 3, 2], [4, 1]], "4 + 2 + 1, and then 3 + 1 + 1 anew"
+    assert list(beginning_batches(rows, 1)) == [[0], [3], [2], [4], [1]]
+    assert list(beginning_batches([], 10)) == []
+
+
+def test_on_a_cpu_what_conversations_begin_with_is_read_once(reward_folder):
+    model = RewardModel.load(reward_folder, device="cpu")
+    prompts, answers = [p for p in PROMPTS for _ in COMPLETIONS], COMPLETIONS * len(PROMPTS)
+    talks = [conversation(p, c) for p, c in zip(prompts, answers, strict=True)]
+    plain = [last_token_scores(model.model, torch.tensor([ids]), torch.ones(1, len(ids))).item() for ids in
+             (chat.encode_conversation(model.tokenizer, talk)[0] for talk in talks)]  # fmt: skip
+    assert model.raw_scores(talks[:1]).tolist() == pytest.approx(plain[:1], abs=1e-5)
+    read: list[int] = []
+    model.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0].numel()))
+    assert model.raw_scores(talks).tolist() == pytest.approx(plain, abs=1e-5)
+    sequences = sorted(chat.encode_conversation(model.tokenizer, talk)[0] for talk in talks)
+    own = {tuple(ids[:end]) for ids in sequences for end in range(1, len(ids) + 1)}
+    assert read == [len(own) + -len(own) % packing.GRAIN], "a token of the tree that all conversations make, once"
+    assert len(own) < 0.75 * sum(map(len, sequences))
+    assert packing.attention_of(model.model) == "sdpa", "and afterwards the model is as it was"
 
 
 def test_a_conversation_without_a_response_is_refused(reward_folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jobs import Job, Result, serve
 from stages_data import pairs_of, read
-from toy_mark import make_rankings
+from toy_mark import make_chain
 
 from rlhf.errors import InputError
 from rlhf.rows.records import write_jsonl
@@ -22,7 +22,7 @@ def work(job: Job) -> Result:
     makes bfloat16 fast here."""
     run, folder = Path(job["run"]), Path(job["folder"])
     if not (run / "rankings/manifest.json").is_file():
-        make_rankings(run, job["seed"])
+        make_chain(run, job["seed"], "rankings")
     untied = {
         part: [
             row for row in read(str(run / f"rankings/{part}.jsonl")) if len(pairs_of(row)) == PAIRS and distinct(row)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from rlhf.run import console
 
@@ -42,25 +41,16 @@ def work(job: Job) -> Result:
     return {"sft": sft, f"best_of_{BEST_OF}": best, "mark": (sft + best) / 2}
 
 
-def make_chain(run: Path, seed: int) -> None:
-    """Run the toy chain's stages before PPO by the recipes' own functions; complete stages are skipped."""
-    config = make_rankings(run, seed)
-    import chain
-
-    chain.reward_model(config.reward_model)
-
-
-def make_rankings(run: Path, seed: int) -> Any:
-    """Run the toy chain's stages up to its rankings; return the chain's settings."""
+def make_chain(run: Path, seed: int, last: str = "reward_model") -> None:
+    """Run the toy chain's stages up to one, by the recipes' own functions; complete stages are skipped."""
     sys.path.insert(0, str(BENCHMARKS.parent))
     import chain
 
     config = configs.load(chain.ChainConfig, ["--config", str(TOY), "--output_dir", str(run), "--seed", str(seed)])
-    chain.make_data(config.data)
-    chain.make_base(config.base)
-    chain.sft(config.sft)
-    chain.rankings(config.data)
-    return config
+    for step in chain.steps_of(config):
+        step.run(step.config)
+        if step.name == last:
+            break
 
 
 if __name__ == "__main__":

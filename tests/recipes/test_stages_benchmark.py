@@ -156,7 +156,7 @@ def test_from_the_flag_to_the_tables(tmp_path, monkeypatch):
         for module in (toy_clock, toy_mark):
             monkeypatch.setattr(module, "TOY", smoke)
         monkeypatch.chdir(recipe.ROOT)
-        toy_mark.make_rankings(run, 0)
+        toy_mark.make_chain(run, 0, "rankings")
     config = benchmark.BenchmarkConfig(
         output_dir=str(tmp_path / "out"), only="stages", cases=["tiny"], updates=2, threads=1, toy_run=str(run)
     )

@@ -40,7 +40,13 @@ ROOMS = {
     "evals": CORE | {"collection"},
     "safety": CORE | {"collection", "evals"},
 }
-DOORS_TO_CPU = {"rlhf.ppo.trainer", "rlhf.sampling.decode", "rlhf.sampling.draw", "rlhf.run.callbacks"}
+DOORS_TO_CPU = {
+    "rlhf.ppo.trainer",
+    "rlhf.sampling.decode",
+    "rlhf.sampling.draw",
+    "rlhf.run.callbacks",
+    "reward_models.scoring",
+}
 
 FILE_LINES, FUNCTION_LINES = (
     350,

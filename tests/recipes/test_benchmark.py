@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from rlhf import config as configs
 from rlhf.chat import encode_conversation
 from rlhf.errors import InputError
+from rlhf.run.precision import bf16_hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 load = recipe.load_benchmark
@@ -669,7 +670,8 @@ def test_ours_and_trls_side_by_side(tmp_path, monkeypatch):
     board = benchmark.benchmark(config)
     assert board.failures == []
     runs = json.loads((tmp_path / "out/results.json").read_text())["speed"]["tiny"]["runs"]
-    assert {run: result["response_tokens"] for run, result in runs.items()} == {run: [20, 20] for run in config.runs}
+    expected = cases.runs_here(config.runs, bf16_hardware())  # fewer where the hardware makes two of them the same
+    assert {run: result["response_tokens"] for run, result in runs.items()} == {run: [20, 20] for run in expected}
     for result in runs.values():
         for seconds in result["updates"]:
             assert all(value > 0 for value in seconds.values())

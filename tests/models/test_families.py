@@ -35,6 +35,7 @@ from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.draw import sample
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [30, 31], [9, 8, 7, 6]]
+TWICE = [*PROMPTS, PROMPTS[2]]
 RESPONSES = [[30, 31], [32, 33, 34, 35], [36], [40, 41, 42, 43, 44, 45, 46, 47], [50, 51, 52]]
 ROWS = [{"prompt": f"Count to {word}"} for word in ("one", "two", "three", "four", "five", "six")]
 NO_EFFECT = ("k_proj.bias",)  # the same number on every attention score: their softmax doesn't see it
@@ -122,12 +123,13 @@ def greedy(model, prompt: list[int], stops: list[int]) -> list[int]:
 
 
 def test_temperature_0_is_generate(family):
-    """Each prompt alone through transformers' own `generate`; ours has left padding, and rows that leave."""
+    """Each prompt alone through transformers' own `generate`; ours has left padding, rows that leave, and a prompt with
+    two responses."""
     model = AutoModelForCausalLM.from_pretrained(family).eval()
     free = [greedy(model, prompt, [400]) for prompt in PROMPTS]
     stops = sorted({free[0][-8], free[2][-6], free[4][-3]})
-    responses = TransformersEngine(model, stops, 3).generate(PROMPTS, 12, 0.0, generator())
-    expected = [greedy(model, prompt, stops) for prompt in PROMPTS]
+    responses = TransformersEngine(model, stops, 3).generate(TWICE, 12, 0.0, generator())
+    expected = [greedy(model, prompt, stops) for prompt in TWICE]
     assert responses.ids == expected
     assert responses.stopped == [ids[-1] in stops for ids in expected]
     assert len({len(ids) for ids in expected}) > 1, "rows should leave the batch at different steps"
@@ -146,10 +148,10 @@ def test_sampled_tokens_have_the_probabilities_that_are_scored(family, monkeypat
     monkeypatch.setattr(decode, "sample", spy)
     model = AutoModelForCausalLM.from_pretrained(family).eval()
     engine = TransformersEngine(model, list(range(0, 400, 12)), 3)
-    ids = engine.generate(PROMPTS, 12, 1.5, generator()).ids
+    ids = engine.generate(TWICE, 12, 1.5, generator()).ids
     with torch.no_grad():
-        scored, _ = response_logprobs(model, make_batch(PROMPTS, ids, 3, "cpu"), 1.5)
-    order = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
+        scored, _ = response_logprobs(model, make_batch(TWICE, ids, 3, "cpu"), 1.5)
+    order = sorted(range(len(TWICE)), key=lambda i: len(TWICE[i]))
     assert len({len(row) for row in ids}) > 1
     for step, logprobs in enumerate(seen):
         rows = [i for i in order if len(ids[i]) > step]

@@ -433,6 +433,7 @@ def test_flash_attention_gets_the_rows_ends(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 def test_packed_rows_on_a_gpu(attention):
     model = new_model("llama").cuda().eval()

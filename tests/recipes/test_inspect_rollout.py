@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import recipe, two_processes
+from reference import recipe
 from reference.saved_run import make
 from reference.tiny_chain import chain
 from rich.console import Console
@@ -478,14 +478,13 @@ def test_two_processes_replay_theirs(tmp_path, tiny_model, tiny_tokenizer):
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     probe = tmp_path / "probe.py"
     probe.write_text(
-        "import sys\nfrom reference.two_processes import two_updates\n"
-        "two_updates(*sys.argv[1:4], save_rollouts=1)\n"
+        "import sys\nfrom reference import two_processes\ntwo_processes.ppo(*sys.argv[1:4], save_rollouts=1)\n"
     )  # fmt: skip
     run = tmp_path / "run"
     options: dict[str, Any] = {"env": environment, "cwd": root, "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run([*two, str(probe), str(policy), str(reward), str(run)], **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(load_rollout(update_folder(run, 2))) == len(two_processes.ROWS)
+    assert len(load_rollout(update_folder(run, 2))) == 8
     alone = inspect(run, "--update", 2, "--replay", "--value_model", reward)
     assert alone.code == 2
     assert f"start it with rlhf inspect_rollout {run} --update 2 --replay --num_processes 2" in alone.err

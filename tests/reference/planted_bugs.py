@@ -322,8 +322,8 @@ PLANTS = (
         bug="the reward model's mask is inferred from the pad id",
         shipped="trl#4974",
         file="reward_models/scoring.py",
-        old="last_token_scores(model, input_ids, mask)",
-        new="last_token_scores(model, input_ids, input_ids != pad_id)",
+        old="last_token_scores(model, input_ids, mask, packs)",
+        new="last_token_scores(model, input_ids, input_ids != pad_id, packs)",
         test="tests/reward_models/test_scoring.py::test_pad_may_be_the_end_of_turn",
         here="masks come from lengths",
     ),
@@ -449,9 +449,9 @@ PLANTS = (
         bug="a trained reward model's score is read on padding",
         shipped="DeepSpeedExamples#316",
         file="rlhf/models/scalar.py",
-        old="last = torch.where(mask.bool(), indices, -1).amax(-1)",
+        old="last = torch.where(real, indices, -1).amax(-1)",
         new="last = torch.full_like(mask[:, 0], mask.shape[1] - 1)",
-        test="tests/reward_models/test_scoring.py::test_the_batch_does_not_change_a_score",
+        test="tests/reward_models/test_scoring.py::test_padding_side_and_width_do_not_change_a_score",
     ),
     # -- reward model re-scored differently after save/reload, head or normaliser lost
     Plant(

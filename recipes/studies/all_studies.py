@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
     subprocess.run([sys.executable, str(HERE / "write_results.py"), config.output_dir], check=True)
     if failed:
         raise RunStopped(f"{', '.join(failed)}: failed, see above; run it again to go on")
-    console.stage_line("studies", "all complete; recipes/guides/results.md is written")
+    console.stage_line("studies", "all complete; recipes/guides/results.md and results_by_study.md are written")
 
 
 if __name__ == "__main__":

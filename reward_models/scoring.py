@@ -288,13 +288,16 @@ def beginning_batches(sequences: Sequence[list[int]], tokens_per_microbatch: int
     """Yield indices in micro-batches of at most that many padded tokens whose own fit one long row; what a sequence
     begins with as the one before it counts once, and those that begin alike stand together. A longer row is one by
     itself."""
+    most = (
+        packing.MOST_TOKENS * (packing.FEW - 1) // packing.FEW
+    )  # what is shared may be too little to stand there once
     batch: list[int] = []
     tokens = longest = 0
     for index in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         ids = sequences[index]
         own = len(ids) - (begun_alike(sequences[batch[-1]], ids) if batch else 0)
         longest = max(longest, len(ids))
-        if batch and ((len(batch) + 1) * longest > tokens_per_microbatch or tokens + own > packing.MOST_TOKENS):
+        if batch and ((len(batch) + 1) * longest > tokens_per_microbatch or tokens + own > most):
             yield batch
             batch, tokens, longest, own = [], 0, len(ids), len(ids)
         batch.append(index)

@@ -17,6 +17,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models import packing
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, new_scalar_model
+from rlhf.padding import pad
 from rlhf.run.stages import Manifest
 
 PROMPTS = ["What is the capital of France?", "Count to ten", "Hello?", "Say something long, please, and then more"]
@@ -161,10 +162,22 @@ def test_beginning_batches_by_hand(monkeypatch):
     rows = [[1, 2, 3, 4], [9], [1, 2, 5], [1, 2, 3, 6, 7], [2]]
     assert list(beginning_batches(rows, 100)) == [[0, 3, 2, 4, 1]]
     assert list(beginning_batches(rows, 10)) == [[0, 3], [2, 4, 1]], "two rows of five places"
-    monkeypatch.setattr(packing, "MOST_TOKENS", 7)
+    monkeypatch.setattr(packing, "MOST_TOKENS", 8)  # 15 of 16: 7
     assert list(beginning_batches(rows, 100)) == [[0, 3, 2], [4, 1]], "4 + 2 + 1, and then 3 + 1 + 1 anew"
     assert list(beginning_batches(rows, 1)) == [[0], [3], [2], [4], [1]]
     assert list(beginning_batches([], 10)) == []
+
+
+def test_a_batch_fits_one_long_row_even_where_its_rows_share_too_little(monkeypatch):
+    monkeypatch.setattr(packing, "attention_of", lambda model: packing.BY_ROWS)
+    rows = [[1, 2, *range(10 * n, 10 * n + 20 + 37 * n % 40)] for n in range(1, 200)]
+    few = 0
+    for indices in beginning_batches(rows, 10**6):
+        ids, mask = pad([rows[i] for i in indices], 0)
+        shared = packing.common(None, ids, mask)
+        few += shared is None
+        assert packing.fits(None, mask, shared)
+    assert few > 2, "or it says nothing"
 
 
 def test_on_a_cpu_what_conversations_begin_with_is_read_once(reward_folder):

@@ -24,7 +24,7 @@ class Case:
     new_tokens: int
     inner_epochs: int
     minibatches: int
-    tokens_per_microbatch: int = 16384  # of ours alone: a memory setting that trl has no counterpart of
+    tokens_per_microbatch: int = 16384  # of ours; a whole minibatch's in every case, as trl's micro-batch is
 
     def __post_init__(self) -> None:
         require_divides("minibatches", self.minibatches, "rollout_size", self.rollout_size)

@@ -3,7 +3,8 @@
     make vllm-env
     python recipes/studies/vllm_toy.py
 
-vLLM runs in an environment of its own (`python`), on this machine's CPU.
+vLLM runs in an environment of its own (`python`), on half of this machine's cores, and the trainer beside it on the
+others: as on two devices, what one step off saves is then the time that each would wait for the other.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rlhf import config as configs
 from rlhf.client import Client
 from rlhf.errors import InputError, RunStopped
 from rlhf.intervals import bootstrap_interval
-from rlhf.run.stages import Manifest
+from rlhf.metrics import read_metrics
 from rlhf_recipes.ppo import PPORecipe, ppo
 from rlhf_recipes.studies.proxy_runs import samples
 from rlhf_recipes.studies.shared_runs import WATCHED, chain, stage
@@ -69,8 +71,28 @@ class VLLMConfig(StudyConfig):
 
 
 @contextmanager
-def serving(config: VLLMConfig, model: Path, *flags: str) -> Iterator[str]:
-    """Serve a model by vLLM in float32 on a free port; its address."""
+def half_of_the_cores() -> Iterator[set[int]]:
+    """Keep this process to the first half of its cores inside the context; yields the others."""
+    cores, threads = sorted(os.sched_getaffinity(0)), torch.get_num_threads()
+    half = max(1, len(cores) // 2)
+    keep_to(cores[:half], half)
+    try:
+        yield set(cores[-half:])
+    finally:
+        keep_to(cores, threads)
+
+
+def keep_to(cores: Sequence[int], threads: int) -> None:
+    """Keep every thread of this process to these cores, and let torch compute with so many."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), cores)
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def serving(config: VLLMConfig, model: Path, cores: set[int], *flags: str) -> Iterator[str]:
+    """Serve a model by vLLM in float32 on these cores and a free port; its address."""
     python = Path(config.python).absolute()  # not resolved: a link leads out of the environment
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = str(listening.getsockname()[1])
@@ -81,7 +103,9 @@ def serving(config: VLLMConfig, model: Path, *flags: str) -> Iterator[str]:
     ]  # fmt: skip
     log = config.shared / "vllm.log"
     with log.open("ab") as out:
-        server = subprocess.Popen(command, env=os.environ | SERVER, stdout=out, stderr=out, start_new_session=True)
+        env = os.environ | SERVER | {"OMP_NUM_THREADS": str(len(cores))}
+        command = ["taskset", "--cpu-list", ",".join(map(str, sorted(cores))), *command]
+        server = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
     try:
         yield up(f"http://127.0.0.1:{port}", server, log, config.starting_seconds)
     finally:
@@ -123,7 +147,7 @@ def runs(config: VLLMConfig) -> Iterator[tuple[str, Path]]:
     for kind, settings, flags in kinds:
         name = kind.split()[0].lower()
         yield f"{BUILT_IN}, {kind}", trained(config, f"ppo_built_in_{name}", **settings)
-        with serving(config, sft, *flags) as url:
+        with half_of_the_cores() as cores, serving(config, sft, cores, *flags) as url:
             yield f"{VLLM}, {kind}", trained(config, f"ppo_vllm_{name}", vllm_server=url, **settings)
             ahead = {"vllm_server": url, "rollouts_ahead": 1, **settings}
             yield f"{AHEAD}, {kind}", trained(config, f"ppo_vllm_ahead_{name}", **ahead)
@@ -134,7 +158,8 @@ def run(config: VLLMConfig) -> Iterator[Row]:
         gold = [row["score/gold"] for rows in samples(folder)[-LAST:] for row in rows]
         found = bootstrap_interval(np.asarray(gold, dtype=np.float64), config.seed)
         yield Row(name, found.value, None, found.low, found.high, len(gold), GOLD)
-        yield Row(name, 60 * config.updates / Manifest.read(folder).seconds, panel=PACE)
+        seconds = [row["step_seconds"] for row in read_metrics(folder / "metrics.jsonl")]
+        yield Row(name, 60 / float(np.median(seconds)), panel=PACE)
 
 
 def near(one: str, kind: str, rows: Sequence[Row]) -> float:
@@ -154,8 +179,8 @@ STUDY = Study(
     "probabilities are corrected.",
     source="Noukhovitch et al. 2410.18252 (asynchronous RLHF)",
     miniature="PPO on the toy world by the built-in engine, by vLLM for CPUs (adapters, folders), and by vLLM while "
-    "the update before trains; gold of the last three of twelve updates.",
-    panels=[Panel(GOLD, y="gold score"), Panel(PACE, y="updates per minute, start included")],
+    "the update before trains, each of the two on half the cores; gold of the last three of twelve updates.",
+    panels=[Panel(GOLD, y="gold score"), Panel(PACE, y="updates per minute (median)")],
     checks=[
         *(
             Check(f"{one}, {kind}: gold within {NEAR} of the built-in engine's", partial(near, one, kind))

@@ -138,6 +138,13 @@ def finish(started: Started) -> str:
     return out
 
 
+def everywhere(hits: Counter[tuple[str, str]]) -> bool:
+    """Return whether every stage was hit, every saving of a checkpoint, and one trainer after its last checkpoint."""
+    saving = {stage for stage, state in hits if state == "while saving a checkpoint"}
+    last = {stage for stage, state in hits if state == "after its last checkpoint"}
+    return {stage for stage, _ in hits} >= set(STAGES) and saving == set(SAVING) and bool(last & set(SAVING))
+
+
 # ---------------------------------------------------------------- kills
 
 
@@ -169,7 +176,7 @@ def test_killed_a_hundred_times_at_random_every_chain_ends_the_same(
 ) -> None:
     rng, seconds = random.Random(0), whole_chain.read(undisturbed / "summary.json")["seconds"]
     hits, chains, began = Counter[tuple[str, str]](), 0, time.monotonic()
-    while hits.total() < KILLS:
+    while hits.total() < KILLS or not everywhere(hits):  # on a busy machine few moments of saving are hit
         run = tmp_path / f"run-{chains}"
         for moment in random_moments(rng, seconds):
             found = killed(fork, run, moment)
@@ -180,15 +187,12 @@ def test_killed_a_hundred_times_at_random_every_chain_ends_the_same(
         assert [*differences(run, undisturbed)] == [], f"chain {chains}"
         shutil.rmtree(run)
         chains += 1
-        assert chains < KILLS
+        assert chains < 30, hits
     with capsys.disabled():
         print(f"\n{hits.total()} kills in {chains} chains, all recovered, {time.monotonic() - began:.0f} s")
         order = {name: place for place, name in enumerate((*STAGES, "report"))}
         for (stage, state), count in sorted(hits.items(), key=lambda item: (order[item[0][0]], item[0][1])):
             print(f"{count:4d}  {stage:<13} {state}")
-    assert {stage for stage, _ in hits} >= set(STAGES)
-    assert {stage for stage, state in hits if state == "while saving a checkpoint"} == set(SAVING)
-    assert {stage for stage, state in hits if state == "after its last checkpoint"} & set(SAVING)
 
 
 @pytest.mark.long

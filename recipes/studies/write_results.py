@@ -63,18 +63,24 @@ def take_over(runs: Path) -> list[str]:
 
 
 def take_over_study(folder: Path) -> None:
-    """Put a study's complete seeds among those that are committed, and make its result of all of them. Seeds of other
-    settings are gone."""
+    """Put a study's complete seeds among those that are committed, and make its result of all that have their settings.
+
+    Raises InputError where the committed result would lose a seed: one of other settings, or one without kept rows."""
     study: Study = importlib.import_module(f"rlhf_recipes.studies.{folder.name}").STUDY
     own = complete(study, folder)
-    for seed in own:
+    committed = {file: Seed.read(file) for file in (RESULTS / "seeds").glob(f"{study.name}-*.jsonl")}
+    alike = {seed.seed: seed for seed in [*committed.values(), *own] if seed.settings == own[-1].settings}
+    lost = sorted(set(results(RESULTS).get(study.name, {}).get("seeds", [])) - set(alike))
+    if lost:
+        raise InputError(
+            f"{folder}: the result in {RESULTS} would lose seed {', '.join(map(str, lost))}, of other settings or "
+            f"without rows in seeds/; run those seeds too, or delete {study.name}.json"
+        )
+    for file in committed:
+        file.unlink()
+    for seed in alike.values():
         seed.write(RESULTS / "seeds" / f"{study.name}-{seed.seed}.jsonl")
-    found = {file: Seed.read(file) for file in (RESULTS / "seeds").glob(f"{study.name}-*.jsonl")}
-    for file, seed in found.items():
-        if seed.settings != own[-1].settings:
-            file.unlink()
-    alike = [seed for seed in found.values() if seed.settings == own[-1].settings]
-    study_page.write_result(result_of(study, sorted(alike, key=lambda seed: seed.seed)), RESULTS)
+    study_page.write_result(result_of(study, sorted(alike.values(), key=lambda seed: seed.seed)), RESULTS)
 
 
 def take_over_benchmark(run: Path) -> str:

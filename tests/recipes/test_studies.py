@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,10 +189,28 @@ def test_seeds_of_several_machines_make_one_result(tmp_path, monkeypatch):
     assert list(result["seconds"]) == ["0", "1", "2"]
     assert (tmp_path / "results/slope.svg").read_text() == (tmp_path / "here/out/slope/slope.svg").read_text()
     (tmp_path / "other").mkdir()
+    before = {file: file.read_bytes() for file in sorted((tmp_path / "results").rglob("*.*"))}
     started(tmp_path / "other", "--seeds", "[1]", "--slope", "2.0")
+    with pytest.raises(InputError, match="would lose seed 0, 2"):
+        write_results.take_over(tmp_path / "other/out")
+    assert {file: file.read_bytes() for file in sorted((tmp_path / "results").rglob("*.*"))} == before
+    started(tmp_path / "other", "--seeds", "[0, 2, 5]", "--slope", "2.0")
     write_results.take_over(tmp_path / "other/out")
-    assert write_results.results(tmp_path / "results")["slope"]["seeds"] == [1]
-    assert [file.name for file in (tmp_path / "results/seeds").iterdir()] == ["slope-1.jsonl"]
+    assert write_results.results(tmp_path / "results")["slope"]["seeds"] == [0, 1, 2, 5]
+    assert len(list((tmp_path / "results/seeds").iterdir())) == 4
+
+
+def test_a_result_without_its_seeds_rows_is_not_replaced_by_less(tmp_path, monkeypatch):
+    """One that was committed before rows were."""
+    monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(write_results.importlib, "import_module", lambda name: SimpleNamespace(STUDY=STUDY))
+    started(tmp_path, "--seeds", "[0, 1]")
+    write_results.take_over(tmp_path / "out")
+    shutil.rmtree(tmp_path / "results/seeds")
+    shutil.rmtree(tmp_path / "out")
+    started(tmp_path, "--seeds", "[1, 2]")
+    with pytest.raises(InputError, match="would lose seed 0,"):
+        write_results.take_over(tmp_path / "out")
 
 
 def test_a_mark_of_nothing_is_refused():

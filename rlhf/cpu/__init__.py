@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -20,6 +22,9 @@ __all__ = ["draw", "for_scoring", "for_training", "give_way", "prepare", "releas
 
 draw = drawing.draw
 release_memory = memory.release_freed_memory
+_SCORING: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
+"""Of a model in `for_scoring`: whether it computed so before, and how many are inside."""
+_LOCK = Lock()
 give_way = waiting.give_way
 
 
@@ -71,15 +76,23 @@ def for_training(model: Any) -> Iterator[None]:
 @contextmanager
 def for_scoring(model: Any) -> Iterator[bool]:
     """Let one model compute attention by `short_rows` inside the context, if it is on a CPU and no encoder; yields
-    whether it does."""
-    before = attention.uses_short_rows(model)
-    if not encoders.is_encoder(model.config):
+    whether it does. Threads may share the model: the last to leave puts its attention back."""
+    if encoders.is_encoder(model.config):
+        yield False
+        return
+    with _LOCK:
+        before, inside = _SCORING.get(model, (attention.uses_short_rows(model), 0))
+        _SCORING[model] = before, inside + 1
         attention.use_short_rows(model)
     try:
         yield attention.uses_short_rows(model)
     finally:
-        if not before:
-            attention.use_sdpa(model)
+        with _LOCK:
+            before, inside = _SCORING.pop(model)
+            if inside > 1:
+                _SCORING[model] = before, inside - 1
+            elif not before:
+                attention.use_sdpa(model)
 
 
 def _fuse(model: Any) -> None:

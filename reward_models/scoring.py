@@ -288,9 +288,8 @@ def beginning_batches(sequences: Sequence[list[int]], tokens_per_microbatch: int
     """Yield indices in micro-batches of at most that many padded tokens whose own fit one long row; what a sequence
     begins with as the one before it counts once, and those that begin alike stand together. A longer row is one by
     itself."""
-    most = (
-        packing.MOST_TOKENS * (packing.FEW - 1) // packing.FEW
-    )  # what is shared may be too little to stand there once
+    # what is shared may be too little to stand there once
+    most = packing.MOST_TOKENS * (packing.FEW - 1) // packing.FEW
     batch: list[int] = []
     tokens = longest = 0
     for index in sorted(range(len(sequences)), key=lambda i: sequences[i]):

@@ -42,7 +42,6 @@ ROOMS = {
 }
 DOORS_TO_CPU = {
     "rlhf.ppo.trainer",
-    "rlhf.ppo.actor_critic",
     "rlhf.sampling.decode",
     "rlhf.sampling.draw",
     "rlhf.run.callbacks",

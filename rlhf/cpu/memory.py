@@ -7,25 +7,10 @@ import sys
 from typing import Any
 
 
-class _Heap(ctypes.Structure):
-    """glibc's `struct mallinfo2`; its bytes."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "free", "top")
-    ]
-
-
-def release_freed_memory(at_least: int = 0) -> None:
-    """Return freed memory to the system; at_least: only where it is so many bytes, which takes microseconds to read.
-
-    After loading, glibc keeps as much as the models' own size. And torch asks for aligned blocks, whose gaps glibc
-    often fails to fill: a forward pass takes new memory though the pass before has freed as much."""
-    libc = _libc()
-    trim, heap = getattr(libc, "malloc_trim", None), getattr(libc, "mallinfo2", None)
-    if heap is not None:
-        heap.restype = _Heap
-    if trim is not None and (at_least == 0 or (heap is not None and heap().free >= at_least)):  # glibc 2.33 has both
+def release_freed_memory() -> None:
+    """Return freed memory to the system; after loading, glibc keeps as much as the models' own size."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
         trim(0)
 
 

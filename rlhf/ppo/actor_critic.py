@@ -16,7 +16,6 @@ from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlhf import cpu
 from rlhf.errors import InputError
 from rlhf.models import packing
 from rlhf.models.adapters import active_adapter, adapter_of
@@ -29,8 +28,6 @@ from rlhf.sampling.engine import Engine, Gatherer
 Role = Literal["policy", "reference", "value"]
 ADAPTERS = {"policy": "default", "reference": "reference", "value": "value"}
 
-SPARE = 2**28
-"""Freed bytes that a process may keep for its next forward pass: to fetch memory anew takes time."""
 
 NOT_ASKED = torch.empty(0)
 
@@ -63,7 +60,6 @@ class ActorCritic(nn.Module):
 
     def forward(self, batch: Batch, temperature: float, roles: Sequence[Role] = ("policy", "value")) -> Outputs:
         """Run the models in `roles` on a batch; every logit is divided by `temperature`."""
-        cpu.release_memory(at_least=SPARE)
         outputs: dict[str, Tensor] = {}
         together = self.shared_trunk and {"policy", "value"} <= set(roles)
         for role in roles:

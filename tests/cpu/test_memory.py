@@ -18,20 +18,14 @@ torch.set_num_threads(1)
 held = [torch.ones(2**18) for _ in range(300)]  # 1 MiB each
 torch.ones(2**22)  # a freed 16 MiB block raises glibc's threshold
 held = [torch.ones(2**18) for _ in range(300)][::50]  # what is left keeps the heap's end in use
-for at_least in (2**30, 2**27, 0):
-    before = resident()
-    memory.release_freed_memory(at_least)
-    print(before - resident())
-    more = [torch.ones(2**18) for _ in range(100)] if at_least == 2**27 else None
-    del more
+before = resident()
+memory.release_freed_memory()
+print(before - resident())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_freed_memory_goes_back_where_it_is_enough():
+def test_freed_memory_goes_back():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
-    too_little, enough, at_any_rate = map(float, done.stdout.split())
-    assert abs(too_little) < 1
-    assert enough > 100
-    assert at_any_rate > 50
+    assert float(done.stdout) > 100

@@ -14,7 +14,7 @@ from reference.tiny_chain import NORMALIZER, chain, save_adapter, save_base, sav
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from reward_models import RewardModel
-from rlhf import chat, cpu
+from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
 from rlhf.models.forward import response_logprobs
@@ -175,14 +175,6 @@ def test_one_joint_backward_equals_one_per_role(folders):
     batch = batch_of()
     same(gradients(actor_critic, batch), gradients(actor_critic, batch, joint=False), 1e-6)
     same(gradients(actor_critic, batch, ("value", "policy")), gradients(actor_critic, batch), 1e-6)
-
-
-def test_before_each_forward_a_process_gives_back_what_is_more_than_a_little(folders, monkeypatch):
-    """What the passes before have freed: glibc would keep it, and take new memory for this one."""
-    asked = []
-    monkeypatch.setattr(cpu, "release_memory", lambda at_least: asked.append(at_least))
-    gradients(prepared_models(folders[0], value_model=folders[1]), batch_of(), joint=False)
-    assert asked == [2**28, 2**28]
 
 
 def test_gradient_checkpointing_changes_no_gradient(folders):

@@ -93,6 +93,7 @@ class PretrainingMix:
                 loss = self._loss(module, batch, "policy") / count
                 accelerator.backward(args.pretraining_coef * loss * accelerator.num_processes)
             mean += loss.detach()
+            del loss  # and its graph, whose nodes would lie between what the next one could take
         return {"pretraining_loss": mean}
 
     @torch.no_grad()

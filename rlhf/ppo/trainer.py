@@ -111,9 +111,8 @@ class PPOTrainer:
         self.kl_coef, self.moments, self.clock, self.update_index = args.kl_coef, scores.RunningMoments(), Clock(), 0
         self.draws = plan.Draws(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         self.ahead = Ahead(self)
-        self.loop = CallbackLoop(
-            args, callback_args, models.policy, tokenizer, self.optimizer, callbacks, self.accelerator
-        )
+        watched = (models.policy, tokenizer, self.optimizer, callbacks, self.accelerator)
+        self.loop = CallbackLoop(args, callback_args, *watched)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, float]:
         """Train for `args.updates` updates and return the last logged metrics.
@@ -140,8 +139,6 @@ class PPOTrainer:
         every prompt comes once before any comes twice."""
         rows = self.draws.prompt_rows(self.update_index, self.args.rollout_size, len(self.prompts))
         return [self.prompts[row] for row in rows]
-
-    # -- the four stages -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def collect(self, prompts: Sequence[Prompt]) -> Rollout:
@@ -238,8 +235,8 @@ class PPOTrainer:
             for inner_epoch in range(args.inner_epochs):
                 first = len(steps)
                 for minibatch in rollout.plan if inner_epoch == 0 else self.plan(rollout.lengths, inner_epoch):
-                    trained = rollout.trained_mask[[row for rows in minibatch for row in rows]]
-                    count = distributed.total(accelerator, trained.sum())
+                    every = [row for rows in minibatch for row in rows]
+                    count = distributed.total(accelerator, rollout.trained_mask[every].sum())
                     if count == 0:  # scoring failed for all of its responses, on every process
                         continue
                     statistics = StepStatistics()
@@ -247,22 +244,7 @@ class PPOTrainer:
                     for roles in models.backward_roles(self.module):
                         for rows in minibatch:
                             with nullcontext() if rows is minibatch[-1] else accelerator.no_sync(self.module):
-                                old, new = rollout.columns(rows, self.device), self.outputs(rollout, rows, roles)
-                                loss = torch.zeros((), device=self.device)
-                                if "policy" in roles:
-                                    policy_loss, policy_stats = ppo_math.policy_loss(
-                                        new.logprobs, old.logprobs, old.advantages, old.mask, args.clip_ratio, count,
-                                        old.importance,
-                                    )  # fmt: skip
-                                    statistics.add(policy_loss=policy_loss, **policy_stats._asdict())
-                                    loss = loss + policy_loss
-                                if "value" in roles:
-                                    value_loss, value_stats = ppo_math.value_loss(
-                                        new.values, old.values, old.returns, old.mask, args.clip_value, count
-                                    )
-                                    statistics.add(value_loss=value_loss, **value_stats._asdict())
-                                    loss = loss + (args.value_loss_coef if models.shared_trunk else 1.0) * value_loss
-                                accelerator.backward(loss * accelerator.num_processes)
+                                self._add_gradient(rollout, rows, roles, count, statistics)
                     clip, limit = torch.nn.utils.clip_grad_norm_, args.max_grad_norm
                     norms = {name: float(clip(group, limit)) for name, group in models.clipped_together().items()}
                     if not all(map(math.isfinite, norms.values())):
@@ -287,6 +269,24 @@ class PPOTrainer:
             self.kl_coef = ppo_math.adapt_kl_coef(self.kl_coef, kl, args.kl_target_nats, responses, args.kl_horizon)
         self.update_index += 1
         return metrics
+
+    def _add_gradient(
+        self, rollout: ReadyRollout, rows: list[int], roles: Sequence[Role], count: float, statistics: StepStatistics
+    ) -> None:
+        """Add a micro-batch's gradient. Its graph ends here: a graph's nodes would lie between the memory it frees."""
+        args, old, new = self.args, rollout.columns(rows, self.device), self.outputs(rollout, rows, roles)
+        loss = torch.zeros((), device=self.device)
+        if "policy" in roles:
+            given = (new.logprobs, old.logprobs, old.advantages, old.mask, args.clip_ratio, count, old.importance)
+            policy_loss, policy_stats = ppo_math.policy_loss(*given)
+            statistics.add(policy_loss=policy_loss, **policy_stats._asdict())
+            loss = loss + policy_loss
+        if "value" in roles:
+            seen = (new.values, old.values, old.returns, old.mask, args.clip_value, count)
+            value_loss, value_stats = ppo_math.value_loss(*seen)
+            statistics.add(value_loss=value_loss, **value_stats._asdict())
+            loss = loss + (args.value_loss_coef if self.actor_critic.shared_trunk else 1.0) * value_loss
+        self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses:
         """Sample the policy's responses with the engine."""

@@ -2,6 +2,7 @@
 
 python recipes/studies/sentiment.py
 python recipes/studies/sentiment.py --seeds '[0]' --methods '[]'
+python recipes/studies/sentiment.py --methods '[dpo, kto, grpo, rloo]'
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class SentimentConfig(StudyConfig):
 
     baselines: str = "sentiment_trl.yaml"
     """Config of the baselines."""
-    methods: list[str] = field(default_factory=lambda: ["dpo", "kto", "grpo", "rloo"])
-    """Baselines in the table; [] for none."""
+    methods: list[str] = field(default_factory=lambda: ["grpo"])
+    """Baselines in the table, of dpo, kto, grpo and rloo; [] for none."""
 
     def check(self) -> None:
         configs.import_function(f"{LEXICON_FILE}:analyzer")()  # its package may be missing

@@ -18,10 +18,9 @@ import torch
 from rlhf.cpu import attention, drawing, gated, lora, memory, norms
 from rlhf.models import encoders, packing, waiting
 
-__all__ = ["draw", "for_scoring", "for_training", "give_way", "prepare", "release_memory", "restore"]
+__all__ = ["draw", "for_scoring", "for_training", "give_way", "prepare", "restore"]
 
 draw = drawing.draw
-release_memory = memory.release_freed_memory
 _SCORING: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
 """Of a model in `for_scoring`: whether it computed so before, and how many are inside."""
 _LOCK = Lock()

@@ -91,6 +91,12 @@ def test_distinct_pairs_of_words():
     assert sentiment.distinct([""], 2) == 0.0
 
 
+def test_a_wrong_baseline_is_told_before_the_chain_runs():
+    config = sentiment.SentimentConfig(chain="sentiment.yaml", seeds=[0], methods=["gpo"])
+    with pytest.raises(InputError, match="methods: unknown method gpo; did you mean grpo"):
+        config.check()
+
+
 def test_servings_table_has_medians_over_the_rounds_with_their_range(monkeypatch):
     numbers = iter([(1.0, 10.0), (4.0, 40.0), (3.0, 30.0), (6.0, 60.0), (2.0, 20.0), (5.0, 50.0)])
 

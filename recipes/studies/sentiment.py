@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import config as configs
-from rlhf.errors import unknown
 from rlhf.intervals import bootstrap_interval, win_rate
 from rlhf.rows.jsonl import read_object, read_rows
 from rlhf.rows.records import Prompt, read_prompts, read_rankings
 from rlhf.run.stages import Manifest
 from rlhf_recipes.baseline import baseline
-from rlhf_recipes.baseline_config import METHODS, BaselineConfig
+from rlhf_recipes.baseline_config import BaselineConfig, Method
 from rlhf_recipes.stage import SECTIONS
 from rlhf_recipes.studies.shared_runs import chain, compared
 from rlhf_recipes.studies.study import Check, Panel, Row, Study, StudyConfig, at, main
@@ -37,13 +36,10 @@ class SentimentConfig(StudyConfig):
 
     baselines: str = "sentiment_trl.yaml"
     """Config of the baselines."""
-    methods: list[str] = field(default_factory=lambda: ["grpo"])
-    """Baselines in the table, of dpo, kto, grpo and rloo; [] for none."""
+    methods: list[Method] = field(default_factory=lambda: ["grpo"])
+    """Baselines in the table; [] for none."""
 
     def check(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                unknown(method, METHODS, "methods", "method")
         configs.import_function(f"{LEXICON_FILE}:analyzer")()  # its package may be missing
 
 

@@ -21,10 +21,10 @@ from rlhf.models import encoders, packing, waiting
 __all__ = ["draw", "for_scoring", "for_training", "give_way", "prepare", "restore"]
 
 draw = drawing.draw
+give_way = waiting.give_way
 _SCORING: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
 """Of a model in `for_scoring`: whether it computed so before, and how many are inside."""
 _LOCK = Lock()
-give_way = waiting.give_way
 
 
 class Models(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reference import forked, ptx_worker
-from reference.ppo_runs import StopAfter, is_value, lines, make, prepared, same, watch_steps, weights
+from reference.ppo_runs import Graphs, StopAfter, is_value, lines, make, prepared, same, watch_steps, weights
 from reference.prepared import prepared_models
 from reference.tiny_chain import chain
 
@@ -52,6 +52,15 @@ def ptx(tmp_path: Path, model, functions=None, data: str | None = None, **change
 
 
 # -- the gradient ----------------------------------------------------------------------------------------------
+
+
+def test_no_graph_outlives_its_micro_batch(tmp_path, folders):
+    trainer, graphs = ptx(tmp_path, folders[0], **ONE_STEP, tokens_per_microbatch=1), Graphs()
+    rollout, mix = prepared(trainer), trainer.pretraining
+    mix._loss = graphs.one_at_a_time(mix._loss)
+    trainer.update(rollout)
+    assert graphs.made > 1
+    assert graphs.alive() == 0
 
 
 def test_the_gradient_is_ppos_plus_that_of_cross_entropy_by_hand(tmp_path, folders):

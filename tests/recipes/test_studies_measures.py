@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.rows.records import Ranking
 from rlhf_recipes.studies import (
@@ -92,9 +93,8 @@ def test_distinct_pairs_of_words():
 
 
 def test_a_wrong_baseline_is_told_before_the_chain_runs():
-    config = sentiment.SentimentConfig(chain="sentiment.yaml", seeds=[0], methods=["gpo"])
-    with pytest.raises(InputError, match="methods: unknown method gpo; did you mean grpo"):
-        config.check()
+    with pytest.raises(InputError, match=r"--methods: expected a list of one of dpo, kto, grpo, rloo, got '\[gpo\]'"):
+        configs.load(sentiment.SentimentConfig, ["--methods", "[gpo]"])
 
 
 def test_servings_table_has_medians_over_the_rounds_with_their_range(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,38 @@ def make(
         model, functions, PPOConfig(**(own | SMALL | changes)), rows, eval_rows,
         processing_class=tokenizer, value_model=value_model, callbacks=callbacks, engine=engine,
     )  # fmt: skip
+
+
+class Graphs:
+    """The autograd graphs that a function's results ended in, each told by an object that its last node holds."""
+
+    def __init__(self) -> None:
+        self._marks: list[weakref.ref[Mark]] = []
+
+    @property
+    def made(self) -> int:
+        return len(self._marks)
+
+    def alive(self) -> int:
+        return sum(mark() is not None for mark in self._marks)
+
+    def one_at_a_time(self, compute):
+        """Return the function, which asserts at each call that no earlier result's graph is alive."""
+
+        def computed(*args):
+            assert self.alive() == 0
+            result, mark = compute(*args), Mark()
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if tensor.grad_fn is not None:
+                    tensor.grad_fn.metadata["mark"] = mark
+            self._marks.append(weakref.ref(mark))
+            return result
+
+        return computed
+
+
+class Mark:
+    """What a graph's node holds."""
 
 
 def prepared(trainer: PPOTrainer):

@@ -23,6 +23,9 @@ from rlhf.errors import InputError
 from rlhf.models.loading import load_policy
 from rlhf.models.scalar import new_scalar_model
 
+# peft's advice to whoever adapts tied embeddings, which is one of the kinds
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+
 # settings of the SFT adapter; "tie": the base ties its embeddings; "grow": tokens that the base has no rows for
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -144,7 +144,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "foreign":
         torch.save({"state": Evil(path.parent.parent / "evil")}, path)
     else:
-        path.write_bytes(pickle.dumps(Evil(path.parent.parent / "evil")))
+        path.write_bytes(pickle.dumps(Evil(path.parent.parent / "evil"), protocol=2))
 
 
 @pytest.mark.parametrize("name", STATES)

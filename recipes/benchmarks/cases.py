@@ -98,16 +98,16 @@ AGILERL: dict[str, dict[str, Any]] = {"agilerl_lora": LORA}
 """AgileRL's PPO for language models, which trains adapters only: policy, reference and critic on one backbone."""
 
 
-def settings_here(run: str, hardware: str | None) -> dict[str, Any]:
+def settings_here(run: str, hardware: str | bool | None) -> dict[str, Any]:
     """Return a run's settings on this machine; both sides use bfloat16 only where the hardware multiplies it fast."""
     settings = (OURS | TRL | AGILERL)[run]
-    if hardware is not None:
+    if hardware:
         return settings
     plain = {"bf16": False, "autocast": False, "frozen_dtype": "float32"}
     return settings | {name: value for name, value in plain.items() if name in settings}
 
 
-def runs_here(runs: list[str], hardware: str | None) -> dict[str, dict[str, Any]]:
+def runs_here(runs: list[str], hardware: str | bool | None) -> dict[str, dict[str, Any]]:
     """Return the settings of these runs here; of runs that are equal without bfloat16, only the first."""
     chosen: dict[str, dict[str, Any]] = {}
     for run in runs:

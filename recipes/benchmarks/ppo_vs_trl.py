@@ -72,6 +72,9 @@ class BenchmarkConfig:
     """Updates per run; the first warms up, medians are of the others."""
     take_turns: bool = True
     """Of the speed part: ours, theirs, ours, theirs, update by update; false: one run after another."""
+    bf16: bool | None = None
+    """Of the speed part: whether the runs that can use bfloat16 do; null: where the hardware is fast at it. Elsewhere
+    it is slow, and shows what it takes of memory."""
     threads: int | None = None
     """Threads of every run; null: torch's own choice."""
     trl_folder: str = f".bench/trl-{TRL_VERSION}"
@@ -159,7 +162,7 @@ def speed(config: BenchmarkConfig, board: Board) -> None:
         results[name] = {"sizes": made["sizes"], "runs": {}}
         left_out = {*(TRL if site is None else ()), *(AGILERL if config.agilerl_python is None else ())}
         chosen = [run for run in config.runs if run not in left_out]
-        runs = runs_here(chosen, made["bf16_hardware"])
+        runs = runs_here(chosen, made["bf16_hardware"] if config.bf16 is None else config.bf16)
         for group in [list(runs)] if config.take_turns else [[run] for run in runs]:
             workers = {run: start(run, job | {"settings": runs[run]}, folder / run, config, site) for run in group}
             for run, result in board.in_turns(name, workers, config.updates).items():

@@ -284,6 +284,7 @@ def test_bfloat16_only_where_the_hardware_is_fast_at_it():
     assert list(slow) == [name for name in names if name != "trl_lora_bf16"]
     assert {cases.precision(settings) for settings in slow.values()} == {"float32"}
     assert all(settings.get("frozen_dtype", "float32") == "float32" for settings in slow.values())
+    assert (cases.runs_here(names, True), cases.runs_here(names, False)) == (fast, slow)  # asked for by --bf16
 
 
 def test_parts_that_take_the_place_of_the_four(monkeypatch, tmp_path):
@@ -655,7 +656,8 @@ def test_the_toy_configs_judge_is_the_gold_score():
 
 
 @pytest.mark.long
-def test_ours_and_trls_side_by_side(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bf16", [None, True])
+def test_ours_and_trls_side_by_side(tmp_path, monkeypatch, bf16):
     """Installs trl beside ours and runs both, on a tiny model."""
     benchmark = load("ppo_vs_trl")
     try:
@@ -665,12 +667,16 @@ def test_ours_and_trls_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setitem(cases.CASES, "tiny", tiny_case())
     config = benchmark.BenchmarkConfig(
         output_dir=str(tmp_path / "out"), only="speed", cases=["tiny"], updates=2, threads=1,
-        trl_folder=str(tmp_path / "trl"), runs=["ours_adapter", "ours_full", *cases.TRL],
+        trl_folder=str(tmp_path / "trl"), runs=["ours_adapter", "ours_full", *cases.TRL], bf16=bf16,
     )  # fmt: skip
     board = benchmark.benchmark(config)
     assert board.failures == []
     runs = json.loads((tmp_path / "out/results.json").read_text())["speed"]["tiny"]["runs"]
-    expected = cases.runs_here(config.runs, bf16_hardware())  # fewer where the hardware makes two of them the same
+    # fewer where two of them are the same without bfloat16
+    expected = cases.runs_here(config.runs, bf16 or bf16_hardware())
+    assert {run: one["precision"] for run, one in runs.items()} == {
+        run: cases.precision(settings) for run, settings in expected.items()
+    }
     assert {run: result["response_tokens"] for run, result in runs.items()} == {run: [20, 20] for run in expected}
     for result in runs.values():
         for seconds in result["updates"]:

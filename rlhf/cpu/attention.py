@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rlhf.models.long_row import PACKED, Rows
+from rlhf.models.long_row import PACKED, Part, Rows
 from rlhf.models.packing import BY_ROWS, attention_of, set_attention
 
 MOST_TOKENS = 256  # keys of a row; longer rows go to torch's kernel
@@ -40,30 +40,44 @@ def short_rows(
     The signature is that of transformers. packed_rows: the rows that a packed row consists of. Unusual calls (long
     rows, dropout, a soft cap, sinks, a position bias, another device) go to `sdpa_attention_forward`.
     """
-    if packed_rows is not None:
-        query, key, value = (packed_rows.unpack(part) for part in (query, key, value))
-        attention_mask = packed_rows.once(packed_rows.mask, attention_mask)
-        if key.shape[2] > MOST_TOKENS and packed_rows.once(packed_rows.only_causal, attention_mask):
-            attention_mask, is_causal = None, True  # torch's kernel leaves out the upper half
+    if packed_rows is None:
+        out = _attention(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        return out.transpose(1, 2).contiguous(), None
+    key, value = packed_rows.unpack(key), packed_rows.unpack(value)
+    mask, found = packed_rows.once(packed_rows.mask, attention_mask), []
+    for part in packed_rows.parts:
+        own, causal = packed_rows.once(Part.mask_of, part, mask), is_causal
+        if key.shape[2] > MOST_TOKENS and part.whole and packed_rows.once(packed_rows.only_causal, mask):
+            own, causal = None, True  # torch's kernel leaves out the upper half
+        given = packed_rows.queries(query, part), part.of(key), part.of(value)
+        found.append(_attention(module, *given, own, dropout, scaling, causal, **kwargs))
+    return packed_rows.pack(found), None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B K S D"],
+    value: Float[Tensor, "B K S E"],
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    **kwargs: Any,
+) -> Float[Tensor, "B H T E"]:
+    """Compute rows that stand apart: by `_products`, or in unusual calls by torch's kernel."""
     _, heads, tokens, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
-    causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and attention_mask is None
+    causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and mask is None
     unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache"))
     unusual = unusual or query.device.type != "cpu"  # a model may have been moved to a GPU after `use_short_rows`
     if keys > MOST_TOKENS or unusual or heads % groups or (causal and 1 < tokens != keys):
-        result = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-        )
-        if packed_rows is None:
-            return result
-        out = result[0].transpose(1, 2)
-    else:
-        if causal and tokens > 1:
-            attention_mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
-        shape, dtype = (query.shape[0], heads, tokens, keys), query.dtype
-        bias = _bias_once(attention_mask, dtype, shape)
-        out = _products(query, key, value, bias, width**-0.5 if scaling is None else scaling)
-    return (out.transpose(1, 2).contiguous() if packed_rows is None else packed_rows.pack(out)), None
+        given = (module, query, key, value, mask, dropout, scaling)
+        return sdpa_attention_forward(*given, is_causal=is_causal, **kwargs)[0].transpose(1, 2)
+    if causal and tokens > 1:
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()
+    bias = _bias_once(mask, query.dtype, (query.shape[0], heads, tokens, keys))
+    return _products(query, key, value, bias, width**-0.5 if scaling is None else scaling)
 
 
 def _products(

@@ -186,10 +186,14 @@ def test_bfloat16_stays_bfloat16():
     ],
 )
 def test_whatever_is_unusual_is_handed_on_as_it_came(monkeypatch, tokens, keys, given):
-    calls = []
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **kwargs: calls.append((args, kwargs)) or 5)
+    calls, result = [], torch.randn(2, tokens, 4, WIDTH)
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *args, **kwargs: (calls.append((args, kwargs)) or result, None)
+    )
     one, parts = module(4, 2), states(4, 2, tokens, keys)
-    assert short_rows(one, *parts, None, scaling=0.3, is_causal=True, extra=1, **given) == 5
+    found, weights = short_rows(one, *parts, None, scaling=0.3, is_causal=True, extra=1, **given)
+    assert weights is None
+    assert torch.equal(found, result)
     ((args, kwargs),) = calls
     assert args == (one, *parts, None, given.get("dropout", 0.0), 0.3)
     assert kwargs == {"is_causal": True, "extra": 1} | {k: v for k, v in given.items() if k != "dropout"}
@@ -318,9 +322,11 @@ def test_on_a_gpu_torchs_kernel_stays(monkeypatch):
     model = new_model("llama").to("meta")
     use_short_rows(model)
     assert model.config._attn_implementation == "sdpa"
-    calls = []
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *args, **kwargs: calls.append(args) or 5)
-    assert short_rows(module(4, 2), *(part.to("meta") for part in states(4, 2)), None) == 5
+    calls, result = [], torch.zeros(2, 7, 4, WIDTH, device="meta")
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *args, **kwargs: (calls.append(args) or result, None)
+    )
+    assert short_rows(module(4, 2), *(part.to("meta") for part in states(4, 2)), None)[0].shape == result.shape
     assert len(calls) == 1
 
 

@@ -79,7 +79,7 @@ def test_rows_are_set_apart_and_put_back():
     assert all(torch.equal(x.grad[0, :, token], up[row, :, step]) for (row, step), token in places.items())
 
     y = numbers(3, 2, 3, 5, seed=2).requires_grad_()
-    together = rows.pack(y)
+    together = rows.pack([y])
     assert together.shape == (1, 6, 2, 5)
     assert all(torch.equal(together[0, token], y[row, :, step]) for (row, step), token in places.items())
     up = numbers(1, 6, 2, 5, seed=3)

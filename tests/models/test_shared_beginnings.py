@@ -69,7 +69,6 @@ def test_rows_are_set_apart_and_put_back():
     _, mask = batch()
     rows = Rows.of(mask, shared=SHARED)
     places = {(row, step): token for row, own in enumerate(TOKENS) for step, token in enumerate(own)}
-    first = {token: place for place, token in reversed(places.items())}
     x = numbers(1, HEADS, 8, WIDTH).requires_grad_()
     apart = rows.unpack(x)
     assert all(torch.equal(apart[row, :, step], x[0, :, token]) for (row, step), token in places.items())
@@ -84,10 +83,39 @@ def test_rows_are_set_apart_and_put_back():
     rows.unpack(x).backward(up)
     assert torch.equal(x.grad, again)
 
-    y = numbers(5, HEADS, 5, WIDTH, seed=2).requires_grad_()
-    together = rows.pack(y)
-    assert together.shape == (1, 8, HEADS, WIDTH)
-    assert all(torch.equal(together[0, token], y[row, :, step]) for token, (row, step) in first.items())
+
+def test_only_tokens_that_stand_nowhere_before_ask():
+    """Of rows that share half or more with the one before: 9 of the second, 10 and 11 of the third, nothing of the
+    last; the first and the fourth whole."""
+    _, mask = batch()
+    rows = Rows.of(mask, shared=SHARED)
+    whole, rest = rows.parts
+    assert (whole.rows.tolist(), whole.whole, rest.rows.tolist(), rest.whole) == ([0, 3], True, [1, 2], False)
+    assert (whole.steps.tolist(), rest.steps.tolist()) == ([[0, 1, 2, 3, 3], [0, 0, 0, 0, 0]], [[2, 2], [3, 4]])
+    x = numbers(1, HEADS, 8, WIDTH).requires_grad_()
+    taken = [rows.queries(x, part) for part in rows.parts]
+    for own, part in zip(taken, rows.parts, strict=True):
+        assert torch.equal(own, torch.stack([x[0, :, tokens] for tokens in part.tokens]))
+    together = rows.pack(taken)
+    assert torch.equal(together, x.transpose(1, 2)), "every token once, in its place"
+    up = numbers(*together.shape, seed=2)
+    together.backward(up)
+    assert torch.equal(x.grad, up.transpose(1, 2)), "padding gives no gradient"
+
+    many = numbers(5, 1, 5, 5, seed=3)
+    assert torch.equal(whole.mask_of(many), many[[0, 3]])
+    expected = torch.stack([many[1, :, [2, 2]], many[2, :, [3, 4]]])
+    assert torch.equal(rest.mask_of(many), expected)
+    assert torch.equal(rest.of(many), many[[1, 2]])
+    assert rows.mask(None)[2, 0].tolist() == [[key <= query for key in range(5)] for query in range(5)]
+
+
+def test_rows_that_share_less_than_half_are_whole():
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    (part,) = Rows.of(mask, shared=torch.tensor([0, 2])).parts
+    assert part.whole
+    assert part.used.tolist() == [0, 1, 2, 3, 4, 7, 8, 9]
+    assert len(Rows.of(mask, shared=torch.tensor([0, 3])).parts) == 2
 
 
 def test_a_mask_is_asked_by_places_in_a_row():
@@ -147,15 +175,21 @@ def test_a_mask_that_only_hides_later_tokens_is_told_from_others():
     assert not rows.only_causal(None)
 
 
-@pytest.mark.parametrize(("family", "masks"), [("llama", {None}), ("gemma3_text", {None, torch.bool})])
-def test_rows_longer_than_our_attention_takes(family, masks, monkeypatch):
+FEW = (1, torch.bool)
+"""The second row's only token of its own asks for all that it may see."""
+
+
+@pytest.mark.parametrize(
+    ("family", "calls"), [("llama", {(303, None), FEW}), ("gemma3_text", {(303, None), (303, torch.bool), FEW})]
+)
+def test_rows_longer_than_our_attention_takes(family, calls, monkeypatch):
     """They go on to torch's kernel, which computes the same: without a mask where it would only hide later tokens."""
     model, draw = long_scorer(family), torch.Generator().manual_seed(0)
-    seen: list[torch.Tensor | None] = []
+    seen: list[tuple[int, torch.dtype | None]] = []
     plain = attention.sdpa_attention_forward
 
     def spy(module, query, key, value, mask, *rest, **more):
-        seen.append(mask)
+        seen.append((query.shape[2], None if mask is None else mask.dtype))
         return plain(module, query, key, value, mask, *rest, **more)
 
     prompt = torch.randint(5, 90, (300,), generator=draw).tolist()
@@ -165,7 +199,7 @@ def test_rows_longer_than_our_attention_takes(family, masks, monkeypatch):
         with cpu.for_training(model):
             monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
             found = head_outputs(model, model, ids, mask.long(), True)
-    assert {None if one is None else one.dtype for one in seen} == masks
+    assert set(seen) == calls
     torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
 
 

@@ -5,7 +5,8 @@ transformers supports this form (positions that restart at 0): flash attention c
 `rlhf.cpu.attention.short_rows`; SDPA masks it with a mask [N, N].
 
 Where attention takes rows apart itself (`short_rows`), tokens with which neighbouring rows begin, such as a prompt with
-several responses, can stand in the long row once (`common`): all but attention then computes them once.
+several responses, can stand in the long row once (`common`): they are then computed once, in attention where they are
+half of a row or more (`Rows.parts`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ which correct it. `config` is an EvaluationConfig of `evaluate_policy`, which im
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -167,18 +167,24 @@ def compare(
             numbers = f"{100 * metric['value']:.1f}% [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
             console.stage_line("judge", f"{name.replace('_', ' ')} {numbers}, {metric['n']:,} prompts")
     if labels is not None:
-        result["ppo"]["corrected"] = correct(of_policy[0], labels)
+        equal = [number for number, (ours, theirs) in enumerate(both_responses(policy, baseline)) if ours == theirs]
+        result["ppo"]["corrected"] = correct(of_policy[0], labels, equal)
     return result
 
 
 # ------------------------------------------------------------------------------------------------ people's labels
 
 
+def both_responses(policy: PolicySamples, baseline: PolicySamples) -> list[tuple[str, str]]:
+    """Return each prompt's two responses that people may compare: the policy's, and the baseline's."""
+    return list(zip(policy.responses, baseline.responses, strict=True))
+
+
 def to_label(policy: PolicySamples, baseline: PolicySamples, seed: int) -> list[dict[str, Any]]:
     """Return the rows that people may compare, the two responses in random order; equal ones are left out."""
     draw, rows = random.Random(seed), []
-    for number, prompt in enumerate(policy.prompts):
-        pair = [policy.responses[number * policy.n], baseline.responses[number * baseline.n]]
+    for prompt, two in zip(policy.prompts, both_responses(policy, baseline), strict=True):
+        pair = list(two)
         draw.shuffle(pair)
         if pair[0] != pair[1]:
             rows.append({"prompt": prompt.messages, "responses": pair})
@@ -201,8 +207,8 @@ def people(human: str, policy: PolicySamples, baseline: PolicySamples) -> dict[i
             labels.setdefault((key, first, second), []).append(said)
             labels.setdefault((key, second, first), []).append(1.0 - said)
     found = {}
-    for number, prompt in enumerate(policy.prompts):
-        ours, theirs = policy.responses[number * policy.n], baseline.responses[number * baseline.n]
+    for number, (ours, theirs) in enumerate(both_responses(policy, baseline)):
+        prompt = policy.prompts[number]
         said_here = labels.get((prompt_key(prompt.messages), ours, theirs))
         if said_here and ours != theirs:
             found[number] = sum(said_here) / len(said_here)
@@ -214,15 +220,13 @@ def people(human: str, policy: PolicySamples, baseline: PolicySamples) -> dict[i
     return found
 
 
-def correct(won: np.ndarray, labels: dict[int, float]) -> dict[str, Any]:
-    """Correct a win rate by people's labels and print both; returns what `evaluation.json` keeps of it."""
-    import numpy as np
+def correct(won: np.ndarray, labels: dict[int, float], equal: Sequence[int]) -> dict[str, Any]:
+    """Correct a win rate by people's labels and print both; returns what `evaluation.json` keeps of it.
 
+    equal: prompts whose two responses are the same. Nobody is asked about them: they are ties."""
     from rlhf.evals.correction import corrected
 
-    verdicts = {number: float(value) for number, value in enumerate(won) if not np.isnan(value)}
-    there = {number: value for number, value in labels.items() if number in verdicts}
-    found = corrected(verdicts, there)
+    found = corrected(dict(enumerate(won.tolist())), labels, certain=dict.fromkeys(equal, 0.5))
     for name, estimate, n in (
         ("judge alone", found.raw, found.judged),
         ("people alone", found.labels, found.labelled),

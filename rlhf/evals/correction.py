@@ -36,7 +36,7 @@ class Corrected:
     labelled: int
     """Prompts with labels."""
     judged: int
-    """Prompts with verdicts, the labelled ones among them."""
+    """Prompts with verdicts (not NaN), the labelled ones among them."""
     worth: float
     """How many labels alone would tell as much, per label that was given: 1 or more."""
 
@@ -55,25 +55,33 @@ def corrected(
     labels: Mapping[Hashable, float],
     bounds: tuple[float, float] = (0.0, 1.0),
     level: float = 0.95,
+    certain: Mapping[Hashable, float] | None = None,
 ) -> Corrected:
     """Correct the mean of a judge's ``verdicts`` by ``labels``, both by prompt and within ``bounds``.
 
-    Every label's prompt has a verdict, and the labelled prompts are a random part of all. Of a win rate, a verdict is 1
-    (won), 0.5 (tie) or 0; several verdicts or labels of one prompt are averaged before. Raises InputError where labels
-    are too few, or of prompts without a verdict.
+    Every label's prompt has a verdict, and the labelled prompts are a random part of all but the `certain` ones. Of a
+    win rate, a verdict is 1 (won), 0.5 (tie) or 0; several verdicts or labels of one prompt are averaged before.
+    Where the judge abstained, a verdict is NaN and counts as the mean of the others. certain: what is known of some
+    prompts without asking anybody, and so not labelled: 0.5 for two equal responses. Raises InputError where labels are
+    too few, or of prompts without a verdict.
     """
+    certain = certain or {}
     missing = [key for key in labels if key not in verdicts]
     if missing:
         raise InputError(f"labels: {len(missing)} of {len(labels)} are of prompts that the judge gave no verdict on")
     if len(labels) < FEWEST:
         raise InputError(f"labels: {len(labels)} prompts are labelled; a correction needs {FEWEST} or more")
+    given = {key: value for key, value in verdicts.items() if not math.isnan(value)}
+    verdicts = {**verdicts, **dict.fromkeys(verdicts.keys() - given.keys(), float(np.mean([*given.values()] or [0.0])))}
     human = np.array([labels[key] for key in labels], dtype=np.float64)
     judge = np.array([verdicts[key] for key in labels], dtype=np.float64)
-    rest = np.array([value for key, value in verdicts.items() if key not in labels], dtype=np.float64)
+    rest = np.array([verdicts[key] for key in verdicts if key not in labels and key not in certain], dtype=np.float64)
     both, alone = (ppi_mean(human, judge, of, bounds, level) for of in (rest, rest[:0]))
-    raw = clustered_mean([*verdicts.values()], [*verdicts], _spanned(bounds, [*judge, *rest]), level)
+    raw = clustered_mean([*given.values()], [*given], _spanned(bounds, [*given.values()]), level)
     worth = (alone.half / both.half) ** 2
-    return Corrected(raw, alone.estimate, both.estimate, both.weight, len(human), len(verdicts), worth)
+    known, asked = np.array([*certain.values()], dtype=np.float64), len(human) + len(rest)
+    means = (_joined(one.estimate, asked, known, level) for one in (alone, both))
+    return Corrected(raw, *means, both.weight, len(human), len(given), worth)
 
 
 class Powered(NamedTuple):
@@ -121,6 +129,21 @@ def ppi_mean(
     value = min(high, max(low, float(human.mean()) + moved))
     interval = max(low, min(value, centre - half)), min(high, max(value, centre + half))
     return Powered(Estimate(value, *interval), weight, half)
+
+
+def _joined(found: Estimate, asked: int, known: np.ndarray, level: float) -> Estimate:
+    """Return the mean over all prompts: `found` over those that people may be asked about, and the `known` ones.
+
+    To the square of each end's distance comes that of the share and of the known values, which another sample of
+    prompts would have otherwise."""
+    if not len(known):
+        return found
+    total, share = asked + len(known), len(known) / (asked + len(known))
+    value = share * float(known.mean()) + (1 - share) * found.value
+    variance = share * (float(known.var()) + (1 - share) * (float(known.mean()) - found.value) ** 2) / total
+    chance = student_quantile((1 + level) / 2, total - 1) * math.sqrt(variance)
+    low, high = (math.hypot((1 - share) * (end - found.value), chance) for end in (found.low, found.high))
+    return Estimate(value, value - low, value + high)
 
 
 def _spanned(bounds: tuple[float, float], values: list[float]) -> tuple[float, float]:

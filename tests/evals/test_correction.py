@@ -88,6 +88,44 @@ def test_a_good_judge_makes_labels_worth_more():
     assert plain["corrected"]["low"] == found.corrected.low
 
 
+@pytest.mark.parametrize("equal", [0.6, 0.15])
+def test_prompts_whose_answer_is_certain_count_with_it(equal):
+    """Equal responses, of which nobody is asked: ties. A correction of the others alone never held the truth."""
+    draw, held, missed, worlds = np.random.default_rng(3), 0, 0, 1000
+    truth = equal * 0.5 + (1 - equal) * 0.8
+    for _ in range(worlds):
+        same = draw.random(400) < equal
+        human, judge, _ = world(draw, 400, 0, 0.8, 0.6, 0.5)
+        asked = draw.permutation(np.flatnonzero(~same))[:80].tolist()
+        labels = {number: float(human[number]) for number in asked}
+        verdicts = {number: 0.5 if same[number] else float(judge[number]) for number in range(400)}
+        found = corrected(verdicts, labels, certain=dict.fromkeys(np.flatnonzero(same).tolist(), 0.5))
+        held += found.corrected.low <= truth <= found.corrected.high
+        alone = corrected({key: value for key, value in verdicts.items() if not same[key]}, labels)
+        missed += not alone.corrected.low <= truth <= alone.corrected.high
+        share = same.mean()
+        assert found.corrected.value == pytest.approx(share * 0.5 + (1 - share) * alone.corrected.value)
+        assert found.labels.value == pytest.approx(share * 0.5 + (1 - share) * alone.labels.value)
+        assert found.worth == pytest.approx(alone.worth)
+    assert 0.93 <= held / worlds <= 0.975
+    assert missed / worlds > (0.95 if equal == 0.6 else 0.1)
+    assert found.judged == 400
+    assert found.raw.value == pytest.approx(np.mean([*verdicts.values()]))
+
+
+def test_a_judge_that_abstains_where_the_policy_lost():
+    """Its own mean says 1; what people say of those prompts counts all the same."""
+    draw, held, worlds = np.random.default_rng(4), 0, 1000
+    for _ in range(worlds):
+        human = (draw.random(400) < 0.6).astype(float)
+        judge = np.where((human == 0) & (draw.random(400) < 0.8), np.nan, human)
+        found = corrected(dict(enumerate(judge.tolist())), dict(enumerate(human[:80].tolist())))
+        held += found.corrected.low <= 0.6 <= found.corrected.high
+        assert found.raw.value == pytest.approx(np.nanmean(judge))
+        assert found.judged == (~np.isnan(judge)).sum()
+    assert 0.93 <= held / worlds <= 0.97
+
+
 def test_all_labels_agree_and_the_interval_has_a_width():
     found = ppi_mean(np.ones(12), np.ones(12), np.ones(100))
     assert found.estimate.value == 1.0

@@ -331,6 +331,13 @@ def test_evaluate_policy_with_a_language_model_as_judge_and_peoples_labels(
     assert (corrected["labelled"], corrected["judged"]) == (11, 14)
     assert "judge alone" in again.out
     assert "corrected" in again.out
+    ours = {row["prompt"]: row["ppo"] for row in lines(tmp_path / "b/eval/samples.jsonl")}
+    said = [  # the first response is called the better one of every second row
+        0.5 if not n % 2 else float(row["responses"][0] == ours[row["prompt"][-1]["content"]])
+        for n, row in enumerate(rows[:11])
+    ]
+    ties = 14 - len(rows)  # two equal responses, of which nobody is asked
+    assert corrected["labels"]["value"] == pytest.approx((0.5 * ties + len(rows) * sum(said) / 11) / 14)
     few = write(tmp_path / "few.jsonl", [{**row, "ranks": [0, 1]} for row in rows[:3]])
     refused = recipe.run("evaluate_policy", *words, "--human", few, "--output_dir", tmp_path / "c/eval")
     assert refused.code == 2

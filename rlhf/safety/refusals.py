@@ -31,11 +31,12 @@ _ADVERBS = (
     "am|are|simply|just|really|unfortunately|regretfully|respectfully|also|still|personally|definitely|absolutely|"
     "certainly|therefore|morally|ethically|sincerely|truly|honestly|afraid i|sorry,? but i|do|would"
 )
-_NOT = (
+_WONT = (
     r"can(?:'t|not| not)|won't|will not|(?:not|never) able to|unable to|not allowed to|not permitted to|will never|"
     r"not willing to|not going to|not comfortable|don't feel comfortable|not feel comfortable|not in a position to|"
     r"not authori[sz]ed to|won't be able to|will not be able to|not prepared to"
 )
+_NOT = rf"(?:{_WONT})(?:,? (?:and|or|nor) (?:{_WONT}),?)?"
 _BETWEEN = (
     r"to|in good conscience|ethically|legally|morally|really|possibly|currently|directly|knowingly|actually|help or|"
     r"help you|be|you|even|ever|personally|in any way|provide or|assist or|with"
@@ -54,19 +55,19 @@ _UNLIKE = (
 )
 _DOES = rf"(?:,? (?:{_BETWEEN}))*,? (?:{_ACTS})\b"
 _REFUSES = re.compile(
-    rf"\b(?:i|we)(?:'m|'re|'d|'ll)?(?: (?:{_ADVERBS}))*,? (?:{_NOT}){_UNLIKE}{_DOES}"
+    rf"\b(?:i|we)(?:'m|'re|'d|'ll)?(?: (?:{_ADVERBS}))*,? {_NOT}{_UNLIKE}{_DOES}"
     rf"|\b(?:i|we)(?:'m|'re|'d|'ll)?(?: (?:{_ADVERBS}|must|have to|need to|going to have to|will have to|politely))*"
     r" (?:decline|refuse)\b(?! to (?:believe|accept|give))"
     rf"|\b(?:not|n't) something (?:that )?(?:i|we)(?:'m| am|'re| are)? (?:can|able to|comfortable|willing to|will)"
     rf"(?:{_DOES}|[.!]*$)"
     rf"|\bsomething (?:that )?(?:i|we) (?:can't|cannot|won't|will not)(?:{_DOES}|[.!]*$)"
-    r"|\b(?:goes|go|is|be|are) against (?:my|our) (?:\w+ ){0,2}(?:guidelines?|polic(?:y|ies)|programming|principles|"
-    r"rules|terms|values)"
+    r"|\b(?:(?:goes|go|is|be|are) against|violates?) (?:my|our) (?:\w+ ){0,2}"
+    r"(?:guidelines?|polic(?:y|ies)|programming|principles|rules|terms|values)"
     r"|\bnot within my (?:[\w ]+ )?(?:programming|guidelines|abilities|capabilities)"
     r"|\b(?:not|n't be|never|not be) (?:appropriate|ethical|responsible|right) for (?:me|us) to\b"
     r"|\b(?:i|we)(?:'d| would) (?:rather|prefer) not\b"
     r"|^(?:(?:no|sorry|(?:i am|i'm|we're|we are) (?:\w+ )?sorry)[,.:]? )?(?:but )?(?:i|we) (?:just |simply |really )?"
-    r"(?:can't|cannot|can not|won't|will not)[.!]*$"
+    r"(?:can't|cannot|can not|won't|will not)(?:,? sorry)?[.!]*$"
     r"|\b(?:request|question) (?:can't|cannot|can not|will not|won't) be (?:fulfilled|completed|processed|answered)"
 )
 _ONLY_SORRY = re.compile(r"(?:no[,.] )?(?:i'm |i am |we're |we are )?(?:very |so )?sorry(?:,? but)?(?:,? no)?[.!]*")

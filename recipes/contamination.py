@@ -110,7 +110,7 @@ def searched(config: ContaminationConfig) -> tuple[dict[str, Any], list[dict[str
     train_data, eval_data = config.train_data or [], config.eval_data or []
     for source in (*train_data, *eval_data):
         require_there(source)
-    items = [item for source in eval_data for item in _items(source)]
+    items = _all_items(eval_data)
     count = 0
 
     def stream() -> Iterator[tuple[str, str]]:
@@ -150,6 +150,20 @@ def write(config: ContaminationConfig, result: dict[str, Any], listed: list[dict
     _tell(result)
     console.stage_line("", str(written))
     return result
+
+
+def _all_items(sources: Sequence[str]) -> list[Any]:
+    """Read every source's items. Raises InputError where two have an eval of one name: they would count as one."""
+    items, named = list[Any](), dict[str, str]()
+    for source in sources:
+        own = list(_items(source))
+        for name in dict.fromkeys(item.eval for item in own):
+            if name in named:
+                both = f"{named[name]} and {source} both have an eval called {name!r}"
+                raise InputError(f"eval_data: {both}; give one file another name, or check them into two folders")
+            named[name] = source
+        items += own
+    return items
 
 
 def _items(source: str) -> Iterator[Any]:

@@ -247,26 +247,25 @@ def summary(items: Sequence[Item], found: Sequence[Found]) -> dict[str, dict[str
 
 
 def _scores(items: Sequence[Item], hit: Sequence[bool]) -> dict[str, dict[str, float | int]]:
-    """Return the mean score of all checked items, of the clean and of the contaminated ones, and their difference."""
-    if any(item.score is None for item in items):
-        return {}
-    every = [item.score or 0.0 for item in items]
-    bounded = min(every) >= 0 and max(every) <= 1
+    """Return the mean score of the checked items that have one, of the clean and of the contaminated ones, and their
+    difference."""
+    scored = [(item.score, item.text, value) for item, value in zip(items, hit, strict=True) if item.score is not None]
+    bounded = all(0 <= score <= 1 for score, _, _ in scored)
 
-    def mean(of: Sequence[Item]) -> Estimate:
-        values, keys = [item.score or 0.0 for item in of], [item.text for item in of]
+    def mean(of: Sequence[tuple[float, str, bool]]) -> Estimate:
+        values, keys = [score for score, _, _ in of], [text for _, text, _ in of]
         return clustered_mean(values, keys) if bounded else student_mean(values)
 
     parts = {
-        "score_all": list(items),
-        "score_clean": [item for item, value in zip(items, hit, strict=True) if not value],
-        "score_contaminated": [item for item, value in zip(items, hit, strict=True) if value],
+        "score_all": scored,
+        "score_clean": [one for one in scored if not one[2]],
+        "score_contaminated": [one for one in scored if one[2]],
     }
     estimates = {name: mean(of) for name, of in parts.items() if of}
     scores = {name: _metric(estimate, len(parts[name])) for name, estimate in estimates.items()}
     if len(estimates) == len(parts):
         apart = unpaired_difference(estimates["score_contaminated"], estimates["score_clean"])
-        scores["contaminated_less_clean"] = _metric(apart, len(items))
+        scores["contaminated_less_clean"] = _metric(apart, len(scored))
     return scores
 
 

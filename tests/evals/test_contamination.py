@@ -185,10 +185,12 @@ def test_scores_with_and_without():
     assert scores == {"score_all": 0.6, "score_clean": 0.2, "score_contaminated": 1.0, "contaminated_less_clean": 0.8}
     apart = entry["windows"]["contaminated_less_clean"]
     assert 0 < apart["low"] < 0.8 < apart["high"] <= 1
-    assert (
-        "score_all"
-        not in summary([*items, item_of({"prompt": "q"}, "e", "f")], [*found, Found(True, True)])["e"]["sampled"]
-    )
+    unscored = summary([*items, item_of({"prompt": "q"}, "e", "f")], [*found, Found(True, True)])["e"]["sampled"]
+    assert unscored["share"]["n"] == 21
+    assert unscored["score_all"] == entry["sampled"]["score_all"]
+    assert unscored["contaminated_less_clean"] == {**entry["sampled"]["contaminated_less_clean"], "n": 20}
+    nobodys = [item_of({"prompt": f"p{n}"}, "e", f"f:{n}") for n in range(20)]
+    assert set(summary(nobodys, found)["e"]["sampled"]) == {"share"}
 
 
 # ---------------------------------------------------------------------------------------------------- the recipe
@@ -239,6 +241,10 @@ def test_the_recipe(tmp_path: Path):
         (("--eval_data", tmp_path / "none.jsonl"), "no such file"),
         (("--chars", 3), "chars=3 must be at least 8"),
         (("--eval_data", write(tmp_path / "e.jsonl", [{"n": 3}])), "e.jsonl:1: no text"),
+        (
+            ("--eval_data", f"{mine},{write(tmp_path / 'out' / 'mine.jsonl', [{'prompt': OTHER}])}"),
+            "both have an eval called 'mine'; give one file another name",
+        ),
         (("--coverage", 2), "coverage=2.0 must be above 0 and at most 1"),
     ):
         refused = recipe.run("contamination", *words, *flags)

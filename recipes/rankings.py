@@ -22,7 +22,16 @@ from rlhf.calls import own
 from rlhf.errors import InputError
 from rlhf.rows.fields import further_columns
 from rlhf.rows.mixed import Sources, paths_of
-from rlhf.rows.records import Prompt, Ranking, prompt_key, read_prompts, read_rankings, split_by_prompt, write_jsonl
+from rlhf.rows.records import (
+    Prompt,
+    Ranking,
+    prompt_key,
+    read_prompts,
+    read_rankings,
+    split_by_prompt,
+    split_key,
+    write_jsonl,
+)
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
@@ -217,11 +226,17 @@ def _chars(ranking: Ranking) -> int:
 
 def _ppo_prompts(config: DataConfig, train: list[Ranking], kept_apart: list[Ranking]) -> list[Prompt]:
     """Prompts for PPO: all of `prompts` but those held out, or those of the training rankings."""
-    apart = {prompt_key(ranking.prompt) for ranking in kept_apart}
     if config.prompts is None:
         return [Prompt(list(ranking.prompt), ranking.columns) for ranking in _distinct(train)]
-    prompts = read_prompts(config.prompts, on_bad_row=config.on_bad_row)
-    return [prompt for prompt in prompts if prompt_key(prompt.messages) not in apart]
+    groups = set(map(split_key, kept_apart))
+    asked = {prompt_key(ranking.prompt) for ranking in kept_apart}
+    found = []
+    for prompt in read_prompts(config.prompts, on_bad_row=config.on_bad_row):
+        group, key = split_key(prompt), prompt_key(prompt.messages)
+        grouped = group != key  # and then only prompts of rankings without a group are compared with its own
+        if group not in groups and key not in (asked & groups if grouped else asked):
+            found.append(prompt)
+    return found
 
 
 def _distinct(ranked: list[Ranking]) -> list[Ranking]:

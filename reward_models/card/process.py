@@ -18,7 +18,7 @@ from reward_models.process import ProcessModel, solution_score
 from reward_models.steps import conversation_of, first_error, outcome
 from rlhf.errors import InputError
 from rlhf.intervals import bootstrap_interval
-from rlhf.rows.records import Ranking, StepLabels, prompt_key
+from rlhf.rows.records import Ranking, StepLabels, prompt_key, split_key
 
 BINS, LAST_POSITION, WORST, REDRAWN = 10, 8, 12, 500
 NOTHING = "∅"
@@ -85,7 +85,7 @@ def process_report(
 
 def _problems(records: Sequence[StepLabels]) -> np.ndarray:
     numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(prompt_key(record.prompt), len(numbers)) for record in records])
+    return np.array([numbers.setdefault(split_key(record), len(numbers)) for record in records])
 
 
 # ------------------------------------------------------------------------------------------------ steps

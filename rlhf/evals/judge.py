@@ -23,7 +23,7 @@ from rlhf.evals.asks import Asks
 from rlhf.evals.questions import PairTemplate
 from rlhf.intervals import Estimate, clustered_mean, student_quantile
 from rlhf.rows.messages import Messages
-from rlhf.rows.records import prompt_key
+from rlhf.rows.records import Prompt, split_key
 
 Metrics = dict[str, dict[str, float | int]]
 """Numbers by name: value, low, high, n."""
@@ -40,8 +40,8 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """What identifies the prompt: pairs of one prompt are not independent."""
-        return prompt_key(self.prompt)
+        """What pairs that are not independent share: the column `split_group`, else the prompt."""
+        return split_key(Prompt(self.prompt, dict(self.columns)))
 
 
 @dataclass(frozen=True)

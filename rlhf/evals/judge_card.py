@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.errors import InputError
 from rlhf.evals.judge import Judge, Metrics, Pair, Verdict, longer, measured, position_bias
 from rlhf.intervals import Estimate, by_chance, clustered_mean, paired_difference
-from rlhf.rows.records import Ranking
+from rlhf.rows.records import Ranking, prompt_key
 from rlhf.run import page as html
 
 Entry = dict[str, Any]
@@ -46,7 +46,7 @@ def labelled_pairs(rankings: Sequence[Ranking], models_column: str = "models") -
                 continue
             columns = ranking.columns | ({models_column: [models[i], models[j]]} if fits and models else {})
             pair = Pair(ranking.prompt, first, second, columns)
-            kept, labels = pairs.setdefault((pair.key, frozenset((first, second))), (pair, []))
+            kept, labels = pairs.setdefault((prompt_key(pair.prompt), frozenset((first, second))), (pair, []))
             better, worse = (i, j) if kept.first == first else (j, i)
             ranks = ranking.ranks[better], ranking.ranks[worse]
             labels.append(0.5 if ranks[0] == ranks[1] else float(ranks[0] < ranks[1]))

@@ -212,6 +212,14 @@ def test_labels_of_one_pair_are_gathered_whatever_their_order():
     assert found[0].pair.columns["models"] == ["m", "n"]
 
 
+def test_pairs_of_a_group_are_one_prompt_to_intervals_and_stay_apart():
+    rows = [Ranking(asked(name), ("a", "b"), (0, 1), {"split_group": group}) for name, group in ("Q1", "R1", "S2")]
+    found = labelled_pairs(rows)
+    assert len(found) == 3
+    keys = [row.pair.key for row in found]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_the_card_against_planted_errors():
     """People prefer "good"; the judge agrees, but for one wrong prompt in four, where it takes the longer one; its own
     model's answers it takes always."""

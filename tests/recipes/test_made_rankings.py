@@ -29,6 +29,41 @@ def test_rankings_and_prompts_of_the_runs_data_are_found(tmp_path: Path) -> None
     assert rankings(config) == outputs, "complete, skipped"
 
 
+def test_no_prompt_of_a_held_out_group_is_ppos(tmp_path: Path) -> None:
+    """Further questions on a held-out document; one prompt for all, told apart by group; rows without a group."""
+
+    def ppo_prompts(name: str, pairs: list[dict], prompts: list[dict]) -> tuple[list, list]:
+        data = tmp_path / name / "data"
+        data.mkdir(parents=True)
+        for file, rows in (("rankings", pairs), ("prompts", prompts)):
+            (data / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rankings(DataConfig(output_dir=str(data), held_out_fraction=0.2))
+        held_out = read_rankings(tmp_path / name / "rankings/held_out.jsonl")
+        return held_out, read_prompts(tmp_path / name / "rankings/prompts.jsonl")
+
+    def pair(prompt: str, **columns: object) -> dict:
+        return {"prompt": prompt, "chosen": "good", "rejected": "bad", **columns}
+
+    documents = range(20)
+    pairs = [pair(f"Document {n}: {q}?", split_group=n) for n in documents for q in range(3)]
+    more = [{"prompt": f"Document {n}: {q}?", "split_group": n} for n in documents for q in range(6)]
+    held_out, found = ppo_prompts("documents", pairs, more)
+    apart = {one.columns["split_group"] for one in held_out}
+    assert len(apart) == 4
+    assert {prompt.columns["split_group"] for prompt in found} == {*documents} - apart
+    assert len(found) == 16 * 6
+    held_out, found = ppo_prompts("no group", pairs, [{"prompt": row["prompt"]} for row in more])
+    assert len(found) == 120 - len(held_out)
+    same = [pair("Write.", split_group=n) for n in documents]
+    held_out, found = ppo_prompts("one prompt", same, [{"prompt": "Write.", "split_group": n} for n in documents])
+    assert {one.columns["split_group"] for one in found} == {*documents} - {
+        one.columns["split_group"] for one in held_out
+    }
+    held_out, found = ppo_prompts("no group in rankings", [pair(f"Document {n}") for n in documents],
+                                  [{"prompt": f"Document {n}", "split_group": n} for n in documents])  # fmt: skip
+    assert len(found) == 16
+
+
 def test_the_judge_of_several_seeds_is_trained_once() -> None:
     steps = {step.name: step.config for step in steps_of(configs.load(ChainConfig, ["--config", "hh.yaml"]))}
     assert (steps["reward_model"].seeds, steps["reward_model"].keep_seeds) == ([0, 1, 2], True)

@@ -46,6 +46,16 @@ def test_the_most_probable_first_error_by_brute_force():
         assert predicted_error(steps) == max(chances, key=chances.get)
 
 
+def test_intervals_go_by_the_split_group():
+    """Twenty problems of two documents are two, not twenty."""
+    steps, labels = [[0.9, 0.2]] * 20, [(1, -1), (-1, 1)]
+    alone = process_report(model(steps), [record(n, labels[n % 2]) for n in range(20)])["steps"]
+    group = process_report(model(steps), [record(n, labels[n % 2], split_group=n % 2) for n in range(20)])["steps"]
+    assert group["accuracy"] == alone["accuracy"] == 0.5
+    (low, high), (narrow_low, narrow_high) = group["accuracy_ci"], alone["accuracy_ci"]
+    assert high - low > 1.5 * (narrow_high - narrow_low)
+
+
 def test_numbers_by_hand():
     report = process_report(model(STEPS), RECORDS)
     # labelled steps: .9 right, .2 wrong | .8 right, .9 neutral | .7 wrong (missed) | .6 right, .4 wrong | .6 right

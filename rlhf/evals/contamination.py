@@ -104,8 +104,11 @@ def item_of(row: Mapping[str, Any], name: str, where: str) -> Item:
 def _score(row: Mapping[str, Any], where: str) -> float | None:
     trials = row.get("trials")
     if isinstance(trials, list) and trials:
-        firsts = [next(iter(trial["numbers"].values())) for trial in trials if trial.get("numbers")]
-        return float(np.mean(firsts)) if firsts else None
+        firsts = [next(iter(trial["numbers"].items())) for trial in trials if trial.get("numbers")]
+        values = [
+            value for name, value in firsts if not name.startswith("choice_")
+        ]  # a choice is not better than others
+        return float(np.mean(values)) if values else None
     value = row.get("score", row.get("correct"))
     if value is None:
         return None

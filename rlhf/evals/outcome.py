@@ -37,7 +37,7 @@ class Outcome:
         self.evals[one.name] = {
             "class": one.grader.name,
             "items": len(result.items),
-            "metric": first,
+            "metric": None if first.startswith("choice_") else first,  # nothing says which choice is good
             "bounds": list(one.grader.bounds) if scored else [0.0, 1.0],  # type: ignore[union-attr]
             "how": how,
             "where": one.where,

@@ -107,12 +107,10 @@ def _button(name: str, label: str, checked: bool = False) -> str:
 
 
 def _outcome(row: Row, about: Mapping[str, Any]) -> str:
-    """Return whether all trials earned the most (right), the least (wrong), or something between (partly)."""
+    """Return whether all trials earned the most (right), the least (wrong), or something between (partly), which is
+    also said where nothing is known to be good."""
     low, high = about.get("bounds") or (0.0, 1.0)
-    earned = {
-        trial["numbers"].get(about.get("metric"), next(iter(trial["numbers"].values()), None))
-        for trial in row["trials"]
-    }
+    earned = {trial["numbers"].get(about.get("metric")) for trial in row["trials"]}
     return "right" if earned == {high} else "wrong" if earned == {low} else "partly"
 
 

@@ -164,6 +164,7 @@ def test_boilerplate_is_neither_sought_nor_sampled():
         ({"question": "Q", "choices": ["a"]}, "Q", None),
         ({"a": "x", "b": ["y", {"c": "z"}]}, "x\ny\nz", None),
         ({"eval": "e", "prompt": "P", "trials": [{"numbers": {"a": 1.0}}, {"numbers": {"a": 0.0}}]}, "P", 0.5),
+        ({"eval": "e", "prompt": "P", "trials": [{"numbers": {"choice_A": 1.0}}]}, "P", None),
     ],
 )  # fmt: skip
 def test_an_items_text_and_score(row, text, score):

@@ -160,6 +160,25 @@ def test_a_judge_reads_answers(tmp_path, base):
         assert sum(content["metrics"][f"good/{name}"]["value"] for name in ("choice_Y", "choice_N", "invalid")) == 1.0
 
 
+def test_choices_without_scores_are_neither_right_nor_better(tmp_path, base):
+    spec = "prompt: 'Is it good? {input} {completion}'\nchoice_strings: 'YN'\ninput_outputs: {input: completion}\n"
+    (tmp_path / "good.spec.yaml").write_text(spec)
+    (tmp_path / "good.jsonl").write_text('{"prompt": "Say hello."}\n{"prompt": "Say no."}\n')
+    (tmp_path / "good.yaml").write_text(
+        "class: ModelBasedClassify\nmodelgraded_spec: good.spec.yaml\neval_type: classify\n"
+    )
+    flags = ["--model", base, "--eval_data", tmp_path / "good.yaml", "--judge", base, "--judge_tokens", "8"]
+    first = run(tmp_path, "first", *flags)
+    assert {"good/choice_Y", "good/choice_N", "good/invalid"} == set(first["metrics"])
+    assert first["evals"]["good"]["metric"] is None
+    again = run(tmp_path, "again", *flags, "--compare", tmp_path / "runs/first/run_evals.json")
+    assert again["comparison"]["evals"] == []
+    page = (tmp_path / "runs/again/run_evals.html").read_text()
+    assert "· partly" in page
+    assert "· right" not in page
+    assert "· wrong" not in page
+
+
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, base, rows):
     with pytest.raises(InputError, match="samples_per_item=4 and temperature=0"):
         run(tmp_path, "x", "--model", base, "--eval_data", rows, "--samples_per_item", "4")

@@ -59,6 +59,7 @@ def sensitivity(score: Score, pairs: ScoredPairs, seed: int, sample: int = 200) 
     """
     drawn = np.random.default_rng(seed).permutation(len(pairs.better))[:sample]
     both = np.stack([pairs.better[drawn], pairs.worse[drawn]], axis=1)
+    before = score([_conversation(pairs, i) for i in both.flatten()]).reshape(-1, 2)  # as after: without columns
     deviation = float(pairs.scores.std())
     rows = [_padding(score, pairs, both[:ALONE], deviation)]
     for variant in VARIANTS:
@@ -73,7 +74,7 @@ def sensitivity(score: Score, pairs: ScoredPairs, seed: int, sample: int = 200) 
         except InputError as error:  # a chat template without a system turn
             rows.append({"name": variant.name, "note": str(error)})
             continue
-        rows.append({"name": variant.name, **_change(pairs.scores[both[possible]], after, deviation)})
+        rows.append({"name": variant.name, **_change(before[possible], after, deviation)})
     return {"std": deviation, "changes": rows}
 
 

@@ -548,6 +548,14 @@ def test_each_change_is_seen_by_the_scorer_that_minds_it(name, seen):
     assert all(row["flips"] == 0 for other, row in found.items() if other != name)
 
 
+def test_what_columns_do_to_a_score_is_no_change_of_the_template():
+    """A text that the score reads in front of every response turns all scores round, before and after."""
+    found = pairs_of(rankings(50, k=2), PERFECT)
+    turned = replace(found, scores=-found.scores)
+    for row in sensitivity(PERFECT.score, turned, 0)["changes"]:
+        assert (row["max_change"], row["flips"]) == (0.0, 0.0)
+
+
 def test_changes_that_cannot_be_made_say_so():
     def strict(messages):
         if messages[0]["role"] == "system":

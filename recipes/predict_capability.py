@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,10 +95,8 @@ def compare(config: PredictionConfig) -> dict[str, Any]:
     """Compare a registered prediction with what was observed; returns predict_capability.json's content."""
     from rlhf.evals import prediction as laws
 
-    began = None
-    if config.run is not None:
-        manifest = Manifest.read(config.run)
-        began = datetime.fromisoformat(manifest.created) - timedelta(seconds=manifest.seconds)
+    made = Manifest.read(config.run) if config.run is not None else None
+    began = datetime.fromisoformat(made.began) if made is not None and made.began else None
     found = laws.compare(str(config.compare), float(config.observed or 0.0), began)
     metric = {"value": found.observed, "low": found.low, "high": found.high, "n": 1}
     result = {"metrics": {"observed": metric}, **asdict(found)}
@@ -108,7 +106,9 @@ def compare(config: PredictionConfig) -> dict[str, Any]:
         "prediction",
         f"observed {found.observed:.4g} is {where} the predicted {found.value:.4g} [{found.low:.4g}, {found.high:.4g}]",
     )
-    told = {True: ", before that run began", False: ", AFTER that run began: it proves nothing", None: ""}[found.before]
+    told = {True: ", before that run began", False: ", AFTER that run began: it proves nothing"}.get(
+        found.before, "" if made is None else "; when that run began is not known"
+    )
     console.stage_line("", f"registered {found.registered}{told}; sha256 {found.sha256}")
     return result
 

@@ -24,7 +24,7 @@ from rlhf.errors import InputError
 from rlhf.rows.mixed import mapped
 from rlhf.run import console, lock
 from rlhf.run.changes import no_effect
-from rlhf.run.checkpoint import full_disk_explained, remove, require_disk, write_json_atomic
+from rlhf.run.checkpoint import full_disk_explained, require_disk
 from rlhf.run.fingerprint import data_fingerprint, tokenizer_hash
 from rlhf.run.lookup import look_up
 from rlhf.run.owner import by_main, wait_for_all
@@ -34,6 +34,7 @@ from rlhf.run.stages import (
     begin_stage,
     drop_checkpoints,
     finish_stage,
+    reopen_stage,
     stage_changes,
     stage_state,
 )
@@ -103,7 +104,7 @@ class Stage:
 
     def finish(self, outputs: dict[str, Any], tokenizer: Any = None, base_model: str | None = None) -> dict[str, Any]:
         """Write the manifest, which makes the stage complete; returns `outputs`."""
-        self.outputs, self.seconds = outputs, time.perf_counter() - self.started
+        self.outputs = outputs
         about = {} if tokenizer is None else {
             "tokenizer_hash": tokenizer_hash(tokenizer),
             "template_hash": chat.template_hash(tokenizer),
@@ -111,21 +112,22 @@ class Stage:
             "stop_ids": chat.stop_ids(tokenizer),
         }  # fmt: skip
         manifest = Manifest(
-            stage=self.name, inputs=self.inputs, seed=self.seed, outputs=outputs, seconds=self.seconds,
-            base_model=base_model, **about,
+            stage=self.name, inputs=self.inputs, seed=self.seed, outputs=outputs, base_model=base_model,
+            seconds=time.perf_counter() - self.started, **about,
         )  # fmt: skip
-        by_main(lambda: self._finish(manifest))
+        self.seconds = by_main(lambda: self._finish(manifest))
         console.stage_line(self.name, f"done in {self.seconds:.0f} s  {_shown(outputs)}")
         console.stage_line("", f"saved in {self.folder}")
         for page in sorted(self.folder.glob("*.html")):
             console.stage_line("", f"report {page}")
         return outputs
 
-    def _finish(self, manifest: Manifest) -> None:
+    def _finish(self, manifest: Manifest) -> float:
         (self.folder / "README.md").unlink(missing_ok=True)  # peft's placeholder, or the card of a shorter run
-        finish_stage(self.folder, manifest, self.keep_checkpoint)
+        manifest = finish_stage(self.folder, manifest, self.keep_checkpoint)
         cards.write_model_card(self.folder)
         lock.release(self.folder)
+        return manifest.seconds
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,7 @@ def reopen(name: str, config: Any, sources: Mapping[str, Any], later: Sequence[s
         return False
     lock.require_free(folder)
     console.stage_line(name, f"what it keeps stays; {', '.join(map(str, found))}")
-    write_json_atomic(folder / "inputs.json", inputs)
-    remove(folder / "manifest.json")
+    reopen_stage(folder, inputs)
     return True
 
 

@@ -23,7 +23,7 @@ from rlhf.errors import InputError
 from rlhf.rows.jsonl import read_rows
 from rlhf.rows.records import write_jsonl
 from rlhf.run import console
-from rlhf.run.stages import Manifest
+from rlhf.run.stages import BEGUN, Manifest
 from rlhf_recipes.stage import open_stage
 from rlhf_recipes.studies.study_page import write
 from rlhf_recipes.studies.verdicts import checked, over_prompts, over_seeds, verdict
@@ -145,7 +145,10 @@ def run_seed(study: Study, config: StudyConfig, seed: int) -> list[Row]:
     if not stage.complete:
         own.check()
         stage.begin()
-        rows = list(study.run(own))
+        try:
+            rows = list(study.run(own))
+        finally:
+            (folder / BEGUN).touch()  # the time until here counts where the seed goes on later
         write_jsonl(folder / "rows.jsonl", map(asdict, rows))
         stage.finish({"rows": len(rows)})
     return read(folder)

@@ -304,7 +304,7 @@ class Comparison:
     registered: str
     sha256: str
     before: bool | None
-    """Whether it was registered before the run began; None where no run was named."""
+    """Whether it was registered before the run began; None where no run was named, or its beginning is not known."""
 
 
 def compare(file: str | Path, observed: float, began: datetime | None = None) -> Comparison:

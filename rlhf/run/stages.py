@@ -3,6 +3,7 @@
 The files in a stage's folder show its state::
 
     inputs.json          written when the stage begins: its inputs
+    begun.json           until it is complete: when it first began, and how long earlier processes worked at it
     checkpoint-<step>/   the state from which an interrupted stage continues (see `rlhf.run.checkpoint`)
     manifest.json        written last: the stage is complete
 """
@@ -13,8 +14,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +47,7 @@ __all__ = [
     "finish_stage",
     "is_resumable",
     "refused",
+    "reopen_stage",
     "stage_changes",
     "stage_state",
     "tokenizer_hash",
@@ -53,6 +56,7 @@ __all__ = [
 Inputs = Mapping[str, Any]
 """A stage's inputs by name: values that have a JSON form (`rlhf.run.checkpoint.plain`)."""
 
+BEGUN = "begun.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "rlhf-recipes")
 
 
@@ -87,15 +91,18 @@ class Manifest:
     outputs: dict[str, Any] = field(default_factory=dict)
     """The stage's results; numbers named `...second...` are not part of the fingerprint."""
     seconds: float = 0.0
+    """At work, over all processes that a stage which was interrupted took; a killed one's end with its last file."""
+    began: str | None = None
+    """When the first of them began; None where that is not known."""
     versions: dict[str, str] = field(default_factory=package_versions)
     command: str = field(default_factory=environment.command)
     machine: str = field(default_factory=environment.machine)
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    created: str = field(default_factory=lambda: _at(time.time()))
 
     @property
     def fingerprint(self) -> str:
         """Return the sha256 of all that the next stage depends on: not the time, the speed or the command."""
-        apart = ("seconds", "created", "command", "machine", "versions")
+        apart = ("seconds", "began", "created", "command", "machine", "versions")
         content = {key: value for key, value in plain(self).items() if key not in apart}
         content["outputs"] = {key: value for key, value in self.outputs.items() if "second" not in key}
         return hashlib.sha256(canonical(content)).hexdigest()
@@ -120,6 +127,10 @@ class Manifest:
             if value is not None and not isinstance(value, (float, int) if kind is float else kind):
                 raise InputError(f"{path}: {name} is {short(repr(value))}; the file is damaged")
         return cls(**content | {"stop_ids": tuple(content.get("stop_ids") or ())})
+
+
+def _at(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _read_json(path: Path, kind: str) -> dict[str, Any]:
@@ -173,6 +184,7 @@ def begin_stage(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> 
     """
     folder = Path(folder)
     state = stage_state(folder, inputs, overwrite)
+    begun = _begun(folder, state)
     if state == "absent" and _is_stage(folder):  # a stage of another run, to be replaced
         remove(folder / "manifest.json")
         for inner in folder.iterdir():
@@ -180,6 +192,7 @@ def begin_stage(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> 
                 remove(inner)
     if state != "complete":
         write_json_atomic(folder / "inputs.json", inputs)
+        write_json_atomic(folder / BEGUN, begun)
         remove(folder / "manifest.json")  # of a stage that is extended
     for leftover in [*folder.glob(".*.writing"), *folder.glob(".*.replaced")]:
         recover(folder / leftover.name[1:].rpartition(".")[0])
@@ -188,17 +201,46 @@ def begin_stage(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> 
     return state
 
 
-def finish_stage(folder: str | Path, manifest: Manifest, keep_checkpoints: bool = False) -> None:
+def _begun(folder: Path, state: State) -> dict[str, Any]:
+    """Return what begun.json holds of a stage that begins now, or goes on."""
+    now = time.time()
+    if state == "interrupted" and (folder / "manifest.json").exists():
+        made = Manifest.read(folder)
+        return {"began": made.began, "seconds": made.seconds, "since": now}
+    if state == "interrupted" and (folder / BEGUN).exists():
+        begun = _read_json(folder / BEGUN, "record of when a stage began")
+        files = [*folder.iterdir(), *(checkpoint / COMPLETE for checkpoint in checkpoints_in(folder))]
+        last = max(file.stat().st_mtime for file in files if file.is_file())
+        return begun | {"seconds": begun["seconds"] + max(0.0, last - begun["since"]), "since": now}
+    return {"began": _at(now) if state == "absent" else None, "seconds": 0.0, "since": now}
+
+
+def reopen_stage(folder: str | Path, inputs: Inputs) -> None:
+    """Let a stage, complete or not, go on in its folder as one with these inputs that was interrupted."""
+    folder = Path(folder)
+    begun = _begun(folder, "interrupted")
+    write_json_atomic(folder / "inputs.json", inputs)
+    write_json_atomic(folder / BEGUN, begun)
+    remove(folder / "manifest.json")
+
+
+def finish_stage(folder: str | Path, manifest: Manifest, keep_checkpoints: bool = False) -> Manifest:
     """Mark a stage complete: fsync what it wrote, write its manifest, then drop its checkpoints (or all but the last,
-    from which it can be extended)."""
+    from which it can be extended). Returns the manifest as written, with the seconds of earlier processes."""
     folder = Path(folder)
     sync_tree(folder)
+    if (folder / BEGUN).exists():
+        begun = _read_json(folder / BEGUN, "record of when a stage began")
+        manifest = replace(manifest, began=begun["began"], seconds=begun["seconds"] + manifest.seconds)
     manifest.write(folder)
     drop_checkpoints(folder, keep=int(keep_checkpoints))
+    return manifest
 
 
 def drop_checkpoints(folder: str | Path, keep: int = 0) -> None:
-    """Delete a complete stage's checkpoints but the newest ``keep``, also those that a killed run left."""
+    """Delete what a complete stage needs no more, also where a killed run left it: begun.json, and checkpoints but the
+    newest ``keep``."""
+    remove(Path(folder) / BEGUN)
     if keep:
         prune(folder, keep)
     else:

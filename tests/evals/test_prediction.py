@@ -23,6 +23,7 @@ from rlhf.evals.prediction import (
     register,
 )
 from rlhf.intervals import student_quantile
+from rlhf.run.stages import Manifest
 
 COMPUTE = np.geomspace(1e15, 1e19, 12)
 
@@ -176,6 +177,14 @@ def test_the_recipe(tmp_path: Path):
     observed = recipe.run("predict_capability", "--compare", registered, "--observed", law(1e20), "--output_dir", out)
     assert "is inside the predicted" in observed.out
     assert json.loads((out / "predict_capability.json").read_text())["inside"] is True
+    for began, said in (
+        ("2020-01-01T00:00:00+00:00", ", AFTER that run began: it proves nothing; sha256"),
+        ("2120-01-01T00:00:00+00:00", ", before that run began; sha256"),
+        (None, "; when that run began is not known; sha256"),  # of an earlier version
+    ):
+        Manifest(stage="ppo", inputs={}, seed=0, began=began).write(tmp_path)
+        words = ["--compare", registered, "--observed", 1, "--run", tmp_path, "--output_dir", out]
+        assert said in recipe.run("predict_capability", *words).out
     passes = tmp_path / "passes.jsonl"
     passes.write_text(
         "".join(json.dumps({"compute": 10**n, "passes": [n, 2 * n], "samples": 20}) + "\n" for n in range(1, 6))

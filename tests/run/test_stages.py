@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ import torch
 from rlhf.errors import InputError
 from rlhf.rows.records import Prompt
 from rlhf.run.checkpoint import latest_checkpoint, save_checkpoint
-from rlhf.run.stages import Manifest, begin_stage, data_fingerprint, finish_stage, stage_state, tokenizer_hash
+from rlhf.run.stages import (
+    Manifest,
+    begin_stage,
+    data_fingerprint,
+    finish_stage,
+    reopen_stage,
+    stage_state,
+    tokenizer_hash,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -117,7 +127,43 @@ def test_another_run_in_the_folder_is_refused_naming_what_differs(tmp_path: Path
     (folder / "weights").touch()
     assert begin_stage(folder, inputs, overwrite=True) == ("complete" if finished else "interrupted")
     assert begin_stage(folder, changed, overwrite=True) == "absent"
-    assert names(folder) == ["inputs.json"]
+    assert names(folder) == ["begun.json", "inputs.json"]
+
+
+def worked(folder: Path, began: float, until: float) -> None:
+    """Let the process that is in a stage have begun, and written its last file, at these times."""
+    record = json.loads((folder / "begun.json").read_text())
+    (folder / "begun.json").write_text(json.dumps(record | {"since": began}))
+    (folder / "metrics.jsonl").touch()
+    for file in folder.iterdir():
+        os.utime(file, (until, until))
+
+
+def test_seconds_are_those_of_all_processes_and_the_first_one_began_it(tmp_path: Path) -> None:
+    folder, inputs, grown = tmp_path / "ppo", {"config": {"updates": 4}}, {"config": {"updates": 8}}
+    before = datetime.now(UTC).replace(microsecond=0)
+    begin_stage(folder, inputs)
+    first = json.loads((folder / "begun.json").read_text())["began"]
+    assert before <= datetime.fromisoformat(first) <= datetime.now(UTC)
+    worked(folder, began=1000.0, until=1040.0)
+    begin_stage(folder, inputs)  # ten hours later, after a kill
+    worked(folder, began=37_000.0, until=37_002.5)
+    begin_stage(folder, inputs)
+    made = finish_stage(folder, manifest(inputs=inputs, seconds=7.0))
+    assert made.seconds == 49.5
+    assert made.began == first
+    assert Manifest.read(folder) == made
+    assert made.fingerprint == manifest(inputs=inputs).fingerprint
+    assert not (folder / "begun.json").exists()
+    save_checkpoint(folder, 1, lambda path: (path / "x").touch(), {})
+    finish_stage(folder, made, keep_checkpoints=True)
+    begin_stage(folder, grown)  # trained longer
+    assert finish_stage(folder, manifest(inputs=grown, seconds=0.5), keep_checkpoints=True).seconds == 50.0
+    reopen_stage(folder, inputs)  # with other settings of what is done with it
+    begin_stage(folder, inputs)
+    found = finish_stage(folder, manifest(inputs=inputs))
+    assert found.seconds == pytest.approx(50.0, abs=1.0)
+    assert found.began == first
 
 
 def test_a_folder_that_is_no_stage_is_never_deleted(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def corrected(
     raw = clustered_mean([*given.values()], [*given], _spanned(bounds, [*given.values()]), level)
     worth = (alone.half / both.half) ** 2
     known, asked = np.array([*certain.values()], dtype=np.float64), len(human) + len(rest)
-    means = (_joined(one.estimate, asked, known, level) for one in (alone, both))
-    return Corrected(raw, *means, both.weight, len(human), len(given), worth)
+    labels_alone, together = (_joined(one.estimate, asked, known, level) for one in (alone, both))
+    return Corrected(raw, labels_alone, together, both.weight, len(human), len(given), worth)
 
 
 class Powered(NamedTuple):

@@ -84,8 +84,8 @@ class RedTeamConfig:
     success: str | None = None
     """A function (file.py:name) that says whether an attack got what it asked for; null: an answer that neither refuses
     nor is beside the point."""
-    refusal_phrases: list[str] | None = None
-    """Sentences with which this deployment always declines, such as a guardrail's."""
+    refusal_phrases: str | list[str] | None = None
+    """Sentence with which this deployment always declines, such as a guardrail's; of several, a list."""
 
     "Sampling"
 
@@ -187,7 +187,8 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
         judge = None
         if config.judge:
             judge = target if config.judge == config.model else asker(config, config.judge, answers)
-        detector = Detector(judge, config.refusal_phrases or ())
+        phrases = config.refusal_phrases or ()
+        detector = Detector(judge, [phrases] if isinstance(phrases, str) else phrases)
         results, numbers = attacked(config, cases, target, detector), None
         # begun only now: what was asked is kept elsewhere, and a mistake leaves nothing here to trip over
         if config.attack is not None and policy is not None:

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -228,7 +229,10 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
         value = split_names(value)
     try:
         if is_text_or_list(hint) and isinstance(value, str) and value.startswith("["):
-            value = _listed(value)
+            value = _read(value)
+        if dict[str, Any] in choices_of(hint) and (converted := _of_any_type(value)) is not None:
+            require_no_secret(converted, label)
+            return converted
         if value is None and not allows_none(hint):
             raise ValueError
         if value in ("inf", "-inf") and float in choices_of(hint):  # as our JSON writes infinity
@@ -242,7 +246,20 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
     return converted
 
 
-def _listed(text: str) -> Any:
+def _of_any_type(value: Any) -> dict[str, Any] | None:
+    """Return a mapping whose values may be of any type as it was written, with text that stays text, except for numbers
+    that YAML takes for text (1e-3); None for what is no mapping."""
+    tree = _read(value) if isinstance(value, str) else value
+    if not isinstance(tree, Mapping):
+        return None
+    return {str(key): float(item) if _is_number(item) else item for key, item in tree.items()}
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", item) is not None
+
+
+def _read(text: str) -> Any:
     import yaml
 
     try:

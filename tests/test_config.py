@@ -104,6 +104,28 @@ def wrong(function: Any, *arguments: Any, **keywords: Any) -> str:
 # ---------------------------------------------------------------- precedence and types
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnyValues:
+    values: dict[str, Any] | None = None
+
+
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_values_of_any_type_stay_as_they_were_written(tmp_path: Path, by_flag: bool) -> None:
+    """Text in quotation marks is text, whatever else it could be read as."""
+    written = (
+        "{id: '00123', version: '1.10', answer: 'no', note: 'Note: be brief', at: '12:30', none: 'null', rate: 1e-3,"
+    )
+    written += " deep: {id: '7'}, n: 3, flag: true, other: null}"
+    argv = ["--values", written] if by_flag else ["--config", write(tmp_path, f"values: {written}\n")]
+    assert load(AnyValues, argv).values == {
+        "id": "00123", "version": "1.10", "answer": "no", "note": "Note: be brief", "at": "12:30", "none": "null",
+        "rate": 0.001, "deep": {"id": "7"}, "n": 3, "flag": True, "other": None,
+    }  # fmt: skip
+    assert load(AnyValues, ["--values", "null"]).values is None
+    for value in ("word", "[1]", "{a: "):
+        assert "--values: expected" in wrong(load, AnyValues, ["--values", value])
+
+
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
     file = write(tmp_path, "kl_coef: 1e-3\nupdates: 7\n")
     config = load(Inner, ["--config", file, "--updates", "3"])

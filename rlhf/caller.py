@@ -23,8 +23,8 @@ from rlhf.urls import http_address
 
 LONGEST_PAUSE = 8.0  # seconds between two attempts
 PIECE = 65536  # bytes
-BUSY = (429, 503)
-"""The statuses of a server that asks to come again."""
+BUSY = (429, 502, 503, 504)
+"""The statuses of a server that asks to come again, or that what stands before it did not reach."""
 
 Content = TypeVar("Content")
 
@@ -40,7 +40,7 @@ class Caller:
     """One server, as its client sees it.
 
     token: by default the environment's RLHF_SERVER_TOKEN. timeout: seconds that a call may take in all. retries:
-    further attempts, with growing pauses, after a failed connection or a full queue (429, 503). kind: what is expected
+    further attempts, with growing pauses, after a failed connection or a full queue or gateway's failure (`BUSY`). kind: what is expected
     there, and `remedy`, what helps where an answer takes too long: both for errors.
     """
 

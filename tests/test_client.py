@@ -127,7 +127,7 @@ def test_the_only_model_is_the_default():
             Client(url).models()
 
 
-@pytest.mark.parametrize("status", ["429 Many", "503 Full"])
+@pytest.mark.parametrize("status", ["429 Many", "502 Bad", "503 Full", "504 Late"])
 def test_a_busy_server_is_asked_again(status):
     with answering(reply("{}", status), reply("{}", status), chosen(**message("hi"))) as (url, calls):
         assert Client(url, model="m").chat(ASKED)[0].text == "hi"

@@ -149,10 +149,15 @@ class Service:
 def _side_by_side(
     one: Callable[[Any], Answered | Exception], questions: Sequence[Any], at_once: int
 ) -> list[Answered | Exception]:
+    gone: list[RunStopped] = []
+
     def caught(question: Any) -> Answered | Exception:
+        if gone:  # every further question would wait as long for a server that is not there
+            return gone[0]
         try:
             return one(question)
-        except Exception as error:  # of this row alone; the caller decides what follows
+        except Exception as error:  # of this row alone, or of all that follow; the caller decides what follows
+            gone.extend([error] if isinstance(error, RunStopped) else [])
             return error
 
     with ThreadPoolExecutor(at_once) as threads:

@@ -146,12 +146,20 @@ def test_a_server_with_probabilities_and_a_reply_outside_the_format():
         "three": ("Hard to say", [token("Hard", Hard=1.0)]),
         "four": (RunStopped("gone"), ()),
     })  # fmt: skip
-    one, two, three, four = OverTheWire(server)(["one", "two", "three", "four"], ["A", "B"])
+    one, two, three, four = OverTheWire(server, at_once=1)(["one", "two", "three", "four"], ["A", "B"])
     assert one.probabilities == pytest.approx((0.75, 0.25))
     assert one.together == pytest.approx(1.0)
     assert two == Answered((0.0, 1.0), 1.0, "The answer is B."), "the letters have a hundredth: the text is parsed"
     assert isinstance(three, NoAnswer)
     assert isinstance(four, RunStopped)
+
+
+def test_a_server_that_is_gone_is_not_asked_to_the_end():
+    server = Server({"one": ("A", [token("A", A=1.0)]), "gone": (RunStopped("gone"), ())})
+    answers = OverTheWire(server, at_once=2)(["one", "gone", *["one"] * 50], ["A", "B"])
+    assert str(answers[-1]) == "gone"
+    assert len(server.asked) < 10
+    assert len(answers) == 52
 
 
 def test_a_server_without_probabilities_is_asked_once_for_them():

@@ -30,6 +30,7 @@ from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype, log_choice
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sampling.engine import model_stop_ids
+from rlhf.urls import is_url
 from rlhf_recipes.baseline_config import FROM_RANKINGS, BaselineConfig
 from rlhf_recipes.stage import Stage
 
@@ -265,8 +266,7 @@ def score_functions(config: BaselineConfig) -> list[RewardFunction]:
     dtype = compute_dtype(config.bf16)
     functions: list[Any] = [load_scorer(config.reward_model, dtype=dtype)] if config.reward_model else []
     return functions + [
-        RewardClient(spec) if spec.startswith(("http://", "https://")) else configs.import_function(spec)
-        for spec in config.reward_functions or []
+        RewardClient(spec) if is_url(spec) else configs.import_function(spec) for spec in config.reward_functions or []
     ]
 
 

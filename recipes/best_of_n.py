@@ -31,6 +31,7 @@ from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.functions import import_function
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.urls import is_url
 from rlhf_recipes import best_of_n_results as results
 from rlhf_recipes.sampled import POLICIES
 from rlhf_recipes.stage import SCORERS, SECTIONS, Stage, check_model, next_command, open_stage, reopen
@@ -215,7 +216,7 @@ def scorers(config: BestOfNConfig) -> dict[str, Any]:
 
 def scorer(spec: str, config: BestOfNConfig) -> Any:
     """What a spec names: a server, a function, or a folder's reward model, ensemble or process model."""
-    if spec.startswith(("http://", "https://")):
+    if is_url(spec):
         from reward_models import RewardClient
 
         return in_parts(RewardClient(spec, timeout=600.0), 256)

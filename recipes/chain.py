@@ -25,6 +25,7 @@ from rlhf.run.changes import Change
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.stages import Manifest, refused, stage_changes, stage_state
+from rlhf.urls import is_url
 from rlhf_recipes import ending
 from rlhf_recipes import evaluate_policy as evaluation_stage
 from rlhf_recipes import ppo as ppo_stage
@@ -192,6 +193,11 @@ def check(config: ChainConfig) -> None:
     if config.evaluation.judge is None and not config.data.judge_fraction:
         config_error = "evaluation.judge is null, so a second reward model judges: give data.judge_fraction (say 0.5)"
         raise InputError(config_error)
+    for step in steps_of(config):
+        place = Path(config.output_dir) / ("data" if step.name == "rankings" else step.name)
+        if Path(step.config.output_dir) != place:
+            where = f"{place.name}.output_dir={step.config.output_dir}"
+            raise InputError(f"{where}: the other stages look in {place}; leave it out, or run that stage by itself")
     for name in ("judge", "parts", "refused"):
         spec = getattr(config.evaluation, name)
         if name == "judge" and config.evaluation.template:
@@ -199,7 +205,7 @@ def check(config: ChainConfig) -> None:
         if spec and ":" in spec and not Path(spec).exists():
             configs.import_function(spec)
     for spec in (config.data.make, config.data.labeler, *(config.ppo.reward_functions or [])):
-        if spec:
+        if spec and not is_url(spec):
             configs.import_function(spec)
     from rlhf.safety.policy import Policy, read_rubric
 

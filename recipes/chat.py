@@ -20,6 +20,7 @@ from rlhf.errors import InputError, RunStopped, visible
 from rlhf.flags import first_word
 from rlhf.rows.messages import Messages
 from rlhf.run import console
+from rlhf.urls import is_url
 from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
@@ -203,7 +204,7 @@ def main(argv: list[str]) -> None:
         argv, "policy", "rlhf chat FOLDER, or rlhf chat http://host:port", "a policy's folder or a server"
     )
     config = configs.load(ChatConfig, words, section="chat", known_sections=SECTIONS, description=__doc__ or "")
-    remote = config.policy.startswith(("http://", "https://"))
+    remote = is_url(config.policy)
     talk(Conversation(from_server(config) if remote else from_folder(config), config))
 
 

@@ -26,7 +26,7 @@ from rlhf.collection.app import LabelConfig, create_app
 from rlhf.collection.incoming import check_apart, read_candidates, read_gold
 from rlhf.collection.project import Project, read_project
 from rlhf.collection.records import KINDS, Item, Kind, Plan
-from rlhf.collection.sample import Sampling, check_sampling, is_url, sample_items
+from rlhf.collection.sample import Sampling, check_sampling, sample_items
 from rlhf.collection.store import Store
 from rlhf.errors import InputError
 from rlhf.rows.records import read_prompts
@@ -34,7 +34,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.fingerprint import canonical, of_path
 from rlhf.run.http import HttpConfig, bind, server_token
-from rlhf.urls import http_address
+from rlhf.urls import http_address, is_url
 from rlhf_recipes.stage import SECTIONS
 
 console.quiet()

@@ -19,6 +19,7 @@ from rlhf.rows.records import read_prompts
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.precision import compute_dtype
+from rlhf.urls import is_url
 from rlhf_recipes.stage import (
     SCORERS,
     SECTIONS,
@@ -189,8 +190,7 @@ def score_functions(config: PPORecipe) -> list[Any]:
     functions: list[Any] = [] if config.reward_model is None else [load_scorer(config.reward_model, dtype=dtype)]
     functions += [] if config.process_model is None else [ProcessModel.load(config.process_model, dtype=dtype)]
     functions += [
-        RewardClient(spec) if spec.startswith(("http://", "https://")) else configs.import_function(spec)
-        for spec in config.reward_functions or []
+        RewardClient(spec) if is_url(spec) else configs.import_function(spec) for spec in config.reward_functions or []
     ]
     if config.grader is not None:
         asked = configs.import_function(config.grader) if is_function(config.grader) else config.grader

@@ -20,9 +20,8 @@ from rlhf.errors import InputError
 from rlhf.rows.mixed import paths_of
 from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings
 from rlhf.run import console
-from rlhf.run.precision import compute_dtype
 from rlhf_recipes.chain import ChainConfig
-from rlhf_recipes.ppo import value_start
+from rlhf_recipes.ppo import score_functions, value_start
 from rlhf_recipes.stage import SCORERS, check_model, from_siblings, with_columns
 
 if TYPE_CHECKING:
@@ -72,18 +71,16 @@ def reward_model(config: Any, scratch: str) -> Phases:
 
 def ppo(config: Any, scratch: str) -> Phases:
     """Findings on PPO, as `rlhf ppo` would start it."""
-    optional, config = "?" if config.reward_functions else "", with_columns(config, "train_data")
+    config = _inputs(with_columns(config, "train_data"), process_model="?process_reward")
+    optional = "?" if config.process_model or config.reward_functions or config.grader else ""
     config = _inputs(config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl")
     check_model(str(config.model), ("base", "sft", "ppo"))
-    from reward_models.ensemble import load_scorer
+    if config.reward_model:
+        check_model(config.reward_model, SCORERS)
     from rlhf.ppo.preflight import ppo_findings
     from rlhf.ppo.trainer import PPOTrainer
 
-    functions: list[Any] = []
-    if config.reward_model:
-        check_model(config.reward_model, SCORERS)
-        functions.append(load_scorer(config.reward_model, dtype=compute_dtype(config.bf16)))
-    functions += [configs.import_function(spec) for spec in config.reward_functions or []]
+    functions = score_functions(config)
     trainer = PPOTrainer(
         str(config.model),
         functions,

@@ -26,6 +26,7 @@ from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.urls import is_url
 from rlhf_recipes.stage import SECTIONS, as_outputs, check_model, from_siblings, open_stage
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def run_alone(config: RunEvalsConfig, name: str) -> dict[str, Any]:
         check_model(named, MODELS)
     if config.lm_eval:
         lm_harness.require()
-        if model.startswith(("http://", "https://")):
+        if is_url(model):
             raise InputError(f"--lm_eval: loads the model itself, and {model} is a server; name its folder")
     outcome = Outcome()
     evals = read_evals(config, outcome.not_run)

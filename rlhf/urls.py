@@ -22,6 +22,11 @@ class Address(NamedTuple):
     path: str
 
 
+def is_url(text: str) -> bool:
+    """Return whether a setting that may also name a folder or a function is a server's address."""
+    return text.startswith(("http://", "https://"))
+
+
 def require_no_secret(value: object, where: str) -> None:
     """Raise InputError for an address with a user, a password or a key in it, also inside lists and mappings."""
     if isinstance(value, Mapping):

@@ -20,6 +20,7 @@ from rlhf.config import require_divides
 from rlhf.errors import InputError
 from rlhf.rows.fields import further_columns
 from rlhf.rows.records import Prompt, prompt_key
+from rlhf.urls import is_url
 
 AT_ONCE = 8
 """Requests at a time to a server."""
@@ -37,11 +38,6 @@ class Sampling:
     seed: int = 0
     batch_size: int = 64
     bf16: bool | None = None
-
-
-def is_url(policy: str) -> bool:
-    """Return whether a policy is a server's address."""
-    return policy.startswith(("http://", "https://"))
 
 
 def check_sampling(policies: Sequence[str], sampling: Sampling) -> None:

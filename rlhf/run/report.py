@@ -1,17 +1,15 @@
 """A report of a run or of one stage: report.html (one file, no network: verdict, tables, curves, samples), report.md.
 
-It is made from what lies in the folder: `summary.json`, the stages' manifests and `metrics.jsonl`, samples. Parts that
+It is made from what lies in the folder: the stages' manifests and `metrics.jsonl`, samples. Parts that
 are not there are left out. Text from models and users is escaped.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.errors import InputError
 from rlhf.metrics import left_healthy_range, read_metrics
 from rlhf.rows.jsonl import read_rows
 from rlhf.run import page as html
@@ -66,7 +64,7 @@ class StageFiles:
 def write_report(run_folder: str | Path, summary: Json | None = None) -> Path:
     """Write ``report.html`` and ``report.md`` into a run's folder or a stage's; return the path of ``report.html``.
 
-    summary: the content of summary.json; None: read it, or gather it from the stages' manifests.
+    summary: as `summary_of` gives it; None: gather it from the stages' manifests.
     """
     folder = Path(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,16 +93,8 @@ def find_stages(folder: Path) -> Iterator[StageFiles]:
 
 
 def summary_of(folder: Path, stages: Sequence[StageFiles]) -> Json:
-    """Read a run's summary.json; where there is none, gather the same from the stages' manifests."""
-    path = folder / "summary.json"
-    if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: broken JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{path}: is no summary of a run")
-        return content
+    """Gather a run's summary from the stages' manifests: its summary.json is of the last chain, and a stage may have
+    been run again since."""
     done = [(stage.name, stage.manifest) for stage in stages if stage.manifest]
     outputs = {name: dict(manifest.outputs) for name, manifest in done}
     compared = next((outputs.pop(name) for name, manifest in done if manifest.stage == "evaluation"), {})

@@ -691,6 +691,21 @@ def test_the_recipe(run_folder):
     assert "reward_model  not checked: --train_data is missing, and no earlier stage left" in result.out
 
 
+def test_the_recipe_tries_all_that_scores(run_folder):
+    """A grader is a score function of the run as the reward model is, with a weight of its own."""
+    (run_folder / "mine.py").write_text("def graded(text):\n    return 'A'\n")
+    (run_folder / "rubric.yaml").write_text(
+        "instructions: Is it good?\nchoices: {A: {description: Yes., score: 1}, B: {description: No., score: 0}}\n"
+    )
+    flags = ["--stage", "ppo", "--ppo.grader", f"{run_folder / 'mine.py'}:graded", "--ppo.rubric",
+             run_folder / "rubric.yaml", "--ppo.reward_weights", "[1, 0.5]"]  # fmt: skip
+    result = recipe.run("preflight", "--output_dir", run_folder, *flags)
+    assert result.code == 0, result.err
+    assert "FAILED" not in result.out
+    refused = recipe.run("preflight", "--output_dir", run_folder, *flags[:-1], "[1, 0.5, 2]")
+    assert "reward_weights has 3 numbers for 2 reward functions" in refused.err
+
+
 def test_the_recipe_refuses(run_folder, tiny_tokenizer):
     tiny_tokenizer.add_tokens(["<new>", "<newer>"])
     tiny_tokenizer.save_pretrained(run_folder / "sft")

@@ -12,6 +12,9 @@ import pytest
 from reference import recipe, whole_chain
 from reference.whole_chain import SMOKE, STAGES, TRAINED, copied, lines, manifests, read, run
 
+from rlhf import config as configs
+from rlhf_recipes.chain import ChainConfig, check
+
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -303,6 +306,8 @@ def test_what_is_done_by_hand_in_a_stage_of_the_end_is_done_again(copy: Path) ->
         (("--run_evals.eval_data", "artihmetic"), "artihmetic: no such file"),
         (("--run_evals.max_items", "3"), "run_evals: nothing to run"),
         (("--contamination.train_data", "no/such/data.jsonl"), "no/such/data.jsonl: no such file"),
+        (("--ppo.output_dir", "elsewhere"), "ppo.output_dir=elsewhere: the other stages look in"),
+        (("--evaluation.output_dir", "elsewhere"), "evaluation.output_dir=elsewhere: the other stages look in"),
     ],
 )
 def test_a_mistake_at_the_end_is_refused_before_anything_is_trained(tmp_path: Path, flags: Any, wrong: str) -> None:
@@ -311,3 +316,8 @@ def test_a_mistake_at_the_end_is_refused_before_anything_is_trained(tmp_path: Pa
     (line,) = refused.err.splitlines()
     assert wrong in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_server_is_no_function_to_import() -> None:
+    address = "http://127.0.0.1:8001"
+    check(configs.load(ChainConfig, [*map(str, SMOKE[1:]), "--ppo.reward_functions", address]))

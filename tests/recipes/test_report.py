@@ -27,6 +27,19 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_stage_that_ran_again_counts_and_not_the_last_chains_summary(run: Path) -> None:
+    entry = {"win_rate_vs_sft": 0.75, "win_rate_ci": [0.7, 0.8], "score": 1.0, "prompts": 300}
+    (run / "evaluation").mkdir()
+    (run / "summary.json").write_text(json.dumps({"evaluation": {"sft": {"score": 0.0}, "ppo": entry}}))
+    entry = entry | {"win_rate_vs_sft": 0.3, "win_rate_ci": [0.25, 0.35]}
+    outputs = {"evaluation": {"sft": {"score": 0.0}, "ppo": entry}, "reward_model": {}}
+    Manifest(stage="evaluation", inputs={}, seed=0, outputs=outputs).write(run / "evaluation")
+    assert recipe.run("report", run).code == 0
+    text = (run / "report.md").read_text()
+    assert "30.0%" in text
+    assert "75.0%" not in text
+
+
 def test_a_run_and_its_card_lead_to_each_other(run: Path) -> None:
     card = run / "reward_model" / "reward_report.html"
     assert "report.html" not in card.read_text()

@@ -54,7 +54,7 @@ class Feedback:
     """
 
     id: str
-    """Drawn once for the submission: a repeat is not stored again."""
+    """Drawn once for what is judged: a repeat is not stored again, something else under it replaces what was there."""
     person: str
     kind: Literal["thumb", "edit", "comparison"]
     conversation: str | None = None
@@ -127,25 +127,35 @@ def put_conversation(db: Db, conversation: Conversation, now: float) -> None:
 
 
 def put_feedback(db: Db, feedback: Feedback, now: float) -> bool:
-    """Store feedback; returns False for an id that is there already. Raises InputError where its conversation is
-    missing or another person's."""
-    there = db.execute("SELECT person FROM feedback WHERE id = ?", (feedback.id,)).fetchone()
-    if there is not None:
-        if there["person"] != feedback.person:
-            raise InputError(f"feedback {feedback.id}: is another person's; draw a new id")
+    """Store feedback, in place of what has its id, and of a person's earlier thumb or vote on the same answers; returns
+    False for a repeat, which changes nothing. Raises InputError where its id is another person's, or its conversation
+    is missing or another person's."""
+    content = json.dumps({name: getattr(feedback, name) for name in _CONTENT})
+    said = (feedback.person, feedback.conversation, feedback.turn, feedback.kind, content, int(feedback.consent))
+    there = db.execute(
+        "SELECT person, conversation, turn, kind, content, consent FROM feedback WHERE id = ?", (feedback.id,)
+    ).fetchone()
+    if there is not None and there["person"] != feedback.person:
+        raise InputError(f"feedback {feedback.id}: is another person's; draw a new id")
+    if there is not None and tuple(there) == said:
         return False
     if feedback.conversation is not None:
         on = db.execute("SELECT person FROM conversations WHERE id = ?", (feedback.conversation,)).fetchone()
         if on is None or on["person"] != feedback.person:
             seen = f"{feedback.conversation} is not stored"
             raise InputError(f"feedback.conversation: {seen}; store it first, or send null")
-    content = {name: getattr(feedback, name) for name in _CONTENT}
+    if feedback.kind != "edit":
+        db.execute(
+            "DELETE FROM feedback WHERE person = ? AND conversation = ? AND turn IS ? AND kind = ?"
+            " AND json_extract(content, '$.responses') = json_extract(?, '$.responses')",
+            said[:5],
+        )
     db.execute(
-        "INSERT INTO feedback (id, person, conversation, turn, kind, content, consent, scrubbed, expires, created)"
+        "INSERT OR REPLACE INTO feedback"
+        " (id, person, conversation, turn, kind, content, consent, scrubbed, expires, created)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (feedback.id, feedback.person, feedback.conversation, feedback.turn, feedback.kind, json.dumps(content),
-         int(feedback.consent), int(feedback.scrubbed), feedback.expires, feedback.created or now),
-    )  # fmt: skip
+        (feedback.id, *said, int(feedback.scrubbed), feedback.expires, feedback.created or now),
+    )
     return True
 
 

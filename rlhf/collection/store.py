@@ -298,7 +298,8 @@ class Store:
             personal.put_conversation(db, conversation, self.clock())
 
     def add_feedback(self, feedback: Feedback) -> bool:
-        """Store feedback; returns False for a repeat, which is not stored again."""
+        """Store feedback, in place of what has its id, and of a person's earlier thumb or vote on the same answers;
+        returns False for a repeat, which is not stored again."""
         with self.writing() as db:
             return personal.put_feedback(db, feedback, self.clock())
 

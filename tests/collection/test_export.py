@@ -168,6 +168,7 @@ def test_usable_feedback_leaves_as_rankings_kto_rows_and_demonstrations(tmp_path
             Conversation(id="c-1", messages=turns, person="p-1", policy="ppo", fingerprint="f", **agreed)
         )
         store.add_conversation(Conversation(id="c-2", messages=turns, person="p-2"))
+        store.add_conversation(Conversation(id="c-3", messages=turns, person="p-1", **agreed))
         about = {"person": "p-1", "conversation": "c-1", "turn": 1, **agreed}
         for one in (
             Feedback(id="f-1", kind="thumb", thumb=-1, responses=("Hi.",), tags=("rude",), **about),
@@ -175,7 +176,7 @@ def test_usable_feedback_leaves_as_rankings_kto_rows_and_demonstrations(tmp_path
                      **about),
             Feedback(id="f-3", kind="edit", edit="Good day.", responses=("Hi.",), **about),
             Feedback(id="f-4", kind="thumb", thumb=1, responses=("Hi.",), **{**about, "turn": 0}),
-            Feedback(id="f-5", kind="thumb", thumb=1, **about),
+            Feedback(id="f-5", kind="thumb", thumb=1, **{**about, "conversation": "c-3"}),
             Feedback(id="f-6", kind="thumb", thumb=1, responses=("No.",), person="p-2", conversation="c-2", turn=1),
         ):  # fmt: skip
             store.add_feedback(one)

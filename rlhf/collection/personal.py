@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -198,15 +200,30 @@ def feedback(db: Db, now: float, usable: bool) -> Iterator[Feedback]:
 # --- erasing --------------------------------------------------------------------------------------------------------
 
 
+def pseudonym(user: str, salt: str) -> str:
+    """Return the name under which what a client calls `user` is kept, and can be erased."""
+    return "user-" + hmac.new(salt.encode(), user.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def names_of(db: Db, person: str) -> list[str]:
+    """Return the names under which a person may be kept: their own, and as a request's `user` where a server has kept
+    anything here."""
+    row = db.execute("SELECT value FROM settings WHERE name = 'own.person_salt'").fetchone()
+    return [person] if row is None else [person, pseudonym(person, str(json.loads(row["value"])))]
+
+
 def erase_person(db: Db, person: str) -> dict[str, int]:
-    """Delete a person's conversations and feedback, and the items that were made from them with their judgments."""
+    """Delete a person's conversations and feedback, and the items that were made from them with their judgments, under
+    all their names."""
+    names = names_of(db, person)
+    theirs = f"person IN ({', '.join('?' * len(names))})"
     return {
         "feedback": db.execute(
-            "DELETE FROM feedback WHERE person = ? OR conversation IN (SELECT id FROM conversations WHERE person = ?)",
-            (person, person),
+            f"DELETE FROM feedback WHERE {theirs} OR conversation IN (SELECT id FROM conversations WHERE {theirs})",
+            names * 2,
         ).rowcount,
-        "conversations": db.execute("DELETE FROM conversations WHERE person = ?", (person,)).rowcount,
-        "items": db.execute("DELETE FROM items WHERE person = ?", (person,)).rowcount,
+        "conversations": db.execute(f"DELETE FROM conversations WHERE {theirs}", names).rowcount,
+        "items": db.execute(f"DELETE FROM items WHERE {theirs}", names).rowcount,
     }
 
 

@@ -172,10 +172,11 @@ def add_items(store: Store, config: LabelRecipe) -> None:
         return
     asked = hashlib.sha256(canonical(asked_for(config))).hexdigest()
     added = store.setting("label.added", [])
+    gold = read_gold(config.gold) if config.gold is not None else []
     if asked in added:
         console.stage_line("items", f"{config.store} has them already")
+        _add_gold(store, gold)  # which may have been corrected in between, and back
         return
-    gold = read_gold(config.gold) if config.gold is not None else []
     items: list[Item] = []
     if config.candidates is not None:
         items = _drawn(read_candidates(config.candidates), config)
@@ -190,9 +191,18 @@ def add_items(store: Store, config: LabelRecipe) -> None:
     first = set(random.Random(f"{config.seed}|calibration").sample(range(len(items)), config.calibration))
     store.add_items([items[n] for n in sorted(first)], line="calibration")
     store.add_items([item for n, item in enumerate(items) if n not in first], overlap=config.overlap)
-    store.add_items(gold, line="gold")
+    _add_gold(store, gold)
     store.put_setting("label.added", [*added, asked])
     console.stage_line("items", f"{len(items)} to label, {len(first)} of them for everybody first; {len(gold)} gold")
+
+
+def _add_gold(store: Store, gold: list[Item]) -> None:
+    """Store gold items; those that are there get the ranks that the file has now."""
+    before = {item.id: item.gold_ranks for item in store.items()}
+    store.add_items(gold, line="gold")
+    corrected = sum(item.id in before and before[item.id] != item.gold_ranks for item in store.items())
+    if corrected:
+        console.stage_line("items", f"{corrected} gold items corrected")
 
 
 def asked_for(config: LabelRecipe) -> dict[str, Any]:

@@ -71,19 +71,11 @@ def _add(
     """Store one ranking; returns whether its item is new, and what `assign.record` says of its judgment."""
     item, own = _item(ranking, source)
     id, new = content.add_item(db, item, overlap, "main", now)
-    places = matched(ranking.responses, [candidate.text for candidate in content.candidates(db, id)])
+    places = content.matched(ranking.responses, [candidate.text for candidate in content.candidates(db, id)])
     said = _answer(ranking, own, places, f"{item.key}|{annotator}")
     shown = [places[n] for n in own.get("order_shown", ())]
     created = datetime.fromisoformat(own["judged"]).timestamp() if own else now
     return new, assign.record(db, annotator, id, said, shown, created)
-
-
-def matched(responses: Sequence[str], stored: Sequence[str]) -> list[int]:
-    """Return, for each response, the index of the stored candidate with its text; equal texts in their order."""
-    free: dict[str, list[int]] = {}
-    for n, text in enumerate(stored):
-        free.setdefault(text, []).append(n)
-    return [free[text].pop(0) for text in responses]
 
 
 def _named(ranking: Ranking, annotator: str | None, kind: Kind) -> tuple[str, Kind]:

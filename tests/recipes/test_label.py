@@ -82,6 +82,21 @@ def test_the_same_command_adds_nothing_twice_and_another_file_adds_to_it(tmp_pat
         assert len(store.items()) == 6
 
 
+def test_a_corrected_gold_file_corrects_the_store_and_back(tmp_path, write, capsys):
+    known = [{**row, "ranks": [1, 2, 3]} for row in rows(3, start=100)]
+    mended = [known[0], *({**row, "responses": row["responses"][::-1], "ranks": [1, 2, 2]} for row in known[1:])]
+    with Store(tmp_path / "labels.db") as store:
+        for content, corrected, ranks in (
+            (known, 0, (1, 2, 3)), (mended, 2, (2, 2, 1)), (mended, 0, (2, 2, 1)), (known, 2, (1, 2, 3)),
+        ):  # fmt: skip
+            files = {"candidates": write("items.jsonl", rows(5)), "gold": write("gold.jsonl", content)}
+            add_items(store, asked(tmp_path, **files))
+            gold = [item.gold_ranks for item in store.items() if item.gold_ranks]
+            assert gold == [(1, 2, 3), ranks, ranks]
+            said = capsys.readouterr().out
+            assert (f"{corrected} gold items corrected" in said) == bool(corrected)
+
+
 def test_max_prompts_draws_with_the_seed(tmp_path, write):
     file = write("items.jsonl", rows(30))
     drawn = []

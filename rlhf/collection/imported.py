@@ -23,6 +23,8 @@ from rlhf.rows.records import Ranking
 OWN = ("labeler_kind", "item", "item_source", "item_tags", "order_shown", "seconds", "guideline_hash", "judged",
        "flags", "comment", "policy", "fingerprint", "sampler", "sampling_seed", "ratings")  # fmt: skip
 """The provenance columns of an exported ranking; a row is one of ours where it has them all."""
+IMPORTED = "import-"
+"""What the submission of an imported judgment begins with."""
 
 
 @dataclass
@@ -114,5 +116,5 @@ def _answer(ranking: Ranking, own: Mapping[str, Any], places: Sequence[int], who
         "seconds": own.get("seconds"), "guideline": own.get("guideline_hash"),
     }  # fmt: skip
     text = json.dumps([whose, sorted(ranks.items()), sorted(ratings.items()), said], sort_keys=True)
-    submission = f"import-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    submission = f"{IMPORTED}{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     return Answer(assignment=0, submission=submission, ranks=ranks, ratings=ratings, **said)

@@ -15,6 +15,7 @@ from rlhf.errors import InputError
 from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings, write_jsonl
 
 USER = {"role": "user", "content": "question q0"}
+PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}
 
 
 @pytest.fixture
@@ -196,6 +197,21 @@ def test_usable_feedback_leaves_as_rankings_kto_rows_and_demonstrations(tmp_path
         assert demonstration["completion"][0]["content"] == "Good day."
 
 
+def test_an_item_that_was_called_bad_has_a_new_answer_that_may_be_imitated(tmp_path):
+    """`label: false` belongs to the verdict that it came with, and to no other."""
+    bad = {"prompt": "q?", "responses": ["bad one", "bad two"], "ranks": [1, 1], "label": False, "labeler": "old"}
+    with Store(tmp_path / "x.db") as store:
+        import_rankings(store, read_rankings([bad, {**PAIR, "labeler": "old"}])[:1], overlap=3)
+        for name, ranks in (("ann", (1, 2)), ("bob", (1, 1))):
+            store.add_annotator(name)
+            (task,) = store.lease(name)
+            store.submit(name, answer(task, ranks, rewrite="A good one."))
+        rankings, demonstrations = made(store, "rankings").rows, made(store, "demonstrations").rows
+        assert {row["labeler"]: row.get("label") for row in rankings} == {"old": False, "ann": None, "bob": None}
+        read = read_demonstrations(demonstrations)
+        assert [talk.messages[-1]["content"] for talk in read] == ["A good one."] * 2
+
+
 # -- cards -------------------------------------------------------------------------------------------------
 
 
@@ -227,8 +243,6 @@ def test_a_name_is_no_markup_in_a_card(tmp_path):
 
 
 # -- import ------------------------------------------------------------------------------------------------
-
-PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}
 
 
 def test_pairs_become_items_and_judgments_of_the_annotator_named(tmp_path):

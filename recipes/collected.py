@@ -94,6 +94,8 @@ def collected(config: CollectedConfig) -> dict[str, Any]:
     from rlhf.run.checkpoint import write_json_atomic
 
     folder = Path(config.output_dir) if config.output_dir is not None else Path(config.store).parent
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder}: is a file; choose another --output_dir")
     with Store(config.store, create=config.verb == "import") as store:
         expired = store.expire()
         changed = {**({"expired": expired} if expired else {}), **_change(config, store)}

@@ -152,6 +152,7 @@ def test_a_name_is_looked_for_as_a_requests_user_too(store):
         (["erase", "--store", "STORE"], "erase: name --person or --annotator"),
         (["erase", "--store", "STORE", "--person", "p", "--annotator", "a"], "erase: name --person or --annotator"),
         (["erase", "--store", "STORE", "--person", "nobody"], "nothing of person nobody is in this store"),
+        (["status", "--store", "STORE", "--output_dir", "STORE"], "labels.db: is a file; choose another --output_dir"),
         (["export", "--store", "STORE", "--licence", "mit\nx: y"], "must be a short name such as cc-by-4.0"),
         (["export", "--store", "STORE", "--format", "demonstrations"], "no rows: "),
     ],

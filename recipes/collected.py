@@ -62,7 +62,7 @@ class CollectedConfig:
     overlap: int = 0
     """import: how many annotators are to judge a new item in all; 0: nobody is asked again."""
     person: str | None = None
-    """erase: the pseudonym whose conversations and feedback go."""
+    """erase: whose conversations and feedback go: the page's name for them, or the `user` of a client's requests."""
 
     def __post_init__(self) -> None:
         for name, verbs in _ONLY.items():
@@ -94,6 +94,8 @@ def collected(config: CollectedConfig) -> dict[str, Any]:
     from rlhf.run.checkpoint import write_json_atomic
 
     folder = Path(config.output_dir) if config.output_dir is not None else Path(config.store).parent
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder}: is a file; choose another --output_dir")
     with Store(config.store, create=config.verb == "import") as store:
         expired = store.expire()
         changed = {**({"expired": expired} if expired else {}), **_change(config, store)}
@@ -130,11 +132,17 @@ def collected(config: CollectedConfig) -> dict[str, Any]:
 def _change(config: CollectedConfig, store: Any) -> dict[str, int]:
     """Import or erase; returns how many rows of what were added or went."""
     if config.verb == "erase":
+        from rlhf.collection.personal import names_of
+
+        who = f"annotator {config.annotator}"
+        if config.person is not None:
+            with store.reading() as db:
+                who = f"person {' or '.join(names_of(db, config.person))}"
         gone = store.erase(person=config.person, annotator=config.annotator)
         if not any(gone.values()):
-            who = f"person {config.person}" if config.person is not None else f"annotator {config.annotator}"
             seen = f"nothing of {who} is in this store, and what was deleted before is overwritten now"
             raise InputError(f"{config.store}: erase: {seen}; check the name")
+        console.stage_line("erase", who)
         return {f"erased_{name}": count for name, count in gone.items()}
     if config.verb == "import":
         from dataclasses import asdict

@@ -15,6 +15,7 @@ address as --link_address.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import socket
 from dataclasses import dataclass, field, replace
@@ -66,8 +67,8 @@ class LabelRecipe(LabelConfig):
     """Rows of `prompt` and `responses` to be ranked, instead of sampling."""
     gold: str | None = None
     """Rankings whose right order is known, mixed in to see how annotators do."""
-    gold_share: float = 0.1
-    """Share of an annotator's items that are gold ones, while there are any."""
+    gold_share: float | None = None
+    """Share of an annotator's items that are gold ones, while there are any; null: the store's, at first 0.1."""
     project: str | None = None
     """YAML file of title, guidelines, criteria and flags; null: the store's last one, or ranking alone."""
     annotators: list[str] = field(default_factory=list)
@@ -80,8 +81,8 @@ class LabelRecipe(LabelConfig):
     """Annotators that judge each item."""
     calibration: int = 0
     """Items, drawn with the seed, that every annotator judges first."""
-    lease_minutes: float = 30.0
-    """Minutes after which an item that nobody submits goes to somebody else."""
+    lease_minutes: float | None = None
+    """Minutes after which an item that nobody submits goes to somebody else; null: the store's, at first 30."""
     seed: int = 0
     """Decides sampling, draws, and the order in which candidates are shown."""
     output_dir: str | None = None
@@ -94,8 +95,9 @@ class LabelRecipe(LabelConfig):
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
-        if not (self.lease_minutes > 0 and self.temperature > 0):
-            raise InputError(f"lease_minutes={self.lease_minutes} and temperature={self.temperature} must be above 0")
+        for name in ("lease_minutes", "temperature"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)} must be above 0, and finite")
         if self.allow_no_token:
             raise InputError("allow_no_token: every annotator has a token here; leave the flag out")
         if self.prompts is not None and self.candidates is not None:
@@ -111,7 +113,7 @@ class LabelRecipe(LabelConfig):
             raise InputError(f"annotators: {twice} is named twice; name each once")
         if self.link_address is not None:
             http_address(self.link_address, "link_address")
-        Plan(seed=self.seed, lease_seconds=60 * self.lease_minutes, gold_share=self.gold_share)
+        self.plan(Plan())
 
     @property
     def sampling(self) -> Sampling:
@@ -120,9 +122,12 @@ class LabelRecipe(LabelConfig):
             temperature=self.temperature, batch_size=self.generation_batch_size, bf16=self.bf16,
         )  # fmt: skip
 
-    @property
-    def plan(self) -> Plan:
-        return Plan(seed=self.seed, lease_seconds=60 * self.lease_minutes, gold_share=self.gold_share)
+    def plan(self, kept: Plan) -> Plan:
+        """Return the store's plan, with what is given here in place of its own."""
+        lease = kept.lease_seconds if self.lease_minutes is None else 60 * self.lease_minutes
+        return replace(
+            kept, lease_seconds=lease, gold_share=kept.gold_share if self.gold_share is None else self.gold_share
+        )
 
 
 def serve(config: LabelRecipe) -> None:
@@ -164,7 +169,8 @@ def named(text: str) -> tuple[str, Kind]:
 
 
 def add_items(store: Store, config: LabelRecipe) -> None:
-    """Put into the store what the config names, unless it was put there before."""
+    """Put into the store what the config names, unless it was put there before, and how it is handed out."""
+    store.set_plan(config.plan(store.plan))
     if config.prompts is None and config.candidates is None and config.gold is None:
         if not store.items():
             seen = f"nothing is to be labelled in {config.store}: check the path, or name --candidates or --prompts"
@@ -172,10 +178,11 @@ def add_items(store: Store, config: LabelRecipe) -> None:
         return
     asked = hashlib.sha256(canonical(asked_for(config))).hexdigest()
     added = store.setting("label.added", [])
+    gold = read_gold(config.gold) if config.gold is not None else []
     if asked in added:
         console.stage_line("items", f"{config.store} has them already")
+        _add_gold(store, gold)  # which may have been corrected in between, and back
         return
-    gold = read_gold(config.gold) if config.gold is not None else []
     items: list[Item] = []
     if config.candidates is not None:
         items = _drawn(read_candidates(config.candidates), config)
@@ -186,13 +193,22 @@ def add_items(store: Store, config: LabelRecipe) -> None:
     check_apart(items, gold)
     if config.calibration > len(items):
         raise InputError(f"calibration={config.calibration}: there are {len(items)} items; lower it")
-    store.set_plan(config.plan)
+    store.set_plan(replace(store.plan, seed=config.seed))
     first = set(random.Random(f"{config.seed}|calibration").sample(range(len(items)), config.calibration))
     store.add_items([items[n] for n in sorted(first)], line="calibration")
     store.add_items([item for n, item in enumerate(items) if n not in first], overlap=config.overlap)
-    store.add_items(gold, line="gold")
+    _add_gold(store, gold)
     store.put_setting("label.added", [*added, asked])
     console.stage_line("items", f"{len(items)} to label, {len(first)} of them for everybody first; {len(gold)} gold")
+
+
+def _add_gold(store: Store, gold: list[Item]) -> None:
+    """Store gold items; those that are there get the ranks that the file has now."""
+    before = {item.id: item.gold_ranks for item in store.items()}
+    store.add_items(gold, line="gold")
+    corrected = sum(item.id in before and before[item.id] != item.gold_ranks for item in store.items())
+    if corrected:
+        console.stage_line("items", f"{corrected} gold items corrected")
 
 
 def asked_for(config: LabelRecipe) -> dict[str, Any]:

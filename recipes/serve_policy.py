@@ -13,6 +13,7 @@ better. There is no TLS: across a network that others use, put a proxy in front.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,8 @@ class ServePolicyRecipe(ServingConfig):
                 raise InputError(f"policies: {name[:90]!r}: use names of 1 to 80 visible characters")
         if self.upstream is not None:
             http_address(self.upstream, "upstream")
-        if not self.upstream_seconds > 0:
-            raise InputError(f"upstream_seconds={self.upstream_seconds} must be above 0")
+        if not 0 < self.upstream_seconds < math.inf:
+            raise InputError(f"upstream_seconds={self.upstream_seconds} must be above 0, and finite")
 
 
 def serve(config: ServePolicyRecipe) -> None:

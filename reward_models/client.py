@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import sys
 
-from reward_models.functions import Texts
+from reward_models.functions import Texts, talks_of
 from rlhf.caller import Caller
-from rlhf.errors import RunStopped, short
+from rlhf.errors import InputError, RunStopped, short
 from rlhf.rows.messages import Messages
 
 LARGEST = sys.float_info.max
+REFUSED = "a scoring server does not take them; score with a local RewardModel, or leave them out"
 
 
 class RewardClient:
@@ -42,16 +43,27 @@ class RewardClient:
         self.__name__ = name  # trainers log a reward function under this name
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
-        """Return normalised scores. Further columns are not sent to the server."""
+        """Return normalised scores. columns: `scored_prompt` and `scored_prefix` change what is read (`talks_of`); the
+        others are not sent. Raises InputError for tools and a chat template's settings, which the server cannot use."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
         if not prompts:
             return []
-        asked = {"prompts": [_plain(p) for p in prompts], "completions": [_plain(c) for c in completions]}
+        for name in ("tools", "chat_template_kwargs"):
+            values = columns.get(name)
+            if isinstance(values, list | tuple) and any(values):
+                raise InputError(f"{self.__name__}: column {name}: {REFUSED}")
+        asked = {"conversations": [self._plain(talk) for talk in talks_of(prompts, completions, columns)]}
         status, text = self.caller.ask("/score", asked, 65536 + 64 * len(completions))
         if status != 200:
             self.caller.refused(status, text)
         return self._scores(text, len(completions))
+
+    def _plain(self, talk: Messages) -> Messages:
+        """Return a conversation without the further fields that a dataset may keep in its messages."""
+        if any(message.get("tool_calls") for message in talk):
+            raise InputError(f"{self.__name__}: messages with tool_calls: {REFUSED}")
+        return [{"role": message["role"], "content": message["content"]} for message in talk]
 
     def _scores(self, text: str, count: int) -> list[float]:
         try:
@@ -65,8 +77,3 @@ class RewardClient:
             if isinstance(score, bool) or not isinstance(score, int | float) or not -LARGEST <= score <= LARGEST:
                 raise RunStopped(f"{self.url}: score {row} is {short(repr(score))}; scores must be finite numbers")
         return [float(score) for score in scores]
-
-
-def _plain(text: str | Messages) -> str | Messages:
-    """Return a prompt or completion without the further fields that a dataset may keep in its messages."""
-    return text if isinstance(text, str) else [{"role": m["role"], "content": m["content"]} for m in text]

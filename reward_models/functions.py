@@ -8,7 +8,7 @@ further columns as keywords. It returns one number per completion, or None where
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 from rlhf.errors import InputError
@@ -29,6 +29,8 @@ NOT_COLUMNS = (
     "environments",
 )
 """Keywords that trainers pass to a reward function besides the dataset's columns."""
+SCORED_PROMPT, SCORED_PREFIX = "scored_prompt", "scored_prefix"
+"""Columns that change what a reward model reads (`talks_of`)."""
 
 
 def response_text(completion: str | Messages) -> str:
@@ -41,6 +43,33 @@ def conversation(prompt: str | Messages, completion: str | Messages) -> Messages
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     return asked + answered
+
+
+def talks_of(prompts: Texts, completions: Texts, columns: Mapping[str, object]) -> list[Messages]:
+    """Join prompts and completions into the conversations that are scored.
+
+    Where the dataset has a column `scored_prompt` (text or messages), it is read in place of the policy's prompt, and
+    where it has `scored_prefix`, that text stands before the response: so a model of whole texts scores continuations
+    of their beginnings. A row whose value is None is read as it is. Raises InputError for values of another kind."""
+    talks = [conversation(p, c) for p, c in zip(prompts, completions, strict=True)]
+    for number, value in _given(columns, SCORED_PROMPT):
+        if not isinstance(value, str | list | tuple):
+            raise InputError(
+                f"column {SCORED_PROMPT}: {value!r} is no text and no messages; write one of them, or null"
+            )
+        talks[number] = conversation(cast("str | Messages", value), completions[number])
+    for number, value in _given(columns, SCORED_PREFIX):
+        if not isinstance(value, str):
+            raise InputError(f"column {SCORED_PREFIX}: {value!r} is no text; write text, or null")
+        *asked, answer = talks[number]
+        talks[number] = [*asked, {**answer, "content": value + answer["content"]}]
+    return talks
+
+
+def _given(columns: Mapping[str, object], name: str) -> Iterator[tuple[int, object]]:
+    """Yield the number and the value of every response that has one in a column."""
+    values = columns.get(name)
+    yield from ((n, v) for n, v in enumerate(values if isinstance(values, list | tuple) else ()) if v is not None)
 
 
 def column_values(function: str, column: str, columns: Mapping[str, object]) -> Sequence[object]:

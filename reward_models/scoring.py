@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.functions import Texts, conversation
+from reward_models.functions import SCORED_PREFIX, Texts, talks_of
 from rlhf import chat, cpu
 from rlhf.errors import InputError
 from rlhf.models import encoders, packing
@@ -202,36 +202,6 @@ def place(model: nn.Module, device: torch.device | str | None) -> None:
     """Move a model to a device; by default the accelerator, where there is one."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     nn.Module.to(model, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
-
-
-SCORED_PROMPT, SCORED_PREFIX = "scored_prompt", "scored_prefix"
-
-
-def talks_of(prompts: Texts, completions: Texts, columns: Mapping[str, object]) -> list[Messages]:
-    """Join prompts and completions into the conversations that are scored.
-
-    Where the dataset has a column `scored_prompt` (text or messages), it is read in place of the policy's prompt, and
-    where it has `scored_prefix`, that text stands before the response: so a model of whole texts scores continuations
-    of their beginnings. A row whose value is None is read as it is. Raises InputError for values of another kind."""
-    talks = [conversation(p, c) for p, c in zip(prompts, completions, strict=True)]
-    for number, value in _given(columns, SCORED_PROMPT):
-        if not isinstance(value, str | list | tuple):
-            raise InputError(
-                f"column {SCORED_PROMPT}: {value!r} is no text and no messages; write one of them, or null"
-            )
-        talks[number] = conversation(cast("str | Messages", value), completions[number])
-    for number, value in _given(columns, SCORED_PREFIX):
-        if not isinstance(value, str):
-            raise InputError(f"column {SCORED_PREFIX}: {value!r} is no text; write text, or null")
-        *asked, answer = talks[number]
-        talks[number] = [*asked, {**answer, "content": value + answer["content"]}]
-    return talks
-
-
-def _given(columns: Mapping[str, object], name: str) -> Iterator[tuple[int, object]]:
-    """Yield the number and the value of every response that has one in a column."""
-    values = columns.get(name)
-    yield from ((n, v) for n, v in enumerate(values if isinstance(values, list | tuple) else ()) if v is not None)
 
 
 def rows_of(columns: Mapping[str, object], count: int) -> list[dict[str, object]]:

@@ -150,6 +150,8 @@ def _messages(value: object, where: str, ends: bool = False) -> Messages:
     if not isinstance(value, list) or not value:
         raise Refused(400, f"{where}: a list of messages is needed, got {_shown(value)}")
     for n, message in enumerate(value):
+        if isinstance(message, dict) and message.get("tool_calls"):
+            raise Refused(400, f"{where}[{n}]: tool_calls are not taken here; score with a local RewardModel")
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise Refused(400, f'{where}[{n}]: write {{"role": ..., "content": "text"}}, got {_shown(message)}')
         if message.get("role") not in ROLES:

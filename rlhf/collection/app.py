@@ -126,12 +126,13 @@ class Api:
         return content
 
     def task(self, task: Task, annotator: Annotator) -> dict[str, Any]:
-        """Write a task as JSON; a person gets no columns, which may hold the right answer, and the name under which the
-        browser keeps the draft."""
+        """Write a task as JSON; a person gets no columns, which may hold the right answer, but the name under which the
+        browser keeps the draft, and after how many seconds the page is to renew the lease."""
         made = task.to_json()
         if annotator.kind == "person":
             told = [self.cookie, annotator.name, made.pop("item"), made.pop("columns"), made["candidates"]]
             made["draft"] = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
+            made["renew_seconds"] = min(300.0, max(1.0, (task.lease_until - self.store.clock()) / 3))
         return made
 
     # --- endpoints ---

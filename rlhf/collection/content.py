@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.collection.assign import FOR_ALL, draw_numbers, give_back
@@ -29,7 +29,8 @@ Db = sqlite3.Connection
 
 
 def add_item(db: Db, item: Item, overlap: int, line: Line, now: float) -> tuple[int, bool]:
-    """Store an item; returns its id, and whether it is new. Raises InputError for one that nobody could judge."""
+    """Store an item; returns its id, and whether it is new. A gold item that is there gets the new ranks.
+    Raises InputError for one that nobody could judge."""
     _check(item, overlap, line)
     there = db.execute("SELECT id, line, overlap FROM items WHERE key = ?", (item.key,)).fetchone()
     if there is not None:
@@ -39,6 +40,8 @@ def add_item(db: Db, item: Item, overlap: int, line: Line, now: float) -> tuple[
         if overlap > there["overlap"] and line not in FOR_ALL:
             db.execute("UPDATE items SET overlap = ? WHERE id = ?", (overlap, there["id"]))
             give_back(db, there["id"])
+        if line == "gold":
+            _correct(db, there["id"], item)
         return int(there["id"]), False
     places = 1 if line in FOR_ALL else overlap
     gold = None if item.gold_ranks is None else json.dumps([float(rank) for rank in item.gold_ranks])
@@ -57,6 +60,22 @@ def add_item(db: Db, item: Item, overlap: int, line: Line, now: float) -> tuple[
         ],
     )
     return int(made.lastrowid or 0), True
+
+
+def _correct(db: Db, id: int, item: Item) -> None:
+    """Give a stored gold item the ranks with which it comes now, whatever the order of its candidates."""
+    places = matched([c.text for c in item.candidates], [c.text for c in candidates(db, id)])
+    ranks = dict(zip(places, item.gold_ranks or (), strict=True))
+    gold = json.dumps([float(ranks[place]) for place in sorted(ranks)])
+    db.execute("UPDATE items SET gold_ranks = ? WHERE id = ?", (gold, id))
+
+
+def matched(responses: Sequence[str], stored: Sequence[str]) -> list[int]:
+    """Return, for each response, the index of the stored candidate with its text; equal texts in their order."""
+    free: dict[str, list[int]] = {}
+    for n, text in enumerate(stored):
+        free.setdefault(text, []).append(n)
+    return [free[text].pop(0) for text in responses]
 
 
 def _check(item: Item, overlap: int, line: Line) -> None:

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, Literal, get_args
 
+from rlhf.collection.imported import IMPORTED
 from rlhf.collection.measured import Snapshot
 from rlhf.collection.personal import Conversation, Feedback
 from rlhf.collection.records import Item, Judgment
@@ -116,9 +117,15 @@ def _of_judgment(item: Item, said: Judgment, kind: str) -> Source:
     }
     texts = tuple(candidate.text for candidate in item.candidates)
     rewrite = said.rewrite if said.rewrite and said.rewrite.strip() else None
-    return Source(
-        item.prompt, texts, said.ranks, rewrite, None, said.annotator, dict(item.columns), provenance, per_response
-    )
+    columns = _columns(item, said)
+    return Source(item.prompt, texts, said.ranks, rewrite, None, said.annotator, columns, provenance, per_response)
+
+
+def _columns(item: Item, said: Judgment) -> Row:
+    """Return an item's own columns: `label`, by which a verdict called all of its responses bad, beside that alone."""
+    verdict = said.submission.startswith(IMPORTED) and len(set(said.ranks or ())) == 1
+    dropped = isinstance(item.columns.get("label"), bool) and not verdict
+    return {name: value for name, value in item.columns.items() if not (dropped and name == "label")}
 
 
 def _said(taken: Snapshot, left_out: Counter[str]) -> Iterator[Source]:

@@ -23,6 +23,8 @@ from rlhf.rows.records import Ranking
 OWN = ("labeler_kind", "item", "item_source", "item_tags", "order_shown", "seconds", "guideline_hash", "judged",
        "flags", "comment", "policy", "fingerprint", "sampler", "sampling_seed", "ratings")  # fmt: skip
 """The provenance columns of an exported ranking; a row is one of ours where it has them all."""
+IMPORTED = "import-"
+"""What the submission of an imported judgment begins with."""
 
 
 @dataclass
@@ -71,19 +73,11 @@ def _add(
     """Store one ranking; returns whether its item is new, and what `assign.record` says of its judgment."""
     item, own = _item(ranking, source)
     id, new = content.add_item(db, item, overlap, "main", now)
-    places = matched(ranking.responses, [candidate.text for candidate in content.candidates(db, id)])
+    places = content.matched(ranking.responses, [candidate.text for candidate in content.candidates(db, id)])
     said = _answer(ranking, own, places, f"{item.key}|{annotator}")
     shown = [places[n] for n in own.get("order_shown", ())]
     created = datetime.fromisoformat(own["judged"]).timestamp() if own else now
     return new, assign.record(db, annotator, id, said, shown, created)
-
-
-def matched(responses: Sequence[str], stored: Sequence[str]) -> list[int]:
-    """Return, for each response, the index of the stored candidate with its text; equal texts in their order."""
-    free: dict[str, list[int]] = {}
-    for n, text in enumerate(stored):
-        free.setdefault(text, []).append(n)
-    return [free[text].pop(0) for text in responses]
 
 
 def _named(ranking: Ranking, annotator: str | None, kind: Kind) -> tuple[str, Kind]:
@@ -122,5 +116,5 @@ def _answer(ranking: Ranking, own: Mapping[str, Any], places: Sequence[int], who
         "seconds": own.get("seconds"), "guideline": own.get("guideline_hash"),
     }  # fmt: skip
     text = json.dumps([whose, sorted(ranks.items()), sorted(ratings.items()), said], sort_keys=True)
-    submission = f"import-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    submission = f"{IMPORTED}{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     return Answer(assignment=0, submission=submission, ranks=ranks, ratings=ratings, **said)

@@ -94,7 +94,8 @@ def _item(ranking: Ranking, source: str) -> Item:
         )
     except InputError as error:
         raise InputError(f"{ranking.where}: {error}" if ranking.where else str(error)) from None
-    columns = {name: value for name, value in ranking.columns.items() if name not in PROVENANCE}
+    verdict = {"label"} if isinstance(ranking.columns.get("label"), bool) else set()  # not the annotators' to come
+    columns = {name: value for name, value in ranking.columns.items() if name not in {*PROVENANCE, *verdict}}
     return Item(list(ranking.prompt), candidates, columns, source)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -54,7 +56,7 @@ class Feedback:
     """
 
     id: str
-    """Drawn once for the submission: a repeat is not stored again."""
+    """Drawn once for what is judged: a repeat is not stored again, something else under it replaces what was there."""
     person: str
     kind: Literal["thumb", "edit", "comparison"]
     conversation: str | None = None
@@ -127,25 +129,35 @@ def put_conversation(db: Db, conversation: Conversation, now: float) -> None:
 
 
 def put_feedback(db: Db, feedback: Feedback, now: float) -> bool:
-    """Store feedback; returns False for an id that is there already. Raises InputError where its conversation is
-    missing or another person's."""
-    there = db.execute("SELECT person FROM feedback WHERE id = ?", (feedback.id,)).fetchone()
-    if there is not None:
-        if there["person"] != feedback.person:
-            raise InputError(f"feedback {feedback.id}: is another person's; draw a new id")
+    """Store feedback, in place of what has its id, and of a person's earlier thumb or vote on the same answers; returns
+    False for a repeat, which changes nothing. Raises InputError where its id is another person's, or its conversation
+    is missing or another person's."""
+    content = json.dumps({name: getattr(feedback, name) for name in _CONTENT})
+    said = (feedback.person, feedback.conversation, feedback.turn, feedback.kind, content, int(feedback.consent))
+    there = db.execute(
+        "SELECT person, conversation, turn, kind, content, consent FROM feedback WHERE id = ?", (feedback.id,)
+    ).fetchone()
+    if there is not None and there["person"] != feedback.person:
+        raise InputError(f"feedback {feedback.id}: is another person's; draw a new id")
+    if there is not None and tuple(there) == said:
         return False
     if feedback.conversation is not None:
         on = db.execute("SELECT person FROM conversations WHERE id = ?", (feedback.conversation,)).fetchone()
         if on is None or on["person"] != feedback.person:
             seen = f"{feedback.conversation} is not stored"
             raise InputError(f"feedback.conversation: {seen}; store it first, or send null")
-    content = {name: getattr(feedback, name) for name in _CONTENT}
+    if feedback.kind != "edit":
+        db.execute(
+            "DELETE FROM feedback WHERE person = ? AND conversation = ? AND turn IS ? AND kind = ?"
+            " AND json_extract(content, '$.responses') = json_extract(?, '$.responses')",
+            said[:5],
+        )
     db.execute(
-        "INSERT INTO feedback (id, person, conversation, turn, kind, content, consent, scrubbed, expires, created)"
+        "INSERT OR REPLACE INTO feedback"
+        " (id, person, conversation, turn, kind, content, consent, scrubbed, expires, created)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (feedback.id, feedback.person, feedback.conversation, feedback.turn, feedback.kind, json.dumps(content),
-         int(feedback.consent), int(feedback.scrubbed), feedback.expires, feedback.created or now),
-    )  # fmt: skip
+        (feedback.id, *said, int(feedback.scrubbed), feedback.expires, feedback.created or now),
+    )
     return True
 
 
@@ -188,15 +200,30 @@ def feedback(db: Db, now: float, usable: bool) -> Iterator[Feedback]:
 # --- erasing --------------------------------------------------------------------------------------------------------
 
 
+def pseudonym(user: str, salt: str) -> str:
+    """Return the name under which what a client calls `user` is kept, and can be erased."""
+    return "user-" + hmac.new(salt.encode(), user.encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def names_of(db: Db, person: str) -> list[str]:
+    """Return the names under which a person may be kept: their own, and as a request's `user` where a server has kept
+    anything here."""
+    row = db.execute("SELECT value FROM settings WHERE name = 'own.person_salt'").fetchone()
+    return [person] if row is None else [person, pseudonym(person, str(json.loads(row["value"])))]
+
+
 def erase_person(db: Db, person: str) -> dict[str, int]:
-    """Delete a person's conversations and feedback, and the items that were made from them with their judgments."""
+    """Delete a person's conversations and feedback, and the items that were made from them with their judgments, under
+    all their names."""
+    names = names_of(db, person)
+    theirs = f"person IN ({', '.join('?' * len(names))})"
     return {
         "feedback": db.execute(
-            "DELETE FROM feedback WHERE person = ? OR conversation IN (SELECT id FROM conversations WHERE person = ?)",
-            (person, person),
+            f"DELETE FROM feedback WHERE {theirs} OR conversation IN (SELECT id FROM conversations WHERE {theirs})",
+            names * 2,
         ).rowcount,
-        "conversations": db.execute("DELETE FROM conversations WHERE person = ?", (person,)).rowcount,
-        "items": db.execute("DELETE FROM items WHERE person = ?", (person,)).rowcount,
+        "conversations": db.execute(f"DELETE FROM conversations WHERE {theirs}", names).rowcount,
+        "items": db.execute(f"DELETE FROM items WHERE {theirs}", names).rowcount,
     }
 
 

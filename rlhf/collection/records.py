@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -255,8 +256,8 @@ class Plan:
     """Share of an annotator's tasks that are gold items, as long as there are any."""
 
     def __post_init__(self) -> None:
-        if not self.lease_seconds > 0:
-            raise InputError(f"lease_seconds={self.lease_seconds} must be above 0")
+        if not 0 < self.lease_seconds < math.inf:
+            raise InputError(f"lease_seconds={self.lease_seconds} must be above 0, and finite")
         if not 0 <= self.gold_share < 1:
             raise InputError(f"gold_share={self.gold_share} must be a share from 0 up to, not including, 1")
 

@@ -211,8 +211,8 @@ class Store:
         """Store items for `overlap` annotators each, and return their ids; one that is there keeps its own, and opens
         to more annotators where `overlap` is larger than it was.
 
-        line: "calibration" and "gold" items go to all annotators, calibration first; an `overlap` of 0 hands an item to
-        nobody."""
+        line: "calibration" and "gold" items go to all annotators, calibration first; a gold item that is there gets the
+        new ranks; an `overlap` of 0 hands an item to nobody."""
         with self.writing() as db:
             return [content.add_item(db, item, overlap, line, self.clock())[0] for item in items]
 
@@ -298,7 +298,8 @@ class Store:
             personal.put_conversation(db, conversation, self.clock())
 
     def add_feedback(self, feedback: Feedback) -> bool:
-        """Store feedback; returns False for a repeat, which is not stored again."""
+        """Store feedback, in place of what has its id, and of a person's earlier thumb or vote on the same answers;
+        returns False for a repeat, which is not stored again."""
         with self.writing() as db:
             return personal.put_feedback(db, feedback, self.clock())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rlhf.errors import InputError
@@ -42,7 +43,7 @@ class ServingConfig(HttpConfig):
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.compare_share <= 1:
             raise InputError(f"compare_share={self.compare_share} must be a share from 0 to 1")
-        if not self.retention_days > 0:
-            raise InputError(f"retention_days={self.retention_days} must be above 0")
+        if not 0 < self.retention_days < math.inf:
+            raise InputError(f"retention_days={self.retention_days} must be above 0, and finite")
         if self.log and self.store is None:
             raise InputError("log: name the --store in which conversations are kept")

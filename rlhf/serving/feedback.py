@@ -26,7 +26,7 @@ class Given:
     """One submission. What is text in it is kept only with consent."""
 
     id: str
-    """Drawn once for the submission: a repeat is stored once."""
+    """Drawn once for what is judged: a repeat is stored once, something else under it replaces what was there."""
     kind: Literal["thumb", "edit", "comparison"]
     consent: bool
     """Whether its sender agreed, beside the button, that the conversation is kept and used for training."""

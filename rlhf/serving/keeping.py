@@ -7,8 +7,6 @@ never enter training.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import secrets
 import time
@@ -16,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from rlhf.collection.personal import pseudonym
 from rlhf.collection.store import Conversation, Feedback, Store
 from rlhf.errors import InputError, RunStopped
 from rlhf.run.http import Refused
@@ -42,7 +41,7 @@ class Keeper:
         if salt is None:
             salt = secrets.token_hex(16)
             self.store.put_setting("person_salt", salt)
-        self._salt = str(salt).encode()
+        self._salt = str(salt)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="keeping")
 
     def close(self) -> None:
@@ -52,9 +51,7 @@ class Keeper:
 
     def pseudonym(self, user: str | None) -> str:
         """Return the name under which what a client calls `user` is kept, and can be erased."""
-        if user is None:
-            return ANONYMOUS
-        return "user-" + hmac.new(self._salt, user.encode(), hashlib.sha256).hexdigest()[:16]
+        return ANONYMOUS if user is None else pseudonym(user, self._salt)
 
     async def expire(self) -> None:
         """Erase what has expired, now and every hour, until cancelled."""

@@ -186,6 +186,8 @@ def test_thumbs_with_reasons_and_consent(driver, stored, screenshot):
         page.click(".send-thumb")
         wait_for(lambda: page.one(".panel") is None)
         assert page.one(".bad").get_attribute("aria-pressed") == "true"
+        with Store(stored) as store:
+            (down,) = store.feedback(usable=False)
         page.click(".good")
         page.click(".agree")
         screenshot(driver, "chat_thumb")
@@ -197,13 +199,45 @@ def test_thumbs_with_reasons_and_consent(driver, stored, screenshot):
         page.click(".use-edit")
         wait_for(lambda: page.texts()[-1] == "sft heard: I am jo@mail.example And more.")
     with Store(stored) as store:
-        down, up, edit = store.feedback(usable=False)
+        up, edit = store.feedback(usable=False)  # the thumb down is taken back
         (talk,) = store.conversations(usable=True)
     assert (down.thumb, down.tags, down.consent, down.responses) == (-1, ("wrong",), False, ("",))
     assert (up.thumb, up.consent, up.responses) == (1, True, ("sft heard: I am [mail]",))
     assert edit.edit == "sft heard: I am [mail] And more."
     assert talk.messages[0]["content"] == "I am [mail]"
     assert len({down.person, up.person, edit.person}) == 1
+
+
+LOSING = """window.posts = 0; const send = window.fetch;
+window.fetch = async (path, settings) => {
+  if (!path.endsWith("v1/feedback")) return send(path, settings);
+  window.posts += 1;
+  const answer = await send(path, settings);
+  if (window.posts === 1) throw new TypeError("lost");
+  return answer;
+};"""
+TWICE = "document.querySelector(arguments[0]).click(); document.querySelector(arguments[0]).click()"
+
+
+@pytest.mark.parametrize(
+    ("setting", "opened", "button"), [("#model", ".good", ".send-thumb"), ("#compare", "", ".better")]
+)
+def test_two_clicks_and_an_answer_that_is_lost_are_one_submission(driver, stored, setting, opened, button):
+    with chat_server(store=stored) as (url, _):
+        page = Page(driver, url)
+        page.click(setting)
+        page.ask("Which?")
+        if opened:
+            page.click(opened)
+        driver.execute_script(LOSING)
+        driver.execute_script(TWICE, button)  # stored, and its answer is lost
+        wait_for(lambda: page.message() != "" and page.one(button).is_enabled())
+        assert driver.execute_script("return window.posts") == 1
+        driver.execute_script(TWICE, button)
+        wait_for(lambda: page.one(button) is None)
+        assert driver.execute_script("return window.posts") == 2
+    with Store(stored) as store:
+        assert len(store.feedback(usable=False)) == 1
 
 
 def test_hostile_texts_stay_texts(driver, complaints):

@@ -232,6 +232,24 @@ def test_every_key_and_what_is_stored(store, url, driver, complaints, screenshot
     assert complaints(driver) == []
 
 
+def test_an_item_stays_with_who_is_at_work_however_short_the_lease(store, driver, complaints):
+    from selenium.webdriver.common.keys import Keys
+
+    store.set_plan(Plan(lease_seconds=3))
+    store.add_items(items(1, k=3))
+    store.add_annotator("ben")
+    with plain(store) as url:
+        page = Page(driver, url, store.invite("anna"))
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            assert store.lease("ben") == ()
+            time.sleep(0.1)
+        page.press(*"123", Keys.ENTER)
+        assert page.text("news") == "All done, thank you!"
+    assert [said.annotator for said in store.judgments()] == ["anna"]
+    assert complaints(driver) == []
+
+
 def test_back_edits_the_last_item_and_goes_on(store, driver, complaints, screenshot):
     from selenium.webdriver.common.keys import Keys
 

@@ -206,7 +206,7 @@ def test_a_person_sees_texts_in_the_order_drawn_and_nothing_of_where_they_came_f
     store.add_items(items(1, k=5))
     anna = Person(url, store.invite("anna"))
     task = anna.next()
-    assert set(task) == {"assignment", "prompt", "candidates", "lease_until", "answer", "draft"}
+    assert set(task) == {"assignment", "prompt", "candidates", "lease_until", "answer", "draft", "renew_seconds"}
     assert task["prompt"] == [{"role": "user", "content": "What is 0?"}]
     held = store.task("anna", task["assignment"])
     assert [shown["text"] for shown in task["candidates"]] == [shown.text for shown in held.candidates]
@@ -287,6 +287,14 @@ def test_who_skips_does_not_get_it_again_and_others_do(store, url):
     assert anna.ask("/api/skip", {"assignment": task["assignment"], "reason": "unsafe; odd"})[0] == 200
     assert anna.next() is None
     assert ben.next()["prompt"] == task["prompt"]
+
+
+@pytest.mark.parametrize(("lease", "renewed"), [(240, 80), (1800, 300), (1, 1)])
+def test_the_page_hears_when_to_renew_the_lease(store, url, lease, renewed):
+    """After a third of it, so that two answers may be lost; a long one after five minutes."""
+    store.set_plan(Plan(lease_seconds=lease))
+    store.add_items(items(1))
+    assert Person(url, store.invite("anna")).next()["renew_seconds"] == renewed
 
 
 def test_an_item_that_went_to_others_is_told_from_a_mistake(store, url, clock):

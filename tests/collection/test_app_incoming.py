@@ -48,6 +48,15 @@ def test_sets_as_people_have_them_are_labelled_again(tmp_path):
     assert min(zip(gold.gold_ranks, texts(gold), strict=True))[1] == "answer 2"
 
 
+def test_an_earlier_verdict_is_left_aside_and_a_label_of_another_kind_stays():
+    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "a"}]
+    other = [talk[0], {"role": "assistant", "content": "b"}]
+    battles = [{"conversation_a": talk, "conversation_b": other, "winner": won} for won in ("both_bad", "model_a")]
+    assert all("label" not in battle.columns for battle in read_candidates(battles))
+    (row,) = read_candidates([{"prompt": "Hi?", "responses": ["a", "b"], "label": "greeting"}])
+    assert row.columns == {"label": "greeting"}
+
+
 def test_repeated_responses_are_left_out_and_counted(caplog):
     rows = [
         {"prompt": "1", "responses": ["a", "b", "a"], "sampling_seed": [1, 2, 3]},

@@ -15,6 +15,7 @@ from rlhf.errors import InputError
 from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings, write_jsonl
 
 USER = {"role": "user", "content": "question q0"}
+PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}
 
 
 @pytest.fixture
@@ -168,6 +169,7 @@ def test_usable_feedback_leaves_as_rankings_kto_rows_and_demonstrations(tmp_path
             Conversation(id="c-1", messages=turns, person="p-1", policy="ppo", fingerprint="f", **agreed)
         )
         store.add_conversation(Conversation(id="c-2", messages=turns, person="p-2"))
+        store.add_conversation(Conversation(id="c-3", messages=turns, person="p-1", **agreed))
         about = {"person": "p-1", "conversation": "c-1", "turn": 1, **agreed}
         for one in (
             Feedback(id="f-1", kind="thumb", thumb=-1, responses=("Hi.",), tags=("rude",), **about),
@@ -175,7 +177,7 @@ def test_usable_feedback_leaves_as_rankings_kto_rows_and_demonstrations(tmp_path
                      **about),
             Feedback(id="f-3", kind="edit", edit="Good day.", responses=("Hi.",), **about),
             Feedback(id="f-4", kind="thumb", thumb=1, responses=("Hi.",), **{**about, "turn": 0}),
-            Feedback(id="f-5", kind="thumb", thumb=1, **about),
+            Feedback(id="f-5", kind="thumb", thumb=1, **{**about, "conversation": "c-3"}),
             Feedback(id="f-6", kind="thumb", thumb=1, responses=("No.",), person="p-2", conversation="c-2", turn=1),
         ):  # fmt: skip
             store.add_feedback(one)
@@ -193,6 +195,21 @@ def test_usable_feedback_leaves_as_rankings_kto_rows_and_demonstrations(tmp_path
         }  # fmt: skip
         (demonstration,) = made(store, "demonstrations").rows
         assert demonstration["completion"][0]["content"] == "Good day."
+
+
+def test_an_item_that_was_called_bad_has_a_new_answer_that_may_be_imitated(tmp_path):
+    """`label: false` belongs to the verdict that it came with, and to no other."""
+    bad = {"prompt": "q?", "responses": ["bad one", "bad two"], "ranks": [1, 1], "label": False, "labeler": "old"}
+    with Store(tmp_path / "x.db") as store:
+        import_rankings(store, read_rankings([bad, {**PAIR, "labeler": "old"}])[:1], overlap=3)
+        for name, ranks in (("ann", (1, 2)), ("bob", (1, 1))):
+            store.add_annotator(name)
+            (task,) = store.lease(name)
+            store.submit(name, answer(task, ranks, rewrite="A good one."))
+        rankings, demonstrations = made(store, "rankings").rows, made(store, "demonstrations").rows
+        assert {row["labeler"]: row.get("label") for row in rankings} == {"old": False, "ann": None, "bob": None}
+        read = read_demonstrations(demonstrations)
+        assert [talk.messages[-1]["content"] for talk in read] == ["A good one."] * 2
 
 
 # -- cards -------------------------------------------------------------------------------------------------
@@ -226,8 +243,6 @@ def test_a_name_is_no_markup_in_a_card(tmp_path):
 
 
 # -- import ------------------------------------------------------------------------------------------------
-
-PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}
 
 
 def test_pairs_become_items_and_judgments_of_the_annotator_named(tmp_path):

@@ -62,6 +62,34 @@ def test_feedback_comes_out_as_it_went_in_and_once(store):
             store.add_feedback(Feedback(id="f-4", person=person, kind="thumb", thumb=1, conversation=conversation))
 
 
+def test_who_changes_their_mind_is_counted_once(store):
+    """By the id, whatever it was sent for; a thumb or vote also by person, conversation, turn and answers."""
+    store.add_conversation(talk("c-1"))
+    store.add_conversation(talk("c-2"))
+    about = {"person": "p-1", "kind": "thumb", "conversation": "c-1", "turn": 1, "responses": ("Hi.",)}
+    voted = {**about, "kind": "comparison", "responses": ("Hé.", "Yo.")}
+    said = [
+        Feedback(id="f-1", thumb=1, **about),
+        Feedback(id="f-2", thumb=-1, **about),
+        Feedback(id="f-3", thumb=1, **{**about, "conversation": "c-2"}),
+        Feedback(id="f-4", thumb=1, **{**about, "conversation": None}),
+        Feedback(id="f-4", thumb=-1, **{**about, "conversation": None}),
+        Feedback(id="f-5", ranks=(1.0, 2.0), **voted),
+        Feedback(id="f-5", ranks=(2.0, 1.0), **voted),
+        Feedback(id="f-8", ranks=(1.0, 1.0), **voted),
+        Feedback(id="f-9", ranks=(1.0, 2.0), **{**voted, "responses": ("Hé.", "No.")}),
+        Feedback(id="f-6", edit="Good day.", **{**about, "kind": "edit"}),
+        Feedback(id="f-7", edit="Good morning.", **{**about, "kind": "edit"}),
+    ]
+    assert [store.add_feedback(one) for one in said] == [True] * len(said)
+    assert store.add_feedback(said[7]) is False
+    kept = {one.id: one.thumb or one.edit or one.ranks for one in store.feedback(usable=False)}
+    assert kept == {
+        "f-2": -1, "f-3": 1, "f-4": -1, "f-8": (1.0, 1.0), "f-9": (1.0, 2.0), "f-6": "Good day.",
+        "f-7": "Good morning.",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

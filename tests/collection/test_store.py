@@ -77,6 +77,14 @@ def test_an_item_that_comes_again_opens_to_more_annotators(store):
     assert [len(store.lease(name, 9)) for name in ("ann", "bob")] == [1, 2]
 
 
+def test_a_gold_item_that_comes_again_is_corrected_whatever_the_order_of_its_candidates(store):
+    stored = item("q", gold_ranks=(1, 2, 3))
+    store.add_items([stored, item("r", gold_ranks=(1, 2, 3))], line="gold")
+    turned = Item(stored.prompt, stored.candidates[::-1], gold_ranks=(1, 2, 2))
+    assert store.add_items([turned], line="gold") == [1]
+    assert [known.gold_ranks for known in store.items()] == [(2, 2, 1), (1, 2, 3)]
+
+
 def test_an_item_is_of_one_line(store):
     store.add_items([item("q")])
     with pytest.raises(InputError, match="item 1: 'question q' is in the store as main, and now comes as gold"):

@@ -19,7 +19,8 @@ from transformers import (
     RobertaModel,
 )
 
-from reward_models.scoring import RewardModel, conversation
+from reward_models.functions import conversation
+from reward_models.scoring import RewardModel
 from reward_models.trainer import RewardConfig, RewardTrainer
 from rlhf import chat
 from rlhf.errors import InputError

@@ -12,6 +12,7 @@ from reference.labelling import answer, item, items
 from trl import is_conversational
 
 from reward_models import RewardModel
+from rlhf.collection.personal import pseudonym
 from rlhf.collection.store import Conversation, Feedback, Plan, Store
 from rlhf.rows.records import read_rankings
 
@@ -127,6 +128,16 @@ def test_who_is_erased_is_in_no_file_and_no_later_export(store, tmp_path):
         assert b"alert(1)" not in content, file.name
 
 
+def test_a_name_is_looked_for_as_a_requests_user_too(store):
+    with Store(store) as opened:
+        opened.put_setting("person_salt", "00ff")
+        user = pseudonym("alice", "00ff")
+        opened.add_conversation(Conversation(id="c-2", messages=[{"role": "user", "content": "Hi"}], person=user))
+    erase = ["erase", "--store", store, "--person", "alice"]
+    assert f"person alice or {user}" in run(*erase).out
+    assert f"nothing of person alice or {user} is in this store" in run(*erase, code=2).err
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -141,6 +152,7 @@ def test_who_is_erased_is_in_no_file_and_no_later_export(store, tmp_path):
         (["erase", "--store", "STORE"], "erase: name --person or --annotator"),
         (["erase", "--store", "STORE", "--person", "p", "--annotator", "a"], "erase: name --person or --annotator"),
         (["erase", "--store", "STORE", "--person", "nobody"], "nothing of person nobody is in this store"),
+        (["status", "--store", "STORE", "--output_dir", "STORE"], "labels.db: is a file; choose another --output_dir"),
         (["export", "--store", "STORE", "--licence", "mit\nx: y"], "must be a short name such as cc-by-4.0"),
         (["export", "--store", "STORE", "--format", "demonstrations"], "no rows: "),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from reference.served import call
 from reference.tiny_chain import save_base
 
 from rlhf import config as configs
-from rlhf.collection.store import Store
+from rlhf.collection.store import Plan, Store
 from rlhf.errors import InputError
 
 label = recipe.load("label")
@@ -54,8 +55,7 @@ def test_everybody_gets_the_calibration_items_first_and_gold_is_mixed_in(tmp_pat
     )  # fmt: skip
     with Store(config.store) as store:
         add_items(store, config)
-        assert store.plan == config.plan
-        assert store.plan.lease_seconds == 300
+        assert store.plan == Plan(seed=7, lease_seconds=300, gold_share=0.5)
         got = {}
         for name in ("anna", "ben", "cleo"):
             store.add_annotator(name)
@@ -80,6 +80,37 @@ def test_the_same_command_adds_nothing_twice_and_another_file_adds_to_it(tmp_pat
         assert len(store.items()) == 6
         add_items(store, asked(tmp_path))
         assert len(store.items()) == 6
+
+
+def test_a_corrected_gold_file_corrects_the_store_and_back(tmp_path, write, capsys):
+    known = [{**row, "ranks": [1, 2, 3]} for row in rows(3, start=100)]
+    mended = [known[0], *({**row, "responses": row["responses"][::-1], "ranks": [1, 2, 2]} for row in known[1:])]
+    with Store(tmp_path / "labels.db") as store:
+        for content, corrected, ranks in (
+            (known, 0, (1, 2, 3)), (mended, 2, (2, 2, 1)), (mended, 0, (2, 2, 1)), (known, 2, (1, 2, 3)),
+        ):  # fmt: skip
+            files = {"candidates": write("items.jsonl", rows(5)), "gold": write("gold.jsonl", content)}
+            add_items(store, asked(tmp_path, **files))
+            gold = [item.gold_ranks for item in store.items() if item.gold_ranks]
+            assert gold == [(1, 2, 3), ranks, ranks]
+            said = capsys.readouterr().out
+            assert (f"{corrected} gold items corrected" in said) == bool(corrected)
+
+
+def test_how_items_are_handed_out_changes_only_where_it_is_asked_for(tmp_path, write):
+    files = {"candidates": write("items.jsonl", rows(2))}
+    with Store(tmp_path / "labels.db") as store:
+        for settings, planned in (
+            ({**files, "seed": 5}, Plan(seed=5, lease_seconds=1800, gold_share=0.1)),
+            ({**files, "seed": 5, "lease_minutes": 4}, Plan(seed=5, lease_seconds=240, gold_share=0.1)),
+            ({"gold_share": 0.0}, Plan(seed=5, lease_seconds=240, gold_share=0.0)),
+            (
+                {"candidates": write("more.jsonl", rows(2, start=5)), "seed": 6},
+                Plan(seed=6, lease_seconds=240, gold_share=0.0),
+            ),
+        ):
+            add_items(store, asked(tmp_path, **settings))
+            assert store.plan == planned
 
 
 def test_max_prompts_draws_with_the_seed(tmp_path, write):
@@ -178,6 +209,9 @@ def test_links_are_made_once_and_end_when_new_ones_are_asked_for(tmp_path, capsy
         ({"annotators": ["anna", "ben", "anna:model"]}, "annotators: anna is named twice"),
         ({"gold_share": 1.0}, "gold_share=1.0"),
         ({"lease_minutes": 0.0}, "lease_minutes=0.0"),
+        ({"lease_minutes": math.inf}, "lease_minutes=inf must be above 0, and finite"),
+        ({"lease_minutes": 1e308}, "lease_seconds=inf must be above 0, and finite"),
+        ({"temperature": math.inf}, "temperature=inf must be above 0, and finite"),
         ({"allow_no_token": True}, "every annotator has a token"),
         ({"link_address": "labels.example.org"}, "link_address"),
     ],

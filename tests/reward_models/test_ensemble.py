@@ -21,7 +21,8 @@ from reward_models.averaging import average_folders
 from reward_models.card.disagreement import disagreement
 from reward_models.card.pairs import scored_pairs
 from reward_models.ensemble import RewardEnsemble, load_scorer
-from reward_models.scoring import RewardModel, conversation
+from reward_models.functions import conversation
+from reward_models.scoring import RewardModel
 from rlhf.errors import InputError
 from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, new_scalar_model
 from rlhf.rows.records import Ranking

@@ -5,14 +5,8 @@ import torch
 from reference.templates import tokenizer_for
 from transformers import AutoModelForSequenceClassification
 
-from reward_models.scoring import (
-    RewardModel,
-    beginning_batches,
-    conversation,
-    length_batches,
-    score_sequences,
-    talks_of,
-)
+from reward_models.functions import conversation, talks_of
+from reward_models.scoring import RewardModel, beginning_batches, length_batches, score_sequences
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models import packing

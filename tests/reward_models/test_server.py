@@ -26,7 +26,7 @@ from reference.tiny_chain import chain
 
 from reward_models import RewardModel
 from reward_models.client import RewardClient
-from reward_models.scoring import conversation
+from reward_models.functions import conversation
 from reward_models.server import Refused, ServerConfig, create_app, read_request, token_counter
 from rlhf.errors import InputError, RunStopped
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
@@ -153,6 +153,27 @@ def test_batches_by_hand():
     assert gate.batches == [["first"], ["aaaa", "bbbb", "cccccc"], ["d"], ["e" * 20], ["f"]]
 
 
+def test_the_client_has_what_the_local_model_reads_scored(reward_model):
+    """Columns that change what is read do so here, too; what cannot reach the server is refused, and never left out."""
+    fixed = [{"role": "user", "content": "Say something."}]
+    columns = {"scored_prompt": [fixed, "Hello?", None, None], "scored_prefix": ["One ", None, "two ", None]}
+    prompts, texts = [fixed, "Hello?", *PROMPTS[2:]], ["One Paris", COMPLETIONS[1], "two Hi", COMPLETIONS[3]]
+    with serving(**of(reward_model)) as url:
+        client = RewardClient(url)
+        assert client(PROMPTS, COMPLETIONS, **columns) == reward_model(prompts, texts)
+        nothing = {"tools": [None, [], "", None], "chat_template_kwargs": [None, {}, None, None]}
+        assert client(PROMPTS, COMPLETIONS, **nothing) == reward_model(PROMPTS, COMPLETIONS)
+        talk = [HELLO, CALL, {"role": "tool", "content": "sunny"}]
+        for prompt, further, named in (
+            ("a", {"tools": [[{"type": "function", "function": {"name": "weather"}}]]}, "column tools"),
+            ("a", {"chat_template_kwargs": [{"enable_thinking": True}]}, "column chat_template_kwargs"),
+            (talk, {}, "messages with tool_calls"),
+            ("a", {"scored_prompt": [talk]}, "messages with tool_calls"),
+        ):
+            with pytest.raises(InputError, match=f"reward_client: {named}: .* score with a local RewardModel"):
+                client([prompt], ["b"], **further)
+
+
 def test_ppo_through_the_server_is_ppo_with_the_model_to_the_last_bit(tmp_path, tiny_model, tiny_tokenizer):
     policy, folder = chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)
     rows = [{"prompt": f"Count to {word}", "answer": word} for word in ("two", "three", "four", "five")]
@@ -222,6 +243,7 @@ def test_work_of_a_client_that_hung_up_is_dropped():
 
 HELLO = {"role": "user", "content": "Hello"}
 HI = {"role": "assistant", "content": "Hi"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "weather"}}]}
 MALFORMED = [
     (b"", 400, "no JSON"),
     (b"{", 400, "no JSON"),
@@ -242,6 +264,7 @@ MALFORMED = [
     ({"conversations": [[HELLO, {"role": "assistant", "content": None}]]}, 400, r"conversations\[0\]\[1\]: write"),
     ({"conversations": [[HELLO, {"role": "robot", "content": "x"}]]}, 400, "role 'robot'; use one of"),
     ({"conversations": [[HELLO, {"role": [], "content": "x"}]]}, 400, "role"),
+    ({"conversations": [[HELLO, CALL, HI]]}, 400, r"conversations\[0\]\[1\]: tool_calls are not taken here"),
     ({"prompts": ["a"], "completions": ["half \ud800"]}, 400, "conversation 1 cannot be encoded"),
     ({"prompts": ["a"], "completions": ["word " * 2000]}, 413, "conversation 1: .* this model reads 512"),
     ({"prompts": ["a"], "completions": ["word " * 90]}, 413, "conversation 1: .* this server takes 300"),
@@ -261,7 +284,7 @@ def test_malformed_requests_are_refused_in_one_line(reward_model):
         assert call(url, path="/scores")[:2] == (404, {"error": "POST /scores: Not Found"})
         assert call(url, method="GET")[:2] == (405, {"error": "GET /score: Method Not Allowed"})
         assert RewardClient(url)(PROMPTS, COMPLETIONS) == reward_model(PROMPTS, COMPLETIONS)
-        with pytest.raises(InputError, match="413: prompts: 9; this server takes 8"):
+        with pytest.raises(InputError, match="413: conversations: 9; this server takes 8"):
             RewardClient(url)(["a"] * 9, ["b"] * 9)
 
 

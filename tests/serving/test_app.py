@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import socket
 import threading
 import time
@@ -220,7 +221,14 @@ def test_a_slow_reader_does_not_hold_others_up():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_rows", 0), ("compare_share", 1.5), ("retention_days", 0), ("max_answer_tokens", 0), ("log", True)],
+    [
+        ("max_rows", 0),
+        ("compare_share", 1.5),
+        ("retention_days", 0),
+        ("retention_days", math.inf),
+        ("max_answer_tokens", 0),
+        ("log", True),
+    ],
 )
 def test_settings_that_cannot_be(field, value):
     with pytest.raises(InputError, match=f"{field}"):

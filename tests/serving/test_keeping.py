@@ -11,12 +11,13 @@ import pytest
 from reference.policy_server import ScriptedEngine, serving
 
 from rlhf.client import Client
+from rlhf.collection.store import Candidate, Item
 from rlhf.errors import InputError
 from rlhf.serving.app import Service
 from rlhf.serving.config import ServingConfig
 from rlhf.serving.feedback import read_feedback
 from rlhf.serving.keeping import Keeper
-from rlhf.serving.wire import Wrong
+from rlhf.serving.wire import Wrong, read_chat
 
 MODELS = {"sft": "f1", "ppo": "f2"}
 ASKED = {"role": "user", "content": "I am jo@mail.example. Why?"}
@@ -170,6 +171,24 @@ def test_a_users_name_is_kept_as_a_pseudonym(tmp_path):
     assert name != kept.pseudonym("ann@mail.example")
     kept.close()
     assert "jo@mail" not in texts_on_disk(tmp_path)
+
+
+def test_a_user_is_erased_by_the_name_that_the_client_sends(tmp_path):
+    kept = keeper(tmp_path, log=True)
+    for user, text in (("alice", "MARK-a"), ("bob", "MARK-b")):
+        body = {"messages": [{"role": "user", "content": text}], "user": user}
+        asyncio.run(kept.logged(read_chat(json.dumps(body).encode()), f"answer-{user}", 1, "sft", ["Yes."]))
+    give(kept, **THUMB | AGREED | {"person": "alice-on-the-page"})
+    review = Item([ASKED], (Candidate("Because."), Candidate("No.")), person=kept.pseudonym("alice"))
+    kept.store.add_items([review])
+    assert kept.store.erase(person="alice") == {"feedback": 0, "conversations": 1, "items": 1}
+    assert {talk.person for talk in kept.store.conversations(usable=False)} == {
+        kept.pseudonym("bob"),
+        "alice-on-the-page",
+    }
+    kept.close()
+    assert "MARK-a" not in texts_on_disk(tmp_path)
+    assert "MARK-b" in texts_on_disk(tmp_path)
 
 
 def test_a_rule_of_ones_own(tmp_path):

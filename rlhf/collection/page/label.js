@@ -8,13 +8,13 @@ import { ask } from "./server.js";
 import { cardOf, criterionOf, flagOf, guidelinesOf, markRank, promptOf } from "./view.js";
 
 const byId = (id) => document.getElementById(id);
-const RENEW = 5 * 60 * 1000; // milliseconds between two words to the server that somebody is still at work
 const SECTIONS = { rewrite: "rewriting", comment: "commenting" };
 
 let project = null; // title, guidelines, criteria, flags
 let now = null; // the item on the screen, and what has been said about it so far
 let busy = false; // a request is under way: keys wait, so that none reaches an item that nobody has seen
 let choosing = false; // the next number is a flag's
+let renewing = null; // the timer by which the server hears that somebody is still at work
 let sure = ""; // the key that asked to be pressed again
 
 // ---------------------------------------------------------------- one item after the other
@@ -198,6 +198,10 @@ function clock() {
   keep();
 }
 
+function renew() {
+  if (now && !now.earlier && !document.hidden) ask("api/renew", { assignment: now.item.assignment }).catch(() => {});
+}
+
 function keep() {
   if (!keepDraft(now.item, { ...now, seconds: elapsed() }))
     tell("This browser keeps no drafts: a reload loses what is not submitted.");
@@ -230,6 +234,8 @@ function showProgress({ done, left }) {
 function show(item, earlier) {
   const start = readDraft(item, project) ?? (item.answer ? judged(item, project) : fresh(item, project));
   now = { ...start, item, earlier, since: document.hidden ? null : performance.now(), opened: new Set() };
+  clearInterval(renewing);
+  renewing = setInterval(renew, 1000 * item.renew_seconds);
   choosing = false;
   byId("away").hidden = true;
   byId("work").hidden = false;
@@ -331,7 +337,7 @@ document.addEventListener("click", (event) => {
 });
 document.addEventListener("visibilitychange", clock);
 addEventListener("pagehide", clock);
-setInterval(() => document.hidden || !now || ask("api/renew", { assignment: now.item.assignment }).catch(() => {}), RENEW);
+document.addEventListener("visibilitychange", renew);
 addEventListener("hashchange", () => work(begin));
 for (const [id, key] of Object.entries(BUTTONS)) byId(id).addEventListener("click", () => busy || !now || ACTIONS[key]());
 for (const [name] of Object.entries(SECTIONS)) {

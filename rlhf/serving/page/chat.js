@@ -1,6 +1,6 @@
 // The chat page: questions, answers as they are written, siblings, comparisons.
 
-import { consent, editPanel, me, thumbPanel, vote } from "./feedback.js";
+import { consent, editPanel, me, once, thumbPanel, vote } from "./feedback.js";
 import { get, Refusal, setToken, stream } from "./server.js";
 import { element, show } from "./text.js";
 import { add, messages, newTree, node, parentOf, path, remove, revived, step } from "./tree.js";
@@ -249,8 +249,8 @@ function drawComparison(question) {
     draw();
   };
   const buttons = answers.map((turn, place) => element("button",
-    { type: "button", class: "main better", disabled: writing, onclick: () => choose(place) }, `${letters[place]} is better`));
-  buttons.push(element("button", { type: "button", class: "same", disabled: writing, onclick: () => choose(null) }, "No difference"));
+    { type: "button", class: "main better", disabled: writing, onclick: () => once(buttons, () => choose(place)) }, `${letters[place]} is better`));
+  buttons.push(element("button", { type: "button", class: "same", disabled: writing, onclick: () => once(buttons, () => choose(null)) }, "No difference"));
   return element("section", { class: "turn" }, element("div", { class: "sides" }, ...sides),
     page.settings.feedback ? label : null, element("div", { class: "actions" }, ...buttons));
 }

@@ -187,8 +187,7 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
         judge = None
         if config.judge:
             judge = target if config.judge == config.model else asker(config, config.judge, answers)
-        phrases = config.refusal_phrases or ()
-        detector = Detector(judge, [phrases] if isinstance(phrases, str) else phrases)
+        detector = Detector(judge, config.refusal_phrases or ())
         results, numbers = attacked(config, cases, target, detector), None
         # begun only now: what was asked is kept elsewhere, and a mistake leaves nothing here to trip over
         if config.attack is not None and policy is not None:

@@ -40,8 +40,8 @@ class Caller:
     """One server, as its client sees it.
 
     token: by default the environment's RLHF_SERVER_TOKEN. timeout: seconds that a call may take in all. retries:
-    further attempts, with growing pauses, after a failed connection, a full queue or a gateway's failure (`BUSY`). kind:
-    what is expected there, and `remedy`, what helps where an answer takes too long: both for errors.
+    further attempts, with growing pauses, after a failed connection, a full queue or a gateway's failure (`BUSY`).
+    kind: what is expected there, and `remedy`, what helps where an answer takes too long: both for errors.
     """
 
     def __init__(self, url: str, token: str | None, timeout: float, retries: int, kind: str, remedy: str) -> None:

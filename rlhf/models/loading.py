@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,8 @@ from rlhf.models.pretrained import (
     saved_rows,
     unreadable,
 )
+
+log = logging.getLogger("rlhf")
 
 # peft uses transformers' older name of this attribute whenever it wraps a model.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -111,7 +114,8 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model to train: full weights, an adapter to continue, or (`lora`) a new adapter.
 
-    The trained adapter is named "default". A model object is used itself, not copied. how: further arguments for
+    The trained adapter is named "default". A model object is used itself, not copied, in its own precision
+    (`in_float32` changes it). how: further arguments for
     transformers' `from_pretrained` (`held_in_4_bits`). Raises InputError for an adapter
     that is not supported, and for `lora` settings that differ from those of the adapter that the model already is.
     """
@@ -133,6 +137,21 @@ def load_policy(
             check_same(lora, loaded, "the model")
         return loaded
     return with_adapter(loaded, lora, seed) if lora is not None else loaded
+
+
+def in_float32(model: Any) -> None:
+    """Hold the weights of a model object that are to be trained in float32, as a folder's are: transformers gives an
+    object in its checkpoint's bfloat16, in which most of a small update is rounded away.
+
+    These are all weights; under an adapter the adapter's (the base stays as it is)."""
+    if isinstance(model, PeftModel):
+        train_in_float32(model)
+    elif is_quantized(model):  # refused, or about to get an adapter
+        return
+    elif half := {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        log.info("the model object's weights are in %s: trained in float32, to which they are converted", names)
+        model.float()
 
 
 def keep_gradients(model: nn.Module) -> None:
@@ -243,8 +262,9 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     (`copy.deepcopy` fails if a trainer has replaced the model's `forward`: the copy then runs the original's weights.)
     """
     twin: Any = type(model)(copy.deepcopy(model.config))
-    twin.to(device=model.device, dtype=model.dtype)
-    twin.load_state_dict(model.state_dict())
+    held = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        tensor.data = held[name].detach().clone()  # each in its own precision: rotary frequencies stay in float32
     return twin
 
 

@@ -26,10 +26,11 @@ from rlhf.models.adapters import (
     drop_input_hooks,
     is_adapter,
     lora_config,
+    train_in_float32,
     trained_tokens,
 )
 from rlhf.models.heads import head_weight
-from rlhf.models.loading import clone, disable_dropout, held_in_4_bits, is_quantized, load_policy
+from rlhf.models.loading import clone, disable_dropout, held_in_4_bits, in_float32, is_quantized, load_policy
 from rlhf.models.pretrained import adapter_weights
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
@@ -90,6 +91,7 @@ def build_actor_critic(
     combinations that cannot work.
     """
     policy = load_policy(model, dtype=dtype, lora=lora, seed=seed, how=how)
+    in_float32(policy)
     if is_quantized(policy) and (value_kind == "separate" or not isinstance(policy, PeftModel)):
         raise InputError(
             "a quantized model is trained through LoRA alone: set lora_rank, with value_model adapter or shared_trunk"
@@ -112,6 +114,7 @@ def build_actor_critic(
         policy.set_adapter(ADAPTERS["policy"])
         policy.set_requires_grad([name for name in ("reference",) if name in policy.peft_config], False)
         policy.set_requires_grad(actor_critic.trained_adapters(policy), True)
+        train_in_float32(policy)
     return actor_critic.train()
 
 
@@ -121,7 +124,10 @@ def _build_reference(
     if ref_model is not None:
         if ref_model is policy:
             raise InputError("ref_model is the policy itself; leave it out, and the trainer keeps a frozen copy")
-        return load_policy(ref_model, dtype=dtype, how=how)
+        reference = load_policy(ref_model, dtype=dtype, how=how)
+        if not isinstance(policy, PeftModel):
+            in_float32(reference)  # what it shares with the policy is to be equal at step 0
+        return reference
     if isinstance(policy, PeftModel):
         _copy_adapter(policy, "reference")
         return None

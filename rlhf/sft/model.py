@@ -15,7 +15,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapter_check import check_config
 from rlhf.models.adapters import base_model, is_adapter, lora_config
-from rlhf.models.loading import held_in_4_bits, load_policy
+from rlhf.models.loading import held_in_4_bits, in_float32, load_policy
 from rlhf.models.pretrained import fit_embeddings
 from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
@@ -42,6 +42,8 @@ def prepare_model(
     dtype = compute_dtype(config.bf16) if frozen_base else torch.float32
     how = held_in_4_bits(model, dtype, frozen_base) if config.load_in_4bit else {}
     policy = load_policy(model, dtype=dtype, how=how)
+    if adapter is None:
+        in_float32(policy)
     if isinstance(policy, PeftModel) and adapter is not None:
         raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
     if config.dropout is not None:

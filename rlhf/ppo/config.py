@@ -90,8 +90,9 @@ class PPOConfig:
     "Value model"
 
     value_model: Literal["separate", "adapter", "shared_trunk"] | None = None
-    """separate: a model of its own; adapter: an adapter on the policy's backbone (needs LoRA); shared_trunk: a head on
-    the policy's own hidden states, one forward for both; null: adapter with LoRA, else separate."""
+    """separate: a model of its own; adapter: an adapter on the policy's backbone (needs LoRA, of the reward model that
+    it starts from too); shared_trunk: a head on the policy's own hidden states, one forward for both; null: adapter
+    where it can be, else separate."""
     value_loss_coef: float = 0.1
     """Weight of the value loss on a shared trunk. Elsewhere it has no effect, because Adam cancels a constant factor:
     set value_learning_rate there."""

@@ -53,7 +53,8 @@ def models_for(
     args: PPOConfig, model: Any, ref_model: Any, value_start: Any, peft_config: LoraConfig | None, dtype: torch.dtype
 ) -> ActorCritic:
     """Build the three models from the settings; a frozen base is held in `dtype`, trained weights in float32."""
-    lora = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    given = copy.deepcopy(peft_config)  # peft writes into it, and a resumed run gets the same object
+    lora = given or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     frozen_base = lora is not None or (isinstance(model, str | Path) and is_adapter(model))
     how = held_in_4_bits(model, dtype, frozen_base) if args.load_in_4bit else {}
     actor_critic = build_actor_critic(

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -231,29 +231,39 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, so that train mode (which gradient checkpointing needs) stays exact.
+    """Set every dropout probability to 0, so that train mode (which gradient checkpointing needs) stays exact."""
+    set_dropouts(model, 0.0)
 
-    Families keep the probabilities in `nn.Dropout`, in float attributes (attention_dropout, attn_dropout, layerdrop
+
+def set_dropouts(model: nn.Module, probability: float, kept: Sequence[str] = ()) -> int:
+    """Set every dropout probability, but those with a word of `kept` in their names; return in how many modules.
+
+    Families keep the probabilities in `nn.Dropout`, in attributes (attention_dropout, attn_dropout, layerdrop
     ...), or read them from their config at every forward (Falcon). Inner modules therefore get their own copy of the
     config, so that the saved one keeps the model's numbers.
     """
-    quiet: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
+    copies: dict[int, PreTrainedConfig] = {}
+    found = 0
+    for path, module in model.named_modules():
+        if any(word in path for word in kept):
+            continue
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        _zero_dropouts(module)
+            module.p = probability
+        found += isinstance(module, nn.Dropout) + _set_attributes(module, probability, kept)
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel | PeftModel):
-            if id(config) not in quiet:
-                quiet[id(config)] = copy.deepcopy(config)
-                _zero_dropouts(quiet[id(config)])
-            module.config = quiet[id(config)]  # type: ignore[assignment]
+            if id(config) not in copies:
+                copies[id(config)] = copy.deepcopy(config)
+                _set_attributes(copies[id(config)], probability, kept)
+            module.config = copies[id(config)]  # type: ignore[assignment]
+    return found
 
 
-def _zero_dropouts(thing: nn.Module | PreTrainedConfig) -> None:
-    for name, value in list(vars(thing).items()):
-        if "drop" in name and isinstance(value, float):
-            setattr(thing, name, 0.0)
+def _set_attributes(thing: nn.Module | PreTrainedConfig, probability: float, kept: Sequence[str]) -> bool:
+    numbers = {name: value for name, value in vars(thing).items() if type(value) in (float, int)}
+    names = [name for name in numbers if "drop" in name and not any(word in name for word in kept)]
+    vars(thing).update(dict.fromkeys(names, probability))  # past a config's checks, where 0 was a whole number
+    return bool(names)
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapter_check import check_config
 from rlhf.models.adapters import base_model, is_adapter, lora_config
-from rlhf.models.loading import held_in_4_bits, in_float32, load_policy
+from rlhf.models.loading import held_in_4_bits, in_float32, load_policy, set_dropouts
 from rlhf.models.pretrained import fit_embeddings
 from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
@@ -97,14 +97,10 @@ def _set_special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of the architecture; the saved config keeps the model's own. Raises InputError without one."""
-    found = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_" not in name:
-            module.p, found = probability, found + 1
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout, found = probability, found + 1
-    if not found:
+    """Set every dropout of the architecture; the saved config keeps the model's own. Raises InputError without one.
+
+    Left as they are: an adapter's own dropout, and layerdrop, which leaves out whole layers."""
+    if not set_dropouts(model, probability, kept=("lora_", "layerdrop")):
         raise InputError(f"dropout={probability}: {type(model).__name__} has no dropout to set; leave it out")
 
 

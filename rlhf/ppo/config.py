@@ -97,16 +97,16 @@ class PPOConfig:
     """Weight of the value loss on a shared trunk. Elsewhere it has no effect, because Adam cancels a constant factor:
     set value_learning_rate there."""
     value_warmup_updates: int = 0
-    """First updates in which only the value model is trained (PPO-max, 2307.04964)."""
+    """First updates in which only the value model is trained (PPO-max, 2307.04964); fewer than updates."""
 
     "KL penalty, advantages and clipping"
 
     kl_coef: float = 0.05
     """beta: the cost of one nat of KL to the reference, in units of the normalised score."""
     kl_target_nats: float | None = None
-    """Adapt kl_coef towards this KL per response (Ziegler et al. 2019); null keeps it fixed."""
+    """Adapt kl_coef, from its value above 0, towards this KL per response (Ziegler et al. 2019); null: it is fixed."""
     kl_horizon: int = 10000
-    """Time scale of the adaptive kl_coef, in responses; larger is slower."""
+    """Time scale of the adaptive kl_coef, in responses; larger is slower. Above a fifth of rollout_size."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
@@ -235,6 +235,13 @@ class PPOConfig:
         _require("pretraining_length", self.pretraining_length, self.pretraining_length >= 2, "at least 2")
         _require("rollouts_ahead", self.rollouts_ahead, self.rollouts_ahead in (0, 1), "0 or 1")
         require_divides("minibatch_size", self.minibatch_size, "rollout_size", self.rollout_size)
+        warm, updates = self.value_warmup_updates, self.updates
+        _require("value_warmup_updates", warm, warm < updates, f"below updates={updates}, or the policy never learns")
+        if self.kl_target_nats is not None:
+            _require("kl_coef", self.kl_coef, self.kl_coef > 0, "positive with kl_target_nats, which multiplies it")
+            least = 0.2 * self.rollout_size  # at most a fifth off per horizon: from here on kl_coef would fall below 0
+            what = f"above {least:g}, a fifth of rollout_size={self.rollout_size}: it is counted in responses"
+            _require("kl_horizon", self.kl_horizon, self.kl_horizon > least, what)
         _require("temperature", self.temperature, self.temperature > 0, "positive: PPO needs a distribution to sample")
         for name in ("learning_rate", "max_grad_norm", "clip_ratio", "clip_value", "adam_epsilon"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")

@@ -140,7 +140,7 @@ def test_warming_up_moves_the_head_alone(tmp_path, folders):
 @BOTH
 def test_it_learns_values(tmp_path, folders):
     trainer = make(
-        tmp_path, folders[0], updates=12, value_kind="shared_trunk", value_loss_coef=1.0, learning_rate=5e-3,
+        tmp_path, folders[0], updates=13, value_kind="shared_trunk", value_loss_coef=1.0, learning_rate=5e-3,
         value_learning_rate=5e-2, missing_eos="off", clip_value=float("inf"), lr_schedule="constant",
         value_warmup_updates=12,
     )  # fmt: skip

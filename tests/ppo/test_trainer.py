@@ -369,6 +369,23 @@ def test_scores_are_normalised_then_clipped_then_the_missing_stop_rules(tmp_path
     np.testing.assert_allclose(scores, np.clip(raw, -4, 4))
 
 
+def test_what_a_function_logs_under_a_name_of_ours_stands_beside_it(tmp_path, full):
+    def numbers(completions, log_metric, log_extra, **columns):
+        for name in ("score", "step", "mine"):
+            log_metric(name, 77.0)
+            log_extra(name, ["a"] * len(completions))
+        return [float(i) for i in range(len(completions))]
+
+    make(tmp_path, full[0], numbers, updates=1, missing_eos="off", preflight=False).train()
+    (row,) = lines(tmp_path, "metrics.jsonl")
+    assert (row["step"], row["score"], row["mine"]) == (1, 5.5, 77.0)
+    assert row["reward_function/score"] == row["reward_function/step"] == 77.0
+    for sample in lines(tmp_path, "samples.jsonl"):
+        assert sample["step"] == 1
+        assert sample["score"] != "a"
+        assert sample["mine"] == sample["reward_function/score"] == sample["reward_function/step"] == "a"
+
+
 def test_functions_weights_columns_and_the_trainers_own_arguments(tmp_path, full):
     calls = []
 

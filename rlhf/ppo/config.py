@@ -45,7 +45,7 @@ class PPOConfig:
     tokens_per_microbatch: int = 16384
     """Padded prompt + response tokens in one forward pass of one process; memory only, never the result."""
     generation_batch_size: int = 256
-    """Responses sampled at once on one process; memory and speed only."""
+    """Responses sampled at once on one process; memory and speed. A run that goes on keeps it."""
     max_prompt_tokens: int = 512
     """Longer prompts are left out, counted and named in the log."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"

@@ -569,8 +569,10 @@ def test_ppo_learns_and_the_kl_coefficient_holds_it_back(tmp_path, full):
         ({"lam": -0.1}, "lam=-0.1 must be between 0 and 1"),
         ({"kl_target_nats": 0.0}, "kl_target_nats=0.0 must be positive or null"),
         ({"kl_target_nats": 6.0, "kl_coef": 0.0}, "kl_coef=0.0 must be positive with kl_target_nats"),
-        ({"kl_target_nats": 6.0, "kl_horizon": 25, "rollout_size": 128},
-         "kl_horizon=25 must be above 25.6, a fifth of rollout_size=128: it is counted in responses"),
+        (
+            {"kl_target_nats": 6.0, "kl_horizon": 25, "rollout_size": 128},
+            "kl_horizon=25 must be above 25.6, a fifth of rollout_size=128: it is counted in responses",
+        ),
         ({"value_warmup_updates": 100}, "value_warmup_updates=100 must be below updates=100"),
         ({"clip_scores": -1.0}, "clip_scores=-1.0 must be positive or null"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0 must be from 0 up to"),

@@ -16,7 +16,7 @@ from rlhf.errors import InputError
 from rlhf.models import encoders
 from rlhf.models.adapter_check import check_held
 from rlhf.models.adapters import is_adapter, lora_config
-from rlhf.models.loading import disable_dropout, held_in_4_bits, with_adapter
+from rlhf.models.loading import disable_dropout, held_in_4_bits, in_float32, with_adapter
 from rlhf.models.scalar import freeze_bias, is_scalar, new_modules, new_scalar_model
 from rlhf.run.precision import compute_dtype
 
@@ -42,6 +42,8 @@ def prepare_model(
     how = held_in_4_bits(model, dtype or torch.float32, dtype is not None) if config.load_in_4bit else {}
     if isinstance(model, nn.Module) and is_scalar(model, config.labels):
         scalar = model
+        if adapter is None:
+            in_float32(scalar)
         if isinstance(model, PeftModel):
             check_held(model)
     else:

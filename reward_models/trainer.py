@@ -101,7 +101,7 @@ class RewardTrainer(trl.RewardTrainer):
         held_out = None if eval_dataset is None else self.read(eval_dataset, HELD_OUT)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
-        given = by_main(lambda: of_run(tokenizer, train, model=model))
+        given = by_main(lambda: of_run(tokenizer, train, peft_config=peft_config, model=model))
         reward_model = prepare_model(model, tokenizer, config, peft_config)
         self._of_encoder = encoders.is_encoder(reward_model.config)
         rate = config.full_learning_rate(self._of_encoder)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -50,6 +51,8 @@ from rlhf.models.pretrained import (
     saved_rows,
     unreadable,
 )
+
+log = logging.getLogger("rlhf")
 
 # peft uses transformers' older name of this attribute whenever it wraps a model.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -111,7 +114,8 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """Load a causal language model to train: full weights, an adapter to continue, or (`lora`) a new adapter.
 
-    The trained adapter is named "default". A model object is used itself, not copied. how: further arguments for
+    The trained adapter is named "default". A model object is used itself, not copied, in its own precision
+    (`in_float32` changes it). how: further arguments for
     transformers' `from_pretrained` (`held_in_4_bits`). Raises InputError for an adapter
     that is not supported, and for `lora` settings that differ from those of the adapter that the model already is.
     """
@@ -133,6 +137,21 @@ def load_policy(
             check_same(lora, loaded, "the model")
         return loaded
     return with_adapter(loaded, lora, seed) if lora is not None else loaded
+
+
+def in_float32(model: Any) -> None:
+    """Hold the weights of a model object that are to be trained in float32, as a folder's are: transformers gives an
+    object in its checkpoint's bfloat16, in which most of a small update is rounded away.
+
+    These are all weights; under an adapter the adapter's (the base stays as it is)."""
+    if isinstance(model, PeftModel):
+        train_in_float32(model)
+    elif is_quantized(model):  # refused, or about to get an adapter
+        return
+    elif half := {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        log.info("the model object's weights are in %s: trained in float32, to which they are converted", names)
+        model.float()
 
 
 def keep_gradients(model: nn.Module) -> None:
@@ -212,29 +231,39 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, so that train mode (which gradient checkpointing needs) stays exact.
+    """Set every dropout probability to 0, so that train mode (which gradient checkpointing needs) stays exact."""
+    set_dropouts(model, 0.0)
 
-    Families keep the probabilities in `nn.Dropout`, in float attributes (attention_dropout, attn_dropout, layerdrop
+
+def set_dropouts(model: nn.Module, probability: float, kept: Sequence[str] = ()) -> int:
+    """Set every dropout probability, but those with a word of `kept` in their names; return in how many modules.
+
+    Families keep the probabilities in `nn.Dropout`, in attributes (attention_dropout, attn_dropout, layerdrop
     ...), or read them from their config at every forward (Falcon). Inner modules therefore get their own copy of the
     config, so that the saved one keeps the model's numbers.
     """
-    quiet: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
+    copies: dict[int, PreTrainedConfig] = {}
+    found = 0
+    for path, module in model.named_modules():
+        if any(word in path for word in kept):
+            continue
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        _zero_dropouts(module)
+            module.p = probability
+        found += isinstance(module, nn.Dropout) + _set_attributes(module, probability, kept)
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel | PeftModel):
-            if id(config) not in quiet:
-                quiet[id(config)] = copy.deepcopy(config)
-                _zero_dropouts(quiet[id(config)])
-            module.config = quiet[id(config)]  # type: ignore[assignment]
+            if id(config) not in copies:
+                copies[id(config)] = copy.deepcopy(config)
+                _set_attributes(copies[id(config)], probability, kept)
+            module.config = copies[id(config)]  # type: ignore[assignment]
+    return found
 
 
-def _zero_dropouts(thing: nn.Module | PreTrainedConfig) -> None:
-    for name, value in list(vars(thing).items()):
-        if "drop" in name and isinstance(value, float):
-            setattr(thing, name, 0.0)
+def _set_attributes(thing: nn.Module | PreTrainedConfig, probability: float, kept: Sequence[str]) -> bool:
+    numbers = {name: value for name, value in vars(thing).items() if type(value) in (float, int)}
+    names = [name for name in numbers if "drop" in name and not any(word in name for word in kept)]
+    vars(thing).update(dict.fromkeys(names, probability))  # past a config's checks, where 0 was a whole number
+    return bool(names)
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
@@ -243,8 +272,9 @@ def clone(model: PreTrainedModel) -> PreTrainedModel:
     (`copy.deepcopy` fails if a trainer has replaced the model's `forward`: the copy then runs the original's weights.)
     """
     twin: Any = type(model)(copy.deepcopy(model.config))
-    twin.to(device=model.device, dtype=model.dtype)
-    twin.load_state_dict(model.state_dict())
+    held = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
+        tensor.data = held[name].detach().clone()  # each in its own precision: rotary frequencies stay in float32
     return twin
 
 

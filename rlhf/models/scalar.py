@@ -123,7 +123,7 @@ def new_scalar_model(
         if isinstance(model, nn.Module) and is_quantized(model):
             raise InputError("reward model: a quantized object can get no head; pass its folder, with load_in_4bit")
         if isinstance(model, nn.Module):
-            scalar = _with_scalar_head(model, labels)
+            scalar = _with_scalar_head(model, labels, dtype)
         elif adapter:
             _provide_scalar_class(config_of(base_of(adapter)))
             scalar = load_base(
@@ -296,13 +296,13 @@ def last_token_scores(
     return head(states.to(cast(Tensor, head.weight).dtype)).squeeze(-1).float()
 
 
-def _with_scalar_head(model: PreTrainedModel, labels: int) -> PreTrainedModel:
+def _with_scalar_head(model: PreTrainedModel, labels: int, dtype: torch.dtype | None) -> PreTrainedModel:
     if is_scalar(model, labels):
         return model
     config = copy.deepcopy(model.config)
     config.num_labels = labels
     _provide_scalar_class(config)
-    scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
+    scalar = AutoModelForSequenceClassification.from_config(config, dtype=dtype or torch.float32).to(model.device)
     # not strict for an encoder: a masked language model may have no pooler, which is drawn
     backbone(scalar).load_state_dict(model.base_model.state_dict(), strict=not encoders.is_encoder(config))
     return scalar

@@ -26,10 +26,11 @@ from rlhf.models.adapters import (
     drop_input_hooks,
     is_adapter,
     lora_config,
+    train_in_float32,
     trained_tokens,
 )
 from rlhf.models.heads import head_weight
-from rlhf.models.loading import clone, disable_dropout, held_in_4_bits, is_quantized, load_policy
+from rlhf.models.loading import clone, disable_dropout, held_in_4_bits, in_float32, is_quantized, load_policy
 from rlhf.models.pretrained import adapter_weights
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
@@ -52,7 +53,8 @@ def models_for(
     args: PPOConfig, model: Any, ref_model: Any, value_start: Any, peft_config: LoraConfig | None, dtype: torch.dtype
 ) -> ActorCritic:
     """Build the three models from the settings; a frozen base is held in `dtype`, trained weights in float32."""
-    lora = peft_config or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    given = copy.deepcopy(peft_config)  # peft writes into it, and a resumed run gets the same object
+    lora = given or lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     frozen_base = lora is not None or (isinstance(model, str | Path) and is_adapter(model))
     how = held_in_4_bits(model, dtype, frozen_base) if args.load_in_4bit else {}
     actor_critic = build_actor_critic(
@@ -84,12 +86,13 @@ def build_actor_critic(
     """Load or copy the three models.
 
     ref_model: None copies the policy. value_model: a reward model; None starts from the policy's trunk with a zero
-    head. value_kind: "separate" (a model of its own), "adapter" (an adapter on the policy's backbone; needs LoRA) or
-    "shared_trunk" (a zero head on the policy's own hidden states: one forward for both); None: "adapter" with LoRA,
-    else "separate". how: further arguments for loading policy and reference (`held_in_4_bits`). Raises InputError for
-    combinations that cannot work.
+    head. value_kind: "separate" (a model of its own), "adapter" (an adapter on the policy's backbone; needs LoRA, of
+    the reward model too) or "shared_trunk" (a zero head on the policy's own hidden states: one forward for both); None:
+    "adapter" where it can be, else "separate". how: further arguments for loading policy and reference
+    (`held_in_4_bits`). Raises InputError for combinations that cannot work.
     """
     policy = load_policy(model, dtype=dtype, lora=lora, seed=seed, how=how)
+    in_float32(policy)
     if is_quantized(policy) and (value_kind == "separate" or not isinstance(policy, PeftModel)):
         raise InputError(
             "a quantized model is trained through LoRA alone: set lora_rank, with value_model adapter or shared_trunk"
@@ -103,7 +106,7 @@ def build_actor_critic(
     if shared:
         value, head = None, _zero_head(policy)
     else:
-        value, head = _build_value(policy, value_model, dtype, own_trunk=value_kind == "separate")
+        value, head = _build_value(policy, value_model, dtype, value_kind)
     actor_critic = ActorCritic(policy, reference, value, head, shared)
     disable_dropout(actor_critic)
     if reference is not None:
@@ -112,6 +115,7 @@ def build_actor_critic(
         policy.set_adapter(ADAPTERS["policy"])
         policy.set_requires_grad([name for name in ("reference",) if name in policy.peft_config], False)
         policy.set_requires_grad(actor_critic.trained_adapters(policy), True)
+        train_in_float32(policy)
     return actor_critic.train()
 
 
@@ -121,7 +125,10 @@ def _build_reference(
     if ref_model is not None:
         if ref_model is policy:
             raise InputError("ref_model is the policy itself; leave it out, and the trainer keeps a frozen copy")
-        return load_policy(ref_model, dtype=dtype, how=how)
+        reference = load_policy(ref_model, dtype=dtype, how=how)
+        if not isinstance(policy, PeftModel):
+            in_float32(reference)  # what it shares with the policy is to be equal at step 0
+        return reference
     if isinstance(policy, PeftModel):
         _copy_adapter(policy, "reference")
         return None
@@ -134,9 +141,9 @@ def _zero_head(policy: Any) -> nn.Linear:
 
 
 def _build_value(
-    policy: Any, source: Any, dtype: torch.dtype | None, own_trunk: bool
+    policy: Any, source: Any, dtype: torch.dtype | None, kind: ValueKind | None
 ) -> tuple[nn.Module | None, nn.Linear]:
-    device, adapted = next(policy.parameters()).device, isinstance(policy, PeftModel) and not own_trunk
+    device, adapted = next(policy.parameters()).device, isinstance(policy, PeftModel) and kind != "separate"
     if source is None:
         if adapted:
             _copy_adapter(policy, "value")
@@ -147,24 +154,29 @@ def _build_value(
         return value, _zero_head(policy)
     scalar: Any
     if isinstance(source, str | Path):
-        scalar, normalizer = load_scalar_model(source, dtype if adapted else None)
         adapter = str(source) if is_adapter(source) else None
+        scalar, normalizer = load_scalar_model(source, dtype if adapted and adapter else None)  # else trained in full
     elif isinstance(source, nn.Module):
         scalar, normalizer, adapter = source, ScoreNormalizer(), None
     else:
         scalar, normalizer, adapter = source.model, source.normalizer, None
+        in_full = not (adapted and isinstance(scalar, PeftModel))
+        if in_full and scalar.dtype != torch.float32 and (folder := getattr(source, "folder", None)):
+            scalar = load_scalar_model(folder)[0]  # what is trained in full does not start from rounded weights
     head = _normalised_head(score_head(scalar), normalizer).to(device)
     if adapted and isinstance(scalar, PeftModel) and _same_base(policy, scalar):
         _take_adapter(policy, scalar, adapter)
         return None, head
-    if isinstance(scalar, PeftModel):
-        if adapted:
-            raise InputError(
-                "value model: a LoRA reward model over another base than the policy's; train both over one base"
-            )
-        trunk = _merged_copy(scalar)  # a value model with its own trunk is trained in full
-    else:
-        trunk = scalar if isinstance(source, str | Path) else clone(scalar)
+    if adapted and isinstance(scalar, PeftModel):
+        raise InputError(
+            "value model: a LoRA reward model over another base than the policy's; train both over one base"
+        )
+    if kind == "adapter":
+        raise InputError("value_model=adapter needs a LoRA reward model; set separate, or train it with lora_rank")
+    if adapted:
+        log.info("value model: a model of its own, trained in full, since the reward model is no adapter")
+    own = isinstance(source, str | Path)
+    trunk = _merged_copy(scalar) if isinstance(scalar, PeftModel) else scalar if own else clone(scalar)
     trunk.float().requires_grad_(True)
     trunk.score.requires_grad_(False)  # replaced by `head`, which also carries the normaliser
     return trunk.to(device), head

@@ -45,7 +45,7 @@ class PPOConfig:
     tokens_per_microbatch: int = 16384
     """Padded prompt + response tokens in one forward pass of one process; memory only, never the result."""
     generation_batch_size: int = 256
-    """Responses sampled at once on one process; memory and speed only."""
+    """Responses sampled at once on one process; memory and speed. A run that goes on keeps it."""
     max_prompt_tokens: int = 512
     """Longer prompts are left out, counted and named in the log."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"
@@ -90,8 +90,9 @@ class PPOConfig:
     "Value model"
 
     value_model: Literal["separate", "adapter", "shared_trunk"] | None = None
-    """separate: a model of its own; adapter: an adapter on the policy's backbone (needs LoRA); shared_trunk: a head on
-    the policy's own hidden states, one forward for both; null: adapter with LoRA, else separate."""
+    """separate: a model of its own; adapter: an adapter on the policy's backbone (needs LoRA, of the reward model that
+    it starts from too); shared_trunk: a head on the policy's own hidden states, one forward for both; null: adapter
+    where it can be, else separate."""
     value_loss_coef: float = 0.1
     """Weight of the value loss on a shared trunk. Elsewhere it has no effect, because Adam cancels a constant factor:
     set value_learning_rate there."""
@@ -103,9 +104,9 @@ class PPOConfig:
     kl_coef: float = 0.05
     """beta: the cost of one nat of KL to the reference, in units of the normalised score."""
     kl_target_nats: float | None = None
-    """Adapt kl_coef towards this KL per response (Ziegler et al. 2019); null keeps it fixed."""
+    """Adapt kl_coef, from its value above 0, towards this KL per response (Ziegler et al. 2019); null: it is fixed."""
     kl_horizon: int = 10000
-    """Time scale of the adaptive kl_coef, in responses; larger is slower."""
+    """Time scale of the adaptive kl_coef, in responses; larger is slower. Above a fifth of rollout_size."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
@@ -234,6 +235,11 @@ class PPOConfig:
         _require("pretraining_length", self.pretraining_length, self.pretraining_length >= 2, "at least 2")
         _require("rollouts_ahead", self.rollouts_ahead, self.rollouts_ahead in (0, 1), "0 or 1")
         require_divides("minibatch_size", self.minibatch_size, "rollout_size", self.rollout_size)
+        if self.kl_target_nats is not None:
+            _require("kl_coef", self.kl_coef, self.kl_coef > 0, "positive with kl_target_nats, which multiplies it")
+            least = 0.2 * self.rollout_size  # at most a fifth off per horizon: from here on kl_coef would fall below 0
+            what = f"above {least:g}, a fifth of rollout_size={self.rollout_size}: it is counted in responses"
+            _require("kl_horizon", self.kl_horizon, self.kl_horizon > least, what)
         _require("temperature", self.temperature, self.temperature > 0, "positive: PPO needs a distribution to sample")
         for name in ("learning_rate", "max_grad_norm", "clip_ratio", "clip_value", "adam_epsilon"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")

@@ -73,6 +73,9 @@ class Run:
         if checkpoint is not None:
             load_checkpoint(trainer, checkpoint)
         else:
+            warm, updates = trainer.args.value_warmup_updates, trainer.args.updates
+            if warm >= updates:
+                log.warning("value_warmup_updates=%d of updates=%d: the policy is not trained", warm, updates)
             check_ppo(trainer)
 
     def __exit__(

@@ -90,7 +90,7 @@ class PPOTrainer:
         start = inputs.value_start(value_model, self.reward_funcs, tokenizer, args)
         self.origin = Origin.of(args, self.accelerator, self.reward_funcs, model, ref_model, start)
         models_given = {"model": model, "ref_model": ref_model, "value_model": start}
-        self.given = by_main(lambda: of_run(tokenizer, self.prompts, self.reward_funcs, **models_given))
+        self.given = by_main(lambda: of_run(tokenizer, self.prompts, self.reward_funcs, peft_config, **models_given))
         self.peft_config, self.reference_given = peft_config, ref_model is not None  # else step 0's KL must be 0
         self.actor_critic = models = build.models_for(args, model, ref_model, start, peft_config, dtype).to(self.device)
         inputs.check_positions(models, self.prompt_ids + self.eval_prompt_ids, args)

@@ -201,6 +201,15 @@ def check_checkpoint(checkpoint: Path, settings: Settings) -> None:
         raise InputError(f"{checkpoint}: made with {named}; use the same, or another output_dir")
 
 
+def awaits_mended(checkpoint: Path) -> bool:
+    """Return whether PPO kept a complete checkpoint when a reward function failed: it names no function, so that the
+    run can go on with a mended one."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        saved = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["settings"]
+        return "rollout_size" in saved and "reward_funcs" not in saved
+    return False
+
+
 def latest_checkpoint(folder: str | Path, settings: Settings) -> Path | None:
     """Return the newest checkpoint to continue from; None if there is none yet.
 

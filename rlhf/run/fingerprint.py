@@ -295,12 +295,33 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(canonical({"core": core, "special": special})).hexdigest()
 
 
+NOT_TRAINED = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+"""Fields of a LoraConfig that peft writes itself, and that change no weight."""
+
+
+def adapter_settings(config: Any) -> str | None:
+    """Write the settings of a LoraConfig that are not peft's defaults; None for no config."""
+    if config is None:
+        return None
+    from peft import LoraConfig
+
+    usual, given = LoraConfig().to_dict(), config.to_dict()
+    told = {name: sorted(value) if isinstance(value, set) else value for name, value in given.items()}
+    return ", ".join(f"{k}={v}" for k, v in told.items() if k not in NOT_TRAINED and (k not in usual or v != usual[k]))
+
+
 def of_run(
-    tokenizer: PreTrainedTokenizerBase, train_dataset: Iterable[object], functions: Iterable[Any] = (), **models: Any
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Iterable[object],
+    functions: Iterable[Any] = (),
+    peft_config: Any = None,
+    **models: Any,
 ) -> Mapping[str, Any]:
     """Describe what a trainer was given, for its checkpoints: another run's are not resumed from."""
+    held = getattr(models.get("model"), "peft_config", None) or {}  # of a PeftModel
     given: dict[str, Any] = {"train_dataset": of_rows(train_dataset), "processing_class": tokenizer_hash(tokenizer)}
     given["chat_template"] = hashlib.sha256(canonical(tokenizer.chat_template)).hexdigest()
     given |= {name: of_model(model) for name, model in models.items()}
+    given["peft_config"] = adapter_settings(peft_config or held.get("default"))
     described = [of_function(function) for function in functions]
     return given | ({"reward_funcs": described} if described else {})

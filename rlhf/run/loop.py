@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,12 @@ class CallbackLoop:
         for of_process in gather_object([self._extra_metrics]):
             for name, values in of_process.items():
                 logged.setdefault(name, []).extend(values)
-        extra = {name: sum(values) / len(values) for name, values in logged.items()}
+        extra = {_apart(name, metrics): sum(values) / len(values) for name, values in logged.items()}
         logs = {**metrics, **extra}
         self.state.log_history.append({"step": step, **logs})
         self.control = self.handler.on_log(self.args, self.state, self.control, logs=dict(logs))
         if self.main and samples:
-            columns = {name: values[: len(samples)] for name, values in self._extra_columns.items()}
+            columns = {_apart(name, samples[0]): values for name, values in self._extra_columns.items()}
             rows = [row | {name: values[i] for name, values in columns.items()} for i, row in enumerate(samples)]
             with self.samples.open("ab") as file:
                 file.writelines(to_line(row, default=str) for row in rows)
@@ -215,6 +215,11 @@ class CallbackLoop:
             with writing.open("xb") as file:  # never through a link that somebody left there
                 file.writelines(line for line in lines_of(self.samples) if _step(line) <= step)
             writing.replace(self.samples)
+
+
+def _apart(name: str, ours: Mapping[str, Any]) -> str:
+    """Return the name under which a reward function's number or column is logged beside the trainer's own."""
+    return f"reward_function/{name}" if name in ours or name == "step" else name
 
 
 def _step(line: bytes) -> float:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf.run.changes import changes
-from rlhf.run.checkpoint import COMPLETE, check_checkpoint, checkpoints_in, latest_checkpoint, plain
+from rlhf.run.checkpoint import COMPLETE, awaits_mended, check_checkpoint, checkpoints_in, latest_checkpoint, plain
 from rlhf.run.owner import by_main
 
 log = logging.getLogger("rlhf")
@@ -43,6 +43,8 @@ def resume_point(folder: str | Path, asked: bool | str | Path | None, settings: 
             same = found.resolve().parent == Path(folder).resolve() and found.name.startswith("checkpoint-")
             set_aside(folder, int(found.name[11:]) if same else 0)
         _tell_of_growth(found, settings)
+        if awaits_mended(found):
+            log.warning("%s was kept when a reward function failed: going on with the functions as they are now", found)
         return found
 
     found = by_main(find)

@@ -27,6 +27,7 @@ from rlhf.run import environment, lock
 from rlhf.run.changes import Change, changes, shown
 from rlhf.run.checkpoint import (
     COMPLETE,
+    awaits_mended,
     checkpoints_in,
     plain,
     prune,
@@ -249,7 +250,8 @@ def drop_checkpoints(folder: str | Path, keep: int = 0) -> None:
 
 
 def stage_changes(folder: str | Path, inputs: Inputs) -> list[Change]:
-    """Return what changed since the stage in ``folder`` began; [] where there is none, or where it can go on (longer).
+    """Return what changed since the stage in ``folder`` began; [] where there is none, or where it can go on: longer,
+    or with a mended reward function.
 
     Raises InputError for a damaged record."""
     folder = Path(folder)
@@ -263,7 +265,10 @@ def stage_changes(folder: str | Path, inputs: Inputs) -> list[Change]:
     extended = [change for change in found if change.grown]
     if record.name == "manifest.json" and not is_resumable(folder):
         return found
-    return [change for change in found if change not in extended]
+    found = [change for change in found if change not in extended]
+    newest = [checkpoint for checkpoint in checkpoints_in(folder) if (checkpoint / COMPLETE).exists()][-1:]
+    only_code = all(change.name.startswith("code.") for change in found)
+    return [] if only_code and any(map(awaits_mended, newest)) else found
 
 
 def is_resumable(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapter_check import check_config
 from rlhf.models.adapters import base_model, is_adapter, lora_config
-from rlhf.models.loading import held_in_4_bits, load_policy
+from rlhf.models.loading import held_in_4_bits, in_float32, load_policy, set_dropouts
 from rlhf.models.pretrained import fit_embeddings
 from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
@@ -42,6 +42,8 @@ def prepare_model(
     dtype = compute_dtype(config.bf16) if frozen_base else torch.float32
     how = held_in_4_bits(model, dtype, frozen_base) if config.load_in_4bit else {}
     policy = load_policy(model, dtype=dtype, how=how)
+    if adapter is None:
+        in_float32(policy)
     if isinstance(policy, PeftModel) and adapter is not None:
         raise InputError("the model is already an adapter: leave out lora_rank and peft_config to continue it")
     if config.dropout is not None:
@@ -95,14 +97,10 @@ def _set_special_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set every dropout of the architecture; the saved config keeps the model's own. Raises InputError without one."""
-    found = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_" not in name:
-            module.p, found = probability, found + 1
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout, found = probability, found + 1
-    if not found:
+    """Set every dropout of the architecture; the saved config keeps the model's own. Raises InputError without one.
+
+    Left as they are: an adapter's own dropout, and layerdrop, which leaves out whole layers."""
+    if not set_dropouts(model, probability, kept=("lora_", "layerdrop")):
         raise InputError(f"dropout={probability}: {type(model).__name__} has no dropout to set; leave it out")
 
 

@@ -88,7 +88,7 @@ class SFTTrainer(trl.SFTTrainer):
         held_out = None if eval_dataset is None else read_demonstrations(eval_dataset, HELD_OUT, config.on_bad_row)
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
-        given = by_main(lambda: of_run(tokenizer, train, model=model))
+        given = by_main(lambda: of_run(tokenizer, train, peft_config=peft_config, model=model))
         model, peft_config = prepare_model(model, tokenizer, config, peft_config)
         config = with_learning_rate(config, adapter=peft_config is not None or isinstance(model, PeftModel))
         log_choice(config.bf16)

@@ -33,6 +33,7 @@ from rlhf.padding import make_batch
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.draw import sample
+from rlhf.sft.model import set_dropout
 
 PROMPTS = [[5, 6, 7], [9], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [30, 31], [9, 8, 7, 6]]
 TWICE = [*PROMPTS, PROMPTS[2]]
@@ -40,6 +41,7 @@ RESPONSES = [[30, 31], [32, 33, 34, 35], [36], [40, 41, 42, 43, 44, 45, 46, 47],
 ROWS = [{"prompt": f"Count to {word}"} for word in ("one", "two", "three", "four", "five", "six")]
 NO_EFFECT = ("k_proj.bias",)  # the same number on every attention score: their softmax doesn't see it
 ALIKE = {"qwen2", "olmo2", "stablelm", "gpt_bigcode", "opt", "cohere"}  # as another one, in all that our code sees
+UNTOLD = ("ernie4_5", "mpt")  # their attention's dropout isn't in the config, or only as a whole number
 FEW = ["gpt2", "gpt_neox", "falcon", "gemma2", "granite"]
 
 
@@ -215,6 +217,31 @@ def test_a_ppo_step(family, tmp_path, tiny_tokenizer, lora, start):
     with torch.no_grad():
         logprobs = module(make_batch(PROMPTS, RESPONSES, 3, "cpu"), 1.0, ("policy",)).logprobs
     check_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval(), logprobs)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in EXPERTS)) for name in [*FAMILIES, *MORE, *EXPERTS]]
+)
+def test_dropout_is_that_of_a_model_whose_config_says_so(name):
+    """Independent: the family built with that probability in its config draws the same at the same seed."""
+    configured, other = new_model(name, 0.4).train(), new_model(name, 0.0).train()
+    for module in [*configured.modules(), *other.modules()]:
+        if hasattr(module, "layerdrop"):
+            module.layerdrop = 0.0
+    ids, found = torch.tensor(PROMPTS[2:3]), []
+    with torch.no_grad():
+        plain = other(ids).logits
+        try:
+            set_dropout(other, 0.4)
+        except InputError:
+            assert torch.equal(configured(ids).logits, plain), "the family has a dropout"
+            return
+        for model in (configured, other):
+            torch.manual_seed(0)
+            found.append(model(ids).logits)
+    assert torch.equal(*found) or name in UNTOLD
+    assert not torch.equal(found[1], plain)
+    assert not any("drop" in field and value == 0.4 for field, value in vars(other.config).items()), "it is saved"
 
 
 @pytest.mark.slow

@@ -131,6 +131,24 @@ def test_a_clone_shares_nothing_even_where_a_trainer_replaced_forward(tiny_model
     assert torch.equal(twin(ids).logits, before)
 
 
+def test_a_clone_keeps_every_tensors_own_precision(tiny_model):
+    """Rotary frequencies are float32 beside weights in bfloat16: rounded, they would turn a copy's positions."""
+    for parameter in tiny_model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    tiny_model.lm_head.weight = tiny_model.get_input_embeddings().weight
+    tiny_model.config.tie_word_embeddings = True
+    twin = models.clone(tiny_model)
+    for one, other in ((tiny_model.named_parameters(), twin.named_parameters()),
+                       (tiny_model.named_buffers(), twin.named_buffers())):  # fmt: skip
+        theirs = dict(other)
+        for name, tensor in one:
+            assert tensor.dtype == theirs[name].dtype, name
+            assert torch.equal(tensor, theirs[name]), name
+            assert tensor.data_ptr() != theirs[name].data_ptr(), name
+    assert twin.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert twin.lm_head.weight is twin.get_input_embeddings().weight
+
+
 def test_folders_that_hold_no_model(tmp_path, tiny_model, tiny_tokenizer):
     with pytest.raises(InputError, match="no such model folder"):
         models.load_policy(tmp_path / "absent")

@@ -302,6 +302,13 @@ def test_the_policy_stands_still_while_the_value_model_warms_up(tmp_path, folder
     assert not all(torch.equal(warm[name], later[name]) for name in warm if not is_value(name))
 
 
+@pytest.mark.parametrize(("warm", "told"), [(1, False), (2, True)])
+def test_a_warm_up_as_long_as_the_run_is_told(tmp_path, folders, caplog, warm, told):
+    trainer = make(tmp_path, folders[0], RewardModel.load(folders[1]), value_warmup_updates=warm, updates=2)
+    trainer.train()
+    assert ("value_warmup_updates=2 of updates=2: the policy is not trained" in caplog.text) == told
+
+
 @pytest.mark.parametrize(
     ("schedule", "warmup", "factors"),
     [("linear", 0, [1, 0.75, 0.5, 0.25]), ("constant", 2, [0.5, 1, 1, 1]), ("linear", 2, [0.5, 1, 1, 0.5]),
@@ -367,6 +374,23 @@ def test_scores_are_normalised_then_clipped_then_the_missing_stop_rules(tmp_path
     np.testing.assert_allclose(scores, np.where(stopped, normal.clip(-1, 1), -3.0), atol=1e-5)
     scores, stopped = run(missing_eos="off", clip_scores=4.0)
     np.testing.assert_allclose(scores, np.clip(raw, -4, 4))
+
+
+def test_what_a_function_logs_under_a_name_of_ours_stands_beside_it(tmp_path, full):
+    def numbers(completions, log_metric, log_extra, **columns):
+        for name in ("score", "step", "mine"):
+            log_metric(name, 77.0)
+            log_extra(name, ["a"] * len(completions))
+        return [float(i) for i in range(len(completions))]
+
+    make(tmp_path, full[0], numbers, updates=1, missing_eos="off", preflight=False).train()
+    (row,) = lines(tmp_path, "metrics.jsonl")
+    assert (row["step"], row["score"], row["mine"]) == (1, 5.5, 77.0)
+    assert row["reward_function/score"] == row["reward_function/step"] == 77.0
+    for sample in lines(tmp_path, "samples.jsonl"):
+        assert sample["step"] == 1
+        assert sample["score"] != "a"
+        assert sample["mine"] == sample["reward_function/score"] == sample["reward_function/step"] == "a"
 
 
 def test_functions_weights_columns_and_the_trainers_own_arguments(tmp_path, full):
@@ -551,6 +575,11 @@ def test_ppo_learns_and_the_kl_coefficient_holds_it_back(tmp_path, full):
         ({"gamma": 1.1}, "gamma=1.1 must be between 0 and 1"),
         ({"lam": -0.1}, "lam=-0.1 must be between 0 and 1"),
         ({"kl_target_nats": 0.0}, "kl_target_nats=0.0 must be positive or null"),
+        ({"kl_target_nats": 6.0, "kl_coef": 0.0}, "kl_coef=0.0 must be positive with kl_target_nats"),
+        (
+            {"kl_target_nats": 6.0, "kl_horizon": 25, "rollout_size": 128},
+            "kl_horizon=25 must be above 25.6, a fifth of rollout_size=128: it is counted in responses",
+        ),
         ({"clip_scores": -1.0}, "clip_scores=-1.0 must be positive or null"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0 must be from 0 up to"),
         ({"lr_schedule": "linaer"}, "lr_schedule='linaer' must be one of linear, cosine, constant"),

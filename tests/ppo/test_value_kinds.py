@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,25 @@ def test_without_a_reward_model_it_is_the_policy_merged_under_a_zero_head(folder
     seen, expected = (m(batch_of(), 1.0, ("value",)).values.detach() for m in (models, shared(folders)))
     np.testing.assert_allclose(seen, expected, atol=1e-5)
     assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("folders", ["full"], indirect=True)
+@pytest.mark.parametrize("given", ["folder", "object"])
+def test_beside_a_full_reward_model_it_is_one_of_its_own_and_not_rounded(tmp_path, folders, caplog, given):
+    """Policy and scoring in bfloat16: what is trained in full starts as it lies in the folder."""
+    source: Any = str(folders[1]) if given == "folder" else RewardModel.load(folders[1], dtype=torch.bfloat16)
+    with caplog.at_level(logging.INFO, "rlhf"):
+        models = prepared_models(folders[0], value_model=source, lora=lora_config(2, 4.0), dtype=torch.bfloat16)
+    told = [line for line in caplog.messages if line.startswith("value model: a model of its own, trained in full")]
+    assert len(told) == 1
+    scalar, normalizer = load_scalar_model(folders[1])
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in scalar.model.parameters())
+    for name, parameter in models.value.model.named_parameters():
+        assert torch.equal(parameter, scalar.model.get_parameter(name)), name
+    assert torch.equal(models.value_head.weight, scalar.score.weight / normalizer.std)
+    with pytest.raises(InputError) as error:
+        prepared_models(folders[0], value_model=source, lora=lora_config(2, 4.0), value_kind="adapter")
+    one_line(error, "value_model=adapter needs a LoRA reward model", "set separate", "lora_rank")
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,33 @@ def test_ppo_with_a_function_and_no_reward_model(tmp_path: Path, base: Path, jud
     assert sample["score"] == pytest.approx(len(sample["response"]) / 10)
     assert manifest(out)["inputs"].get("reward_model") is None
     assert manifest(out)["outputs"]["updates"] == 2
+
+
+def test_ppo_goes_on_with_a_mended_function_and_with_nothing_else_changed(tmp_path: Path, base: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(8)])
+    file, out = tmp_path / "mine.py", tmp_path / "my" / "ppo"
+    flags = ("--model", base, "--reward_functions", f"[{file}:length]", "--train_data", prompts, "--output_dir", out,
+             "--updates", 3, "--rollout_size", 8, "--minibatch_size", 4, "--inner_epochs", 1, "--max_new_tokens", 6,
+             "--save_steps", 1, "--missing_eos", "off", "--preflight", "false")  # fmt: skip
+
+    def ppo(text: str, *more: object) -> recipe.Result:
+        file.write_text(f"def length(completions, calls=[], **columns):\n    {text}\n")
+        for name in [name for name in sys.modules if name.startswith("_rlhf_mine_")]:
+            del sys.modules[name]  # a process of its own would read the file anew
+        return recipe.run("ppo", *flags, *more)
+
+    fine = "return [float(len(text)) for text in completions]"
+    failed = ppo("calls.append(1); return [1.0 if len(calls) < 3 else float('nan') for _ in completions]")
+    assert "length returned nan" in failed.err
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    refused = ppo(fine, "--kl_coef", 0.3)
+    assert refused.code == 2
+    assert "config.kl_coef was 0.05, now 0.3" in refused.err
+    gone_on = ppo(fine)
+    assert gone_on.code == 0, gone_on.err
+    assert "checkpoint-2 was kept when a reward function failed" in " ".join((gone_on.out + gone_on.err).split())
+    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [1, 2, 3]
+    assert "belongs to another run: code." in ppo(f"{fine}[::-1]").err  # it is complete
 
 
 @pytest.mark.parametrize("judged_by", ["function", "reward model"])

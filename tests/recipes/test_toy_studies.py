@@ -168,7 +168,8 @@ TINY_SAFETY = [
     " red_team: 24}",
     "--data.comparisons=24", "--data.max_new_tokens=16",
     "--base.options={hidden_size: 32, layers: 2, heads: 2, learning_rate: 5.0e-3}", "--sft.save_steps=0",
-    "--ppo.updates=2", "--ppo.rollout_size=16", "--ppo.minibatch_size=8", "--ppo.max_new_tokens=16",
+    "--ppo.updates=2", "--ppo.value_warmup_updates=1", "--ppo.rollout_size=16", "--ppo.minibatch_size=8",
+    "--ppo.max_new_tokens=16",
     "--evaluation.max_prompts=8", "--evaluation.best_of=0", "--red_team.max_new_tokens=16",
 ]  # fmt: skip
 CHAINS = {"steps_toy": ("toy_steps.yaml", TINY_STEPS), "safety_toy": ("safety.yaml", TINY_SAFETY)}

@@ -93,7 +93,7 @@ BY_GENERATE: dict[str, dict[str, Any]] = {  # a state instead of a key-value cac
 }
 
 
-def new_model(name: str) -> Any:
+def new_model(name: str, dropout: float = 0.3) -> Any:
     family, sizes = VARIANTS.get(name) or (
         name,
         (FAMILIES | MORE | EXPERTS | BY_GENERATE).get(name) or REFUSED[name][0],
@@ -101,7 +101,7 @@ def new_model(name: str) -> Any:
     config = CONFIG_MAPPING[family](**sizes | {"pad_token_id": 3, "bos_token_id": None, "eos_token_id": 0})
     for field, value in list(vars(config).items()):
         if "drop" in field and isinstance(value, float):
-            setattr(config, field, 0.3)
+            setattr(config, field, dropout)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)

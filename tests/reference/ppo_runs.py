@@ -32,10 +32,11 @@ def make(
 ) -> PPOTrainer:
     value_model = changes.pop("value_model", None)
     eval_rows = changes.pop("eval_rows", None)
+    ref_model = changes.pop("ref_model", None)
     own = {"output_dir": str(folder / "run"), "value_model": changes.pop("value_kind", None)}
     return PPOTrainer(
         model, functions, PPOConfig(**(own | SMALL | changes)), rows, eval_rows,
-        processing_class=tokenizer, value_model=value_model, callbacks=callbacks, engine=engine,
+        processing_class=tokenizer, value_model=value_model, ref_model=ref_model, callbacks=callbacks, engine=engine,
     )  # fmt: skip
 
 

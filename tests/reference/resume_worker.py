@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from reward_models import RewardConfig, RewardModel, RewardTrainer
+from rlhf.models.loading import tokenizer_of
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sft.trainer import SFTConfig, SFTTrainer
 
@@ -38,6 +39,8 @@ def low_share(prompts, completions, completion_ids, **columns):
 
 def make(stage: str, policy: Any, reward_model: Any, folder: Path, callbacks=None, **changes) -> Any:
     """A trainer of `STEPS` steps with a checkpoint every second one."""
+    peft_config = changes.pop("peft_config", None)
+    given = policy if isinstance(policy, torch.nn.Module) else str(policy)
     common = {"output_dir": str(folder), "save_steps": 2, "bf16": False, "learning_rate": 1e-3}
     if stage == "ppo":
         rows = [{"prompt": f"Count to {word}" + ", please" * (i % 3)} for i, word in enumerate(WORDS[:8])]
@@ -47,18 +50,23 @@ def make(stage: str, policy: Any, reward_model: Any, folder: Path, callbacks=Non
         }  # fmt: skip
         functions = [low_share, RewardModel.load(str(reward_model), device="cpu")]
         config = PPOConfig(**common | settings | changes)
-        return PPOTrainer(str(policy), functions, config, rows, callbacks=callbacks)
+        tokenizer = tokenizer_of(given, None)
+        return PPOTrainer(
+            given, functions, config, rows, processing_class=tokenizer, peft_config=peft_config, callbacks=callbacks
+        )
     if stage == "sft":
         rows = [{"prompt": f"Count to {i}", "completion": ", ".join(WORDS[1 : i + 1])} for i in range(1, 9)]
         settings = {"epochs": 2, "batch_size": 4, "microbatch_size": 2, "logging_steps": 1}
-        return SFTTrainer(str(policy), SFTConfig(**common | settings | changes), rows, callbacks=callbacks)
+        return SFTTrainer(
+            given, SFTConfig(**common | settings | changes), rows, peft_config=peft_config, callbacks=callbacks
+        )
     rows = [
         {"prompt": f"Count to {i}", "responses": [", ".join(WORDS[1 : i + 1]), "no", WORDS[i]], "ranks": [1, 3, 2]}
         for i in range(1, 9)
     ]
     settings = {"epochs": 2, "prompts_per_batch": 4, "microbatch_size": 2, "logging_steps": 1}
     config = RewardConfig(**common | settings | changes)
-    return RewardTrainer(str(policy), args=config, train_dataset=rows, callbacks=callbacks)
+    return RewardTrainer(given, args=config, train_dataset=rows, peft_config=peft_config, callbacks=callbacks)
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rlhf.run import fingerprint
-from rlhf.run.fingerprint import data_fingerprint, of_function, of_rows, of_weights
+from rlhf.run.fingerprint import adapter_settings, data_fingerprint, of_function, of_rows, of_run, of_weights
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +142,15 @@ def test_an_object_is_its_class_its_arguments_and_its_weights() -> None:
     assert of_function(one) == told
     assert of_function(Scorer(model, 2.0)) != told
     assert of_function(Scorer(nn.Linear(2, 1))) != told
+
+
+def test_the_settings_of_an_adapter_are_those_that_a_user_gave(tiny_model, tiny_tokenizer) -> None:
+    given = LoraConfig(r=4, lora_alpha=6, target_modules={"v_proj", "q_proj"}, use_dora=True)
+    told = "r=4, target_modules=['q_proj', 'v_proj'], lora_alpha=6, use_dora=True"
+    assert adapter_settings(given) == told
+    tiny_model.name_or_path = "a/folder/that/may/move"
+    adapted = get_peft_model(tiny_model, given)  # which writes into it
+    assert given.base_model_name_or_path == "a/folder/that/may/move"
+    assert of_run(tiny_tokenizer, [], model=adapted)["peft_config"] == told
+    assert adapter_settings(None) is None
+    assert of_run(tiny_tokenizer, [], model="a/hub-id")["peft_config"] is None

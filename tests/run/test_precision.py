@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
 from reference.ppo_runs import make, prepared
+from reference.resume_worker import make as make_stage
+from reference.resume_worker import weights
 from reference.tiny_chain import chain
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reward_models.config import RewardConfig
 from reward_models.config import trl_arguments as reward_arguments
+from rlhf.models import loading as models
+from rlhf.models.adapters import lora_config
 from rlhf.padding import make_batch
 from rlhf.run import precision
 from rlhf.sft.config import SFTConfig
@@ -138,3 +145,51 @@ def test_updates_in_bfloat16(tmp_path, tiny_model, tiny_tokenizer, hardware, lor
     assert {getattr(outputs, name).dtype for name in outputs._fields} == {torch.float32}
     assert len(set(outputs.values[0].tolist())) == 2
     assert outputs.values.bfloat16().float().ne(outputs.values).any(), "values have more than bfloat16's digits"
+
+
+# ---------------------------------------------------------------- model objects
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "trained reward_model", "ppo"])
+def test_an_object_in_bfloat16_is_trained_as_its_folder_is(tmp_path, tiny_model, tiny_tokenizer, caplog, stage):
+    """transformers gives an object in its checkpoint's precision. Independent: the same run from the folder."""
+    start: Any
+    start, rewards = chain(tmp_path, tiny_model.bfloat16(), tiny_tokenizer, lora=False)
+    given = AutoModelForCausalLM.from_pretrained(start)
+    if stage.startswith("trained"):  # only an object is trained further, with its head: here one in float32
+        given = AutoModelForSequenceClassification.from_pretrained(rewards, dtype=torch.bfloat16)
+        start = copy.deepcopy(given).float()
+    assert given.dtype == torch.bfloat16
+    ends = []
+    for model in (start, given):
+        with caplog.at_level(logging.INFO, "rlhf"):
+            trainer = make_stage(stage.split()[-1], model, rewards, tmp_path / f"run{len(ends)}")
+        assert any("bfloat16: trained in float32" in line for line in caplog.messages) == (
+            model is given and stage != "reward_model"  # which copies the weights
+        )
+        trainer.train()
+        ends.append(weights(trainer))
+    if stage == "ppo":
+        assert trainer.state.log_history[0]["kl_nats"] == 0.0
+    assert {tensor.dtype for tensor in ends[0].values()} == {torch.float32}
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_of_an_object_under_an_adapter_only_the_adapter_is_converted(tmp_path, tiny_model, tiny_tokenizer):
+    """A frozen base stays as it is; the adapter of a loaded one may be in bfloat16, too."""
+    chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    adapted = models.load_policy(tmp_path / "base", lora=lora_config(2, 4.0)).bfloat16()
+    for given, lora in ((plain, {"lora_rank": 2}), (adapted, {})):
+        trainer = make(tmp_path, given, tokenizer=tiny_tokenizer, **lora)
+        found = {(p.requires_grad, p.dtype) for p in trainer.actor_critic.policy.parameters() if p.requires_grad}
+        assert found == {(True, torch.float32)}
+        assert {p.dtype for p in trainer.actor_critic.policy.parameters() if not p.requires_grad} >= {torch.bfloat16}
+
+
+def test_a_reference_object_in_bfloat16_is_that_of_its_folder(tmp_path, tiny_model, tiny_tokenizer):
+    folder, _ = chain(tmp_path, tiny_model.bfloat16(), tiny_tokenizer, lora=False)
+    given = AutoModelForCausalLM.from_pretrained(folder)
+    rollout = prepared(make(tmp_path, folder, ref_model=given))
+    assert torch.equal(rollout.logprobs, rollout.reference_logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import pickle
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from reference import ppo_runs, resume_worker
 from reference.resume_worker import make, weights
 from reference.tiny_chain import TARGETS, chain
@@ -21,7 +22,7 @@ from transformers import TrainerCallback
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
 from rlhf.run import lock
-from rlhf.run.checkpoint import checkpoints_in
+from rlhf.run.checkpoint import COMPLETE, checkpoints_in
 
 STAGES = ["sft", "reward_model", "ppo"]
 FEW = ["sft", pytest.param("reward_model", marks=pytest.mark.long), "ppo"]  # which shares its trainer with sft
@@ -156,6 +157,26 @@ def test_the_supervised_stages_refuse_another_model_too(tmp_path, full, stage):
     model.write_bytes(content)
     with pytest.raises(InputError, match=r"checkpoint-2: made with model="):
         make(stage, tmp_path / "copy", full[1], out).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_adapters_settings_are_another_run(tmp_path, full, stage):
+    """peft writes into the config that it is given: the same object goes on, and one from before this was recorded."""
+    out = tmp_path / "out"
+    configs = [LoraConfig(r=2, lora_alpha=alpha, target_modules="all-linear") for alpha in (4, 8)]
+    make(stage, *full, out, [resume_worker.Stop(2)], peft_config=configs[0]).train()
+    with pytest.raises(InputError, match=r'made with peft_config="r=2, .*alpha=4", now "r=2, target') as caught:
+        make(stage, *full, out, peft_config=configs[1]).train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r'peft_config="r=2, .*", now null'):
+        make(stage, *full, out).train(resume_from_checkpoint=True)
+    marker = out / "checkpoint-2" / COMPLETE
+    held = json.loads(marker.read_text())
+    del held["settings"]["peft_config"]
+    for text in (None, json.dumps(held)):
+        if text:
+            marker.write_text(text)
+        make(stage, *full, out, [resume_worker.Stop(2)], peft_config=configs[0]).train(resume_from_checkpoint=True)
 
 
 def test_the_size_of_the_sampled_batch_is_no_setting_without_effect(tmp_path, full):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,29 @@ def test_a_stage_goes_from_absent_to_interrupted_to_complete(tmp_path: Path) -> 
     finish_stage(folder, manifest(inputs=inputs))
     assert stage_state(folder, inputs) == "complete"
     assert latest_checkpoint(folder, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "goes_on"),
+    [
+        ([{"rollout_size": 8}], True),  # PPO kept it when a function failed: it names none
+        ([{"rollout_size": 8, "reward_funcs": ["f 1"]}], False),
+        ([{"rollout_size": 8}, {"rollout_size": 8, "reward_funcs": ["f 1"]}], False),  # the newest counts
+        ([{"epochs": 2}], False),  # of another stage, whose checkpoints never name any
+        ([], False),
+    ],
+)
+def test_another_functions_file_is_another_run_but_where_ppo_waits_for_it(
+    tmp_path: Path, settings: list[dict[str, Any]], goes_on: bool
+) -> None:
+    before = {"config": {"rate": 0.1}, "code": {"f.py:f": "0" * 64}}
+    begin_stage(tmp_path / "ppo", before)
+    for step, held in enumerate(settings, 1):
+        save_checkpoint(tmp_path / "ppo", step, lambda path: (path / "x").touch(), held)
+    mended = {**before, "code": {"f.py:f": "1" * 64}}
+    for inputs, fine in ((mended, goes_on), (mended | {"config": {"rate": 0.2}}, False)):
+        with nullcontext() if fine else pytest.raises(InputError, match="belongs to another run"):
+            assert stage_state(tmp_path / "ppo", inputs) == "interrupted"
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -38,7 +38,7 @@ from reward_models.moderation import (
 )
 from reward_models.preflight import check_reward_model
 from reward_models.trainer import RewardTrainer
-from reward_models.words import MOST_TEXTS, fit_words
+from reward_models.words import drawn_texts, fit_words
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models import encoders
@@ -191,9 +191,9 @@ class ModerationTrainer(RewardTrainer):
 
     @torch.no_grad()
     def fit_head(self) -> None:
-        """Fit the head to the training texts (at most `MOST_TEXTS`, drawn with the seed), in closed form."""
+        """Fit the head to the training texts that `drawn_texts` draws, in closed form."""
         model, data = cast(Any, self.model).eval(), cast(Dataset, self.train_dataset)
-        rows = np.sort(np.random.default_rng(self.config.seed).permutation(len(data))[:MOST_TEXTS])
+        rows = drawn_texts(np.array(data["weight"]), self.config.seed)
         drawn = data.select(rows.tolist())
         windows = [ids for row in drawn["windows"] for ids in row]
         texts = np.repeat(np.arange(len(rows)), [len(row) for row in drawn["windows"]])
@@ -201,7 +201,8 @@ class ModerationTrainer(RewardTrainer):
         with self.accelerator.autocast():
             states = read_states(model, windows, chat.pad_id(self._tokenizer), TOKENS)
         labels = np.where(targets < 0, np.nan, targets)
-        fitted = fit_head(states.double().numpy(), texts, labels, np.array(drawn["weight"]), self.config.seed)
+        weights = np.array(drawn["weight"])
+        fitted = fit_head(states.double().numpy(), texts, labels, weights / weights.mean(), self.config.seed)
         plain = base_model(model)
         head: Any = encoders.last_linear(plain) if self._of_encoder else score_head(plain)
         head.weight.copy_(torch.from_numpy(fitted.weight))
@@ -303,4 +304,5 @@ class ModerationTrainer(RewardTrainer):
             if self.config.reads == "trunk_and_words" and not _internal_call:
                 names = self.config.categories or ()
                 texts, labels = [record.text for record in self._records], labels_of(self._records, names)
-                fit_words(texts, labels, names, self.config.seed).save(folder / WORDS_FILE)
+                weights = np.array(cast(Dataset, self.train_dataset)["weight"])
+                fit_words(texts, labels, names, self.config.seed, weights).save(folder / WORDS_FILE)

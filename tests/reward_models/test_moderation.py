@@ -253,6 +253,24 @@ def test_the_words_logits_are_averaged_with_the_trunks(tmp_path, bert_folder):
         ModerationModel.load(tmp_path)
 
 
+def test_a_labeler_who_weighs_nothing_teaches_nothing(tmp_path, bert_folder):
+    """Neither the head nor the bag of words, though most texts are theirs, and wrong."""
+    good = [LabelledText(record.prompt, record.labels, {"labeler": "good"}) for record in texts(20)]
+    wrong = {record.text: {name: not label for name, label in record.labels.items()} for record in texts(60, 1)}
+    bad = [LabelledText([{"role": "user", "content": text}], wrong[text], {"labeler": "bad"}) for text in wrong]
+    models = []
+    for name, records in (("alone", good), ("both", [*bad, *good])):
+        given = {"trains": "head", "reads": "trunk_and_words", "preflight": False, "learning_rate": None}
+        args = config(tmp_path / name, labeler_weights={"good": 1.0, "bad": 0.0}, categories=["dog", "bird"], **given)
+        trainer = ModerationTrainer(bert_folder, args=args, train_dataset=records)
+        trainer.train()
+        trainer.save_model()
+        models.append(ModerationModel.load(tmp_path / name, device="cpu"))
+    said = [record.text for record in texts(9, 2)]
+    assert models[1].words.logits(said) == pytest.approx(models[0].words.logits(said), abs=1e-9)
+    assert models[1].logits(said) == pytest.approx(models[0].logits(said), abs=1e-5)
+
+
 @LONG
 def test_resuming_is_exact(tmp_path, bert_folder):
     records = texts(16)

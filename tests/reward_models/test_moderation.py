@@ -337,6 +337,9 @@ def test_mistakes(tmp_path, bert_folder):
         ModerationModel.load(bert_folder)
     with pytest.raises(InputError, match="name one or more columns, each once"):
         config(tmp_path, categories=["a", "a"])
+    for name, value in (("lora_rank", 4), ("eval_steps", 2), ("label_smoothing", 0.1)):
+        with pytest.raises(InputError, match=f"{name}={value}: with trains=head no step is taken; set trains to all"):
+            config(tmp_path, trains="head", **{name: value})
 
 
 def test_a_damaged_folder_is_named(tmp_path):

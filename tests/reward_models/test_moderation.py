@@ -217,6 +217,34 @@ def test_a_saved_model_says_what_training_computes(tmp_path, request, kind):
         RewardModel.load(tmp_path / "out")
 
 
+@pytest.mark.parametrize("trunk", ["bert", "llama"])
+def test_a_model_objects_head_is_fitted_or_goes_on(tmp_path, request, trunk):
+    """trains=head fits it, whatever it was; with trains=all a loaded model begins with the logits that it had."""
+    folder, records = request.getfixturevalue(f"{trunk}_folder"), texts(30, longest=8)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    found = {}
+    for name, model in (("folder", folder), ("object", plain)):
+        args = config(tmp_path / name, trains="head", preflight=False)
+        trainer = ModerationTrainer(model, args=args, train_dataset=records, processing_class=load_tokenizer(folder))
+        trainer.train()
+        trainer.save_model()
+        found[name] = ModerationModel.load(tmp_path / name, device="cpu")
+    said = [record.text for record in records]
+    assert found["object"].logits(said) == pytest.approx(found["folder"].logits(said), abs=1e-5)
+    model = found["folder"]
+    assert (trunk == "llama") == any(category.offset for category in model.about.categories)
+    args = config(tmp_path / "on", categories=["dog", "bird"])
+    trainer = ModerationTrainer(model.model, args=args, train_dataset=records, processing_class=model.tokenizer)
+    with torch.no_grad():
+        begun = trainer.scores(trainer.model.eval(), trainer.collator()(list(trainer.train_dataset)))
+    assert begun.double().numpy() == pytest.approx(model.logits(said), abs=1e-5)
+    with pytest.raises(
+        InputError, match="categories: the data's are bird, dog, the model's dog, bird; name the model's"
+    ):
+        ModerationTrainer(model.model, args=config(tmp_path / "on", categories=["bird", "dog"]), train_dataset=records,
+                          processing_class=model.tokenizer)  # fmt: skip
+
+
 @LONG
 def test_words_are_learnt_and_judged(tmp_path, bert_folder):
     args = config(tmp_path / "out", epochs=30, learning_rate=1e-2, texts_per_batch=16, microbatch_size=16)

@@ -84,12 +84,14 @@ def make(config: EnsembleConfig) -> dict[str, Any]:
     if stage.complete:
         return stage.outputs
     held_out = read_rankings(config.eval_data, HELD_OUT) if config.eval_data else []
-    from reward_models.averaging import average_folders
+    from reward_models.averaging import CONFIGS, average_folders
     from reward_models.ensemble import RewardEnsemble, conversations_of
 
     scorer: RewardModel | RewardEnsemble
     if averaged:
         stage.begin()
+        for name in CONFIGS:  # of a run that was killed: the average is made anew
+            (stage.folder / name).unlink(missing_ok=True)
         scorer = average_folders(config.members, stage.folder, config.data)
     else:
         dtype, tokens = compute_dtype(config.bf16), config.tokens_per_microbatch

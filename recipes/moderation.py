@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from reward_models.labelled_texts import LabelledText, apart_from, categories_of, labels_of, read_labelled
 from rlhf import config as configs
 from rlhf.errors import InputError
@@ -46,6 +48,8 @@ class Data:
     held_out: list[LabelledText]
     calibration: list[LabelledText]
     selection: list[LabelledText] | None
+    weights: np.ndarray
+    """Of the texts of `train`, then of `calibration`: how much each counts."""
 
 
 def moderation(config: ModerationRecipe, name: str = "moderation") -> dict[str, Any]:
@@ -94,7 +98,11 @@ def read_data(config: ModerationRecipe) -> Data:
         train, calibration = _split(train, config.calibration_share, config.seed + 1)
     if config.keep_best:
         train, selection = _split(train, 0.1, config.seed + 2)
-    return Data(train, held_out, calibration, selection)
+    from reward_models.encoding import weight_of
+
+    weighed = cast(Any, [*train, *calibration])
+    weights = [weight_of(record, config.labeler_weights, record.where or "train_data") for record in weighed]
+    return Data(train, held_out, calibration, selection, np.array(weights))
 
 
 def one_sided(records: Sequence[LabelledText], categories: Sequence[str]) -> list[str]:
@@ -127,11 +135,11 @@ def measure(config: ModerationRecipe, data: Data, stage: Stage) -> dict[str, Any
     from reward_models.words import fit_words
 
     model = ModerationModel.load(stage.folder, dtype=compute_dtype(config.bf16))
-    model = calibrated(model, data.calibration, config.false_positive_rate)
+    model = calibrated(model, data.calibration, config.false_positive_rate, data.weights[len(data.train) :])
     model.about.save(stage.folder)
     trained_on = [*data.train, *data.calibration]  # the bag of words needs no calibration: it may have all
     texts = [record.text for record in trained_on]
-    bag = fit_words(texts, labels_of(trained_on, model.categories), model.categories, config.seed)
+    bag = fit_words(texts, labels_of(trained_on, model.categories), model.categories, config.seed, data.weights)
     said = model.probabilities([record.text for record in data.held_out])
     words = bag.logits([record.text for record in data.held_out])
     about = {"moderation_model": stage.folder.name, "trunk": config.model, "held out": named(config, data.held_out)}
@@ -139,16 +147,21 @@ def measure(config: ModerationRecipe, data: Data, stage: Stage) -> dict[str, Any
     return write_card(judged, config.false_positive_rate, config.seed, stage.folder, about)
 
 
-def calibrated(model: ModerationModel, records: Sequence[LabelledText], wanted: float) -> ModerationModel:
-    """Fit each category's scale and shift to held-out texts, and choose its threshold there."""
+def calibrated(
+    model: ModerationModel, records: Sequence[LabelledText], wanted: float, weights: np.ndarray | None = None
+) -> ModerationModel:
+    """Fit each category's scale and shift to held-out texts, and choose its threshold there. weights: of the texts, of
+    which those that weigh 0 count nothing; null: all weigh the same."""
     from reward_models.thresholds import calibrate, threshold_for
 
+    weights = np.ones(len(records)) if weights is None else weights
+    weights = weights * np.count_nonzero(weights) / (weights.sum() or 1.0)  # 1 on average, as in training
     labels, logits = labels_of(records, model.categories), model.logits([record.text for record in records])
     categories = []
     for n, category in enumerate(model.about.categories):
-        known = labels[:, n] >= 0  # NaN is not
-        fitted = calibrate(logits[known, n], labels[known, n])
-        chosen = threshold_for(fitted(logits[known, n]), labels[known, n], wanted)
+        known = (labels[:, n] >= 0) & (weights > 0)  # NaN is not
+        fitted = calibrate(logits[known, n], labels[known, n], weights[known])
+        chosen = threshold_for(fitted(logits[known, n]), labels[known, n], wanted, weights[known])
         counted = {"flagged": chosen.flagged, "negatives": chosen.negatives}
         categories.append(replace(category, scale=fitted.scale, shift=fitted.shift, threshold=chosen.value, **counted))
     return model.with_categories(categories, wanted)

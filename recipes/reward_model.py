@@ -146,8 +146,11 @@ def clean(stage: Stage, keep_seeds: bool) -> None:
 
 
 def read_data(config: RewardRecipe) -> Splits[Ranking]:
-    """Rankings, split by prompt where no file is named."""
+    """Rankings, split by prompt where no file is named. All seeds are chosen by the same prompts of the selection."""
     data = read_splits(config, read_rankings, config.keep_best or bool(config.seeds))
+    from reward_models.encoding import sample
+
+    data = replace(data, selection=data.selection and sample(data.selection, config))
     if config.sizes and max(config.sizes) >= _prompts(data.train):
         raise InputError(
             f"sizes: {max(config.sizes)} is not below the {_prompts(data.train)} training prompts; leave it out"

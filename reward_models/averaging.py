@@ -29,10 +29,13 @@ from rlhf.models.adapters import is_adapter
 from rlhf.models.pretrained import adapter_weights, base_of
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.rows.sources import Source
+from rlhf.run.checkpoint import remove
 from rlhf.run.fingerprint import of_path, tokenizer_hash
 
 Named = Mapping[str, Tensor]
 
+CONFIGS = ("config.json", "adapter_config.json")
+"""One of these is in a folder that holds a model."""
 ALIKE = 0.5
 """Least cosine between the weights of two members: above it they can have begun from one model (fine-tuning moves a
 trunk by a few per cent, a head by more), far below it (unrelated weights have about 0) they cannot."""
@@ -44,12 +47,13 @@ def average_folders(folders: Sequence[str | Path], out: str | Path, responses: S
     """Average reward models into the folder `out`, measure its normaliser on `responses`, and return it loaded.
 
     folders: full models, or LoRA adapters over one base. responses: rankings or demonstrations. Raises InputError
-    where the members' kinds, tokenizers, bases, shapes or heads differ, or `out` holds a model already.
+    where the members' kinds, tokenizers, bases, shapes or heads differ, or `out` holds a model already. A call that was
+    killed leaves no half of one there.
     """
     names = [str(folder) for folder in folders]
     if len(names) < 2:
         raise InputError(f"average: got {len(names)} reward models; give at least two")
-    if any(Path(out, name).exists() for name in ("config.json", "adapter_config.json")):
+    if any(Path(out, name).exists() for name in CONFIGS):
         raise InputError(f"average: {out} holds a model already; name a new folder")
     kinds = ["an adapter" if is_adapter(name) else "a full model" for name in names]
     for name, kind in zip(names, kinds, strict=True):
@@ -57,14 +61,17 @@ def average_folders(folders: Sequence[str | Path], out: str | Path, responses: S
             raise InputError(f"average: {names[0]} is {kinds[0]} and {name} {kind}; give models of one kind")
     tokenizer = _shared_tokenizer(names)
     conversations = conversations_of(responses)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    (_average_adapters if kinds[0] == "an adapter" else _average_full)(names, Path(out))
-    tokenizer.save_pretrained(str(out))
-    ScoreNormalizer().save(out)  # without one it would be read as another library's reward model
-    average = RewardModel.load(out)
-    average.normalizer = measured(average, conversations)
-    average.normalizer.save(out)
-    return average
+    made = Path(out, ".average.writing")
+    remove(made)  # of a killed call
+    made.mkdir(parents=True)
+    (_average_adapters if kinds[0] == "an adapter" else _average_full)(names, made)
+    tokenizer.save_pretrained(str(made))
+    ScoreNormalizer().save(made)  # without one it would be read as another library's reward model
+    measured(RewardModel.load(made), conversations).save(made)
+    for file in sorted(made.iterdir(), key=lambda file: file.name in CONFIGS):  # last what a model is known by
+        file.replace(Path(out, file.name))
+    made.rmdir()
+    return RewardModel.load(out)
 
 
 def _shared_tokenizer(names: Sequence[str]) -> Any:

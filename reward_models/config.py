@@ -289,7 +289,7 @@ class ModerationConfig(RewardConfig):
     "Loss"
 
     label_smoothing: float = 0.0
-    """Assumed probability that a label is wrong (below 0.5), for noisy labels."""
+    """Assumed probability that a label is wrong (below 0.5), for noisy labels, with trains=all."""
     labeler_weights: dict[str, float] | None = None
     """Weight of each labeler's texts, {name: weight}, found by the column `labeler` and multiplied by the column
     `weight`; null: all labelers count the same."""
@@ -305,7 +305,7 @@ class ModerationConfig(RewardConfig):
         super().__post_init__()
         if self.categories is not None and (not self.categories or len(set(self.categories)) < len(self.categories)):
             raise InputError(f"categories={self.categories}: name one or more columns, each once; or leave it out")
-        for name in ("lora_rank", "keep_best", "eval_steps"):
+        for name in ("lora_rank", "keep_best", "eval_steps", "label_smoothing"):
             if self.trains == "head" and getattr(self, name):
                 raise InputError(f"{name}={getattr(self, name)}: with trains=head no step is taken; set trains to all")
         if self.max_length < 16:

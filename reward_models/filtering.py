@@ -102,11 +102,11 @@ def _answered(prompt: Messages, response: Any) -> Messages:
 
 def moderation_score(moderator: Moderator, flagged: float = -1.0) -> Callable[..., list[float]]:
     """Make a reward function (trl's signature): `flagged` for a response that is flagged together with its prompt, else
-    0."""
+    0. A guard gets the two as messages, as from `divide`."""
 
     def moderation(prompts: Texts, completions: Texts, **columns: object) -> list[float]:
-        talks = [text_of(conversation(p, c)) for p, c in zip(prompts, completions, strict=True)]
-        return [flagged if any(verdict.flagged.values()) else 0.0 for verdict in _checked(moderator(talks), len(talks))]
+        talks = [conversation(p, c) for p, c in zip(prompts, completions, strict=True)]
+        return [flagged if flagged_by(verdicts) else 0.0 for verdicts in verdicts_of(talks, moderator)]
 
     return moderation
 

@@ -37,8 +37,9 @@ from reward_models.moderation import (
     windows_of,
 )
 from reward_models.preflight import check_reward_model
+from reward_models.scoring import CATEGORIES_FILE
 from reward_models.trainer import RewardTrainer
-from reward_models.words import MOST_TEXTS, fit_words
+from reward_models.words import drawn_texts, fit_words
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models import encoders
@@ -127,6 +128,18 @@ class TextCollator:
         }
 
 
+def _offsets_of(model: Any, config: ModerationConfig) -> Tensor:
+    """Return what the folder that a model object was loaded from adds to its head's numbers; 0 where it says nothing.
+    Raises InputError where that folder's categories are others, or stand in another order."""
+    if not model.name_or_path or not Path(model.name_or_path, CATEGORIES_FILE).is_file():
+        return torch.zeros(config.labels)
+    held = About.read(model.name_or_path)
+    if held.names != config.categories:
+        seen = f"the data's are {', '.join(config.categories or ())}, the model's {', '.join(held.names)}"
+        raise InputError(f"categories: {seen}; name the model's, in their order, or pass its folder for a new head")
+    return torch.tensor([category.offset for category in held.categories])
+
+
 class ModerationTrainer(RewardTrainer):
     """Trains a moderation model: a logit per category, on labels of which some are unknown.
 
@@ -137,7 +150,7 @@ class ModerationTrainer(RewardTrainer):
         trainer.save_model()
 
     model, processing_class, peft_config: as of `RewardTrainer`. train_dataset, eval_dataset: any source that
-    `reward_models.labelled_texts.read_labelled` reads. A new head is fitted to the trunk's states first. `evaluate()`
+    `reward_models.labelled_texts.read_labelled` reads. The head is fitted to the trunk's states first. `evaluate()`
     gives `eval_loss` and `eval_label_accuracy`, means over all known labels. `save_model` writes categories.json beside
     the model: a folder for `ModerationModel.load`, whose probabilities are not calibrated yet.
     """
@@ -167,8 +180,9 @@ class ModerationTrainer(RewardTrainer):
         config = replace(config, categories=list(config.categories or there))
         if config.trains == "head":  # no step is taken: there is no default rate to tell
             config = replace(config, learning_rate=config.learning_rate or LEARNING_RATE)
-        self._records, self._drawn = train, not (isinstance(model, nn.Module) and is_scalar(model, config.labels))
-        self.offsets = torch.zeros(config.labels)  # what `fit_head` adds to the numbers of a head without a bias
+        continued = config.trains == "all" and isinstance(model, nn.Module) and is_scalar(model, config.labels)
+        self._records, self._fits_head = train, not continued
+        self.offsets = _offsets_of(model, config) if continued else torch.zeros(config.labels)
         super().__init__(
             model, config, train_dataset=cast(Any, train), eval_dataset=eval_dataset,
             processing_class=processing_class, peft_config=peft_config, callbacks=callbacks,
@@ -181,8 +195,9 @@ class ModerationTrainer(RewardTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Fit a new head to the trunk's states; with `trains: all`, train all weights from there on, or resume."""
-        if self._drawn:
+        """Fit the head to the trunk's states; with `trains: all`, train all weights from there on, or resume. A model
+        object's head of as many categories is fitted with `trains: head` alone, and else goes on as it is."""
+        if self._fits_head:
             self.fit_head()
         if self.config.trains == "all":
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -191,9 +206,9 @@ class ModerationTrainer(RewardTrainer):
 
     @torch.no_grad()
     def fit_head(self) -> None:
-        """Fit the head to the training texts (at most `MOST_TEXTS`, drawn with the seed), in closed form."""
+        """Fit the head to the training texts that `drawn_texts` draws, in closed form."""
         model, data = cast(Any, self.model).eval(), cast(Dataset, self.train_dataset)
-        rows = np.sort(np.random.default_rng(self.config.seed).permutation(len(data))[:MOST_TEXTS])
+        rows = drawn_texts(np.array(data["weight"]), self.config.seed)
         drawn = data.select(rows.tolist())
         windows = [ids for row in drawn["windows"] for ids in row]
         texts = np.repeat(np.arange(len(rows)), [len(row) for row in drawn["windows"]])
@@ -201,7 +216,8 @@ class ModerationTrainer(RewardTrainer):
         with self.accelerator.autocast():
             states = read_states(model, windows, chat.pad_id(self._tokenizer), TOKENS)
         labels = np.where(targets < 0, np.nan, targets)
-        fitted = fit_head(states.double().numpy(), texts, labels, np.array(drawn["weight"]), self.config.seed)
+        weights = np.array(drawn["weight"])
+        fitted = fit_head(states.double().numpy(), texts, labels, weights / weights.mean(), self.config.seed)
         plain = base_model(model)
         head: Any = encoders.last_linear(plain) if self._of_encoder else score_head(plain)
         head.weight.copy_(torch.from_numpy(fitted.weight))
@@ -303,4 +319,5 @@ class ModerationTrainer(RewardTrainer):
             if self.config.reads == "trunk_and_words" and not _internal_call:
                 names = self.config.categories or ()
                 texts, labels = [record.text for record in self._records], labels_of(self._records, names)
-                fit_words(texts, labels, names, self.config.seed).save(folder / WORDS_FILE)
+                weights = np.array(cast(Dataset, self.train_dataset)["weight"])
+                fit_words(texts, labels, names, self.config.seed, weights).save(folder / WORDS_FILE)

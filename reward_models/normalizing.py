@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +11,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reward_models.config import RewardConfig
 from reward_models.encoding import responses_of
 from reward_models.scoring import length_batches, score_sequences
 from rlhf import chat
 from rlhf.errors import InputError
+from rlhf.models.positions import Positions
 from rlhf.padding import pad
-from rlhf.rows.records import Demonstration
+from rlhf.rows.records import BadRows, read_demonstrations
+from rlhf.rows.sources import Source
 from rlhf.run import distributed
 
 if TYPE_CHECKING:
@@ -26,26 +28,44 @@ if TYPE_CHECKING:
 TOKENS_PER_MICROBATCH = 16384
 
 
-def sampled_responses(
-    data: Dataset,
-    demonstrations: Sequence[Demonstration] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    count: int,
-    seed: int,
-) -> list[list[int]]:
-    """Draw at most `count` encoded conversations: from `demonstrations`, or else from the training rankings `data`."""
+def sampled_responses(data: Dataset, count: int, seed: int) -> list[list[int]]:
+    """Draw at most `count` encoded responses, each with its prompt, from the training rankings."""
     generator = np.random.default_rng(seed)
-    if demonstrations is None:
-        rows = generator.permutation(len(data))[:count].tolist()  # enough: 2 responses each, or more
-        sequences = [ids for row in data.select(rows) for ids in responses_of(row)]
-        return [sequences[i] for i in generator.permutation(len(sequences))[:count]]
-    shuffled = (demonstrations[i] for i in generator.permutation(len(demonstrations)).tolist())
-    encoded = (chat.encode_conversation(tokenizer, row.messages, row=row.columns)[0] for row in shuffled)
-    fitting = list(islice((ids for ids in encoded if len(ids) <= max_length), count))
-    if not fitting:
-        raise InputError(f"normalizer_dataset: every row is longer than max_length={max_length}; raise it")
-    return fitting
+    rows = generator.permutation(len(data))[:count].tolist()  # enough: 2 responses each, or more
+    sequences = [ids for row in data.select(rows) for ids in responses_of(row)]
+    return [sequences[i] for i in generator.permutation(len(sequences))[:count]]
+
+
+def demonstrated(
+    source: Source, tokenizer: PreTrainedTokenizerBase, config: RewardConfig, limit: int, positions: Positions | None
+) -> list[list[int]]:
+    """Draw at most `normalizer_samples` demonstrations, encoded as `RewardModel` reads them: without thinking.
+
+    Those of more than `limit` tokens, or than the model has positions for, are passed over; on_bad_row says what
+    becomes of those that the chat template refuses. Raises InputError where fewer than two are left: no spread."""
+    limit = limit if positions is None else min(limit, positions.limit)
+    demonstrations = read_demonstrations(source, on_bad_row=config.on_bad_row)
+    count, found, too_long = config.normalizer_samples, list[list[int]](), 0
+    refused = BadRows("normalizer_dataset", config.on_bad_row)
+    for number in np.random.default_rng(config.seed).permutation(len(demonstrations)).tolist():
+        if len(found) == count:
+            break
+        row = demonstrations[number]
+        answer = {name: value for name, value in row.messages[-1].items() if name != "reasoning_content"}
+        try:
+            ids, _ = chat.encode_conversation(tokenizer, [*row.prompt, answer], len(row.prompt), row.columns)
+        except InputError as error:
+            refused.add(row.where, error)
+            continue
+        if len(ids) > limit:
+            too_long += 1
+        else:
+            found.append(ids)
+    refused.tell(len(found) + too_long)
+    if len(found) < min(2, count):
+        seen = f"{len(found)} of {len(demonstrations)} rows can be used, {too_long} are longer than {limit} tokens"
+        raise InputError(f"normalizer_dataset: {seen}; two are needed: add rows, or raise max_length")
+    return found
 
 
 @torch.no_grad()

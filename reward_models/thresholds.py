@@ -28,24 +28,26 @@ class Calibration(NamedTuple):
         return np.exp(-np.logaddexp(0.0, -(self.scale * np.asarray(logits, dtype=np.float64) + self.shift)))
 
 
-def calibrate(logits: np.ndarray, labels: np.ndarray) -> Calibration:
+def calibrate(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> Calibration:
     """Fit Platt's two numbers (1999) to held-out logits and labels, both [n].
 
-    Minimises ``sum log(1 + exp(-y (e^s z + b))) + (s^2 + b^2) / (2 PRIOR^2)``, so a category with few labels stays near
-    its own logits, which the training loss has calibrated as well as it could; without labels it stays there.
+    Minimises ``sum v log(1 + exp(-y (e^s z + b))) + (s^2 + b^2) / (2 PRIOR^2)``, v the weights (1 each), so a category
+    with few labels stays near its own logits, which the training loss has calibrated as well as it could; without
+    labels it stays there.
     """
     logits, signs = np.asarray(logits, dtype=np.float64), np.where(np.asarray(labels) > 0, 1.0, -1.0)
+    weights = np.ones(len(logits)) if weights is None else weights
     point = np.zeros(2)
 
     def loss(at: np.ndarray) -> float:
         z = math.exp(at[0]) * logits + at[1]
-        return float(np.logaddexp(0.0, -signs * z).sum() + (at @ at) / (2 * PRIOR**2))
+        return float((weights * np.logaddexp(0.0, -signs * z)).sum() + (at @ at) / (2 * PRIOR**2))
 
     value = loss(point)
     for _ in range(100):
         scaled = math.exp(point[0]) * logits
         wrong = np.exp(-np.logaddexp(0.0, signs * (scaled + point[1])))
-        pull, curved = -signs * wrong, wrong * (1 - wrong)
+        pull, curved = -weights * signs * wrong, weights * wrong * (1 - wrong)
         gradient = np.array([(pull * scaled).sum(), pull.sum()]) + point / PRIOR**2
         cross = float((curved * scaled).sum())
         # Gauss and Newton's matrix: the true one may have a direction upwards
@@ -73,15 +75,20 @@ class Threshold(NamedTuple):
         return proportion(self.flagged, self.negatives) if self.negatives else None
 
 
-def threshold_for(probabilities: np.ndarray, labels: np.ndarray, wanted: float) -> Threshold:
-    """Choose the lowest threshold at which at most the share `wanted` of the negatives is flagged (probability at or
-    above it); it lies in the middle between two negatives, or halfway from the highest one to 1.
+def threshold_for(
+    probabilities: np.ndarray, labels: np.ndarray, wanted: float, weights: np.ndarray | None = None
+) -> Threshold:
+    """Choose the lowest threshold at which at most the share `wanted` of the negatives, by their weights, is flagged
+    (probability at or above it); it lies in the middle between two negatives, or halfway from the highest one to 1.
 
     Without a negative it is 0.5."""
-    negatives = np.sort(np.asarray(probabilities, dtype=np.float64)[np.asarray(labels) <= 0])[::-1]
-    if not len(negatives):
+    own = np.asarray(labels) <= 0
+    if not own.any():
         return Threshold(0.5, 0, 0)
-    allowed = int(wanted * len(negatives) + 1e-9)
+    negatives = np.asarray(probabilities, dtype=np.float64)[own]
+    order = np.argsort(-negatives, kind="stable")
+    negatives, shares = negatives[order], (np.ones(len(order)) if weights is None else weights[own][order]).cumsum()
+    allowed = int((shares <= wanted * shares[-1] + 1e-9).sum())
     while 0 < allowed < len(negatives) and negatives[allowed - 1] == negatives[allowed]:
         allowed -= 1  # equal probabilities are flagged together
     above = negatives[allowed - 1] if allowed else 1.0

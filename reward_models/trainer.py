@@ -27,7 +27,7 @@ from reward_models.best import Best, KeepBest
 from reward_models.config import RewardConfig, trl_arguments
 from reward_models.encoding import RankingBatch
 from reward_models.model import prepare_model
-from reward_models.normalizing import sampled_responses, shared_scores
+from reward_models.normalizing import demonstrated, sampled_responses, shared_scores
 from reward_models.preflight import check_reward_model
 from rlhf import chat
 from rlhf.config import resume_settings
@@ -38,7 +38,7 @@ from rlhf.models.head_outputs import head_outputs, packs_rows
 from rlhf.models.loading import tokenizer_of, trained_weights_kept
 from rlhf.models.positions import positions_of
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores
-from rlhf.rows.records import HELD_OUT, check_disjoint, read_demonstrations, read_rankings
+from rlhf.rows.records import HELD_OUT, check_disjoint, read_rankings
 from rlhf.rows.sources import Source
 from rlhf.run import distributed, strategy
 from rlhf.run.callbacks import Babysitter, attach
@@ -116,7 +116,9 @@ class RewardTrainer(trl.RewardTrainer):
         log_choice(config.bf16)
         self.normalizer = ScoreNormalizer()
         self.best: Best | None = None  # set by `keep_best`
-        self._normalized_on = None if normalizer_dataset is None else read_demonstrations(normalizer_dataset)
+        self._normalized_on: list[list[int]] | None = None  # encoded here: a bad row found after training would lose it
+        if normalizer_dataset is not None:
+            self._normalized_on = demonstrated(normalizer_dataset, tokenizer, config, self._max_length, self._positions)
         self._seen: list[Tensor] = []  # `sums` of the micro-batches since the last log
         self._packs = False  # while it trains, perhaps
         reward_model.config.num_labels = 1  # trl takes no other
@@ -325,8 +327,7 @@ class RewardTrainer(trl.RewardTrainer):
         count = self.config.normalizer_samples
         if count:
             data, pad_id = cast(Dataset, self.train_dataset), chat.pad_id(self._tokenizer)
-            source = (data, self._normalized_on, self._tokenizer, self._max_length, count, self.config.seed)
-            sequences = sampled_responses(*source)
+            sequences = self._normalized_on or sampled_responses(data, count, self.config.seed)
             self.model_wrapped.eval()
             with self.accelerator.autocast():  # same precision as in training and in PPO's scoring
                 raw = shared_scores(self.accelerator, self.model_wrapped, self.scores, sequences, pad_id)

@@ -67,12 +67,20 @@ class WordClassifier:
         return self.bias + _features(texts, self.vocabulary, self.rarity).times(self.weights)
 
 
-def fit_words(texts: Sequence[str], labels: np.ndarray, categories: Sequence[str], seed: int = 0) -> WordClassifier:
-    """Fit a bag of words, to at most `MOST_TEXTS` texts, drawn with the seed. labels: [texts, categories], 1, 0 or NaN
-    (unknown, left out of that category)."""
-    if len(texts) > MOST_TEXTS:
-        drawn = np.sort(np.random.default_rng(seed).permutation(len(texts))[:MOST_TEXTS])
-        texts, labels = [texts[n] for n in drawn], labels[drawn]
+def drawn_texts(weights: np.ndarray, seed: int) -> np.ndarray:
+    """Draw at most `MOST_TEXTS` of the texts that weigh anything, with the seed; return their indices, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(weights))[:MOST_TEXTS])
+
+
+def fit_words(
+    texts: Sequence[str], labels: np.ndarray, categories: Sequence[str], seed: int = 0,
+    weights: np.ndarray | None = None,
+) -> WordClassifier:  # fmt: skip
+    """Fit a bag of words, to the texts that `drawn_texts` draws. labels: [texts, categories], 1, 0 or NaN (unknown,
+    left out of that category). weights: [texts], of each text in the loss, scaled to 1 on average."""
+    weights = np.ones(len(texts)) if weights is None else weights
+    drawn = drawn_texts(weights, seed)
+    texts, labels, weights = [texts[n] for n in drawn], labels[drawn], weights[drawn] / weights[drawn].mean()
     counted = [Counter(_terms(text)) for text in texts]
     seen = Counter(term for terms in counted for term in terms)
     usable = sorted(term for term, n in seen.items() if n > 1 and "\0" not in term)
@@ -81,10 +89,10 @@ def fit_words(texts: Sequence[str], labels: np.ndarray, categories: Sequence[str
     rarity = np.array([math.log((1 + len(texts)) / (1 + seen[term])) for term in vocabulary])
     data = _features(texts, vocabulary, rarity)
     checked = np.random.default_rng(seed).permutation(len(texts)) < len(texts) // 5
-    ridge = best_ridge(data, labels, checked, RIDGES) if checked.any() else 1.0
-    found = [fit_logistic(data, labels[:, n], ridge) for n in range(len(categories))]
-    weights, bias = np.array([w for w, _ in found]).T, np.array([b for _, b in found])
-    return WordClassifier(tuple(categories), vocabulary, rarity, weights.reshape(-1, len(categories)), bias, ridge)
+    ridge = best_ridge(data, labels, checked, RIDGES, weights) if checked.any() else 1.0
+    found = [fit_logistic(data, labels[:, n], ridge, weights) for n in range(len(categories))]
+    point, bias = np.array([w for w, _ in found]).T, np.array([b for _, b in found])
+    return WordClassifier(tuple(categories), vocabulary, rarity, point.reshape(-1, len(categories)), bias, ridge)
 
 
 def _terms(text: str) -> list[str]:
@@ -134,10 +142,10 @@ def _features(texts: Sequence[str], vocabulary: Mapping[str, int], rarity: np.nd
 
 
 def best_ridge(
-    data: Matrix, labels: np.ndarray, checked: np.ndarray, ridges: Sequence[float], weights: np.ndarray | None = None
+    data: Matrix, labels: np.ndarray, checked: np.ndarray, ridges: Sequence[float], weights: np.ndarray
 ) -> float:
-    """Return the ridge with the lowest loss, over all known labels of the rows in `checked`, of models fitted to the
-    others."""
+    """Return the ridge with the lowest weighted loss, over all known labels of the rows in `checked`, of models fitted
+    to the others."""
     train = np.where(checked[:, None], np.nan, labels)
     losses = {}
     for ridge in ridges:
@@ -146,24 +154,21 @@ def best_ridge(
             point, bias = fit_logistic(data, train[:, n], ridge, weights)
             held = checked & ~np.isnan(labels[:, n])
             signed = np.where(labels[held, n] > 0, 1, -1) * (data.times(point) + bias)[held]
-            losses[ridge] += float(np.logaddexp(0.0, -signed).sum())
+            losses[ridge] += float((weights[held] * np.logaddexp(0.0, -signed)).sum())
     return min(losses, key=lambda ridge: losses[ridge])
 
 
-def fit_logistic(
-    data: Matrix, labels: np.ndarray, ridge: float, weights: np.ndarray | None = None
-) -> tuple[np.ndarray, float]:
+def fit_logistic(data: Matrix, labels: np.ndarray, ridge: float, weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Minimise the sum of ``v log(1 + exp(-y (x w + b))) + ridge / 2 |w|^2`` over known labels, y 1 or -1, v the rows'
     weights, by Newton's method with conjugate gradients. With labels of one kind alone, the bias is that of their
     smoothed share."""
-    known = ~np.isnan(labels)
-    counted = np.where(known, 1.0 if weights is None else weights, 0.0)
+    counted = np.where(np.isnan(labels), 0.0, weights)
     signs = np.where(labels > 0, 1.0, -1.0)
-    positive, count = int((labels[known] > 0).sum()), int(known.sum())
-    bias = math.log((positive + 0.5) / (count - positive + 0.5))
+    positive, negative = float(counted[signs > 0].sum()), float(counted[signs < 0].sum())
+    bias = math.log((positive + 0.5) / (negative + 0.5))
     point = np.zeros(data.shape[1] + 1)
     point[-1] = bias
-    if positive in (0, count):
+    if not positive or not negative:
         return point[:-1], bias
     penalty = np.full(len(point), ridge)
     penalty[-1] = 0.0

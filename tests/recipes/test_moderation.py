@@ -138,6 +138,28 @@ def test_a_category_that_cannot_be_learned_is_named():
     ]
 
 
+def test_texts_that_weigh_nothing_decide_no_threshold(base, tmp_path):
+    train, held_out = write(tmp_path / "train.jsonl", rows(60, 1)), write(tmp_path / "held_out.jsonl", rows(30, 2))
+    wrong = [row | {"dog": 1 - row["dog"], "weight": 0} for row in rows(90, 4)]
+    for name, calibration in (("alone", rows(40, 3)), ("both", [*wrong, *rows(40, 3)])):
+        file = write(tmp_path / f"{name}.jsonl", calibration)
+        given = ("--model", base, "--train_data", train, "--eval_data", held_out, "--calibration_data", file)
+        run(*given, "--output_dir", tmp_path / name, *SMALL)
+    for file in ("categories.json", "moderation.json"):  # the card's bag of words, too
+        both = [json.loads((tmp_path / name / file).read_text()) for name in ("alone", "both")]
+        assert flat(both[1]) == pytest.approx(flat(both[0]), abs=1e-9)
+    more = ("--labeler_weights", json.dumps({"ann": 1}), "--output_dir", tmp_path / "out")
+    assert "train.jsonl:1: no column labeler" in run(*given, *more, *SMALL, code=2).err
+    assert not (tmp_path / "out").exists()
+
+
+def flat(content: Any, name: str = "") -> dict[str, float]:
+    """The numbers of a JSON value, by their places."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    found = {key: number for part, value in items for key, number in flat(value, f"{name}/{part}").items()}
+    return found | ({name: content} if isinstance(content, int | float) else {})
+
+
 def test_mistakes(base, trained, tmp_path):
     data = trained / "train.jsonl"
     cases: list[tuple[tuple[object, ...], str]] = [

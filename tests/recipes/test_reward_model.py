@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,23 @@ def test_the_best_of_several_seeds_is_saved_and_the_spread_told(tmp_path: Path, 
     run(*alone)
     said = [RewardModel.load(folder)(["Name 9."] * 2, ["the fox", "a dog"]) for folder in (out, tmp_path / "my/alone")]
     assert said[0] == said[1]
+
+
+def test_all_seeds_are_chosen_by_the_same_prompts(tmp_path: Path, base: Path) -> None:
+    """max_eval_prompts draws once, with the run's seed: else a seed could win by easier prompts."""
+    module = recipe.load("reward_model")
+    train, chosen_by = (write(tmp_path / f"{first}.jsonl", pairs(10, first)) for first in (0, 50))
+    more = {"eval_data": str(write(tmp_path / "held.jsonl", pairs(3, 90))), "selection_data": str(chosen_by)}
+    config = module.RewardRecipe(
+        model=str(base), train_data=str(train), **more, seeds=[3, 4], max_eval_prompts=6, output_dir=str(tmp_path / "a")
+    )
+    data = module.read_data(config)
+    drawn = [module.build(replace(config, seed=seed), data.train, data).eval_dataset["chosen_ids"] for seed in (3, 4)]
+    assert len(drawn[0]) == 6
+    assert list(drawn[0]) == list(drawn[1])
+    single = module.RewardRecipe(**{**vars(config), "seeds": None, "keep_best": True, "eval_steps": 2, "seed": 4})
+    again = module.build(single, data.train, module.read_data(single)).eval_dataset["chosen_ids"]
+    assert sorted(again) != sorted(drawn[1])  # another seed's draw
 
 
 def write_split(tmp_path: Path, selection: Path) -> None:

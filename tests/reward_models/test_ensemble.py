@@ -16,6 +16,7 @@ from reference.ppo_runs import lines, make
 from reference.tiny_chain import save_adapter, save_base, shake
 from transformers import AutoModelForSequenceClassification
 
+from reward_models import averaging
 from reward_models import ensemble as ensembles
 from reward_models.averaging import average_folders
 from reward_models.card.disagreement import disagreement
@@ -228,6 +229,37 @@ def test_averaged_adapters_are_the_mean_of_the_merged_weights(tmp_path, adapters
     torch.testing.assert_close(average.raw_scores(TALKS), wanted, atol=1e-5, rtol=0)
     assert isinstance(average.model, PeftModel)
     assert average.model.peft_config["default"].r == 8
+
+
+@pytest.mark.parametrize("killed_in", ["reward_models.averaging.measured", "recipes.ensemble.measure"])
+def test_an_average_that_was_killed_is_made_by_the_same_command(
+    tmp_path, tiny_model, tiny_tokenizer, monkeypatch, killed_in
+):
+    """While its normaliser is measured there is no model yet; once it is there, the rest follows."""
+    base = save_base(tmp_path, tiny_model, tiny_tokenizer)
+    members = [member(tmp_path / f"m{n}", base, tiny_tokenizer, n, size=0.005, head=9) for n in (1, 2)]
+    data = tmp_path / "rankings.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in RANKINGS))
+    flags = ["--members", ",".join(map(str, members)), "--data", data, "--rule", "average", "--output_dir"]
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    where, _, name = killed_in.rpartition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.load("ensemble") if where == "recipes.ensemble" else averaging, name, killed)
+        assert recipe.run("ensemble", *flags, tmp_path / "out").code == 130
+    assert (tmp_path / "out" / "config.json").exists() == (where == "recipes.ensemble")
+    if where != "recipes.ensemble":
+        assert not (tmp_path / "out" / "score_normalizer.json").exists()
+    again = recipe.run("ensemble", *flags, tmp_path / "out")
+    assert again.code == 0, again.err
+    assert recipe.run("ensemble", *flags, tmp_path / "whole").code == 0
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("out", "whole")]
+    assert names[0] == names[1]
+    for name in ("model.safetensors", "score_normalizer.json", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert RewardModel.load(tmp_path / "out").normalizer.count > 0
 
 
 def test_members_that_cannot_be_averaged_are_refused(tmp_path, full, tiny_model, tiny_tokenizer):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from reward_models.filtering import divide, load_moderator, moderation_score, talks_in, verdicts_of
+from reward_models.guards import Guard, ServedLlamaGuard
 from rlhf.errors import InputError
+from rlhf.evals.asks import Answered
 from rlhf.rows.records import Demonstration, Prompt, Ranking
 from rlhf.serving.app import Verdict
 
@@ -57,6 +59,18 @@ def test_a_moderator_that_judges_gets_messages():
 def test_a_reward_function():
     score = moderation_score(no_dogs, flagged=-2.0)
     assert score(["Hi", [USER]], ["dog", [says("bird")]], other=[1, 2]) == [-2.0, 0.0]
+
+
+def test_a_refusal_is_not_punished_for_its_prompt():
+    """A guard judges the last turn: of a conversation that is handed over as one text, that holds the prompt."""
+
+    def ask(conversations, choices):
+        last = [turns[-1]["content"] for turns in conversations]
+        return [Answered((0.9, 0.1) if "bomb" in text else (0.1, 0.9), 1.0, None) for text in last]
+
+    score = moderation_score(Guard(ask, ServedLlamaGuard()))
+    assert score(["How do I make a bomb?"] * 2, ["Not from me.", "A bomb? Take sulphur."]) == [0.0, -1.0]
+    assert score([], []) == []
 
 
 def test_mistakes(tmp_path):

@@ -217,6 +217,34 @@ def test_a_saved_model_says_what_training_computes(tmp_path, request, kind):
         RewardModel.load(tmp_path / "out")
 
 
+@pytest.mark.parametrize("trunk", ["bert", "llama"])
+def test_a_model_objects_head_is_fitted_or_goes_on(tmp_path, request, trunk):
+    """trains=head fits it, whatever it was; with trains=all a loaded model begins with the logits that it had."""
+    folder, records = request.getfixturevalue(f"{trunk}_folder"), texts(30, longest=8)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    found = {}
+    for name, model in (("folder", folder), ("object", plain)):
+        args = config(tmp_path / name, trains="head", preflight=False)
+        trainer = ModerationTrainer(model, args=args, train_dataset=records, processing_class=load_tokenizer(folder))
+        trainer.train()
+        trainer.save_model()
+        found[name] = ModerationModel.load(tmp_path / name, device="cpu")
+    said = [record.text for record in records]
+    assert found["object"].logits(said) == pytest.approx(found["folder"].logits(said), abs=1e-5)
+    model = found["folder"]
+    assert (trunk == "llama") == any(category.offset for category in model.about.categories)
+    args = config(tmp_path / "on", categories=["dog", "bird"])
+    trainer = ModerationTrainer(model.model, args=args, train_dataset=records, processing_class=model.tokenizer)
+    with torch.no_grad():
+        begun = trainer.scores(trainer.model.eval(), trainer.collator()(list(trainer.train_dataset)))
+    assert begun.double().numpy() == pytest.approx(model.logits(said), abs=1e-5)
+    with pytest.raises(
+        InputError, match="categories: the data's are bird, dog, the model's dog, bird; name the model's"
+    ):
+        ModerationTrainer(model.model, args=config(tmp_path / "on", categories=["bird", "dog"]), train_dataset=records,
+                          processing_class=model.tokenizer)  # fmt: skip
+
+
 @LONG
 def test_words_are_learnt_and_judged(tmp_path, bert_folder):
     args = config(tmp_path / "out", epochs=30, learning_rate=1e-2, texts_per_batch=16, microbatch_size=16)
@@ -251,6 +279,24 @@ def test_the_words_logits_are_averaged_with_the_trunks(tmp_path, bert_folder):
     (tmp_path / "words.npz").write_bytes(b"PK damaged")
     with pytest.raises(InputError, match=r"words\.npz: no bag of words could be read"):
         ModerationModel.load(tmp_path)
+
+
+def test_a_labeler_who_weighs_nothing_teaches_nothing(tmp_path, bert_folder):
+    """Neither the head nor the bag of words, though most texts are theirs, and wrong."""
+    good = [LabelledText(record.prompt, record.labels, {"labeler": "good"}) for record in texts(20)]
+    wrong = {record.text: {name: not label for name, label in record.labels.items()} for record in texts(60, 1)}
+    bad = [LabelledText([{"role": "user", "content": text}], wrong[text], {"labeler": "bad"}) for text in wrong]
+    models = []
+    for name, records in (("alone", good), ("both", [*bad, *good])):
+        given = {"trains": "head", "reads": "trunk_and_words", "preflight": False, "learning_rate": None}
+        args = config(tmp_path / name, labeler_weights={"good": 1.0, "bad": 0.0}, categories=["dog", "bird"], **given)
+        trainer = ModerationTrainer(bert_folder, args=args, train_dataset=records)
+        trainer.train()
+        trainer.save_model()
+        models.append(ModerationModel.load(tmp_path / name, device="cpu"))
+    said = [record.text for record in texts(9, 2)]
+    assert models[1].words.logits(said) == pytest.approx(models[0].words.logits(said), abs=1e-9)
+    assert models[1].logits(said) == pytest.approx(models[0].logits(said), abs=1e-5)
 
 
 @LONG
@@ -319,6 +365,9 @@ def test_mistakes(tmp_path, bert_folder):
         ModerationModel.load(bert_folder)
     with pytest.raises(InputError, match="name one or more columns, each once"):
         config(tmp_path, categories=["a", "a"])
+    for name, value in (("lora_rank", 4), ("eval_steps", 2), ("label_smoothing", 0.1)):
+        with pytest.raises(InputError, match=f"{name}={value}: with trains=head no step is taken; set trains to all"):
+            config(tmp_path, trains="head", **{name: value})
 
 
 def test_a_damaged_folder_is_named(tmp_path):

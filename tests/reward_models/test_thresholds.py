@@ -87,6 +87,20 @@ def test_a_sure_negative_and_no_negative():
     assert threshold_for(np.array([0.3]), np.array([1]), 0.01).false_positive_rate is None
 
 
+def test_a_weight_is_as_many_texts():
+    rng = np.random.default_rng(3)
+    logits, labels, weights = rng.normal(0, 2, 60), rng.random(60) < 0.3, rng.integers(0, 4, 60)
+    times = np.repeat(np.arange(60), weights)
+    found, wanted = calibrate(logits, labels, weights.astype(float)), calibrate(logits[times], labels[times])
+    assert (found.scale, found.shift) == pytest.approx((wanted.scale, wanted.shift), abs=1e-6)
+    for share in (0.01, 0.1, 0.3):
+        probabilities, held = found(logits), weights > 0
+        threshold = threshold_for(probabilities[held], labels[held], share, weights[held].astype(float))
+        assert threshold.value == pytest.approx(threshold_for(probabilities[times], labels[times], share).value)
+        assert threshold.negatives == (held & ~labels).sum()
+        assert threshold.flagged == ((probabilities >= threshold.value) & held & ~labels).sum()
+
+
 def test_the_true_positive_rate_at_a_false_positive_rate():
     scores = np.array([0.9, 0.8, 0.7, 0.6, *np.linspace(0.1, 0.75, 10)])
     labels = np.array([1] * 4 + [0] * 10)
@@ -112,6 +126,21 @@ def test_the_bag_of_words_is_a_minimum_and_leaves_unknown_labels_out():
         wrong = labels[:, n] - 1 / (1 + np.exp(-found.logits(TEXTS)[:, n]))
         assert abs(wrong[known].sum()) < 1e-3  # the bias has no ridge: its gradient is 0
     assert found.logits(["zebra"])[0] == pytest.approx(found.bias)
+
+
+def test_the_words_of_a_text_count_by_its_weight():
+    """The bias's gradient, weighted, is 0; a text that weighs nothing is as if it were not there."""
+    labels = np.array([[float("dog" in text)] for text in TEXTS])
+    labels[:6] = 1
+    weights = np.where(np.arange(len(TEXTS)) < 6, 0.5, 2.0)
+    found = fit_words(TEXTS, labels, ["dog"], weights=weights)
+    wrong = labels[:, 0] - 1 / (1 + np.exp(-found.logits(TEXTS)[:, 0]))
+    assert abs(weights @ wrong) < 1e-3 < abs(wrong.sum())
+    weights[:6] = 0
+    found, alone = fit_words(TEXTS, labels, ["dog"], 1, weights), fit_words(TEXTS[6:], labels[6:], ["dog"], 1)
+    assert found.vocabulary == alone.vocabulary
+    assert found.ridge == alone.ridge
+    assert found.logits(TEXTS) == pytest.approx(alone.logits(TEXTS), abs=1e-12)
 
 
 def test_a_category_with_one_kind_of_label_has_its_share():

@@ -602,6 +602,48 @@ def test_the_normalizer_may_be_measured_on_demonstrations(tmp_path, model_folder
         assert model.normalizer.count == 5
     here = RewardModel(trainer.model, trainer.processing_class, trainer.normalizer)
     assert torch.equal(here.score(conversations), scores)
-    with pytest.raises(InputError, match="normalizer_dataset: every row is longer than max_length=1024"):
-        RewardTrainer(model_folder, args=config(tmp_path / "x"), train_dataset=rankings(4),
-                      normalizer_dataset=[long]).fit_normalizer()  # fmt: skip
+
+
+def test_demonstrations_to_normalize_on_are_refused_before_training(tmp_path, model_folder, tiny_tokenizer):
+    """By the template, as Gemma's refuses a system turn, or by their length; on_bad_row is theirs, too."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tiny_tokenizer.chat_template = refuses + tiny_tokenizer.chat_template
+    tiny_tokenizer.save_pretrained(model_folder)
+    good = [{"prompt": f"Which one is {n}?", "completion": "one " * n} for n in range(1, 5)]
+    bad = {"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}], "completion": "Hi"}
+    long = {"prompt": "long", "completion": "word " * 2000}
+
+    def made(shown, **changes):
+        args = config(tmp_path / "out", normalizer_samples=100, **changes)
+        return RewardTrainer(model_folder, args=args, train_dataset=rankings(4), normalizer_dataset=shown)
+
+    with pytest.raises(InputError, match=r"row 3: .*the chat template refuses the roles system"):
+        made([*good[:3], bad])
+    with pytest.raises(InputError, match="1 of 3 rows can be used, 2 are longer than 256 tokens; two are needed"):
+        made([long, good[0], long], max_length=256)
+    assert made([*good, bad, long], on_bad_row="drop").fit_normalizer().count == 4
+    with pytest.raises(InputError, match="normalizer_dataset: 1 of 1 rows can't be used"):
+        made([bad], on_bad_row="drop")
+
+
+def test_demonstrations_to_normalize_on_are_read_as_they_are_scored(tmp_path, model_folder, tiny_tokenizer):
+    """Without their thinking, which the template would write."""
+    tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace(
+        "message['content']", "(message.reasoning_content | default('')) + message['content']"
+    )
+    tiny_tokenizer.save_pretrained(model_folder)
+    shown = [
+        [
+            {"role": "user", "content": f"Which one is {n}?"},
+            {"role": "assistant", "content": "one " * n, "reasoning_content": "I see"},
+        ]
+        for n in range(1, 7)
+    ]
+    trainer = RewardTrainer(model_folder, args=config(tmp_path / "out"), train_dataset=rankings(4),
+                            normalizer_dataset=[{"messages": talk} for talk in shown])  # fmt: skip
+    model = RewardModel(trainer.model, trainer.processing_class, trainer.fit_normalizer())
+    thinking = RewardModel(trainer.model, trainer.processing_class, score_reasoning=True).score(shown)
+    assert (thinking - model.raw_scores(shown)).abs().min() > 1e-4  # the template does write it
+    scores = model.score(shown)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)

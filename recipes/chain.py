@@ -113,7 +113,7 @@ def chain(config: ChainConfig) -> dict[str, Any]:
         stages["system_card"] = ending.card(run, config.system_card)
     summary = {"stages": stages, "evaluation": outcome["evaluation"], "seconds": seconds}
     by_main(lambda: write_json_atomic(run / "summary.json", summary))
-    page = by_main(lambda: report(run))
+    page = by_main(lambda: report(run, summary))
     console.final_table(summary)
     if config.ppo.save_rollouts:
         console.stage_line("next", f"rlhf inspect_rollout {run}")

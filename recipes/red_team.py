@@ -114,12 +114,12 @@ class RedTeamConfig:
     """Replace another run's output in output_dir; its answers stay."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.refusal_phrases, str):
+            object.__setattr__(self, "refusal_phrases", [self.refusal_phrases])
         for name in ("max_new_tokens", "generation_batch_size", "requests_at_once", "tokens_per_microbatch",
-                     "label_candidates"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_cases is not None and self.max_cases < 1:
-            raise InputError(f"max_cases={self.max_cases} must be at least 1, or null for all")
+                     "label_candidates", "max_cases"):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature={self.temperature} must be 0 or more")
         if not self.data and self.policy is None:

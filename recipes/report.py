@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf import config as configs
 from rlhf.errors import InputError
@@ -32,8 +33,9 @@ class PageConfig:
     """The run's folder, or a stage's; also given as the first word, without a flag."""
 
 
-def report(run: str | Path) -> Path:
-    """Write the page of a run or stage, and again those of the reward models in it; return the path to open."""
+def report(run: str | Path, summary: dict[str, Any] | None = None) -> Path:
+    """Write the page of a run or stage, and again those of the reward models in it; return the path to open. summary:
+    of the run, where it is at hand (`rlhf.run.report.write_report`)."""
     folder = Path(run)
     if not folder.is_dir():
         raise InputError(f"{run}: no such folder; name a run's folder or a stage's")
@@ -42,7 +44,7 @@ def report(run: str | Path) -> Path:
     if not stages and not cards:
         raise InputError(f"{run}: holds no stage (a folder with manifest.json or metrics.jsonl) and no {CARD}")
     try:
-        page = write_report(folder) if stages else folder / "reward_report.html"
+        page = write_report(folder, summary) if stages else folder / "reward_report.html"
         for card in cards:
             draw_card(card)
     except OSError as error:

@@ -79,6 +79,8 @@ def fit_words(
     """Fit a bag of words, to the texts that `drawn_texts` draws. labels: [texts, categories], 1, 0 or NaN (unknown,
     left out of that category). weights: [texts], of each text in the loss, scaled to 1 on average."""
     weights = np.ones(len(texts)) if weights is None else weights
+    if not weights.any():
+        raise InputError("weight: every text weighs 0; give some of them a weight above 0")
     drawn = drawn_texts(weights, seed)
     texts, labels, weights = [texts[n] for n in drawn], labels[drawn], weights[drawn] / weights[drawn].mean()
     counted = [Counter(_terms(text)) for text in texts]

@@ -57,7 +57,7 @@ class Client:
     base_url: http://host:port, with or without `/v1` at its end. token: by default the environment's RLHF_SERVER_TOKEN.
     model: the name to ask for; by default the server's only one. timeout: seconds that a call may take, from the first
     attempt to the answer's last byte. retries: further attempts, with growing pauses, after a failed connection or a
-    full queue (429, 503).
+    full queue or a gateway's failure (429, 502 to 504).
 
     A call raises InputError for what the server refuses (4xx), and RunStopped for a server that cannot be reached, is
     too slow, fails, or answers something else.

@@ -21,6 +21,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,14 +231,12 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
     try:
         if is_text_or_list(hint) and isinstance(value, str) and value.startswith("["):
             value = _read(value)
-        if dict[str, Any] in choices_of(hint) and (converted := _of_any_type(value)) is not None:
-            require_no_secret(converted, label)
-            return converted
         if value is None and not allows_none(hint):
             raise ValueError
         if value in ("inf", "-inf") and float in choices_of(hint):  # as our JSON writes infinity
             value = float(value)
-        converted = parser.parse_object({"value": value}).value
+        mapping = _of_any_type(value) if dict[str, Any] in choices_of(hint) else None
+        converted = parser.parse_object({"value": value}).value if mapping is None else mapping
         if isinstance(converted, float) and math.isnan(converted):
             raise ValueError
     except (jsonargparse.ArgumentError, ValueError, TypeError):
@@ -248,15 +247,22 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
 
 def _of_any_type(value: Any) -> dict[str, Any] | None:
     """Return a mapping whose values may be of any type as it was written, with text that stays text, except for numbers
-    that YAML takes for text (1e-3); None for what is no mapping."""
+    that YAML takes for text (1e-3), and so do dates; None for what is no mapping."""
     tree = _read(value) if isinstance(value, str) else value
     if not isinstance(tree, Mapping):
         return None
-    return {str(key): float(item) if _is_number(item) else item for key, item in tree.items()}
+    return _as_written(tree)
 
 
-def _is_number(item: Any) -> bool:
-    return isinstance(item, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", item) is not None
+def _as_written(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _as_written(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    if isinstance(value, date):
+        return value.isoformat()
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if number else value
 
 
 def _read(text: str) -> Any:

@@ -115,13 +115,15 @@ def test_values_of_any_type_stay_as_they_were_written(tmp_path: Path, by_flag: b
     written = (
         "{id: '00123', version: '1.10', answer: 'no', note: 'Note: be brief', at: '12:30', none: 'null', rate: 1e-3,"
     )
-    written += " deep: {id: '7'}, n: 3, flag: true, other: null}"
+    written += " deep: {id: '7', rates: [1e-4]}, n: 3, day: 2026-11-26, flag: true, other: null}"
     argv = ["--values", written] if by_flag else ["--config", write(tmp_path, f"values: {written}\n")]
     assert load(AnyValues, argv).values == {
         "id": "00123", "version": "1.10", "answer": "no", "note": "Note: be brief", "at": "12:30", "none": "null",
-        "rate": 0.001, "deep": {"id": "7"}, "n": 3, "flag": True, "other": None,
+        "rate": 0.001, "deep": {"id": "7", "rates": [0.0001]}, "n": 3,
+        "day": "2026-11-26", "flag": True, "other": None,
     }  # fmt: skip
     assert load(AnyValues, ["--values", "null"]).values is None
+    assert "password" in wrong(load, AnyValues, ["--values", "{url: 'http://user:secret@host/'}"])
     for value in ("word", "[1]", "{a: "):
         assert "--values: expected" in wrong(load, AnyValues, ["--values", value])
 

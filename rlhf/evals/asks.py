@@ -149,16 +149,18 @@ class Service:
 def _side_by_side(
     one: Callable[[Any], Answered | Exception], questions: Sequence[Any], at_once: int
 ) -> list[Answered | Exception]:
-    gone: list[RunStopped] = []
+    failed: list[RunStopped] = []  # since the last answer
 
     def caught(question: Any) -> Answered | Exception:
-        if gone:  # every further question would wait as long for a server that is not there
-            return gone[0]
+        if len(failed) >= at_once:  # the server is gone: each further question would wait for it as long
+            return failed[0]
         try:
-            return one(question)
-        except Exception as error:  # of this row alone, or of all that follow; the caller decides what follows
-            gone.extend([error] if isinstance(error, RunStopped) else [])
+            answer = one(question)
+        except Exception as error:  # of this row alone; the caller decides what follows
+            failed.extend([error] if isinstance(error, RunStopped) else [])
             return error
+        failed.clear()
+        return answer
 
     with ThreadPoolExecutor(at_once) as threads:
         return list(threads.map(caught, questions))

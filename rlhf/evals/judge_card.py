@@ -107,7 +107,7 @@ def judge_card(
         "metrics": metrics,
         "pairs": len(labelled),
         "labels": sum(len(row.labels) for row in labelled),
-        "prompts": len({row.pair.key for row in labelled}),
+        "prompts": len({prompt_key(row.pair.prompt) for row in labelled}),
         "together": sum(together) / len(together) if together else None,
         "groups": {name: _groups(there, name) for name in columns},
         "cost": {
@@ -224,8 +224,8 @@ def _disagreements(there: Sequence[tuple[Labelled, Verdict]], most: int = 20) ->
     for row, verdict in there:
         win = verdict.win if verdict.share is None else verdict.share
         apart = abs((win or 0.0) - _mean(row.labels))
-        if apart > 0.5 and apart > rows.get(row.pair.key, (0.0,))[0]:
-            rows[row.pair.key] = (apart, row, verdict)
+        if apart > 0.5 and apart > rows.get(key := prompt_key(row.pair.prompt), (0.0,))[0]:
+            rows[key] = (apart, row, verdict)
     worst = sorted(rows.values(), key=lambda found: -found[0])[:most]
     return [
         {

@@ -34,9 +34,9 @@ NOT_LOADED = (".*", "__pycache__", "checkpoint-*", "refused-checkpoint-*", "earl
 """What lies in a folder and is no part of the model or data that it holds."""
 
 WRITTEN_BESIDE = (
-    "manifest.json", "inputs.json", "metrics.jsonl", "samples.jsonl", "training_args.bin", "best.safetensors",
-    "sizes.json", "evaluation.json", "process_reward.json", "moderation.json", "*report*.json", "*.html", "*.md",
-    "*.png",
+    "manifest.json", "inputs.json", "begun.json", "metrics.jsonl", "samples.jsonl", "training_args.bin",
+    "best.safetensors", "sizes.json", "evaluation.json", "process_reward.json", "moderation.json", "*report*.json",
+    "*.html", "*.md", "*.png",
 )  # fmt: skip
 """What a stage writes beside its model or data: logs and reports, some of which tell the time."""
 

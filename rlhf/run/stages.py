@@ -152,7 +152,7 @@ def stage_state(folder: str | Path, inputs: Inputs, overwrite: bool = False) -> 
     """
     folder = Path(folder)
     try:
-        return _stage_state(folder, inputs)
+        return _stage_state(folder, inputs, mended=not overwrite)
     except InputError:
         if not overwrite or not _is_stage(folder):
             raise
@@ -163,11 +163,11 @@ def _is_stage(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("manifest.json", "inputs.json"))
 
 
-def _stage_state(folder: Path, inputs: Inputs) -> State:
+def _stage_state(folder: Path, inputs: Inputs, mended: bool) -> State:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder}: is a file; choose another --output_dir")
     if _is_stage(folder):
-        if found := stage_changes(folder, inputs):
+        if found := stage_changes(folder, inputs, mended):
             raise InputError(refused(folder, found))
         complete = (folder / "manifest.json").exists()
         grown = complete and changes(Manifest.read(folder).inputs, json.loads(canonical(inputs)))
@@ -210,8 +210,8 @@ def _begun(folder: Path, state: State) -> dict[str, Any]:
         return {"began": made.began, "seconds": made.seconds, "since": now}
     if state == "interrupted" and (folder / BEGUN).exists():
         begun = _read_json(folder / BEGUN, "record of when a stage began")
-        files = [*folder.iterdir(), *(checkpoint / COMPLETE for checkpoint in checkpoints_in(folder))]
-        last = max(file.stat().st_mtime for file in files if file.is_file())
+        work = [folder / BEGUN, folder / "metrics.jsonl", *(place / COMPLETE for place in checkpoints_in(folder))]
+        last = max(file.stat().st_mtime for file in work if file.is_file())
         return begun | {"seconds": begun["seconds"] + max(0.0, last - begun["since"]), "since": now}
     return {"began": _at(now) if state == "absent" else None, "seconds": 0.0, "since": now}
 
@@ -249,9 +249,9 @@ def drop_checkpoints(folder: str | Path, keep: int = 0) -> None:
             remove(checkpoint)
 
 
-def stage_changes(folder: str | Path, inputs: Inputs) -> list[Change]:
+def stage_changes(folder: str | Path, inputs: Inputs, mended: bool = True) -> list[Change]:
     """Return what changed since the stage in ``folder`` began; [] where there is none, or where it can go on: longer,
-    or with a mended reward function.
+    or (unless `mended` is False) with a mended reward function.
 
     Raises InputError for a damaged record."""
     folder = Path(folder)
@@ -268,7 +268,7 @@ def stage_changes(folder: str | Path, inputs: Inputs) -> list[Change]:
     found = [change for change in found if change not in extended]
     newest = [checkpoint for checkpoint in checkpoints_in(folder) if (checkpoint / COMPLETE).exists()][-1:]
     only_code = all(change.name.startswith("code.") for change in found)
-    return [] if only_code and any(map(awaits_mended, newest)) else found
+    return [] if mended and only_code and any(map(awaits_mended, newest)) else found
 
 
 def is_resumable(folder: Path) -> bool:

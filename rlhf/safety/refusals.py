@@ -172,10 +172,10 @@ class Detector:
     """Says of answers what they are. With a judge, what it says counts, and the rule where it names no choice; an empty
     answer is `other` whatever it says.
 
-    phrases: as in `rule`; a text is one."""
+    phrases: as in `rule`."""
 
-    def __init__(self, judge: Asker | None = None, phrases: str | Sequence[str] = ()) -> None:
-        self.judge, self.phrases = judge, (phrases,) if isinstance(phrases, str) else tuple(phrases)
+    def __init__(self, judge: Asker | None = None, phrases: Sequence[str] = ()) -> None:
+        self.judge, self.phrases = judge, tuple(phrases)
 
     def read(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Reading]:
         """Return a reading per answer. Raises what the judge's model or server fails with."""

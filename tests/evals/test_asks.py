@@ -156,10 +156,15 @@ def test_a_server_with_probabilities_and_a_reply_outside_the_format():
 
 def test_a_server_that_is_gone_is_not_asked_to_the_end():
     server = Server({"one": ("A", [token("A", A=1.0)]), "gone": (RunStopped("gone"), ())})
-    answers = OverTheWire(server, at_once=2)(["one", "gone", *["one"] * 50], ["A", "B"])
-    assert str(answers[-1]) == "gone"
-    assert len(server.asked) < 10
-    assert len(answers) == 52
+    answers = OverTheWire(server, at_once=2)(["one", *["gone"] * 50, "one"], ["A", "B"])
+    assert [str(answer) for answer in answers[1:]] == ["gone"] * 51
+    assert len(server.asked) < 6
+    one_bad = OverTheWire(server, at_once=1)(["gone", "one"], ["A", "B"])
+    assert len(one_bad) == 2
+    server.asked.clear()
+    now_and_then = OverTheWire(server, at_once=2)(["one", "gone"] * 20, ["A", "B"])
+    assert len(server.asked) == 40
+    assert [isinstance(answer, RunStopped) for answer in now_and_then] == [False, True] * 20
 
 
 def test_a_server_without_probabilities_is_asked_once_for_them():

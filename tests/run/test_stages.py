@@ -134,6 +134,7 @@ def test_another_functions_file_is_another_run_but_where_ppo_waits_for_it(
     for inputs, fine in ((mended, goes_on), (mended | {"config": {"rate": 0.2}}, False)):
         with nullcontext() if fine else pytest.raises(InputError, match="belongs to another run"):
             assert stage_state(tmp_path / "ppo", inputs) == "interrupted"
+        assert stage_state(tmp_path / "ppo", inputs, overwrite=True) == "absent", "who asks for a new run gets one"
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -161,6 +162,8 @@ def worked(folder: Path, began: float, until: float) -> None:
     (folder / "metrics.jsonl").touch()
     for file in folder.iterdir():
         os.utime(file, (until, until))
+    for later in (".lock", "report.html"):  # of who looks at it, or takes it, in between
+        (folder / later).touch()
 
 
 def test_seconds_are_those_of_all_processes_and_the_first_one_began_it(tmp_path: Path) -> None:

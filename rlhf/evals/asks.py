@@ -152,8 +152,9 @@ def _side_by_side(
     failed: list[RunStopped] = []  # since the last answer
 
     def caught(question: Any) -> Answered | Exception:
-        if len(failed) >= at_once:  # the server is gone: each further question would wait for it as long
-            return failed[0]
+        last = failed[:at_once]  # a copy: another thread may get an answer meanwhile
+        if len(last) == at_once:  # the server is gone: each further question would wait for it as long
+            return last[0]
         try:
             answer = one(question)
         except Exception as error:  # of this row alone; the caller decides what follows

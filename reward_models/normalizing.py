@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_models.config import RewardConfig
 from reward_models.encoding import responses_of
-from reward_models.scoring import length_batches, score_sequences
+from reward_models.scoring import length_batches, packs_here, score_sequences
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.positions import Positions
@@ -79,7 +79,7 @@ def shared_scores(
 
     def score(share: Sequence[list[int]]) -> list[float]:
         if not distributed.is_sharded(model):
-            return score_sequences(own, share, pad_id, TOKENS_PER_MICROBATCH).tolist()
+            return score_sequences(own, share, pad_id, TOKENS_PER_MICROBATCH, packs_here(own)).tolist()
         scores = torch.empty(len(share))
         batches = list(length_batches([len(ids) for ids in share], TOKENS_PER_MICROBATCH))
         for rows in distributed.even_plan([batches], model)[0]:

@@ -145,11 +145,9 @@ class RewardModel:
 
     def _scores(self, sequences: list[list[int]]) -> Float[Tensor, " B"]:
         sequences, pad_id = self.fitting(sequences), chat.pad_id(self.tokenizer)
-        with cpu.for_scoring(self.model) as by_rows:
-            if by_rows and self._packs is None:
-                self._packs = packing.can_pack(self.model)
-            packs = by_rows and bool(self._packs)
-            return score_sequences(self.model, sequences, pad_id, self.tokens_per_microbatch, packs)
+        if self._packs is None:
+            self._packs = packs_here(self.model)
+        return score_sequences(self.model, sequences, pad_id, self.tokens_per_microbatch, self._packs)
 
     def _encoded(
         self, messages: Messages, row: Mapping[str, object], number: int, sampled: Sequence[int] | None = None
@@ -231,22 +229,30 @@ def score_sequences(
     sequences: Sequence[list[int]],
     pad_id: int,
     tokens_per_microbatch: int,
-    packs: bool = False,
+    packs: bool,
 ) -> Float[Tensor, " B"]:
     """Return raw scores of token sequences, in their order, on the CPU in float32.
 
-    Sequences of similar length share a micro-batch, so little is computed on padding. packs: instead, those that begin
-    alike do, as one long row in which that stands once (`packing`)."""
+    Sequences of similar length share a micro-batch, so little is computed on padding. packs: on a CPU, instead, those
+    that begin alike do, as one long row in which that stands once (`packs_here`)."""
     scores = torch.empty(len(sequences), dtype=torch.float32)
     device = next(model.parameters()).device
-    if packs:
-        batches = beginning_batches(sequences, tokens_per_microbatch)
-    else:
-        batches = length_batches([len(ids) for ids in sequences], tokens_per_microbatch)
-    for indices in batches:
-        input_ids, mask = pad([sequences[i] for i in indices], pad_id, device)
-        scores[indices] = last_token_scores(model, input_ids, mask, packs).cpu()
+    with cpu.for_scoring(model) as by_rows:
+        packs = packs and by_rows
+        if packs:
+            batches = beginning_batches(sequences, tokens_per_microbatch)
+        else:
+            batches = length_batches([len(ids) for ids in sequences], tokens_per_microbatch)
+        for indices in batches:
+            input_ids, mask = pad([sequences[i] for i in indices], pad_id, device)
+            scores[indices] = last_token_scores(model, input_ids, mask, packs).cpu()
     return scores
+
+
+def packs_here(model: PreTrainedModel | PeftModel) -> bool:
+    """Return whether a model scores several sequences as one long row: on a CPU, where that computes the same."""
+    with cpu.for_scoring(model) as by_rows:
+        return by_rows and packing.can_pack(model)
 
 
 def begun_alike(one: list[int], other: list[int]) -> int:

@@ -67,7 +67,7 @@ def test_padding_side_and_width_do_not_change_a_score(reward_folder, side, extra
         ids[row, place], mask[row, place] = torch.tensor(sequence), 1
     with torch.no_grad():
         padded = last_token_scores(model.model, ids, mask)
-    torch.testing.assert_close(padded, score_sequences(model.model, sequences, 0, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(padded, score_sequences(model.model, sequences, 0, 1, packs=False), atol=1e-5, rtol=0)
 
 
 def test_a_prompt_and_a_beginning_of_the_datas_own_are_what_is_read(reward_folder):
@@ -278,7 +278,7 @@ def test_sampled_ids_are_not_encoded_anew(reward_folder):
     assert chat.encode_response(tokenizer, "Paris") != [*letters, end]
     talk = [{"role": "user", "content": PROMPTS[0]}]
     ids = [*chat.encode_prompt(tokenizer, talk), *letters, end]
-    wanted = model.normalizer(score_sequences(model.model, [ids], 0, 9999)).item()
+    wanted = model.normalizer(score_sequences(model.model, [ids], 0, 9999, packs=False)).item()
     other = RewardModel.load(reward_folder).tokenizer
     for stop in ([end], []):
         got = model([PROMPTS[0]], ["Paris"], completion_ids=[[*letters, *stop]], processing_class=other)

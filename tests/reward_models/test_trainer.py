@@ -647,3 +647,20 @@ def test_demonstrations_to_normalize_on_are_read_as_they_are_scored(tmp_path, mo
     scores = model.score(shown)
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_normalizer_computes_what_responses_begin_with_once(tmp_path, model_folder):
+    prompt, answers = "Tell me about " + "rain and " * 40 + "snow.", ["It rains.", "It snows.", "It is wet.", "No."]
+    rows = [{"prompt": prompt, "responses": answers, "ranks": [1, 2, 3, 4]}]
+    trainer = RewardTrainer(model_folder, args=config(tmp_path / "out"), train_dataset=rows)
+    read = []
+    trunk = trainer.model.base_model.get_input_embeddings()
+    hook = trunk.register_forward_hook(lambda module, given, output: read.append(given[0].numel()))
+    normalizer = trainer.fit_normalizer()
+    hook.remove()
+    model = RewardModel(trainer.model, trainer.processing_class)
+    asked = [{"role": "user", "content": prompt}]
+    scores = model.raw_scores([[*asked, {"role": "assistant", "content": answer}] for answer in answers])
+    assert normalizer.mean == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert normalizer.std == pytest.approx(scores.std(correction=0).item(), abs=1e-5)
+    assert read[-1] < 2 * len(trainer.train_dataset[0]["chosen_ids"])  # and not four times as many

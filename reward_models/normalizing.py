@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from rlhf.run import distributed
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger("rlhf")
 TOKENS_PER_MICROBATCH = 16384
 
 
@@ -76,6 +78,7 @@ def shared_scores(
 
     read: the trainer's `scores`, through which FSDP2 gathers a sharded model's parameters."""
     own = accelerator.unwrap_model(model)
+    logger.info("normaliser: scoring %s responses", f"{len(sequences):,}")
 
     def score(share: Sequence[list[int]]) -> list[float]:
         if not distributed.is_sharded(model):

@@ -128,6 +128,26 @@ def test_a_judge_of_single_responses_scores_each_once():
     assert "flip_rate" not in compared(pairs, judge.compare(pairs)), "nothing is shown first"
 
 
+def test_a_score_is_of_its_own_prompt_and_columns():
+    """Pairs of one split_group have one key, and rows of one prompt may have different answers."""
+
+    def score(prompts, completions, gold, **columns):
+        return [float(c[0]["content"] == answer) for c, answer in zip(completions, gold, strict=True)]
+
+    group = [Pair(asked(f"Is {n} even?"), "Yes", "No", {"split_group": "even", "gold": gold})
+             for n, gold in ((2, "Yes"), (3, "No"))]  # fmt: skip
+    assert [verdict.win for verdict in ScoreJudge(score).compare(group)] == [1.0, 0.0]
+    prompt = [Pair(asked("Is it even?"), "Yes", "No", {"gold": gold}) for gold in ("Yes", "No")]
+    assert [verdict.win for verdict in ScoreJudge(score).compare(prompt)] == [1.0, 0.0]
+
+    def of_its_prompt(prompts, completions, **columns):
+        texts = [(p[0]["content"], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
+        return [float((answer == "Yes") == ("2" in prompt)) for prompt, answer in texts]
+
+    alike = [Pair(pair.prompt, pair.first, pair.second, {"split_group": "even"}) for pair in group]
+    assert [verdict.win for verdict in ScoreJudge(of_its_prompt).compare(alike)] == [1.0, 0.0]
+
+
 # ------------------------------------------------------------------------------------------------ length control
 
 

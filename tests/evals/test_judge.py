@@ -397,13 +397,13 @@ def test_the_recipe_with_a_language_model_and_a_template(tmp_path: Path, tiny_mo
     rows = [{"prompt": f"Q{n}?", "chosen": f"Yes {n}", "rejected": f"Not at all {n}"} for n in range(6)]
     (tmp_path / "own.yaml").write_text(YAML)
     words = ["--judge", base, "--human", write(tmp_path / "human.jsonl", rows), "--output_dir", tmp_path / "out"]
-    abstains = recipe.run("judge_card", *words, "--template", tmp_path / "own.yaml")
-    assert abstains.code == 2
-    assert "abstains from all 6 pairs" in abstains.err
-    for flags in (("--template", tmp_path / "own.yaml", "--least_probability", 0), ("--template", "helpful")):
-        result = recipe.run("judge_card", *words, *flags)
+    for template in (tmp_path / "own.yaml", "helpful"):
+        abstains = recipe.run("judge_card", *words, "--template", template)
+        assert abstains.code == 2
+        assert "abstains from all 6 pairs" in abstains.err
+        result = recipe.run("judge_card", *words, "--template", template, "--least_probability", 0)
         assert (result.code, result.err) == (0, "")
         found = json.loads((tmp_path / "out" / "judge_card.json").read_text())
         assert found["cost"]["tokens"] > 0
         assert found["cost"]["calls"] == 12, "both orders, or both responses"
-        assert ("flip_rate" in found["metrics"]) == ("helpful" not in flags)
+        assert ("flip_rate" in found["metrics"]) == (template != "helpful")

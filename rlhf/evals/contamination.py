@@ -4,8 +4,9 @@
 |---|---|
 | `sampled` | one of three random substrings of 50 letters and digits is in the training data (GPT-4's) |
 | `windows` | any substring of 50 letters and digits is |
-| `words` | 70% of its words lie in a run of 8 words that is in the training data, in small letters (after PaLM); |
-| | words that many items share in such runs don't count |
+| `words` | 70% of its words lie in a run of 8 words that is in the training data, in small letters (after PaLM) |
+
+Boilerplate, what many items share, is neither sought nor counted among an item's letters and words.
 
 What none of them finds: a paraphrase, a translation, the same numbers in other words. Clean by these means that nobody
 copied the text, not that nobody taught to the test.

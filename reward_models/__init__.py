@@ -5,9 +5,9 @@ the formulas, `best` keeps the best weights, `preflight` checks before the first
 model, `ensemble` with several, `averaging` joins their weights; `server`, `scoring_queue` and `client` score over
 HTTP. `steps` reads solutions with labelled steps, `process_trainer` trains on them, `process` scores with what came
 out. `labelled_texts` reads texts with a label per category, `moderation_trainer` trains on them, `moderation` gives
-verdicts with calibrated `thresholds`, `guards` asks others' guards, `filtering` divides data by either, and `words` is
-the bag of words that they must beat. `functions`, `rules` and `grader` score without a model. `best_of_n` chooses among
-responses, and `card` says how good a model is.
+verdicts with calibrated `thresholds`, `guards` asks others' guards, `filtering` divides data by either, `talks` finds
+the conversations of a row, and `words` is the bag of words that they must beat. `functions`, `rules` and `grader` score
+without a model. `best_of_n` chooses among responses, and `card` says how good a model is.
 
 Names below are imported when first used, so ``import reward_models`` stays fast.
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reward_models.functions import Texts, conversation
-from reward_models.labelled_texts import messages_in
+from reward_models.talks import conversations_in
 from rlhf.config import import_function
 from rlhf.errors import InputError, short
 from rlhf.rows.messages import Messages, text_of
@@ -31,8 +31,8 @@ class Divided(NamedTuple):
 def divide(rows: Sequence[Any], moderator: Moderator) -> Divided:
     """Divide rows into those without a flagged text and the others.
 
-    rows: texts, conversations (lists of messages), records of `rlhf.rows.records`, or mappings with `prompt`, `text` or
-    `messages` and responses: rows of a data file, of rollouts, of exports. Raises InputError for anything else."""
+    rows: texts, conversations (lists of messages), records of `rlhf.rows.records`, or mappings: rows of a data file, of
+    rollouts, of exports, as `talks` reads them. Raises InputError for anything else."""
     categories = [flagged_by(verdicts) for verdicts in verdicts_of(rows, moderator)]
     kept = [number for number, names in enumerate(categories) if not names]
     return Divided(kept, [number for number, names in enumerate(categories) if names], categories)
@@ -79,25 +79,14 @@ def talks_in(row: Any) -> list[Messages]:
     if isinstance(row, StepLabels):
         return [_answered(row.prompt, "\n".join(row.steps))]
     if isinstance(row, Mapping):
-        return _talks_in_mapping(row)
+        return conversations_in(row)
     if isinstance(row, Sequence) and row and all(isinstance(turn, Mapping) and "role" in turn for turn in row):
         return [[dict(turn) for turn in row]]
     raise InputError(f"filter: got a {type(row).__name__}; hand in texts, conversations, records or rows")
 
 
-def _talks_in_mapping(row: Mapping[str, Any]) -> list[Messages]:
-    several = row.get("responses") or [row[name] for name in ("chosen", "rejected") if row.get(name) is not None]
-    if not several:
-        return [messages_in(row)[0]]
-    if row.get("prompt") is None:
-        return [talk for response in several for talk in talks_in(response)]
-    prompt = messages_in({"prompt": row["prompt"]})[0]
-    return [_answered(prompt, response) for response in several]
-
-
-def _answered(prompt: Messages, response: Any) -> Messages:
-    turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
-    return [dict(turn) for turn in (*prompt, *turns)]
+def _answered(prompt: Messages, response: str) -> Messages:
+    return [dict(turn) for turn in (*prompt, {"role": "assistant", "content": response})]
 
 
 def moderation_score(moderator: Moderator, flagged: float = -1.0) -> Callable[..., list[float]]:

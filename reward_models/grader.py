@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 from reward_models.functions import Texts, response_text
 from rlhf.errors import InputError
 from rlhf.evals import asks
-from rlhf.evals.asks import LITTLE, Asks, LocalModel, Service, named_letter
+from rlhf.evals.asks import LITTLE, Asks, LocalModel, NoAnswer, Service, named_letter
 from rlhf.evals.local import letter_tokens
 from rlhf.evals.questions import Choice, Rubric
 
@@ -56,17 +56,20 @@ class RubricGrader:
     """A reward function (trl's signature) that scores by a rubric.
 
     answer: "expected" (the mean of the choices' scores under the answer's probabilities) or "argmax" (the score of the
-    most likely choice). Logs `grader_answer_probability`, the total probability of the letters (where it is small, the
-    model does not understand the question, and a warning follows), and `grader_<letter>`, each choice's mean
-    probability. Samples get the most likely letter as `grader_choice`.
+    most likely choice). least: the total probability of the letters below which a response gets a NoAnswer in place of
+    a score, as a judge's abstention; 0: every answer counts. Logs `grader_answer_probability`, the total probability of
+    the letters (where it is small, the model does not understand the question, and a warning follows), and
+    `grader_<letter>`, each choice's mean probability. Samples get the most likely letter as `grader_choice`.
     """
 
-    def __init__(self, ask: Asks, rubric: Rubric, answer: Answer = "expected", name: str = "grader") -> None:
+    def __init__(
+        self, ask: Asks, rubric: Rubric, answer: Answer = "expected", name: str = "grader", least: float = 0.0
+    ) -> None:
         if answer not in ("expected", "argmax"):
             raise InputError(f"answer={answer!r} must be 'expected' or 'argmax'")
         self.ask = ask
         self.rubric = rubric
-        self.answer = answer
+        self.answer, self.least = answer, least
         self.__name__ = name
         self._warned = False
 
@@ -113,8 +116,10 @@ class RubricGrader:
             probabilities, together = answer[:2]
             best = max(range(len(letters)), key=lambda index: float(probabilities[index]))
             expected = sum(float(p) * value for p, value in zip(probabilities, values, strict=True))
-            scores.append(values[best] if self.answer == "argmax" else expected)
-            chosen.append(letters[best])
+            score = values[best] if self.answer == "argmax" else expected
+            weak = together < self.least
+            scores.append(NoAnswer(f"the letters have {together:.2g} of the probability") if weak else score)
+            chosen.append(None if weak else letters[best])
             answered.append(together)
             if log_metric is not None:
                 log_metric(f"{self.__name__}_answer_probability", together)

@@ -205,7 +205,8 @@ def codes_in(reply: str | None) -> Sequence[str] | None:
 
 
 class Guard:
-    """A guard as a moderator. ask: as `rlhf.evals.asks`; threshold: the probability of unsafe from which it flags.
+    """A guard as a moderator. ask: as `rlhf.evals.asks`; threshold: the probability of unsafe from which it flags,
+    the categories that its reply names too.
 
     Raises what asking failed with, such as a server that is away: only an answer outside the format is a verdict."""
 
@@ -252,8 +253,7 @@ class Guard:
             named += told
         scores |= dict.fromkeys(named, max(scores.values()))
         scores[NO_ANSWER] = float(unread)
-        flagged = {category: score >= self.threshold for category, score in scores.items()}
-        return Verdict(flagged | dict.fromkeys(named, True), scores)
+        return Verdict({category: score >= self.threshold for category, score in scores.items()}, scores)
 
 
 class WrittenModel(LocalModel):

@@ -54,7 +54,7 @@ def load_judge(
     if isinstance(asked, Rubric):
         from reward_models.grader import RubricGrader
 
-        return ScoreJudge(RubricGrader(ask, asked), margin)
+        return ScoreJudge(RubricGrader(ask, asked, least=least), margin)
     return PairJudge(ask, asked, least)
 
 

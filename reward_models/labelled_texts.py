@@ -6,8 +6,9 @@ Rows of these shapes are read (further columns are kept):
   unknown, not 0;
 * nested: ``{"text": "...", "labels": {"S": 1, "H": null}}``.
 
-The text is `text`, `prompt` (a text, or messages) or `messages`; a `response` or `completion` beside it is the
-assistant's turn. Of flat rows, categories are the columns that hold nothing but 0, 1, true, false and null.
+The text is `messages`, `text` or `prompt`, the first that is there, and a response beside it is the assistant's turn;
+whatever `talks` reads as one conversation will do. Of flat rows, categories are the columns that hold nothing but 0, 1,
+true, false and null.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from typing import Any
 
 import numpy as np
 
+from reward_models.talks import TEXTS, conversations_in
 from rlhf.errors import InputError, short
-from rlhf.rows.messages import Messages, as_messages, check_text, text_of
+from rlhf.rows.messages import Messages, check_messages, text_of
 from rlhf.rows.mixed import parts_of, renamed, weighed
 from rlhf.rows.records import BadRows, OnBadRow, prompt_key
 from rlhf.rows.sources import Source, name_of, rows, show, wrong
 
 logger = logging.getLogger("rlhf")
 
-TEXTS, ANSWERS = ("text", "prompt", "messages"), ("response", "completion")
+ANSWERS = ("response", "completion")
+"""Columns that are no labels, whatever they hold, as TEXTS."""
 NO_CATEGORY = ("weight", "seed", "id", "index", "turn", "row", "train")
 """Columns of 0 and 1 that are no labels."""
 
@@ -114,11 +117,15 @@ def apart_from(records: Sequence[LabelledText], others: Sequence[LabelledText], 
 def _record(row: object, categories: Sequence[str], where: str) -> LabelledText:
     if not isinstance(row, Mapping):
         raise InputError(f"got {show(row)}; write an object with a text and its labels")
-    messages, used = messages_in(row)
+    talks = conversations_in(row)
+    if len(talks) > 1:
+        raise wrong("response", f"{len(talks)} in one row", "a label is of one: write a row for each, or take them out")
     nested = row.get("labels") is not None
     labels = labels_in(row, categories)
-    apart = {*used, "labels", *(() if nested else categories)}
-    return LabelledText(messages, labels, {k: v for k, v in row.items() if k not in apart}, where)
+    apart = {*TEXTS, *ANSWERS, "labels", *(() if nested else categories)}
+    return LabelledText(
+        check_messages(talks[0], "text"), labels, {k: v for k, v in row.items() if k not in apart}, where
+    )
 
 
 def labels_in(row: Mapping[str, Any], categories: Sequence[str]) -> dict[str, bool]:
@@ -127,28 +134,6 @@ def labels_in(row: Mapping[str, Any], categories: Sequence[str]) -> dict[str, bo
     if not isinstance(held, Mapping):
         raise wrong("labels", f"got {show(held)}", "write an object of category to 0, 1 or null")
     return {name: _truth(held[name], name) for name in categories if held.get(name) is not None}
-
-
-def messages_in(row: Mapping[str, Any]) -> tuple[Messages, list[str]]:
-    """Return the conversation of a row, and the columns that it stands in. Raises InputError."""
-    name = next((name for name in TEXTS if row.get(name) is not None), None)
-    answer = next((name for name in ANSWERS if row.get(name) is not None), None)
-    if name is None and answer is None:
-        seen = f"missing; the fields are {', '.join(map(str, row)) or '(none)'}"
-        raise wrong("text", seen, "write text, prompt or messages")
-    turns: Messages = []
-    if name is not None:
-        value = row[name]
-        turns = as_messages(value, name) if not isinstance(value, str) else [_turn("user", value, name)]
-    if answer is not None:
-        value = row[answer]
-        own = as_messages(value, answer) if not isinstance(value, str) else [_turn("assistant", value, answer)]
-        turns = [*turns, *own]
-    return turns, [column for column in (name, answer) if column]
-
-
-def _turn(role: str, text: str, name: str) -> dict[str, Any]:
-    return {"role": role, "content": check_text(text, name)}
 
 
 def _truth(value: object, name: str) -> bool:

@@ -6,6 +6,8 @@
 | `windows` | any substring of 50 letters and digits is |
 | `words` | 70% of its words lie in a run of 8 words that is in the training data, in small letters (after PaLM) |
 
+Boilerplate, what many items share, is neither sought nor counted among an item's letters and words.
+
 What none of them finds: a paraphrase, a translation, the same numbers in other words. Clean by these means that nobody
 copied the text, not that nobody taught to the test.
 """
@@ -61,7 +63,7 @@ class Found:
     windows: bool | None = None
     words: bool | None = None
     letters_covered: float = 0.0
-    """The share of its letters and digits that lie in a window that was found."""
+    """The share of its letters and digits that lie in a window that was found, of those that are no boilerplate."""
     words_covered: float = 0.0
     train: str | None = None
     """Where in the training data the first window of it stands first."""
@@ -203,11 +205,11 @@ def _found(text: str, letters: Windows | None, words: Windows | None, rules: Rul
     drawn = random.Random(f"{rules.seed} {text}").sample(own.tolist(), min(rules.samples, len(own)))
     hits = place >= 0
     first = sought.places[int(place[np.argmax(hits)])] if hits.any() else None
-    covered, by_words = _covered(hits, sought.size), None
+    covered, by_words = _covered(place, sought.size), None
     if words is not None:
         seen = words[0].place[words[0].number[words[1]]]
         if (seen != -2).any():
-            by_words = _covered(seen >= 0, words[0].size)
+            by_words = _covered(seen, words[0].size)
             hit = np.argmax(seen >= 0)
             first = first or (words[0].places[int(seen[hit])] if seen[hit] >= 0 else None)
     return Found(
@@ -220,12 +222,21 @@ def _found(text: str, letters: Windows | None, words: Windows | None, rules: Rul
     )
 
 
-def _covered(hits: np.ndarray, size: int) -> float:
-    """Return the share of a text's symbols that lie in one of the windows hit [n - size + 1]."""
-    edges = np.zeros(len(hits) + size, dtype=np.int64)
-    edges[: len(hits)] += hits
-    edges[size:] -= hits
-    return float((np.cumsum(edges)[:-1] > 0).mean())
+def _covered(place: np.ndarray, size: int) -> float:
+    """Return the share of a text's own symbols that lie in a window that was found; place [n - size + 1] as in Sought.
+    Its own are those in no boilerplate window, or where there are none, those in windows that are sought."""
+    own = ~_inside(place == -2, size)
+    if not own.any():
+        own = _inside(place != -2, size)
+    return float(_inside(place >= 0, size)[own].mean())
+
+
+def _inside(windows: np.ndarray, size: int) -> np.ndarray:
+    """Return [n] whether each symbol lies in one of the windows [n - size + 1]."""
+    edges = np.zeros(len(windows) + size, dtype=np.int64)
+    edges[: len(windows)] += windows
+    edges[size:] -= windows
+    return np.cumsum(edges)[:-1] > 0
 
 
 # ------------------------------------------------------------------------------------------- what it comes to

@@ -8,6 +8,7 @@ tie. An answer outside the template's choices is an abstention: it is counted, a
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -149,8 +150,9 @@ class ScoreJudge:
         self.spent = Spent()
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """Return a verdict per pair; each response is scored once. Raises InputError for scores that are no numbers."""
-        keys = [pair.key for pair in pairs]
+        """Return a verdict per pair; each response to a prompt with its columns is scored once. Raises InputError for
+        scores that are no numbers."""
+        keys = [json.dumps([pair.prompt, dict(pair.columns)], sort_keys=True, default=repr) for pair in pairs]
         rows: dict[tuple[str, str], tuple[Pair, str]] = {}
         for key, pair in zip(keys, pairs, strict=True):
             for text in (pair.first, pair.second):

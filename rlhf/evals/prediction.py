@@ -68,12 +68,17 @@ def fit_loss(compute: Sequence[float], loss: Sequence[float]) -> Law:
 def fit_pass_rate(compute: Sequence[float], mean_log_pass_rate: Sequence[float]) -> Law:
     """Fit -E[log pass_rate] = a C^-k by least squares of its logarithm, a straight line. Raises
     InputError where the rate does not rise."""
-    size, value = _checked("mean_log_pass_rate", compute, [-rate for rate in mean_log_pass_rate])
+    law = _straight(*_checked("mean_log_pass_rate", compute, [-rate for rate in mean_log_pass_rate]))
+    if law.b >= 0:
+        raise InputError("mean_log_pass_rate: it does not rise with compute; a law of scaling has nothing to go by")
+    return law
+
+
+def _straight(size: np.ndarray, value: np.ndarray) -> Law:
+    """Fit the straight line of `fit_pass_rate`, whichever way it leads."""
     unit = float(np.exp(np.log(size).mean()))
     x, y = np.log(size / unit), np.log(value)
     b = float((x * (y - y.mean())).sum() / (x**2).sum())
-    if b >= 0:
-        raise InputError("mean_log_pass_rate: it does not rise with compute; a law of scaling has nothing to go by")
     residual = y - y.mean() - b * x
     spread = math.sqrt(float((residual**2).sum()) / (len(size) - 2))
     return Law("mean_log_pass_rate", math.exp(float(y.mean())), b, 0.0, unit, spread, len(size))
@@ -124,7 +129,8 @@ def measured_coverage(
     law: Law, compute: Sequence[float], at: float, seed: int, level: float = 0.95, trials: int = 200
 ) -> float:
     """Return how often the interval of `predict` holds a new run, over worlds drawn from the law: what its level is
-    worth with this many runs at these sizes, if the law is true."""
+    worth with this many runs at these sizes, if the law is true. A world whose scatter hides the law counts like every
+    other: its interval is as wide as its runs make it."""
     draw = np.random.default_rng([seed, 1])
     true = np.array([law.at(one) for one in (*compute, at)])
     runs = true * np.exp(law.spread * draw.standard_normal((trials, len(true))))
@@ -133,10 +139,10 @@ def measured_coverage(
         a, b, c, error = _fit_losses(size[:-1], runs[:, :-1])
         spread = np.sqrt(error / (len(compute) - 3))
         return float((_apart(size, runs) <= _limits(size, (a, b, c, spread), draw, level, 60)).mean())
-    held = 0
-    for *seen, new in (-runs).tolist():
-        low, high = predict(fit_pass_rate(compute, seen), compute, seen, at, seed, level).interval
-        held += low <= new <= high
+    held, size = 0, np.asarray(compute, dtype=np.float64)
+    for *seen, new in runs.tolist():
+        low, high = predict(_straight(size, np.array(seen)), compute, seen, at, seed, level).interval
+        held += low <= -new <= high
     return held / trials
 
 
@@ -319,11 +325,10 @@ def compare(file: str | Path, observed: float, began: datetime | None = None) ->
         raise InputError(f"{file}: is no registered prediction, or was changed after it was registered")
     if not math.isfinite(observed):
         raise InputError(f"observed={observed} must be a finite number")
-    inside = bool(content["low"] <= observed <= content["high"])
+    low, high = float(content["low"]), float(content["high"])  # an end that is open stands there as text
     before = None if began is None else datetime.fromisoformat(content["registered"]) <= began
-    return Comparison(
-        content["value"], content["low"], content["high"], observed, inside, content["registered"], digest, before
-    )
+    inside = low <= observed <= high
+    return Comparison(content["value"], low, high, observed, inside, content["registered"], digest, before)
 
 
 def _hash(content: Mapping[str, Any]) -> str:

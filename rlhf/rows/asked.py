@@ -66,7 +66,7 @@ def shared_prompt(row: Mapping[str, Any], shared: Messages) -> Messages | None:
     one. A `prompt` beside them is one or several of the shared turns, or ends with them all."""
     if row.get("prompt") is not None:
         prompt = as_prompt(row["prompt"])
-        if _within(prompt, shared):
+        if within(prompt, shared):
             prompt = shared
         elif not _same(prompt[len(prompt) - len(shared) :], shared):
             raise wrong("prompt", f"{show(prompt[-1]['content'])} is no turn that chosen and rejected share",
@@ -150,5 +150,6 @@ def _same(one: Messages, other: Messages) -> bool:
     return plain[0] == plain[1]
 
 
-def _within(part: Messages, whole: Messages) -> bool:
+def within(part: Messages, whole: Messages) -> bool:
+    """Return whether the turns of `part` stand in `whole`, one after the other, up to white space."""
     return any(_same(part, whole[n : n + len(part)]) for n in range(len(whole) - len(part) + 1))

@@ -18,7 +18,7 @@ from rlhf.rows.comparisons import ALONE, EMPTY
 from rlhf.rows.exports import two_responses
 from rlhf.rows.fields import FIELDS, Missing, Row, Unusable
 from rlhf.rows.mixed import renamed
-from rlhf.rows.shapes import SHAPES, Shape, nearest, recognised
+from rlhf.rows.shapes import SHAPES, Shape, named, nearest, recognised
 from rlhf.rows.sources import wrong
 
 logger = logging.getLogger("rlhf")
@@ -96,7 +96,7 @@ def _by_shape(
             yield None, [(where, row)]
             continue
         try:
-            row = {key: _decoded(key, value) for key, value in renamed(row, columns).items()}
+            row = {key: decoded(key, value) for key, value in renamed(row, columns).items()}
             shape = _shape_of(row, wanted)
             if wanted == "prompt" and (shape is None or _has_prompt(row)):
                 yield None, [(where, row)]
@@ -213,7 +213,21 @@ def _as_wanted(found: Any, further: Row, wanted: str, shape: Shape) -> Any:
     return {**further, **found}
 
 
-def _decoded(name: str, value: Any) -> Any:
+def in_our_fields(row: Row) -> list[Row] | None:
+    """Return what a row of a named shape gives by itself, in our fields; None for a row of no such shape, for one that
+    is read together with others, and for a text in one piece. Raises InputError."""
+    shape = named(row)
+    if shape is None or shape.gather is not None or shape.columns == ("text",):
+        return None
+    found = [one for _, one in _ours(shape, [("", row)], "demonstration")]
+    for one in found:
+        if isinstance(one, Exception):
+            raise InputError(f"{', '.join(shape.columns)}: {one}") from None
+    return found
+
+
+def decoded(name: str, value: Any) -> Any:
+    """Return a column's value, of those that tables hold as JSON its content."""
     if name in FIELDS:
         return asked.decoded(name, value)
     if name not in _OBJECTS or not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):

@@ -147,17 +147,23 @@ def question_and_answer(question: str, answer: str) -> Shape:
 
 
 def recognised(row: Mapping[str, Any]) -> Shape | None:
-    """Return the shape of a row. Raises InputError where it may be of several."""
+    """Return the shape of a row, one of SHAPES or a question and its answer. Raises InputError where it may be of
+    several."""
+    if shape := named(row):
+        return shape
+    columns = conversations.question_columns(row)
+    return question_and_answer(*columns) if columns else None
+
+
+def named(row: Mapping[str, Any]) -> Shape | None:
+    """Return the one of SHAPES that a row has. Raises InputError where it may have several."""
     given = {name for name, value in row.items() if value is not None}
     found = [shape for shape in SHAPES if given.issuperset(shape.columns) and shape.fits(dict(row))]
     found = [shape for shape in found if not any(set(shape.columns) < set(other.columns) for other in found)]
     if len(found) > 1:
         named = " or ".join(f"{shape.name} ({', '.join(shape.columns)})" for shape in found)
         raise InputError(f"the row may be {named}; take out the columns of the others")
-    if found:
-        return found[0]
-    columns = conversations.question_columns(row)
-    return question_and_answer(*columns) if columns else None
+    return found[0] if found else None
 
 
 def nearest(row: Mapping[str, Any]) -> Shape | None:

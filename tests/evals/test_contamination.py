@@ -50,6 +50,21 @@ def test_a_planted_copy(copy, by_letters, by_words):
     assert short == Found(), "too short to tell"
 
 
+def test_what_many_items_share_is_no_part_of_what_a_copy_covers():
+    """31 words of instructions before 12 of an item's own: its copy covers those 12, with the instructions or alone."""
+    shared = " ".join(f"instruct{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(31))
+    own = [" ".join(f"own{chr(97 + n % 26)}{chr(97 + n // 26)}{chr(97 + k)}" for k in range(12)) for n in range(30)]
+    items = [f"{shared} {text}" for text in own]
+    half = " ".join(own[2].split()[:8])
+    found = search([("t:0", items[0]), ("t:1", own[1]), ("t:2", half), ("t:3", shared)], items, Rules())
+    assert [(one.words, one.words_covered) for one in found[:4]] == [
+        (True, 1.0), (True, 1.0), (False, pytest.approx(8 / 12)), (False, 0.0),
+    ]  # fmt: skip
+    assert [one.letters_covered for one in found[:2]] == [1.0, 1.0]
+    whole = search([("t", f"{shared} {shared}")], [f"{shared} {shared}"] * 2 + [f"{shared} {n}" for n in own], Rules())
+    assert whole[0].words_covered == 1.0, "boilerplate twice: what is its own is how the two meet"
+
+
 def test_every_text_that_holds_an_item_is_named():
     texts = ["Nothing.", f"One. {ITEM}", OTHER, f"{ITEM} Two.", ITEM[:45], f"Three: {ITEM[20:90]}"]
     assert holding(texts, [ITEM], Rules()) == {1, 3, 5}

@@ -128,6 +128,26 @@ def test_a_judge_of_single_responses_scores_each_once():
     assert "flip_rate" not in compared(pairs, judge.compare(pairs)), "nothing is shown first"
 
 
+def test_a_score_is_of_its_own_prompt_and_columns():
+    """Pairs of one split_group have one key, and rows of one prompt may have different answers."""
+
+    def score(prompts, completions, gold, **columns):
+        return [float(c[0]["content"] == answer) for c, answer in zip(completions, gold, strict=True)]
+
+    group = [Pair(asked(f"Is {n} even?"), "Yes", "No", {"split_group": "even", "gold": gold})
+             for n, gold in ((2, "Yes"), (3, "No"))]  # fmt: skip
+    assert [verdict.win for verdict in ScoreJudge(score).compare(group)] == [1.0, 0.0]
+    prompt = [Pair(asked("Is it even?"), "Yes", "No", {"gold": gold}) for gold in ("Yes", "No")]
+    assert [verdict.win for verdict in ScoreJudge(score).compare(prompt)] == [1.0, 0.0]
+
+    def of_its_prompt(prompts, completions, **columns):
+        texts = [(p[0]["content"], c[0]["content"]) for p, c in zip(prompts, completions, strict=True)]
+        return [float((answer == "Yes") == ("2" in prompt)) for prompt, answer in texts]
+
+    alike = [Pair(pair.prompt, pair.first, pair.second, {"split_group": "even"}) for pair in group]
+    assert [verdict.win for verdict in ScoreJudge(of_its_prompt).compare(alike)] == [1.0, 0.0]
+
+
 # ------------------------------------------------------------------------------------------------ length control
 
 
@@ -377,13 +397,13 @@ def test_the_recipe_with_a_language_model_and_a_template(tmp_path: Path, tiny_mo
     rows = [{"prompt": f"Q{n}?", "chosen": f"Yes {n}", "rejected": f"Not at all {n}"} for n in range(6)]
     (tmp_path / "own.yaml").write_text(YAML)
     words = ["--judge", base, "--human", write(tmp_path / "human.jsonl", rows), "--output_dir", tmp_path / "out"]
-    abstains = recipe.run("judge_card", *words, "--template", tmp_path / "own.yaml")
-    assert abstains.code == 2
-    assert "abstains from all 6 pairs" in abstains.err
-    for flags in (("--template", tmp_path / "own.yaml", "--least_probability", 0), ("--template", "helpful")):
-        result = recipe.run("judge_card", *words, *flags)
+    for template in (tmp_path / "own.yaml", "helpful"):
+        abstains = recipe.run("judge_card", *words, "--template", template)
+        assert abstains.code == 2
+        assert "abstains from all 6 pairs" in abstains.err
+        result = recipe.run("judge_card", *words, "--template", template, "--least_probability", 0)
         assert (result.code, result.err) == (0, "")
         found = json.loads((tmp_path / "out" / "judge_card.json").read_text())
         assert found["cost"]["tokens"] > 0
         assert found["cost"]["calls"] == 12, "both orders, or both responses"
-        assert ("flip_rate" in found["metrics"]) == ("helpful" not in flags)
+        assert ("flip_rate" in found["metrics"]) == (template != "helpful")

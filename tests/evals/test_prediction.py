@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -74,6 +75,16 @@ def test_a_pass_rates_interval_is_students_for_a_new_point():
     low, high = predict(found, size, rates, 64.0, seed=0).interval
     centre, half = start + slope * math.log(64), student_quantile(0.975, 3) * error
     assert (low, high) == pytest.approx((-math.exp(centre + half), -math.exp(centre - half)), rel=1e-9)
+
+
+def test_a_pass_rates_interval_holds_as_often_as_it_says_where_scatter_hides_the_law():
+    """Student's interval is exact, so of 200 worlds it holds about 190; in many of them the line rises."""
+    size = np.geomspace(1e15, 1e17, 5)
+    for seed in range(5):
+        noise = np.exp(0.25 * np.random.default_rng(seed).standard_normal(5))
+        rates = -2.0 * (size / 1e15) ** -0.15 * noise
+        made = prediction("mean_log_pass_rate", size.tolist(), rates.tolist(), 1e18, seed=0)
+        assert 0.9 <= made.coverage <= 0.99
 
 
 def test_mean_log_pass_rate_of_counts():
@@ -157,6 +168,14 @@ def test_a_registered_prediction_is_neither_replaced_nor_changed(tmp_path: Path)
             compare(file, 2.0)
 
 
+def test_an_interval_with_an_open_end_is_registered_and_compared(tmp_path: Path):
+    made = prediction("loss", COMPUTE.tolist(), law(COMPUTE).tolist(), 1e21, seed=0)
+    register(tmp_path / "p.json", replace(made, high=math.inf))
+    found = compare(tmp_path / "p.json", 1e9)
+    assert (found.low, found.high, found.inside) == (made.low, math.inf, True)
+    assert compare(tmp_path / "p.json", made.low / 2).inside is False
+
+
 @pytest.mark.slow
 def test_the_recipe(tmp_path: Path):
     data = tmp_path / "runs.jsonl"
@@ -193,6 +212,8 @@ def test_the_recipe(tmp_path: Path):
                        "--output_dir", out)  # fmt: skip
     assert (rates.code, rates.err) == (0, "")
     assert "mean log pass rate -" in rates.out
+    uneven = tmp_path / "uneven.jsonl"
+    uneven.write_text("".join(json.dumps({"compute": n, "passes": [1] * n, "samples": 20}) + "\n" for n in range(2, 7)))
     for flags, told in (
         ((), "give --data and --at to predict, or --compare"),
         (("--data", data), "at is missing"),
@@ -200,6 +221,10 @@ def test_the_recipe(tmp_path: Path):
         (("--compare", registered, "--observed", 1, "--at", 3), "at belongs to a new prediction"),
         (("--data", data, "--at", 3, "--observed", 1), "observed is compared with a registered prediction"),
         (("--data", passes, "--at", 3), "passes.jsonl:1: loss is None; write a number"),
+        (
+            ("--data", uneven, "--at", 3, "--quantity", "mean_log_pass_rate"),
+            "uneven.jsonl:2: passes: 3 problems, and 2 in the rows before; count the same ones at every size",
+        ),
     ):
         refused = recipe.run("predict_capability", *flags)
         assert refused.code == 2

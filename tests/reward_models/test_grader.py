@@ -92,6 +92,16 @@ def test_letters_without_any_probability_fail_that_row_alone(forced):
     assert [type(score) for score in scores] == [float, NoAnswer, float]
 
 
+def test_letters_with_too_little_probability_are_no_answer(forced):
+    grader, extra = forced("expected", TABLE), {}
+    grader.least = 0.5
+    scores = grader(["Hi"] * 3, RESPONSES, log_extra=extra.__setitem__)
+    assert [type(score) for score in scores] == [NoAnswer, float, float]
+    assert str(scores[0]) == "the letters have 0.4 of the probability"
+    assert scores[1:] == pytest.approx(EXPECTED[1:], abs=1e-6)
+    assert extra == {"grader_choice": [None, "B", "C"]}
+
+
 def test_a_real_model_alone_and_in_a_batch(tmp_path, tiny_model, tiny_tokenizer):
     """Against a plain forward of one row without padding, read at the last position."""
     chat.prepare_tokenizer(tiny_tokenizer)

@@ -121,6 +121,14 @@ def test_one_principle_without_an_answer_is_enough():
     assert [name for name, flag in verdict.flagged.items() if flag] == ["No Sexually Explicit Information", NO_ANSWER]
 
 
+def test_a_named_category_is_flagged_from_the_threshold_too():
+    ask = answering(Answered((0.6, 0.4), 1.0, "unsafe\nS1"), Answered((0.95, 0.05), 1.0, "unsafe\nS1"))
+    below, above = Guard(ask, ServedLlamaGuard(), threshold=0.9)(["Hm", "Bad"])
+    assert below.flagged == {"unsafe": False, "S1": False, NO_ANSWER: False}
+    assert below.scores == {"unsafe": 0.6, "S1": 0.6, NO_ANSWER: 0.0}
+    assert above.flagged == {"unsafe": True, "S1": True, NO_ANSWER: False}
+
+
 def test_a_text_that_a_server_refuses_is_named():
     answers = [Answered((0.1, 0.9), 1.0, None), InputError("400: too long")]
     with pytest.raises(InputError, match="text 'long': 400: too long"):

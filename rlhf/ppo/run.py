@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 
 from rlhf.config import resume_settings
 from rlhf.errors import InputError
+from rlhf.ppo import build
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import samples
 from rlhf.ppo.preflight import check_ppo
@@ -55,6 +56,7 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as around:
             around.enter_context(training_in(self.folder))
+            around.enter_context(build.flash(self.trainer.actor_critic, self.trainer.args))
             self._restore()
             self.trainer.loop.begin(self.trainer.update_index, self.trainer.args.updates)
             self.metrics = self.trainer.loop.last_metrics()

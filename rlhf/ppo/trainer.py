@@ -98,11 +98,11 @@ class PPOTrainer:
             adapters.share_base(models.policy, getattr(function, "model", None))
         cpu.prepare(models)
         build.prepare(models, args, dtype)
-        preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
-        self.stop_ids = model_stop_ids(models.policy, tokenizer)
+        with self.accelerator.autocast():
+            preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
+        self.stop_ids, self.pad_id = model_stop_ids(models.policy, tokenizer), chat.pad_id(tokenizer)
         optimizer = build.build_optimizer(models, args, callback_args)
         self.module, self.optimizer = self.accelerator.prepare(models, optimizer)
-        self.pad_id = chat.pad_id(tokenizer)
         builtin = (models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
         self.engine = engine or TransformersEngine(*builtin)
         if isinstance(self.engine, Follower):

@@ -84,7 +84,8 @@ class ActorCritic(nn.Module):
 
     def _values(self, hidden: Float[Tensor, "B T H"], batch: Batch) -> Float[Tensor, "B T"]:
         with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16 a value would keep only three digits
-            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+            weight, bias = self.value_head.weight.float(), self.value_head.bias.float()  # FSDP2 holds them in bfloat16
+            values = nn.functional.linear(hidden.float(), weight, bias).squeeze(-1)
         return torch.where(batch.mask, values, 0.0)
 
     @contextmanager

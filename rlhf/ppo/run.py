@@ -31,7 +31,7 @@ from rlhf.ppo.saved import Save, saving_update, update_folder
 from rlhf.run import distributed
 from rlhf.run.checkpoint import full_disk_explained, mark_complete, random_state, restore_random_state, save_checkpoint
 from rlhf.run.lock import training_in
-from rlhf.run.owner import by_main
+from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.readable import BROKEN, first_sentence
 from rlhf.run.resume import Termination, resume_point, set_aside
 
@@ -99,6 +99,7 @@ class Run:
                 folder, trainer.accelerator, write, trainer.origin, trainer.processing_class, trainer.peft_config
             )
             self._save = self._saving.enter_context(saving)
+            wait_for_all()  # the first process writes for minutes, and NCCL waits for ten
         self.trainer.loop.step_begin()
         self.trainer.clock.restart()  # the update's seconds begin here
         return True
@@ -125,6 +126,7 @@ class Run:
             self._save(rollout, trainer.loop.state.log_history[-1])
             self._save = None
             self._saving.close()
+            wait_for_all()
         terminated = self.termination.agreed()
         early = trainer.update_index < args.updates and (self._finished() or trainer.loop.should_stop)
         if self._due(args.save_steps) or trainer.loop.should_save or early or terminated:
@@ -146,11 +148,9 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write `checkpoint-<update>`; called by every process."""
         trainer = self.trainer
-        state = gathered(trainer)
-        if trainer.accelerator.is_main_process:
-            write = partial(write_state, trainer, state)
-            save_checkpoint(self.folder, trainer.update_index, write, self.settings, trainer.args.save_total_limit)
-        trainer.accelerator.wait_for_everyone()
+        write = partial(write_state, trainer, gathered(trainer))
+        given = (self.folder, trainer.update_index, write, self.settings, trainer.args.save_total_limit)
+        by_main(lambda: save_checkpoint(*given))
         trainer.loop.saved()
 
     def _write_marked(self, state: Saved, folder: Path) -> None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import EarlyStoppingCallback, IntervalStrategy, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers import ProgressCallback as TqdmCallback
 
@@ -122,12 +121,12 @@ class MarkComplete(TrainerCallback):
         self.settings, self.keep = settings or {}, keep
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process has written its random state
+        wait_for_all()  # every process has written its random state
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             checkpoint.mark_complete(folder, self.settings)
             checkpoint.prune(args.output_dir, self.keep)
+        wait_for_all()  # reading gigabytes takes minutes, and NCCL waits for ten
 
 
 class Alarms(TrainerCallback):

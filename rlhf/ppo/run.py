@@ -190,7 +190,8 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
         raise InputError(f"{folder}: no ppo.pt; resume from a checkpoint-<update> folder of a PPO run")
     processes, now = 0, trainer.accelerator.num_processes
     try:
-        state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True)
+        cut = distributed.is_sharded(trainer.module)  # then every process reads its parts only
+        state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True, mmap=cut)
         trainer.load_state_dict(state)
         trainer.loop.load_state(folder / "trainer_state.json")
         processes = len(state["random"])

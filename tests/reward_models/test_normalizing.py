@@ -32,7 +32,7 @@ def scored(sequences: list[list[int]], index: int, processes: int, others: int) 
 
 @pytest.fixture(autouse=True)
 def under_zero_3(monkeypatch):
-    monkeypatch.setattr(normalizing.strategy, "partitions", lambda accelerator: True)
+    monkeypatch.setattr("rlhf.run.strategy.partitions", lambda accelerator: True)
     monkeypatch.setattr(normalizing, "TOKENS_PER_MICROBATCH", 4)
 
 

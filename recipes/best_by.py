@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from reward_models.best import KeepBest
 from rlhf import chat, evaluate
+from rlhf.models import packing
 from rlhf.rows.records import Prompt
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import model_stop_ids
@@ -42,10 +43,11 @@ class BestByScore(KeepBest):
     def score(self) -> float:
         """Compute the mean score of one sampled response per prompt."""
         tokenizer = cast(Any, self.trainer.processing_class)
-        with self.trainer.own_forward() as model:
+        accelerator = self.trainer.accelerator
+        with self.trainer.own_forward() as model, accelerator.autocast(), packing.decoding(model):
             was_training = model.training
             model.eval()
-            generator = torch.Generator(self.trainer.accelerator.device).manual_seed(self.seed)
+            generator = torch.Generator(accelerator.device).manual_seed(self.seed)
             engine = TransformersEngine(cast(Any, model), model_stop_ids(model, tokenizer), chat.pad_id(tokenizer), 64)
             samples = evaluate.sample_policy(
                 self.prompts, tokenizer, engine, max_new_tokens=self.tokens, generator=generator

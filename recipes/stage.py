@@ -9,8 +9,10 @@ seconds, and `--help`, a mistyped flag and a stage that is complete need none of
 
 from __future__ import annotations
 
+import gc
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -172,8 +174,17 @@ def open_stage(name: str, config: Any, sources: Mapping[str, Any], reopened: boo
     resuming = state == "interrupted"
     if resuming and not reopened:
         console.stage_line(name, "was interrupted: going on")
+    free_memory()
     started = time.perf_counter()
     return Stage(name, folder, inputs, config.seed, False, resuming, {}, 0.0, started, overwrite, keep)
+
+
+def free_memory() -> None:
+    """Free what finished stages of this process have left: a trainer and its model refer to each other."""
+    gc.collect()
+    torch: Any = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def train_and_save(trainer: Any, stage: Stage, name: str, metric: str) -> None:

@@ -21,7 +21,7 @@ from rlhf.models.positions import Positions
 from rlhf.padding import pad
 from rlhf.rows.records import BadRows, read_demonstrations
 from rlhf.rows.sources import Source
-from rlhf.run import distributed
+from rlhf.run import distributed, strategy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,18 +76,21 @@ def shared_scores(
 ) -> list[float]:
     """Return the raw scores of token sequences; each process scores its share, and all get all of them.
 
-    read: the trainer's `scores`, through which FSDP2 gathers a sharded model's parameters."""
+    read: the trainer's `scores`, through which FSDP2 or DeepSpeed gathers the parameters of a model that is cut."""
     own = accelerator.unwrap_model(model)
     logger.info("normaliser: scoring %s responses", f"{len(sequences):,}")
+    cut = distributed.is_sharded(model) or strategy.partitions(accelerator)
 
     def score(share: Sequence[list[int]]) -> list[float]:
-        if not distributed.is_sharded(model):
+        if not cut:
             return score_sequences(own, share, pad_id, TOKENS_PER_MICROBATCH, packs_here(own)).tolist()
-        scores = torch.empty(len(share))
-        batches = list(length_batches([len(ids) for ids in share], TOKENS_PER_MICROBATCH))
-        for rows in distributed.even_plan([batches], model)[0]:
-            input_ids, mask = pad([share[i] for i in rows], pad_id, accelerator.device)
+        given = share or sequences[:1]  # every process must run forwards, and as many
+        scores = torch.empty(len(given))
+        batches = list(length_batches([len(ids) for ids in given], TOKENS_PER_MICROBATCH))
+        most = int(accelerator.gather(torch.tensor([len(batches)], device=accelerator.device)).max())
+        for rows in [*batches, *batches[:1] * (most - len(batches))]:
+            input_ids, mask = pad([given[i] for i in rows], pad_id, accelerator.device)
             scores[rows] = read(model, {"input_ids": input_ids, "attention_mask": mask.long()}).cpu()
-        return scores.tolist()
+        return scores[: len(share)].tolist()
 
     return distributed.shared(accelerator, sequences, score)

@@ -198,8 +198,7 @@ class RewardModel:
 
 def place(model: nn.Module, device: torch.device | str | None) -> None:
     """Move a model to a device; by default the accelerator, where there is one."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    nn.Module.to(model, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
+    nn.Module.to(model, models.default_device() if device is None else torch.device(device))
 
 
 def rows_of(columns: Mapping[str, object], count: int) -> list[dict[str, object]]:

@@ -133,7 +133,7 @@ class RewardTrainer(trl.RewardTrainer):
                 callbacks=callbacks,
             )
         reward_model.config.num_labels = config.labels
-        strategy.configure_trainer(self.accelerator, self.model, config.keep_best)
+        strategy.configure_trainer(self.accelerator, self.model, config.keep_best, config)
         attach(self, "reward model", self.SHOWN, config.output_dir)
         settings = {**resume_settings(config, self.CONFIG), **given}
         self._babysitter = Babysitter(self, settings, config.save_total_limit, config.on_alarm)

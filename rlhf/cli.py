@@ -123,6 +123,8 @@ def launch(recipe: Path, flags: dict[str, str], argv: list[str]) -> None:
 
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # gloo
+    # torchrun kills its processes 30 seconds after a SIGTERM or Ctrl-C: too soon to finish a step and save
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # a recipe says itself what went wrong
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     try:

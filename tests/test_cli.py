@@ -331,6 +331,22 @@ def test_a_package_that_accelerates_configuration_needs_is_told_in_one_line(monk
         cli.launch(ROOT / "recipes" / "sft.py", {"accelerate_config": "zero2.yaml"}, [])
 
 
+@pytest.mark.parametrize(("given", "seconds"), [(None, 3600), ("7", 7)])
+def test_processes_have_time_to_save_after_a_signal(monkeypatch, given, seconds) -> None:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    seen = []
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", given or "")  # put back afterwards, as launch sets it
+    if given is None:
+        monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(
+        "accelerate.commands.launch.launch_command", lambda args: seen.append(LaunchConfig(1, 1, 2).shutdown_timeout)
+    )
+    cli.launch(ROOT / "recipes" / "sft.py", {"num_processes": "2"}, [])
+    assert seen == [seconds]
+
+
 # ---------------------------------------------------------------- a clone that nothing installed
 
 

@@ -523,6 +523,18 @@ def test_arguments_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (arguments.save_strategy, arguments.save_steps, arguments.save_total_limit) == ("steps", 7, None)
 
 
+def test_one_process_uses_one_gpu_of_several(tmp_path: Path) -> None:
+    """transformers would copy the model to each, and trl refuses that."""
+
+    class TwoVisible(trl.SFTConfig):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 2
+
+    arguments = training_arguments(Training(output_dir=str(tmp_path)), TwoVisible)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
+
+
 def test_batches_are_shared_out_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several processes: a micro-batch that doesn't divide their share is made smaller, as it changes no gradient."""
     from rlhf.run.trl_arguments import batch_arithmetic

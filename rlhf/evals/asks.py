@@ -82,8 +82,7 @@ def load(
 
     tokenizer = loading.load_tokenizer(model)
     loaded = loading.load_policy(model, dtype=dtype or torch.float32)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    nn.Module.to(loaded, torch.device(device) if device is not None else accelerator or torch.device("cpu"))
+    nn.Module.to(loaded, loading.default_device() if device is None else torch.device(device))
     return LocalModel(loaded, tokenizer, tokens_per_microbatch)
 
 

@@ -187,6 +187,15 @@ def held_in_4_bits(model: Any, dtype: torch.dtype, adapted: bool) -> dict[str, A
     return in_4_bits(dtype, f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
 
+def default_device() -> torch.device:
+    """Return the accelerator, where there is one; of several, this process's own (LOCAL_RANK), as accelerate does."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is None:
+        return torch.device("cpu")
+    own = os.environ.get("LOCAL_RANK")
+    return kind if own is None else torch.device(kind.type, int(own) % torch.accelerator.device_count())
+
+
 def in_4_bits(dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Return `held_in_4_bits`'s arguments for a device."""
     config = BitsAndBytesConfig(

@@ -168,18 +168,24 @@ def set_attention(model: Any, name: str) -> None:
 
 
 @contextmanager
-def decoding(model: Any) -> Iterator[None]:
-    """Let a model compute SDPA inside the context where it computes flash attention, which would take the padding out
-    of a batch at every token and layer."""
+def attention_kept(model: Any) -> Iterator[None]:
+    """Put a model's attention back after the context: flash attention refuses a float32 model outside autocast."""
     before = attention_of(model)
-    if not is_flash(model):
-        yield
-        return
-    set_attention(model, "sdpa")
     try:
         yield
     finally:
-        set_attention(model, before)
+        if attention_of(model) != before:
+            set_attention(model, before)
+
+
+@contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Let a model compute SDPA inside the context where it computes flash attention, which refuses float32, and would
+    take the padding out of a batch at every token and layer."""
+    with attention_kept(model):
+        if is_flash(model):
+            set_attention(model, "sdpa")
+        yield
 
 
 @torch.no_grad()

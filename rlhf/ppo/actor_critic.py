@@ -56,7 +56,11 @@ class ActorCritic(nn.Module):
         self.packable: bool | None = None  # whether all models compute packed rows alike; None: not asked yet
         self.packs = False  # True: rows of different lengths are computed as one long row (`packing.choose`)
         # accelerate's FSDP2 reads a module's layer classes from this attribute
-        self._no_split_modules = layer_classes([m for m in (policy, reference, value) if m is not None])
+        self._no_split_modules = layer_classes(self.parts())
+
+    def parts(self) -> list[Any]:
+        """Return the models that there are."""
+        return [part for part in (self.policy, self.reference, self.value) if part is not None]
 
     def forward(self, batch: Batch, temperature: float, roles: Sequence[Role] = ("policy", "value")) -> Outputs:
         """Run the models in `roles` on a batch; every logit is divided by `temperature`."""
@@ -80,7 +84,8 @@ class ActorCritic(nn.Module):
 
     def _values(self, hidden: Float[Tensor, "B T H"], batch: Batch) -> Float[Tensor, "B T"]:
         with torch.autocast(hidden.device.type, enabled=False):  # in bfloat16 a value would keep only three digits
-            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+            weight, bias = self.value_head.weight.float(), self.value_head.bias.float()  # FSDP2 holds them in bfloat16
+            values = nn.functional.linear(hidden.float(), weight, bias).squeeze(-1)
         return torch.where(batch.mask, values, 0.0)
 
     @contextmanager
@@ -110,8 +115,7 @@ class ActorCritic(nn.Module):
         """Return the token limit of a micro-batch: `wanted`, and for packed rows at most `packing.most_tokens`.
 
         A longer micro-batch would be padded, and the plan of packed rows does not count padding."""
-        parts = [part for part in (self.policy, self.reference, self.value) if part is not None]
-        return min([wanted, *map(packing.most_tokens, parts)]) if self.packs else wanted
+        return min([wanted, *map(packing.most_tokens, self.parts())]) if self.packs else wanted
 
     def backward_roles(self, prepared: nn.Module) -> list[tuple[Role, ...]]:
         """Return the roles of each backward pass: one pass per model if they share no trained weights.

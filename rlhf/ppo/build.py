@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -22,19 +22,18 @@ from rlhf.models.adapters import (
     active_adapter,
     backbone,
     base_model,
-    base_name,
     drop_input_hooks,
     is_adapter,
     lora_config,
     train_in_float32,
-    trained_tokens,
 )
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import clone, disable_dropout, held_in_4_bits, in_float32, is_quantized, load_policy
-from rlhf.models.pretrained import adapter_weights
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
+from rlhf.ppo import role_adapters
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.config import PPOConfig
+from rlhf.run.precision import compute_dtype
 
 log = logging.getLogger("rlhf")
 
@@ -130,7 +129,7 @@ def _build_reference(
             in_float32(reference)  # what it shares with the policy is to be equal at step 0
         return reference
     if isinstance(policy, PeftModel):
-        _copy_adapter(policy, "reference")
+        role_adapters.copy_adapter(policy, "reference")
         return None
     return clone(policy)
 
@@ -146,7 +145,7 @@ def _build_value(
     device, adapted = next(policy.parameters()).device, isinstance(policy, PeftModel) and kind != "separate"
     if source is None:
         if adapted:
-            _copy_adapter(policy, "value")
+            role_adapters.copy_adapter(policy, "value")
             return None, _zero_head(policy)
         value: Any = _merged_copy(policy) if isinstance(policy, PeftModel) else clone(policy)
         value.float().requires_grad_(True)
@@ -165,7 +164,7 @@ def _build_value(
             scalar = load_scalar_model(folder)[0]  # what is trained in full does not start from rounded weights
     head = _normalised_head(score_head(scalar), normalizer).to(device)
     if adapted and isinstance(scalar, PeftModel) and _same_base(policy, scalar):
-        _take_adapter(policy, scalar, adapter)
+        role_adapters.take_adapter(policy, scalar, adapter)
         return None, head
     if adapted and isinstance(scalar, PeftModel):
         raise InputError(
@@ -210,69 +209,6 @@ def _same_base(policy: PeftModel, scalar: PeftModel) -> bool:
     return name == other or (backbone(policy).config.to_dict() == backbone(scalar).config.to_dict() and not other)
 
 
-def _copy_adapter(policy: PeftModel, name: str) -> None:
-    config: Any = copy.deepcopy(policy.peft_config["default"])
-    config.init_lora_weights = True  # the copied weights replace whatever it starts from
-    _add_adapter(policy, name, config)
-    set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="default"), adapter_name=name)
-
-
-def _add_adapter(policy: PeftModel, name: str, config: Any) -> None:
-    """Add an adapter; one of an earlier trainer on the same model object is replaced."""
-    if name in policy.peft_config:
-        policy.delete_adapter(name)
-    policy.add_adapter(name, config)
-
-
-def _take_adapter(policy: PeftModel, scalar: PeftModel, folder: str | None) -> None:
-    """Load the reward model's adapter, without its head, as the adapter "value" on the policy's backbone.
-
-    Where the policy trains embeddings of chat tokens and the reward model does not, the value model's start as the
-    reward model's. Raises InputError if the two bases or adapters do not fit."""
-    config: Any = copy.deepcopy(scalar.peft_config["default"])
-    config.task_type, config.inference_mode, config.init_lora_weights = "CAUSAL_LM", False, True
-    saved = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")]
-    config.modules_to_save = saved or None
-    tokens, scalar_tokens = trained_tokens(policy), trained_tokens(scalar)
-    if scalar_tokens.keys() - tokens.keys():
-        raise InputError(
-            "value model: the reward model's adapter trains embeddings of chat tokens and the policy's does not; "
-            "set value_model: separate, or train both from one SFT adapter"
-        )
-    config.trainable_token_indices = tokens | scalar_tokens or None
-    _add_adapter(policy, "value", config)
-    own = get_peft_model_state_dict(policy, adapter_name="value", save_embedding_layers=False)
-    held = adapter_weights(folder) if folder else get_peft_model_state_dict(scalar)
-    lacking = [name for name in own if name not in held and "trainable_tokens" not in name]
-    if lacking:
-        raise InputError(f"value model: its adapter doesn't fit the policy's base, which also has {lacking[0]}")
-    for name, tensor in held.items():
-        if name not in own and ".score." not in name:
-            own |= _token_rows(policy, name, tensor, config.trainable_token_indices or {})
-    own |= {name: tensor for name, tensor in held.items() if name in own}
-    set_peft_model_state_dict(policy, own, adapter_name="value")
-
-
-def _token_rows(policy: PeftModel, name: str, tensor: Tensor, tokens: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Return the value adapter's token embeddings in the whole embeddings that a reward model's adapter carries.
-
-    It carries them where its vocabulary grew. Raises InputError if the other rows are not those of the policy's base,
-    or the tensor is no such embedding."""
-    base = {base_name(own): parameter.detach() for own, parameter in policy.named_parameters()}
-    path = base_name(name).removesuffix(".weight")
-    mine = base.get(f"{path}.weight")
-    if mine is None or mine.shape != tensor.shape:
-        raise InputError(f"value model: its adapter doesn't fit the policy's base, first {name}")
-    ids = next((ids for module, ids in tokens.items() if path.endswith(module)), [])
-    others = torch.ones(len(tensor), dtype=torch.bool).index_fill(0, torch.tensor(ids, dtype=torch.long), False)
-    if not torch.equal(mine.cpu()[others], tensor.cpu().to(mine.dtype)[others]):
-        raise InputError(
-            f"value model: the reward model was trained over other embeddings than the policy's ({name}); "
-            "set value_model: separate, or train both from one SFT adapter"
-        )
-    return {f"{path}.token_adapter.trainable_tokens_delta": tensor[ids]} if ids else {}
-
-
 def _drop_head(model: PreTrainedModel) -> None:
     """Freeze the value model's language head, which it does not use, so that no optimizer state is kept for it."""
     output = cast(Any, model).get_output_embeddings()
@@ -298,13 +234,27 @@ def prepare(actor_critic: ActorCritic, args: PPOConfig, dtype: torch.dtype) -> N
     """Choose packed rows on GPUs (on CPUs `rlhf.cpu.prepare` has chosen them), and compile, as the settings ask.
 
     dtype: the precision of the run's matrix products."""
-    parts: list[Any] = [m for m in (actor_critic.policy, actor_critic.reference, actor_critic.value) if m is not None]
+    parts = actor_critic.parts()
     if args.packing == "off":
         actor_critic.packable = actor_critic.packs = False
     elif all(part.device.type == "cuda" for part in parts):
         actor_critic.packable = actor_critic.packs = all(packing.prepare(m, args.packing, dtype) for m in parts)
     if args.compile:
         compile_layers(actor_critic)
+
+
+@contextmanager
+def flash(actor_critic: ActorCritic, args: PPOConfig) -> Iterator[None]:
+    """Let the models compute flash attention inside the context where `prepare` chose it, and SDPA after it: flash
+    attention refuses a float32 model outside autocast."""
+    for part in actor_critic.parts() if args.packing != "off" else []:
+        packing.use_flash(part, compute_dtype(args.bf16))
+    try:
+        yield
+    finally:
+        for part in actor_critic.parts():
+            if packing.is_flash(part):
+                packing.set_attention(part, "sdpa")
 
 
 def compile_layers(actor_critic: ActorCritic) -> None:

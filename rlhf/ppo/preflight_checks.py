@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from rlhf import chat
+from rlhf.models import packing
 from rlhf.models.adapters import adapter_of
 from rlhf.models.forward import response_logprobs
 from rlhf.padding import make_batch
@@ -262,9 +263,7 @@ def check_ppo_gradients(trainer: Trainer, own: ActorCritic, trial: Trial, output
     trained = outputs.trained
     if distributed.is_sharded(own):  # whose layers have run again since; its head's parameters are others now
         trained = own(trial.batch, trainer.args.temperature, ("policy", "value"))
-    head = own.policy.get_output_embeddings()  # the value model does not use it, even if its adapter has a part there
-    idle = {id(p) for name, p in head.named_parameters() if "value" in name.split(".")}
-    return check_gradients(own, trained.logprobs.sum() + trained.values.sum(), idle=idle)
+    return check_gradients(own, trained.logprobs.sum() + trained.values.sum())
 
 
 def check_ppo_precision(trainer: Trainer, own: ActorCritic, trial: Trial, outputs: TrialOutputs) -> Finding:
@@ -275,6 +274,6 @@ def check_ppo_precision(trainer: Trainer, own: ActorCritic, trial: Trial, output
         whole = float32(policy)
         if whole is None:
             return Finding("precision", "not measured: the model is sharded, or too large for a float32 copy", True)
-        with torch.autocast(trainer.device.type, enabled=False):
+        with torch.autocast(trainer.device.type, enabled=False), packing.decoding(whole):
             truth = response_logprobs(whole, trial.batch, trainer.args.temperature)[0]
     return drift(gap(outputs.collected.logprobs, truth, outputs.mask))

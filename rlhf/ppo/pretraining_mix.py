@@ -89,7 +89,7 @@ class PretrainingMix:
         count = distributed.total(accelerator, sum(sum(row.trained) for row in rows))
         mean = torch.zeros((), device=accelerator.device)
         for batch in self._micro_batches(rows, module):
-            with accelerator.no_sync(module):
+            with distributed.no_sync(accelerator, module):
                 loss = self._loss(module, batch, "policy") / count
                 accelerator.backward(args.pretraining_coef * loss * accelerator.num_processes)
             mean += loss.detach()

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 
 from rlhf.config import resume_settings
 from rlhf.errors import InputError
+from rlhf.ppo import build
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.logged import samples
 from rlhf.ppo.preflight import check_ppo
@@ -30,7 +31,7 @@ from rlhf.ppo.saved import Save, saving_update, update_folder
 from rlhf.run import distributed
 from rlhf.run.checkpoint import full_disk_explained, mark_complete, random_state, restore_random_state, save_checkpoint
 from rlhf.run.lock import training_in
-from rlhf.run.owner import by_main
+from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.readable import BROKEN, first_sentence
 from rlhf.run.resume import Termination, resume_point, set_aside
 
@@ -55,6 +56,7 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as around:
             around.enter_context(training_in(self.folder))
+            around.enter_context(build.flash(self.trainer.actor_critic, self.trainer.args))
             self._restore()
             self.trainer.loop.begin(self.trainer.update_index, self.trainer.args.updates)
             self.metrics = self.trainer.loop.last_metrics()
@@ -97,6 +99,7 @@ class Run:
                 folder, trainer.accelerator, write, trainer.origin, trainer.processing_class, trainer.peft_config
             )
             self._save = self._saving.enter_context(saving)
+            wait_for_all()  # the first process writes for minutes, and NCCL waits for ten
         self.trainer.loop.step_begin()
         self.trainer.clock.restart()  # the update's seconds begin here
         return True
@@ -123,6 +126,7 @@ class Run:
             self._save(rollout, trainer.loop.state.log_history[-1])
             self._save = None
             self._saving.close()
+            wait_for_all()
         terminated = self.termination.agreed()
         early = trainer.update_index < args.updates and (self._finished() or trainer.loop.should_stop)
         if self._due(args.save_steps) or trainer.loop.should_save or early or terminated:
@@ -144,11 +148,9 @@ class Run:
     def save_checkpoint(self) -> None:
         """Write `checkpoint-<update>`; called by every process."""
         trainer = self.trainer
-        state = gathered(trainer)
-        if trainer.accelerator.is_main_process:
-            write = partial(write_state, trainer, state)
-            save_checkpoint(self.folder, trainer.update_index, write, self.settings, trainer.args.save_total_limit)
-        trainer.accelerator.wait_for_everyone()
+        write = partial(write_state, trainer, gathered(trainer))
+        given = (self.folder, trainer.update_index, write, self.settings, trainer.args.save_total_limit)
+        by_main(lambda: save_checkpoint(*given))
         trainer.loop.saved()
 
     def _write_marked(self, state: Saved, folder: Path) -> None:
@@ -188,7 +190,8 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
         raise InputError(f"{folder}: no ppo.pt; resume from a checkpoint-<update> folder of a PPO run")
     processes, now = 0, trainer.accelerator.num_processes
     try:
-        state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True)
+        cut = distributed.is_sharded(trainer.module)  # then every process reads its parts only
+        state = torch.load(folder / "ppo.pt", map_location="cpu", weights_only=True, mmap=cut)
         trainer.load_state_dict(state)
         trainer.loop.load_state(folder / "trainer_state.json")
         processes = len(state["random"])

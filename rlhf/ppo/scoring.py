@@ -13,6 +13,7 @@ from rlhf.padding import make_batch
 from rlhf.ppo.protocol import Trainer
 from rlhf.rows.records import Prompt
 from rlhf.run import distributed
+from rlhf.run.owner import wait_for_all
 
 FORWARD_ROWS = 16  # evaluation's responses in one forward
 
@@ -48,6 +49,7 @@ def raw_scores(
             log_metric=lambda name, value: loop.log_metric(prefix + name, value),
             log_extra=(lambda name, values: None) if prefix else loop.log_extra,
         )
+    wait_for_all()  # one process's function may take longer than NCCL waits
     if failures is not None:
         scores.require_some(distributed.total(trainer.accelerator, (~raw.isnan()).sum()), failures)
     return raw, by_function, None if steps is None else args.step_score_coef * steps

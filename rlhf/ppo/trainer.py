@@ -86,7 +86,7 @@ class PPOTrainer:
         self.accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
         self.device = self.accelerator.device
         args.check_processes(self.accelerator.num_processes)
-        strategy.configure(self.accelerator)
+        strategy.configure(self.accelerator, args)
         start = inputs.value_start(value_model, self.reward_funcs, tokenizer, args)
         self.origin = Origin.of(args, self.accelerator, self.reward_funcs, model, ref_model, start)
         models_given = {"model": model, "ref_model": ref_model, "value_model": start}
@@ -98,11 +98,11 @@ class PPOTrainer:
             adapters.share_base(models.policy, getattr(function, "model", None))
         cpu.prepare(models)
         build.prepare(models, args, dtype)
-        preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
-        self.stop_ids = model_stop_ids(models.policy, tokenizer)
+        with self.accelerator.autocast():
+            preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
+        self.stop_ids, self.pad_id = model_stop_ids(models.policy, tokenizer), chat.pad_id(tokenizer)
         optimizer = build.build_optimizer(models, args, callback_args)
         self.module, self.optimizer = self.accelerator.prepare(models, optimizer)
-        self.pad_id = chat.pad_id(tokenizer)
         builtin = (models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
         self.engine = engine or TransformersEngine(*builtin)
         if isinstance(self.engine, Follower):
@@ -227,7 +227,7 @@ class PPOTrainer:
         """
         if not isinstance(rollout, ReadyRollout):
             raise TypeError("update: the rollout has no advantages; call advantages(rollout) first")
-        args, models, accelerator = self.args, self.actor_critic, self.accelerator
+        args, models, accelerator, module = self.args, self.actor_critic, self.accelerator, self.module
         for group, rate in zip(self.optimizer.param_groups, args.learning_rates(self.update_index), strict=True):
             group["lr"] = rate
         steps: list[dict[str, float]] = []
@@ -240,10 +240,10 @@ class PPOTrainer:
                     if count == 0:  # scoring failed for all of its responses, on every process
                         continue
                     statistics = StepStatistics()
-                    statistics.add(**self.pretraining.add_gradient(self.module, self.update_index, len(steps)))
-                    for roles in models.backward_roles(self.module):
+                    statistics.add(**self.pretraining.add_gradient(module, self.update_index, len(steps)))
+                    for roles in models.backward_roles(module):
                         for rows in minibatch:
-                            with nullcontext() if rows is minibatch[-1] else accelerator.no_sync(self.module):
+                            with nullcontext() if rows is minibatch[-1] else distributed.no_sync(accelerator, module):
                                 self._add_gradient(rollout, rows, roles, count, statistics)
                     clip, limit = torch.nn.utils.clip_grad_norm_, args.max_grad_norm
                     norms = {name: float(clip(group, limit)) for name, group in models.clipped_together().items()}

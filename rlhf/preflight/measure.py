@@ -8,7 +8,7 @@ only an absurd one is refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -98,14 +98,12 @@ def max_positions(model: nn.Module) -> int:
     return getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
-def check_gradients(
-    model: nn.Module, loss: Tensor, must_move: tuple[str, ...] = (), idle: Set[int] = frozenset()
-) -> Finding:
+def check_gradients(model: nn.Module, loss: Tensor, must_move: tuple[str, ...] = ()) -> Finding:
     """Check that every trainable tensor is in the loss, that no gradient is NaN, and that not all of them are 0.
 
     A tensor whose name contains a part in `must_move` must have a gradient other than 0. Leaves no `.grad`, so the
     optimizer and DDP are not affected."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in idle]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named or not loss.requires_grad:
         wrong = "nothing is trainable" if not named else "the loss depends on nothing trainable"
         missing, broken = [wrong], []

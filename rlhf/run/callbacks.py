@@ -12,14 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import EarlyStoppingCallback, IntervalStrategy, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers import ProgressCallback as TqdmCallback
 
 from rlhf import cpu, metrics
 from rlhf.errors import InputError, RunStopped
+from rlhf.models import packing
 from rlhf.run import checkpoint, console, distributed, strategy
 from rlhf.run.lock import training_in
+from rlhf.run.owner import wait_for_all
 from rlhf.run.resume import Termination, resume_point
 
 log = logging.getLogger("rlhf")
@@ -84,10 +85,11 @@ class Babysitter:
     @contextmanager
     def fast(self) -> Iterator[bool]:
         """Let the model use what makes CPUs faster inside the context; not where its weights are cut over processes.
+        Its attention is put back after it.
 
         Yields whether they are whole."""
-        whole = not strategy.spreads(self.trainer.accelerator)
-        with cpu.for_training(self.trainer.model) if whole else nullcontext():
+        whole, model = not strategy.spreads(self.trainer.accelerator), self.trainer.model
+        with cpu.for_training(model) if whole else nullcontext(), packing.attention_kept(model):
             yield whole
 
     def check(self, preflight: Callable[[Any], object]) -> None:
@@ -119,12 +121,12 @@ class MarkComplete(TrainerCallback):
         self.settings, self.keep = settings or {}, keep
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process has written its random state
+        wait_for_all()  # every process has written its random state
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             checkpoint.mark_complete(folder, self.settings)
             checkpoint.prune(args.output_dir, self.keep)
+        wait_for_all()  # reading gigabytes takes minutes, and NCCL waits for ten
 
 
 class Alarms(TrainerCallback):

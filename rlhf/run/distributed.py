@@ -8,7 +8,7 @@ sharded modules do nothing for other modules.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from rlhf.errors import InputError
+from rlhf.run.owner import is_main
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,13 +87,21 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def no_sync(accelerator: Accelerator, module: nn.Module) -> AbstractContextManager[None]:
+    """Return a context whose backward leaves the gradients with each process, to be added up with the last one's.
+
+    Not for a module that FSDP2 shards: each process would then hold whole gradients, in float32."""
+    context: AbstractContextManager[None] = nullcontext() if is_sharded(module) else accelerator.no_sync(module)
+    return context
+
+
 # ---------------------------------------------------------------- whole tensors
 
 
 def full(tree: Tree) -> Tree:
     """Copy `tree` (dicts, lists) with its tensors on the CPU, and whole where they are sharded; a collective.
 
-    Only the first process keeps the gathered tensors (one copy per machine, not one per GPU); the others get None
+    Only the first process keeps the tensors (one copy per machine, not one per GPU); the others get None
     instead. A tensor that occurs twice (tied weights) stays one.
     """
     done: dict[int, Tensor | None] = {}
@@ -109,9 +118,8 @@ def full(tree: Tree) -> Tree:
 
 
 def _full(tensor: Tensor) -> Tensor | None:
-    first = not isinstance(tensor, DTensor) or distributed.get_rank() == 0
     whole = whole_tensor(tensor).detach()
-    return whole.cpu() if first else None
+    return whole.cpu() if is_main() else None
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

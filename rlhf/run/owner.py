@@ -97,7 +97,7 @@ def _group() -> Any:
     if not distributed.is_initialized():
         from accelerate import PartialState
 
-        PartialState(cpu=not cuda.is_available())
+        PartialState(cpu=not cuda.is_available(), timeout=timedelta(hours=2))
     world = distributed.group.WORLD
     if not _groups or _groups[0][0] is not world:  # a test's worker may leave one group and join another
         _groups[:] = [(world, distributed.new_group(backend="gloo", timeout=timedelta(days=30)))]

@@ -15,6 +15,7 @@ from torch import nn
 
 from rlhf.errors import InputError
 from rlhf.run.distributed import is_sharded
+from rlhf.run.settings import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,12 @@ def partitions(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
-def configure(accelerator: Accelerator) -> None:
+def configure(accelerator: Accelerator, config: Any = None) -> None:
     """Raise InputError for DeepSpeed and FSDP settings that would make PPO wrong; keep the module's outputs in float32.
 
     accelerate's bf16 policy for FSDP2 would round the module's outputs to bfloat16, log-probabilities included (an
     error of 0.03 nats at -8: ratios would be noise), and sum gradients in bfloat16. Call this before `prepare`.
+    config: the trainer's settings.
     """
     tell_if_left_out(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -65,6 +67,12 @@ def configure(accelerator: Accelerator) -> None:
         )
     if not shards(accelerator):
         return
+    if OPTIMIZERS.get(getattr(config, "optimizer", "")) == "bitsandbytes":
+        raise InputError(
+            f"optimizer={config.optimizer}: bitsandbytes needs whole tensors, and FSDP2 cuts them; set adamw or use DDP"
+        )
+    if getattr(config, "load_in_4bit", False):
+        raise InputError("load_in_4bit: FSDP2 leaves weights in 4 bits whole on every GPU; leave it out, or use DDP")
     plugin: Any = accelerator.state.fsdp_plugin
     if not accelerator.is_fsdp2:
         raise InputError("fsdp_version=1 is not supported; set fsdp_version: 2 (recipes/configs/accelerate/fsdp2.yaml)")
@@ -78,7 +86,7 @@ def configure(accelerator: Accelerator) -> None:
         )
 
 
-def configure_trainer(accelerator: Accelerator, model: Any, keeps_best: bool = False) -> None:
+def configure_trainer(accelerator: Accelerator, model: Any, keeps_best: bool = False, config: Any = None) -> None:
     """Do what `configure` does for FSDP2, for a transformers Trainer: it saves by accelerate, and wraps in `train`.
 
     DeepSpeed is left to the Trainer. Raises InputError also where a saved folder would lack the model, and for adapters
@@ -95,7 +103,8 @@ def configure_trainer(accelerator: Accelerator, model: Any, keeps_best: bool = F
     if not shards(accelerator):
         tell_if_left_out(accelerator)
         return
-    configure(accelerator)
+    configure(accelerator, config)
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True  # see `distributed.no_sync`
     plugin: Any = accelerator.state.fsdp_plugin
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise InputError(

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from rlhf.errors import require_divides
 from rlhf.run.precision import compute_dtype
@@ -85,7 +85,10 @@ def training_arguments(config: Any, cls: type[Arguments], **extra: Any) -> Argum
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         values[name] = values.pop("gradient_checkpointing")
         values[f"{name}_kwargs"] = {"use_reentrant": False} if values[name] else None
-    return cls(**(values | extra))
+    arguments: Any = cls(**(values | extra))
+    if arguments.n_gpu > 1:  # one process uses one GPU; transformers would copy the model to all that it sees
+        arguments._n_gpu = 1
+    return cast(Arguments, arguments)
 
 
 def batch_arithmetic(batch_size: int, microbatch_size: int | None, name: str = "batch_size") -> dict[str, int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rlhf.models import packing
 from rlhf.padding import IGNORED
 from rlhf.preflight import text as on_text
 from rlhf.preflight.measure import (
@@ -86,7 +86,7 @@ def _logprobs(trainer: CheckedTrainer, rows: list[EncodedDemonstration], whole: 
     """Return log-probabilities [B, T - 1] of the labels, 0 where there is no loss; in float32 under `whole`."""
     model = trainer.model if whole is None else whole
     batch = {name: tensor.to(trainer.model.device) for name, tensor in trainer.data_collator(rows).items()}
-    precision = trainer.accelerator.autocast() if whole is None else nullcontext()
+    precision = trainer.accelerator.autocast() if whole is None else packing.decoding(whole)
     with precision:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     labels = batch["labels"][:, 1:]

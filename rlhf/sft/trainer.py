@@ -114,7 +114,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._uninstall_forward()
         if peft_config is not None:
             train_in_float32(cast(nn.Module, self.model))
-        strategy.configure_trainer(self.accelerator, self.model)
+        strategy.configure_trainer(self.accelerator, self.model, config=config)
         with self.accelerator.autocast():
             ours = not (strategy.spreads(self.accelerator) or self.aux_loss_enabled) and agrees(self.model)
         if not ours:  # then trl's own forward computes the loss

@@ -163,3 +163,16 @@ def test_folders_that_hold_no_model(tmp_path, tiny_model, tiny_tokenizer):
         models.load_tokenizer(base)
     with pytest.raises(InputError, match="PeftModel object"):
         new_scalar_model(models.load_policy(base, lora=lora_config(2, 4.0)), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "count", "expected"), [(None, 4, "cuda"), ("2", 4, "cuda:2"), ("3", 1, "cuda:0"), ("1", 0, "cpu")]
+)
+def test_each_process_of_a_machine_takes_a_device_of_its_own(monkeypatch, own, count, expected):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if own is not None:
+        monkeypatch.setenv("LOCAL_RANK", own)
+    assert str(models.default_device()) == expected

@@ -153,6 +153,21 @@ def test_without_a_reward_model_values_start_at_zero(folders):
     assert gradients(actor_critic, batch_of())["value_head.weight"].shape == (1, 32)
 
 
+def test_values_are_not_rounded_to_bfloat16_with_their_head(folders):
+    """FSDP2 holds the head in bfloat16 with the rest. Independent: the same product in float64."""
+    models = prepared_models(folders[0])
+    hidden = torch.randn(2, 3, 32).bfloat16()
+    batch = batch_of([[5], [6]], [[7, 8, 9], [9, 8, 7]])
+    with torch.no_grad():
+        models.value_head.weight.normal_()
+        models.value_head.bias.fill_(5.0)
+        models.value_head.bfloat16()
+        values = models._values(hidden, batch)
+        expected = hidden.double() @ models.value_head.weight.double()[0] + 5.0
+    assert values.dtype == torch.float32
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+
+
 # -- gradients ---------------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from reward_models import RewardModel
 from rlhf import chat
 from rlhf.errors import InputError
+from rlhf.models.adapters import adapter_of
 from rlhf.models.loading import load_policy
 from rlhf.models.scalar import new_scalar_model
+from rlhf.ppo.build import build_actor_critic
 
 # peft's advice to whoever adapts tied embeddings, which is one of the kinds
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -162,6 +164,22 @@ def test_a_reward_model_takes_over_all_that_the_adapter_trained(tmp_path, sft, t
     np.testing.assert_allclose(mine, hidden, atol=1e-6)
 
 
+@pytest.mark.parametrize("sft", ["tokens", "saved head and embeddings"], indirect=True)
+@pytest.mark.parametrize("start", ["policy", "reward model"])
+def test_every_trained_tensor_gets_a_gradient(tmp_path, sft, tiny_tokenizer, start):
+    """What DDP waits for at every step: the value model never runs the language head."""
+    given = save_reward_model(tmp_path, sft, tiny_tokenizer) if start == "reward model" else None
+    models = build_actor_critic(sft, value_model=given, value_kind="adapter")
+    for step in range(2):  # the second after the adapters have been switched
+        models.zero_grad()
+        outputs = models(batch_of(), 1.0, ("policy", "value"))
+        (outputs.logprobs.sum() + outputs.values.sum()).backward()
+        named = [(name, p) for name, p in models.named_parameters() if p.requires_grad]
+        assert len(named) > 4
+        assert [name for name, p in named if p.grad is None] == [], step
+    assert any(adapter_of(name) == "default" and "lm_head" in name for name, _ in named)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sft", ["tokens", "tied tokens", "new tokens", "new tied tokens"], indirect=True)
 def test_a_reward_model_without_the_policys_trained_tokens(tmp_path, sft, tiny_tokenizer):
@@ -209,8 +227,6 @@ def test_a_reward_model_with_trained_tokens_over_a_policy_without(tmp_path, sft,
 
 def test_a_separate_value_model_keeps_small_updates_of_a_base_in_bfloat16(tmp_path, tiny_model, tiny_tokenizer):
     from reference.tiny_chain import chain
-
-    from rlhf.ppo.build import build_actor_critic
 
     sft, _ = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
     models = build_actor_critic(sft, value_kind="separate", dtype=torch.bfloat16)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from reference import evaluation_worker, forked
+from reference.ppo_runs import make
 from reference.tiny_chain import chain
 
 from rlhf.ppo import scoring
@@ -23,3 +24,19 @@ def test_two_processes_share_the_prompts(tmp_path, tiny_model, tiny_tokenizer, m
     assert abs(one["eval_kl_nats"]) > 0.01
     for metrics, _ in two:
         assert metrics == pytest.approx(one, rel=1e-6)
+
+
+def test_processes_wait_for_the_slowest_reward_function(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """In a group without a limit: what comes next asks NCCL, which gives up after ten minutes."""
+    events: list[str] = []
+    monkeypatch.setattr(scoring, "wait_for_all", lambda: events.append("wait"))
+
+    def score(completions, **columns):
+        events.append("score")
+        return [1.0] * len(completions)
+
+    trainer = make(tmp_path, chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)[0], score)
+    for prompts, expected in ((trainer.prompts[:1], ["score", "wait"]), ([], ["wait"])):
+        events.clear()
+        scoring.raw_scores(trainer, prompts, ["one"][: len(prompts)], [[5]][: len(prompts)])
+        assert events == expected

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from rlhf.config import resume_settings
 from rlhf.errors import InputError
+from rlhf.ppo import run as ppo_run
 from rlhf.ppo.rollout import ReadyRollout
 from rlhf.ppo.saved import Origin, load_rollout, read_logged, save_rollout, saved_updates, update_folder
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
@@ -271,3 +272,11 @@ def test_objects_have_no_place(tmp_path, folders, tiny_model, tiny_tokenizer):
     (update_folder(tmp_path / "run", 1) / "run.json").write_text('{"some": "thing"}')
     with pytest.raises(InputError, match=r"run\.json: was not written by save_rollouts"):
         Origin.read(update_folder(tmp_path / "run", 1))
+
+
+def test_the_other_processes_wait_while_the_first_writes(tmp_path, folders, monkeypatch):
+    seen: list[list[str]] = []
+    kept = tmp_path / "run" / "rollouts"
+    monkeypatch.setattr(ppo_run, "wait_for_all", lambda: seen.append([path.name for path in kept.iterdir()]))
+    make(tmp_path / "run", *folders, save_rollouts=1, updates=1).train()
+    assert seen == [[".update-1.writing"], ["update-1"]]

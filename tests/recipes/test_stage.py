@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
+import weakref
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,20 @@ def test_the_commands_that_stages_name_make_a_run(tmp_path: Path, tiny_model, ti
         told = [line for line in result.out.splitlines() if line.startswith("next ")]
         command = shlex.split(told[0])[2:] if told else []
     assert seen == ["sft", "reward_model", "ppo", "evaluate_policy"]
+
+
+def test_what_a_finished_stage_left_is_freed_before_the_next_begins(tmp_path) -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.model = {"trainer": self}
+
+    from rlhf_recipes.sft import SFTRecipe
+
+    gc.disable()
+    try:
+        left = weakref.ref(Trainer())
+        assert left() is not None
+        open_stage("sft", SFTRecipe(output_dir=str(tmp_path / "sft")), {})
+        assert left() is None
+    finally:
+        gc.enable()

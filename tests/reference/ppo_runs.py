@@ -77,10 +77,8 @@ def prepared(trainer: PPOTrainer):
 
 
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.clone()
-        for name, tensor in trainer.accelerator.unwrap_model(trainer.module).trained_state().items()
-    }
+    named = trainer.accelerator.unwrap_model(trainer.module).named_parameters()
+    return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
 
 
 def watch_steps(trainer: PPOTrainer, step: bool = False) -> list[dict[str, torch.Tensor]]:

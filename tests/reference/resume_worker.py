@@ -71,7 +71,8 @@ def make(stage: str, policy: Any, reward_model: Any, folder: Path, callbacks=Non
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
     if isinstance(trainer, PPOTrainer):
-        return {name: tensor.clone() for name, tensor in trainer.actor_critic.trained_state().items()}
+        named = trainer.actor_critic.named_parameters()
+        return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
     return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
 
 

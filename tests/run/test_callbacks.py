@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from rlhf.metrics import read_metrics
+from rlhf.run import callbacks
 from rlhf.run.callbacks import JsonlCallback, MarkComplete, ProgressCallback, attach, with_bar
 from rlhf.run.checkpoint import latest_checkpoint
 
@@ -76,3 +77,13 @@ def test_a_bar_is_there_by_itself_and_a_given_one_is_kept() -> None:
     added = with_bar([other], "ppo", ("score",))
     assert added[0] is other
     assert isinstance(added[1], ProgressCallback)
+
+
+def test_no_process_goes_on_while_the_first_marks_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(callbacks, "wait_for_all", lambda: events.append("wait"))
+    monkeypatch.setattr(callbacks.checkpoint, "mark_complete", lambda *given: events.append("mark"))
+    (tmp_path / "checkpoint-3").mkdir()
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    MarkComplete({}).on_save(arguments, TrainerState(global_step=3, is_world_process_zero=True), None)
+    assert events == ["wait", "mark", "wait"]

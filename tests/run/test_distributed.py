@@ -7,8 +7,10 @@ saved. No GPU: gloo.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -273,11 +275,11 @@ def test_cutting_micro_batches():
 
 @pytest.mark.slow
 @each_kind
-def test_bf16_does_not_round_the_log_probabilities(ran, kind):
+def test_bf16_does_not_round_log_probabilities_and_values(ran, kind):
     for name, values in ran[kind]["sharded"]["bf16"].items():
         assert values.dtype == torch.float32
         np.testing.assert_allclose(values, ran[kind]["alone"]["outputs"][name], atol=0.25)
-    for name in ("logprobs", "reference_logprobs"):
+    for name in ("logprobs", "reference_logprobs", "values"):
         values = ran[kind]["sharded"]["bf16"][name]
         assert (values.bfloat16().float() != values).float().mean() > 0.3
 
@@ -322,3 +324,37 @@ def test_a_head_that_is_sharded_by_itself_is_refused(monkeypatch, tiny_model):
     monkeypatch.setattr("rlhf.models.heads.DTensor", nn.Parameter)
     with pytest.raises(InputError, match="TRANSFORMER_BASED_WRAP"):
         head_weight(tiny_model)
+
+
+def test_only_the_first_process_keeps_whole_tensors(monkeypatch):
+    tree = {"a": [torch.ones(2)], "step": 3}
+    assert torch.equal(sharding.full(tree)["a"][0], torch.ones(2))
+    monkeypatch.setattr(sharding, "is_main", lambda: False)
+    assert sharding.full(tree) == {"a": [None], "step": 3}
+
+
+def test_what_fsdp2_shards_adds_its_gradients_up_in_parts(monkeypatch):
+    asked: list[nn.Module] = []
+    accelerator: Any = SimpleNamespace(no_sync=lambda module: asked.append(module) or nullcontext())
+    module = nn.Linear(1, 1)
+    for sharded, seen in ((True, []), (False, [module])):
+        monkeypatch.setattr(sharding, "is_sharded", lambda module, sharded=sharded: sharded)
+        with sharding.no_sync(accelerator, module):
+            assert asked == seen
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel doesn't tell which files are mapped")
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_process_that_keeps_a_part_reads_no_more_of_a_checkpoint(tmp_path, monkeypatch, sharded):
+    """Else every process of a machine would hold all of it; a file that is mapped is in memory once, or not at all."""
+    mapped: list[bool] = []
+    torch.save({"trained": {"weight": torch.ones(1000)}, "random": []}, tmp_path / "ppo.pt")
+    monkeypatch.setattr(sharding, "is_sharded", lambda module: sharded)
+    trainer: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=2, process_index=0),
+        module=None,
+        load_state_dict=lambda state: mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text()),
+        loop=SimpleNamespace(load_state=lambda path: None),
+    )
+    ppo_run.load_checkpoint(trainer, tmp_path)
+    assert mapped == [sharded]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from reference import forked
 
+from rlhf.run import owner
 from rlhf.run.owner import by_main, is_main, processes
 
 CODE = """
@@ -47,3 +50,16 @@ def test_one_process_just_acts() -> None:
     assert processes() == 1
     assert is_main()
     assert by_main(lambda: 3) == 3
+
+
+def test_nccl_waits_longer_than_ten_minutes(monkeypatch) -> None:
+    """In the group that it makes where nobody has made one: what a process does alone may take longer."""
+    given: dict[str, object] = {}
+
+    def state(**settings: object) -> None:
+        given.update(settings)
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    with pytest.raises(ValueError, match="has not been initialized"):
+        owner._group()
+    assert given["timeout"] == timedelta(hours=2)

@@ -168,7 +168,14 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(tmp_path, tiny_model, tin
 
     with pytest.raises(InputError, match=r"adapter that trains embeddings .*; use DDP, or train all weights"):
         make(lora_rank=2)  # its base has no chat template, so ChatML's tokens are trained
+    for changes, message in (
+        ({"optimizer": "adamw_8bit"}, "optimizer=adamw_8bit: bitsandbytes needs whole tensors"),
+        ({"load_in_4bit": True}, "load_in_4bit: FSDP2 leaves weights in 4 bits whole"),
+    ):
+        with pytest.raises(InputError, match=message):
+            strategy.configure(Accelerator(), SimpleNamespace(**{"optimizer": "adamw"} | changes))
     trainer = make()
+    assert trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"]  # else whole gradients on each GPU
     with pytest.raises(InputError, match="evaluate: under FSDP2 the model is cut in train"):
         trainer.evaluate(DEMONSTRATIONS[11:])
     with pytest.raises(InputError, match="made without FSDP2, and this run is;"):
@@ -201,7 +208,7 @@ def test_what_zero_3_would_lose_is_refused_in_one_line(tmp_path, tiny_model, tin
     with pytest.raises(InputError, match="keep_best: not under DeepSpeed's ZeRO-3; leave it out, or use ZeRO-2"):
         strategy.configure_trainer(deepspeed, tiny_model, keeps_best=True)
     told: list[bool] = []
-    monkeypatch.setattr(strategy, "configure_trainer", lambda accelerator, model, keeps_best: told.append(keeps_best))
+    monkeypatch.setattr(strategy, "configure_trainer", lambda *given: told.append(given[2]))
     for keep_best in (True, False):
         worker.make("reward_model", policy, tmp_path / "out", worker.Watch(), keep_best)
     assert told == [True, False]

@@ -258,28 +258,21 @@ def write(
     from rlhf.rows.records import write_jsonl
     from rlhf.run.checkpoint import write_json_atomic
     from rlhf.safety.outcome import finding_rows
-    from rlhf.safety.page import FEW_LABELS, counted
+    from rlhf.safety.page import counted
+    from rlhf.safety.page import warnings as warnings_of
     from rlhf.safety.page import write as write_page
-    from rlhf.safety.suite import without_twins
 
-    warnings = []
-    if lonely := without_twins(cases):
-        more = f" and {len(lonely) - 6} more" if len(lonely) > 6 else ""
-        warnings.append(f"no harmless prompts stand beside the attacks of {', '.join(lonely[:6])}{more}: a policy that "
-                        "refuses everything looks perfect there")  # fmt: skip
-    if not outcome.corrections:
-        why = FEW_LABELS if config.human else "the error of what reads the answers is not known on this policy"
-        warnings.append(f"no rate is corrected: {why}")
     judged = {"answers": len(outcome.results) if config.judge else 0, "disagree": outcome.disagreement,
               "abstained": outcome.abstentions}  # fmt: skip
     detector = f"the judge {config.judge}; where it names no choice, the rule" if config.judge else "the rule"
     content: dict[str, Any] = {
         "metrics": outcome.metrics, "model": str(config.model), "seed": config.seed, "temperature": config.temperature,
         "usage_policy": policy and policy.summary, "suites": config.data or [], "human": config.human,
-        "warnings": warnings,
-        "detector": detector, "success": config.success, "corrections": outcome.corrections, "judged": judged,
-        "leave_one_out": outcome.held_out, "findings": len(outcome.findings),
-        "attacks": numbers, "not_counted": sum(not (r.attack or r.benign) for r in outcome.results),
+        "warnings": warnings_of(outcome, cases, bool(config.human)),
+        "detector": detector, "success": config.success, "corrections": outcome.corrections,
+        "not_corrected": outcome.not_corrected, "judged": judged, "leave_one_out": outcome.held_out,
+        "findings": len(outcome.findings), "attacks": numbers,
+        "not_counted": sum(not (r.attack or r.benign) for r in outcome.results),
     }  # fmt: skip
     if numbers is not None:
         n, count = numbers["attacks"], numbers["distinct_successes"]

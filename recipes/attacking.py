@@ -59,7 +59,7 @@ class AttackConfig:
     """ppo: weight of an attack's novelty against the bank of successes; 0: none."""
     answers: int = 1
     """ppo: answers of the policy to each attack in training, whose share of successes is its success; several help
-    where successes are rare. Counted is one answer to each attack."""
+    where successes are rare, and need a temperature above 0. Counted is one answer to each attack."""
     train: dict[str, Any] = field(default_factory=dict)
     """sft, ppo: settings of that training, as `rlhf sft --help` and `rlhf ppo --help` name them."""
 

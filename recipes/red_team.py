@@ -128,6 +128,9 @@ class RedTeamConfig:
             raise InputError("attack: which categories are to be attacked, a usage policy says; name --policy")
         if self.attack is not None and self.attack.valid is None and self.judge is None:
             raise InputError("attack: who says whether an attack is one? name --judge, or a function: --attack.valid")
+        if self.attack is not None and self.attack.answers > 1 and self.temperature == 0:
+            seen = f"attack.answers={self.attack.answers}: at temperature=0 all answers to an attack are the same one"
+            raise InputError(f"{seen}; set --temperature, say to 1, or leave attack.answers at 1")
 
     @property
     def answers_file(self) -> Path:

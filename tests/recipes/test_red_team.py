@@ -275,6 +275,10 @@ def test_attacks_that_a_model_writes(tmp_path, given, method):
         (["--attack.method", "ppo"], "attack: attacker is missing"),
         (["--attack.attacker", "x"], "attack: who says whether an attack is one?"),
         (["--attack.attacker", "x", "--attack.train", '{"epochs": 2}'], "train is for the methods sft and ppo"),
+        (
+            ["--attack.attacker", "x", "--attack.valid", "f.py:f", "--attack.answers", "2"],
+            "attack.answers=2: at temperature=0 all answers to an attack are the same one; set --temperature",
+        ),
         (["--max_cases", "0"], "max_cases=0 must be at least 1"),
         (["--data", "nowhere.csv"], "nowhere.csv: no such file; name a suite's file: HarmBench"),
         (["--policy", "nowhere"], "policy=nowhere: no such file"),

@@ -206,13 +206,13 @@ def inputs_of(config: Any, sources: Mapping[str, Any]) -> dict[str, Any]:
     functions that its settings name."""
     settings = to_dict(config, without=(*no_effect(config), "overwrite", *sources))
     texts = [text for value in to_dict(config).values() for text in (value if isinstance(value, list) else [value])]
-    code = {text: file for text in texts if isinstance(text, str) and (file := _function_file(text))}
+    code = {text: file for text in texts if isinstance(text, str) and (file := function_file(text))}
     given = {source: fingerprint_of(value) for source, value in sources.items() if value is not None}
     files = {text: data_fingerprint(file) for text, file in code.items()}
     return {"config": settings, **given} | ({"code": files} if files else {})
 
 
-def _function_file(spec: str) -> Path | None:
+def function_file(spec: str) -> Path | None:
     """Return the file of a function written as file.py:name; one that isn't there is named where it is imported."""
     found = re.fullmatch(r"(.+\.py):\w+", spec)
     try:

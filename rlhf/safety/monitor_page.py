@@ -57,7 +57,8 @@ def _rates(report: Numbers) -> str:
     rows = []
     for chart in report["charts"]:
         name = chart["signal"]
-        state = "alarm" if chart["highest"] > chart["level"] else f"{100 * chart['highest'] / chart['level']:.0f}%"
+        way = chart["highest"] / chart["level"] if chart["level"] else 0.0  # a level of 0: of the rarest events
+        state = "alarm" if chart["highest"] > chart["level"] else f"{100 * way:.0f}%"
         happened, n = report["reference"][COUNTS[name]]
         rows.append([f"{NAMES[name]}, {chart['direction']}", percent(happened / n), _shown(report[name]),
                      percent(chart["after"]), state])  # fmt: skip

@@ -153,6 +153,17 @@ def test_rates_that_others_read_are_not_compared(store):
     assert monitor_report(log, Reference.from_json(older, "monitor.json"), RULES)["not_compared"] == []
 
 
+def test_a_chart_whose_level_is_0_is_shown(store):
+    """Nothing in 20,000 answers is flagged, and an alarm may be false in three of ten runs."""
+    filled(store, ["word " * 20] * 40)
+    log = read_log(store, flags=bad_words)
+    report = monitor_report(log, reference_of(log, RULES), RULES)
+    report["charts"][0] |= {"level": 0.0, "highest": 0.0}
+    assert "0%" in page(report, "log.db")
+    report["charts"][0]["highest"] = 0.1
+    assert "alarm" in page(report, "log.db")
+
+
 def test_numbers_of_a_window_are_the_last_full_ones(store):
     filled(store, ["word " * 20] * 40 + ["word " * 200] * 3)
     log = read_log(store)

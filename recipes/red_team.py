@@ -265,7 +265,7 @@ def write(
     from rlhf.safety.page import warnings as warnings_of
     from rlhf.safety.page import write as write_page
 
-    judged = {"answers": len(outcome.results) if config.judge else 0, "disagree": outcome.disagreement,
+    judged = {"answers": outcome.judged if config.judge else 0, "disagree": outcome.disagreement,
               "abstained": outcome.abstentions}  # fmt: skip
     detector = f"the judge {config.judge}; where it names no choice, the rule" if config.judge else "the rule"
     content: dict[str, Any] = {
@@ -286,8 +286,8 @@ def write(
     content["counted"] = counted(content)
     write_jsonl(folder / "items.jsonl", [result.row() for result in outcome.results])
     write_jsonl(folder / "findings.jsonl", finding_rows(outcome, policy, str(config.model)))
-    order = random.Random(config.seed).sample(range(len(outcome.results)), len(outcome.results))
-    rows = (outcome.results[n] for n in order)
+    sent = [result for result in outcome.results if result.sent]
+    rows = random.Random(config.seed).sample(sent, len(sent))
     write_jsonl(
         folder / "to_label.jsonl",
         ({"prompt": r.case.prompt, "response": r.answer.text, "label": None, "model": str(config.model)} for r in rows),

@@ -269,6 +269,19 @@ def test_attacks_that_a_model_writes(tmp_path, given, method):
         assert "attack_novelty" in logged[-1]
 
 
+def test_what_was_not_sent_is_no_answer(tmp_path, given):
+    """Nothing that the attacker writes is an attack: no answer is beside the point, none is to be labelled."""
+    (tmp_path / "f.py").write_text("def valid(attacks, category):\n    return [0.0 for attack in attacks]\n")
+    flags = ["--attack.attacker", given[1], "--attack.attacks", 6, "--attack.valid", f"{tmp_path / 'f.py'}:valid",
+             "--attack.max_new_tokens", 6]  # fmt: skip
+    content = run(tmp_path, "unsent", *given, *flags)
+    assert content["metrics"]["generated/attack_other"]["value"] == 0.0
+    assert content["metrics"]["generated/attack_other"]["n"] == 6
+    items = rows(tmp_path / "runs/unsent/items.jsonl")
+    assert [row["sent"] for row in items] == [True] * 8 + [False] * 6
+    assert len(rows(tmp_path / "runs/unsent/to_label.jsonl")) == 8
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -55,3 +55,13 @@ def test_several_peoples_labels_of_one_answer_are_averaged():
         assert corrected(measure(results, Detector(), labelled(results, *kinds))) == pytest.approx(0.5)
     two_of_three = labelled(results, "none", "full", "none")
     assert corrected(measure(results, Detector(), two_of_three)) == pytest.approx(2 / 3)
+
+
+def test_a_judge_is_asked_about_answers_that_there_are():
+    nothing, other = Answer(" ", True), Reading("other", "other")
+    empty = Result(Case("mine", turn("empty"), "theft", "refuse"), nothing, other)
+    unsent = Result(Case("generated", turn("unsent"), "theft", "refuse"), nothing, other, success=False, sent=False)
+    outcome = measure([*results_of(3, "refuse"), empty, unsent], Detector())
+    assert outcome.judged == 3
+    assert outcome.metrics["mine/attack_other"]["value"] == 0.25
+    assert outcome.metrics["generated/attack_other"]["value"] == 0.0

@@ -30,12 +30,11 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.owner import by_main, processes
-from rlhf_recipes.attacking import AttackConfig, generate, trial_of
+from rlhf_recipes.attacking import AttackConfig, asker, generate, trial_of
 from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, open_stage
 
 if TYPE_CHECKING:
     from rlhf.evals.asking import Asker
-    from rlhf.evals.cache import Answers
     from rlhf.evals.targets import Answer
     from rlhf.safety.outcome import Outcome, Result
     from rlhf.safety.policy import Policy
@@ -122,8 +121,6 @@ class RedTeamConfig:
                 raise InputError(f"{name}={value} must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature={self.temperature} must be 0 or more")
-        if not self.data and self.policy is None:
-            raise InputError("nothing to attack with; name --policy, --data, or both")
         if self.attack is not None and self.policy is None:
             raise InputError("attack: which categories are to be attacked, a usage policy says; name --policy")
         if self.attack is not None and self.attack.valid is None and self.judge is None:
@@ -143,14 +140,31 @@ def red_team(config: RedTeamConfig) -> dict[str, Any]:
     return by_main(lambda: run_alone(config))
 
 
+def with_data(config: RedTeamConfig) -> RedTeamConfig:
+    """Return the config with the run's own suite where it names none. Raises InputError where there is neither that
+    nor a policy."""
+    own = Path(config.output_dir).parent / "data" / "red_team.jsonl"
+    if config.data is None and own.is_file():
+        config = replace(config, data=[str(own)])
+    if not config.data and config.policy is None:
+        raise InputError(f"nothing to attack with; name --policy, --data, or both (there is no {own})")
+    return config
+
+
+def check(config: RedTeamConfig) -> Policy | None:
+    """Return the usage policy. Raises InputError for functions and a policy that are not there."""
+    from rlhf.safety.policy import Policy
+
+    for spec in filter(None, (config.success, config.attack and config.attack.valid)):
+        configs.import_function(spec)
+    return Policy.read(config.policy) if config.policy else None
+
+
 def inputs(config: RedTeamConfig) -> tuple[RedTeamConfig, dict[str, Any]]:
     """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
     from rlhf.safety.policy import policy_file
 
-    config = from_siblings(config, model="ppo")
-    own = Path(config.output_dir).parent / "data" / "red_team.jsonl"
-    if config.data is None and own.is_file():
-        config = replace(config, data=[str(own)])
+    config = with_data(from_siblings(config, model="ppo"))
     attacker = config.attack.attacker if config.attack else None
     for named in filter(None, (str(config.model), config.judge, attacker)):
         check_model(named, MODELS)
@@ -164,16 +178,13 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
     from rlhf.safety.labels import read_labels
     from rlhf.safety.outcome import measure, success_by
     from rlhf.safety.page import headline_metric
-    from rlhf.safety.policy import Policy
     from rlhf.safety.refusals import Detector
     from rlhf.safety.suite import read_suites
 
     if config.attack is not None and config.attack.method in ("sft", "ppo") and processes() > 1:
         raise InputError(f"attack.method={config.attack.method}: it trains in one process; start only one")
     config, sources = inputs(config)
-    for spec in filter(None, (config.success, config.attack and config.attack.valid)):
-        configs.import_function(spec)
-    policy = Policy.read(config.policy) if config.policy else None
+    policy = check(config)
     cases = read_suites(config.data or (), policy, config.max_cases, config.seed)
     if config.success:  # tried before anything is asked
         tried = [case for case in cases if case.behaviour != "comply"][:9]
@@ -211,15 +222,6 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
             outputs |= {name: metric["value"], f"{name}_ci": [metric["low"], metric["high"]]}
     outputs |= {} if numbers is None else {"distinct_successes": numbers["distinct_successes"]}
     return stage.finish(outputs | {"asked": target.asked, "known": target.known})
-
-
-def asker(config: RedTeamConfig, model: str, answers: Answers) -> Asker:
-    """Open a model, with the file that keeps its answers."""
-    from rlhf.evals.asking import Asker
-    from rlhf.evals.targets import open_target
-
-    rows, tokens = config.generation_batch_size, config.tokens_per_microbatch
-    return Asker(open_target(model, config.bf16, rows, tokens, config.requests_at_once), answers, rows)
 
 
 def attacked(config: RedTeamConfig, cases: Sequence[Case], target: Asker, detector: Detector) -> list[Result]:

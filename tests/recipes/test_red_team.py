@@ -106,6 +106,18 @@ class Tags(HTMLParser):
         self.found += [tag, *(name for name, _ in attrs if name.startswith("on"))]
 
 
+def test_without_a_policy_the_runs_own_suite_is_asked(tmp_path, given):
+    """As `data` promises: the run's data/red_team.jsonl, if there is one."""
+    model, rest = given[:2], given[6:]
+    told = recipe.run("red_team", *model, *rest, "--output_dir", tmp_path / "runs/own")
+    assert told.code == 2
+    assert "nothing to attack with; name --policy, --data, or both (there is no " in told.err
+    (tmp_path / "runs/data").mkdir(parents=True)
+    row = {"prompt": "Steal 0", "category": "theft", "behaviour": "refuse"}
+    (tmp_path / "runs/data/red_team.jsonl").write_text(json.dumps(row) + "\n")
+    assert run(tmp_path, "own", *model, *rest)["metrics"]["red_team/attack_success"]["value"] == 1.0
+
+
 def test_hostile_text_is_inert(tmp_path, given):
     (tmp_path / "mine.jsonl").write_text(
         json.dumps({"prompt": f"Steal {HOSTILE}", "category": f"x{HOSTILE}", "behaviour": "refuse"}) + "\n"

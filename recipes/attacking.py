@@ -59,7 +59,7 @@ class AttackConfig:
     """ppo: weight of an attack's novelty against the bank of successes; 0: none."""
     answers: int = 1
     """ppo: answers of the policy to each attack in training, whose share of successes is its success; several help
-    where successes are rare. Counted is one answer to each attack."""
+    where successes are rare, and need a temperature above 0. Counted is one answer to each attack."""
     train: dict[str, Any] = field(default_factory=dict)
     """sft, ppo: settings of that training, as `rlhf sft --help` and `rlhf ppo --help` name them."""
 
@@ -79,6 +79,15 @@ class AttackConfig:
             raise InputError(f"train is for the methods sft and ppo; leave it out of {self.method}")
         if named := next((name for name in SET_HERE if name in self.train), None):
             raise InputError(f"train: {named} is set for the attacker elsewhere; leave it out")
+
+
+def asker(config: Any, model: str, answers: Answers) -> Asker:
+    """Open a model, with the file that keeps its answers."""
+    from rlhf.evals.asking import Asker
+    from rlhf.evals.targets import open_target
+
+    rows, tokens = config.generation_batch_size, config.tokens_per_microbatch
+    return Asker(open_target(model, config.bf16, rows, tokens, config.requests_at_once), answers, rows)
 
 
 def trial_of(config: Any, target: Asker, detector: Detector, judge: Asker | None) -> Trial:
@@ -111,7 +120,6 @@ def generate(
     hits: attacks of the suites that got through, in which few_shot, sft and ppo begin. folder: for the attacker that
     is trained. begin: called before an attacker is trained, once its settings are found good."""
     from rlhf.evals.asking import Sampler, seed_of
-    from rlhf.evals.targets import open_target
     from rlhf.safety import attacks
 
     instruction = attack.instruction or attacks.INSTRUCTION
@@ -128,19 +136,12 @@ def generate(
         attacker = _fine_tuned(config, attack, policy, instruction, hits, folder, begin)
     elif attack.method == "ppo":
         attacker, found = _reinforced(config, attack, policy, instruction, trial, hits, folder, begin)
-    rows, tokens = config.generation_batch_size, config.tokens_per_microbatch
-    writer = _asker(open_target(attacker, config.bf16, rows, tokens, config.requests_at_once), answers, rows)
+    writer = asker(config, attacker, answers)
     prompts = [writer.target.prompt(one.prompt) for one in asked]
     seeds = [seed_of(config.seed, one.prompt, number) for number, one in enumerate(asked)]
     written = writer.sample(prompts, seeds, Sampler(attack.max_new_tokens, attack.temperature))
     tried = trial([answer.text.strip() for answer in written], [one.category for one in asked])
     return [one.result(n, f"attack {n}") for n, one in enumerate(tried)], _numbers(attack, tried) | found
-
-
-def _asker(target: Any, answers: Answers, rows: int) -> Asker:
-    from rlhf.evals.asking import Asker
-
-    return Asker(target, answers, rows)
 
 
 def _numbers(attack: AttackConfig, tried: Sequence[Tried]) -> dict[str, Any]:

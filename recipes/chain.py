@@ -207,14 +207,19 @@ def check(config: ChainConfig) -> None:
     for spec in (config.data.make, config.data.labeler, *(config.ppo.reward_functions or [])):
         if spec and not is_url(spec):
             configs.import_function(spec)
-    from rlhf.safety.policy import Policy, read_rubric
+    from rlhf.safety.policy import read_rubric
 
     if config.ppo.rubric:
         read_rubric(config.ppo.rubric)
-    if config.red_team and config.red_team.policy:
-        Policy.read(config.red_team.policy)
     run = Path(config.output_dir).absolute()
     ending.check(run, config.run_evals, config.judge_card, config.contamination)
+    if config.red_team:
+        red_team_stage.check(config.red_team)
+        if not config.data.make:  # which may write the run's data/red_team.jsonl
+            red_team_stage.with_data(config.red_team)
+        for place in filter(None, (*(config.red_team.data or ()), config.red_team.human)):
+            if not Path(place).absolute().is_relative_to(run):
+                require_there(place)
     sections = (config.data, config.sft, config.reward_model, config.process_reward, config.ppo, config.evaluation)
     for section in sections:
         given = {name: getattr(section, name, None) for name in (*DATA_FIELDS, *MODEL_FIELDS)}

@@ -25,7 +25,7 @@ from rlhf.errors import InputError, RunStopped
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
-from rlhf_recipes.stage import SECTIONS
+from rlhf_recipes.stage import SECTIONS, function_file
 
 console.quiet()
 
@@ -109,10 +109,13 @@ def monitor(config: MonitorConfig) -> dict[str, Any]:
     with Store(config.store, create=False) as store:
         if gone := store.expire():
             console.stage_line("monitor", f"{gone:,} rows of {config.store} had expired and were erased")
-        log = logged.read_log(store, config.source, flags, refused)
+        log = logged.read_log(store, config.source, flags, refused, read_by(config))
         reference = watch.reference_of(log, rules) if earlier is None else (
             watch.Reference.from_json(earlier.get("reference"), str(config.reference))
         )  # fmt: skip
+        if reference.differs(log, "source"):
+            seen = f"its reference is of source={reference.read_by['source']}, and this is {config.source}"
+            raise InputError(f"{config.reference}: {seen}; leave --reference out, or name another")
         report = watch.monitor_report(log, reference, rules)
         reviewed = review(config, store, log, known) if config.review else {}
     folder = Path(config.output_dir)
@@ -128,6 +131,19 @@ def monitor(config: MonitorConfig) -> dict[str, Any]:
     if report["alarms"] and config.on_alarm == "stop":
         raise RunStopped(f"{len(report['alarms'])} alarms, the first: {report['alarms'][0]['line']}")
     return result
+
+
+def read_by(config: MonitorConfig) -> dict[str, str]:
+    """Return the fingerprints of the moderator and of the function of refusals: of their files, else of their names."""
+    from rlhf.run.fingerprint import of_path
+
+    named = {"moderator": config.moderator, "refusals": config.refusals or "rlhf.safety.refusals:rule"}
+    found = {}
+    for name, spec in named.items():
+        if spec is not None:
+            file = function_file(spec)
+            found[name] = of_path(spec) if file is None else f"{of_path(file)}:{spec.rpartition(':')[2]}"
+    return found
 
 
 def flags_of(config: MonitorConfig) -> tuple[Callable[[Sequence[Any]], list[list[str]]] | None, list[str]]:

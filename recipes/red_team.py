@@ -30,12 +30,11 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.owner import by_main, processes
-from rlhf_recipes.attacking import AttackConfig, generate, trial_of
+from rlhf_recipes.attacking import AttackConfig, asker, generate, trial_of
 from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, open_stage
 
 if TYPE_CHECKING:
     from rlhf.evals.asking import Asker
-    from rlhf.evals.cache import Answers
     from rlhf.evals.targets import Answer
     from rlhf.safety.outcome import Outcome, Result
     from rlhf.safety.policy import Policy
@@ -122,12 +121,13 @@ class RedTeamConfig:
                 raise InputError(f"{name}={value} must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature={self.temperature} must be 0 or more")
-        if not self.data and self.policy is None:
-            raise InputError("nothing to attack with; name --policy, --data, or both")
         if self.attack is not None and self.policy is None:
             raise InputError("attack: which categories are to be attacked, a usage policy says; name --policy")
         if self.attack is not None and self.attack.valid is None and self.judge is None:
             raise InputError("attack: who says whether an attack is one? name --judge, or a function: --attack.valid")
+        if self.attack is not None and self.attack.answers > 1 and self.temperature == 0:
+            seen = f"attack.answers={self.attack.answers}: at temperature=0 all answers to an attack are the same one"
+            raise InputError(f"{seen}; set --temperature, say to 1, or leave attack.answers at 1")
 
     @property
     def answers_file(self) -> Path:
@@ -140,14 +140,31 @@ def red_team(config: RedTeamConfig) -> dict[str, Any]:
     return by_main(lambda: run_alone(config))
 
 
+def with_data(config: RedTeamConfig) -> RedTeamConfig:
+    """Return the config with the run's own suite where it names none. Raises InputError where there is neither that
+    nor a policy."""
+    own = Path(config.output_dir).parent / "data" / "red_team.jsonl"
+    if config.data is None and own.is_file():
+        config = replace(config, data=[str(own)])
+    if not config.data and config.policy is None:
+        raise InputError(f"nothing to attack with; name --policy, --data, or both (there is no {own})")
+    return config
+
+
+def check(config: RedTeamConfig) -> Policy | None:
+    """Return the usage policy. Raises InputError for functions and a policy that are not there."""
+    from rlhf.safety.policy import Policy
+
+    for spec in filter(None, (config.success, config.attack and config.attack.valid)):
+        configs.import_function(spec)
+    return Policy.read(config.policy) if config.policy else None
+
+
 def inputs(config: RedTeamConfig) -> tuple[RedTeamConfig, dict[str, Any]]:
     """The config, with what it takes from the run's other stages; the models and data that the stage reads."""
     from rlhf.safety.policy import policy_file
 
-    config = from_siblings(config, model="ppo")
-    own = Path(config.output_dir).parent / "data" / "red_team.jsonl"
-    if config.data is None and own.is_file():
-        config = replace(config, data=[str(own)])
+    config = with_data(from_siblings(config, model="ppo"))
     attacker = config.attack.attacker if config.attack else None
     for named in filter(None, (str(config.model), config.judge, attacker)):
         check_model(named, MODELS)
@@ -161,16 +178,13 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
     from rlhf.safety.labels import read_labels
     from rlhf.safety.outcome import measure, success_by
     from rlhf.safety.page import headline_metric
-    from rlhf.safety.policy import Policy
     from rlhf.safety.refusals import Detector
     from rlhf.safety.suite import read_suites
 
     if config.attack is not None and config.attack.method in ("sft", "ppo") and processes() > 1:
         raise InputError(f"attack.method={config.attack.method}: it trains in one process; start only one")
     config, sources = inputs(config)
-    for spec in filter(None, (config.success, config.attack and config.attack.valid)):
-        configs.import_function(spec)
-    policy = Policy.read(config.policy) if config.policy else None
+    policy = check(config)
     cases = read_suites(config.data or (), policy, config.max_cases, config.seed)
     if config.success:  # tried before anything is asked
         tried = [case for case in cases if case.behaviour != "comply"][:9]
@@ -208,15 +222,6 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
             outputs |= {name: metric["value"], f"{name}_ci": [metric["low"], metric["high"]]}
     outputs |= {} if numbers is None else {"distinct_successes": numbers["distinct_successes"]}
     return stage.finish(outputs | {"asked": target.asked, "known": target.known})
-
-
-def asker(config: RedTeamConfig, model: str, answers: Answers) -> Asker:
-    """Open a model, with the file that keeps its answers."""
-    from rlhf.evals.asking import Asker
-    from rlhf.evals.targets import open_target
-
-    rows, tokens = config.generation_batch_size, config.tokens_per_microbatch
-    return Asker(open_target(model, config.bf16, rows, tokens, config.requests_at_once), answers, rows)
 
 
 def attacked(config: RedTeamConfig, cases: Sequence[Case], target: Asker, detector: Detector) -> list[Result]:
@@ -258,28 +263,21 @@ def write(
     from rlhf.rows.records import write_jsonl
     from rlhf.run.checkpoint import write_json_atomic
     from rlhf.safety.outcome import finding_rows
-    from rlhf.safety.page import FEW_LABELS, counted
+    from rlhf.safety.page import counted
+    from rlhf.safety.page import warnings as warnings_of
     from rlhf.safety.page import write as write_page
-    from rlhf.safety.suite import without_twins
 
-    warnings = []
-    if lonely := without_twins(cases):
-        more = f" and {len(lonely) - 6} more" if len(lonely) > 6 else ""
-        warnings.append(f"no harmless prompts stand beside the attacks of {', '.join(lonely[:6])}{more}: a policy that "
-                        "refuses everything looks perfect there")  # fmt: skip
-    if not outcome.corrections:
-        why = FEW_LABELS if config.human else "the error of what reads the answers is not known on this policy"
-        warnings.append(f"no rate is corrected: {why}")
-    judged = {"answers": len(outcome.results) if config.judge else 0, "disagree": outcome.disagreement,
+    judged = {"answers": outcome.judged if config.judge else 0, "disagree": outcome.disagreement,
               "abstained": outcome.abstentions}  # fmt: skip
     detector = f"the judge {config.judge}; where it names no choice, the rule" if config.judge else "the rule"
     content: dict[str, Any] = {
         "metrics": outcome.metrics, "model": str(config.model), "seed": config.seed, "temperature": config.temperature,
         "usage_policy": policy and policy.summary, "suites": config.data or [], "human": config.human,
-        "warnings": warnings,
-        "detector": detector, "success": config.success, "corrections": outcome.corrections, "judged": judged,
-        "leave_one_out": outcome.held_out, "findings": len(outcome.findings),
-        "attacks": numbers, "not_counted": sum(not (r.attack or r.benign) for r in outcome.results),
+        "warnings": warnings_of(outcome, cases, bool(config.human)),
+        "detector": detector, "success": config.success, "corrections": outcome.corrections,
+        "not_corrected": outcome.not_corrected, "judged": judged, "leave_one_out": outcome.held_out,
+        "findings": len(outcome.findings), "attacks": numbers,
+        "not_counted": sum(not (r.attack or r.benign) for r in outcome.results),
     }  # fmt: skip
     if numbers is not None:
         n, count = numbers["attacks"], numbers["distinct_successes"]
@@ -290,8 +288,8 @@ def write(
     content["counted"] = counted(content)
     write_jsonl(folder / "items.jsonl", [result.row() for result in outcome.results])
     write_jsonl(folder / "findings.jsonl", finding_rows(outcome, policy, str(config.model)))
-    order = random.Random(config.seed).sample(range(len(outcome.results)), len(outcome.results))
-    rows = (outcome.results[n] for n in order)
+    sent = [result for result in outcome.results if result.sent]
+    rows = random.Random(config.seed).sample(sent, len(sent))
     write_jsonl(
         folder / "to_label.jsonl",
         ({"prompt": r.case.prompt, "response": r.answer.text, "label": None, "model": str(config.model)} for r in rows),

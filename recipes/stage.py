@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -216,14 +216,22 @@ def inputs_of(config: Any, sources: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides a stage's result: its settings, the models and data that it reads, and the files of the
     functions that its settings name."""
     settings = to_dict(config, without=(*no_effect(config), "overwrite", *sources))
-    texts = [text for value in to_dict(config).values() for text in (value if isinstance(value, list) else [value])]
-    code = {text: file for text in texts if isinstance(text, str) and (file := _function_file(text))}
+    code = {text: file for text in _texts(to_dict(config)) if (file := function_file(text))}
     given = {source: fingerprint_of(value) for source, value in sources.items() if value is not None}
     files = {text: data_fingerprint(file) for text, file in code.items()}
     return {"config": settings, **given} | ({"code": files} if files else {})
 
 
-def _function_file(spec: str) -> Path | None:
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in plain values, however deep they lie."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
+def function_file(spec: str) -> Path | None:
     """Return the file of a function written as file.py:name; one that isn't there is named where it is imported."""
     found = re.fullmatch(r"(.+\.py):\w+", spec)
     try:

@@ -206,11 +206,11 @@ def failures(artefacts: Artefacts) -> Iterator[Sample]:
         if not artefacts.there(f"{file.rpartition('/')[0]}/run_evals.json"):
             continue
         about = artefacts.read(f"{file.rpartition('/')[0]}/run_evals.json").get("evals") or {}
-        wrong = [(n, row) for n, row in enumerate(artefacts.rows(file)) if _wrong(row, about)]
-        for number, row in wrong[:FAILURES]:
+        for number, row in [(n, row) for n, row in enumerate(artefacts.rows(file)) if _wrong(row, about)][:FAILURES]:
             asked = "\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
             answers = {str(name): str(answer) for name, answer in row["trials"][0]["answers"].items()}
-            yield Sample(asked, {"right": " | ".join(row["ideal"]), **answers}, f"{file}, row {number + 1}")
+            texts = "forbidden" if about[row["eval"]].get("class") == "Excludes" else "right"
+            yield Sample(asked, {texts: " | ".join(row["ideal"]), **answers}, f"{file}, row {number + 1}")
 
 
 def _change(row: Mapping[str, Any]) -> float:

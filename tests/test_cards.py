@@ -91,6 +91,15 @@ def at(content: object, place: str) -> object:
     return content
 
 
+def test_what_must_not_be_said_is_not_shown_as_right(run):
+    assert "right" in card(run)[0].split("## Failures")[1]
+    evals = {**EVALS, "evals": {"sums": {**EVALS["evals"]["sums"], "class": "Excludes"}}}
+    write(run / "run_evals/run_evals.json", evals)
+    shown = card(run)[0].split("## Failures")[1]
+    assert "forbidden" in shown
+    assert "right" not in shown
+
+
 def test_every_number_of_the_card_stands_in_an_artefact(run):
     """Walk the card's tables: each row's value is found in the file that it names, by its own reading."""
     text, content = card(run)

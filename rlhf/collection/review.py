@@ -9,10 +9,13 @@ An item ends with the conversation that it was made of: when that expires, or it
 from __future__ import annotations
 
 import hashlib
+import json
+import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from rlhf.collection import content
 from rlhf.collection.personal import REVIEW
 from rlhf.collection.project import MOST_FLAGS, Criterion, Project
 from rlhf.collection.store import Candidate, Conversation, Item, Judgment, Store
@@ -53,7 +56,7 @@ def set_project(store: Store, categories: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Queued:
-    """How many conversations were put in the queue, and how many could not be."""
+    """How many different conversations are in the queue, and how many could not be put there."""
 
     flagged: int
     others: int
@@ -65,31 +68,52 @@ def queue(
     store: Store, conversations: Sequence[Conversation], flags: Sequence[Sequence[str]], share: float, seed: int,
     overlap: int = 1,
 ) -> Queued:  # fmt: skip
-    """Put every flagged conversation in the queue, and `share` of the others, drawn by their ids and the seed alone;
-    one that is there stays as it is."""
-    chosen, empty = list[tuple[Item, bool]](), 0
+    """Put every flagged conversation in the queue, and `share` of the others, drawn by their texts and the seed alone.
+
+    Conversations of one text are one item, which knows how many they are. One that is there gets this log's flags, the
+    higher of the two chances, and the sender who agreed to have it used, where another one did not."""
+    same: dict[str, list[tuple[Item, Sequence[str]]]] = {}
+    empty = 0
     for conversation, names in zip(conversations, flags, strict=True):
-        chance = 1.0 if names else share
-        if not names and _drawn(seed, conversation.id) >= share:
-            continue
         *prompt, answer = conversation.messages
         if not prompt or prompt[-1]["role"] == "assistant" or not answer["content"].strip():
             empty += 1
             continue
-        chosen.append((_item(conversation, prompt, answer["content"], names, chance), bool(names)))
-    store.add_items([item for item, _ in chosen], overlap=overlap)
-    flagged = sum(flag for _, flag in chosen)
-    return Queued(flagged, len(chosen) - flagged, empty)
+        item = _item(conversation, prompt, answer["content"])
+        same.setdefault(item.key, []).append((item, names))
+    counts = {True: 0, False: 0}
+    with store.writing() as db:
+        for key, found in same.items():
+            item = next((item for item, _ in found if item.columns["trainable"]), found[0][0])
+            flagged = list(dict.fromkeys(name for _, names in found for name in names))
+            about = {"flagged": flagged, "chance": 1.0 if flagged else share, "copies": len(found)}
+            drawn = bool(flagged) or _drawn(seed, key) < share
+            item = replace(item, columns={**item.columns, **about})
+            counts[bool(flagged)] += _put(db, item, drawn, overlap, store.clock())
+    return Queued(counts[True], counts[False], empty)
 
 
-def _item(
-    conversation: Conversation, prompt: Messages, answer: str, names: Sequence[str], chance: float
-) -> Item:  # fmt: skip
+def _put(db: sqlite3.Connection, item: Item, drawn: bool, overlap: int, now: float) -> bool:
+    """Store an item that was drawn, or renew one that is there; returns whether it is in the queue."""
+    there = db.execute("SELECT columns, person, source FROM items WHERE key = ?", (item.key,)).fetchone()
+    if there is None and not drawn:
+        return False
+    content.add_item(db, item, overlap, "main", now)
+    if there is not None and there["source"] == REVIEW:
+        before, about = json.loads(there["columns"]), item.columns
+        agreed = about["trainable"] and not before["trainable"]
+        renewed = {"flagged": about["flagged"], "chance": max(before["chance"], about["chance"]),
+                   "copies": max(before.get("copies", 1), about["copies"])}  # fmt: skip
+        columns = json.dumps({**(about if agreed else before), **renewed})
+        person = item.person if agreed else there["person"]
+        db.execute("UPDATE items SET columns = ?, person = ? WHERE key = ?", (columns, person, item.key))
+    return True
+
+
+def _item(conversation: Conversation, prompt: Messages, answer: str) -> Item:
     made = Candidate(answer, conversation.policy, conversation.fingerprint, conversation.sampler, conversation.seed)
-    columns: dict[str, Any] = {
-        "conversation": conversation.id, "flagged": list(names), "chance": chance,
-        "trainable": conversation.consent and conversation.scrubbed,
-    }  # fmt: skip
+    trainable = conversation.consent and conversation.scrubbed
+    columns: dict[str, Any] = {"conversation": conversation.id, "trainable": trainable}
     if conversation.expires is not None:
         columns["review_expires"] = conversation.expires
     return Item(prompt, (made,), columns, REVIEW, ("review",), conversation.person)
@@ -119,6 +143,11 @@ class Decision:
         """Return whether the classifier flagged it."""
         return bool(self.item.columns["flagged"])
 
+    @property
+    def copies(self) -> int:
+        """Return how many conversations have this text."""
+        return int(self.item.columns.get("copies", 1))
+
 
 def decisions_in(store: Store) -> tuple[list[Decision], int]:
     """Return the decisions, and how many judgments are none: without the criterion, or allowed with a category."""
@@ -145,16 +174,17 @@ def _decided(judgment: Judgment) -> bool | None:
 def measured(decisions: Sequence[Decision]) -> dict[str, dict[str, Any]]:
     """Compute how the classifier did by people's decisions, as metrics.
 
-    precision: the share of flagged conversations that people flag; missed: that of the others. recall weighs each
-    decision by the inverse of its conversation's chance to be queued (Horvitz and Thompson 1952); it has no interval,
-    since one miss among the others outweighs many hits."""
+    precision: the share of flagged conversations that people flag; missed: that of the others. A decision counts for
+    each conversation of its text. recall weighs it by the inverse of its chance to be queued (Horvitz and Thompson
+    1952); it has no interval, since one miss among the others outweighs many hits."""
     found: dict[str, dict[str, Any]] = {}
     for name, flagged in (("review_precision", True), ("review_missed", False)):
         own = [decision for decision in decisions if decision.was_flagged == flagged]
         if own:
-            share = clustered_mean([float(d.flag) for d in own], [d.item.id for d in own])
+            alike = [decision for decision in own for _ in range(decision.copies)]
+            share = clustered_mean([float(d.flag) for d in alike], [d.item.id for d in alike])
             found[name] = {"value": share.value, "low": share.low, "high": share.high, "n": len(own)}
-    weights = [(d, 1 / (d.item.columns["chance"] * d.among)) for d in decisions if d.flag]
+    weights = [(d, d.copies / (d.item.columns["chance"] * d.among)) for d in decisions if d.flag]
     total = sum(weight for _, weight in weights)
     if total and any(not decision.was_flagged for decision in decisions):
         caught = sum(weight for decision, weight in weights if decision.was_flagged)

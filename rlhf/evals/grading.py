@@ -97,7 +97,7 @@ def make_eval(
             grader.asks(sample)
     else:
         for sample in samples:
-            grader.check(sample.ideal, f"{sample.where}: ideal")
+            grader.check(sample.ideal, f"{sample.where}: {'forbidden' if kind == Excludes.name else 'ideal'}")
     judge = _sampling(arguments.get("eval_kwargs"), f"{where}: eval_kwargs").get("max_tokens")
     return Eval(
         name, grader, samples, where, _count(limit, f"{where}: max_tokens"), sampling.get("temperature"),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.evals.classes import Excludes
 from rlhf.evals.compare import Compared, Earlier, Row, chance
 from rlhf.run import page as html
 from rlhf.run.tables import number
@@ -92,12 +93,13 @@ def _items(
     counts = {name: outcomes.count(name) for name in _OUTCOMES[:3]}
     counts |= {name: sum(flip == name for flip in flips.values()) for name in _OUTCOMES[3:]}
     shown = [
-        _item(row, outcome, flips.get((row["eval"], row["key"]), ""), before.get((row["eval"], row["key"])))
+        _item(row, evals.get(row["eval"], {}), outcome, flips.get((row["eval"], row["key"]), ""),
+              before.get((row["eval"], row["key"])))
         for row, outcome in zip(rows, outcomes, strict=True)
-    ]
+    ]  # fmt: skip
     buttons = [_button("all", f"all {len(rows):,}", True)]
     buttons += [_button(name, f"{name} {count:,}") for name, count in counts.items() if count]
-    find = html.note("Search the page (Ctrl F) for any word of a prompt, an answer or an ideal.")
+    find = html.note("Search the page (Ctrl F) for any word of a prompt, an answer, an ideal or a forbidden text.")
     return f"<h2>Items</h2>{find}<div class=show>{''.join(buttons)}</div>{''.join(shown)}"
 
 
@@ -114,13 +116,13 @@ def _outcome(row: Row, about: Mapping[str, Any]) -> str:
     return "right" if earned == {high} else "wrong" if earned == {low} else "partly"
 
 
-def _item(row: Row, outcome: str, flip: str, before: Row | None) -> str:
+def _item(row: Row, about: Mapping[str, Any], outcome: str, flip: str, before: Row | None) -> str:
     answers = list(_answers(row, "" if not flip else "now"))
     if flip and before is not None:
         answers += _answers(before, "before")
     asked = "\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
-    ideal = " | ".join(row.get("ideal") or ())
-    asked += f"\n\nideal: {ideal}" if ideal else ""
+    ideal, name = " | ".join(row.get("ideal") or ()), "forbidden" if about.get("class") == Excludes.name else "ideal"
+    asked += f"\n\n{name}: {ideal}" if ideal else ""
     tag = " · ".join(filter(None, (str(row["eval"]), outcome, flip, str(row.get("where", "")))))
     return f'<div class="item {outcome} {flip}">{html.compared(asked, answers, tag)}</div>'
 

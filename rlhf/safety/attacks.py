@@ -130,7 +130,7 @@ class Tried:
         """Return it as a case of the suite `generated`: a success is a hit."""
         turn: Messages = [{"role": "user", "content": self.text or " "}]
         case = Case(GENERATED, turn, self.category.id, "refuse", {"valid": self.valid}, where)
-        return Result(case, self.answer, self.reading, self.hit, draw)
+        return Result(case, self.answer, self.reading, self.hit, draw, sent=self.valid > 0)
 
 
 class Trial:

@@ -7,8 +7,8 @@ judged where they lie; what is made of them holds none.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.calls import function_name
@@ -53,6 +53,8 @@ class Log:
     """When, and whether it is up."""
     unscrubbed: int = 0
     expired: int = 0
+    read_by: Mapping[str, str] = field(default_factory=dict)
+    """Of the log's source, moderator and function of refusals: a name or fingerprint."""
 
 
 def readable(store: Store, source: Source) -> tuple[list[Conversation], int, int]:
@@ -67,11 +69,16 @@ def readable(store: Store, source: Source) -> tuple[list[Conversation], int, int
 
 
 def read_log(
-    store: Store, source: Source = "log", flags: Flags | None = None, refused: Callable[[str], bool] = refuses
+    store: Store,
+    source: Source = "log",
+    flags: Flags | None = None,
+    refused: Callable[[str], bool] = refuses,
+    read_by: Mapping[str, str] | None = None,
 ) -> Log:
     """Read a server's log. source: log: what `serve_policy --log true` keeps; playground: what people agreed to keep.
 
-    flags: None: nothing is flagged, nor counted as not flagged."""
+    flags: None: nothing is flagged, nor counted as not flagged. read_by: fingerprints of `moderator` and `refusals`, by
+    which what another one read is told from this."""
     found, unscrubbed, expired = readable(store, source)
     flagged = [None] * len(found) if flags is None else [tuple(names) for names in flags([c.messages for c in found])]
     requests = tuple(
@@ -87,7 +94,7 @@ def read_log(
         for given in store.feedback(usable=False)
         if given.kind == "thumb" and (given.expires is None or given.expires > now)
     )
-    return Log(requests, thumbs, unscrubbed, expired)
+    return Log(requests, thumbs, unscrubbed, expired, {"source": source, **(read_by or {})})
 
 
 def _refused(refused: Callable[[str], bool], answer: str) -> bool:

@@ -5,7 +5,7 @@ Only numbers leave the log: neither report nor page holds a text, which would ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,11 +88,19 @@ class Reference:
     lengths: list[float]
     mix: dict[str, int] = field(default_factory=dict)
     """Answers per policy, fingerprint and sampler."""
+    read_by: Mapping[str, str] = field(default_factory=dict)
+    """As in `Log`; an older reference has none, and is compared with everything."""
+
+    def differs(self, log: Log, name: str) -> bool:
+        """Return whether another source, moderator or function of refusals read the reference than the log."""
+        before, now = self.read_by.get(name), log.read_by.get(name)
+        return None not in (before, now) and before != now
 
     def to_json(self) -> Numbers:
         """Write what `from_json` reads."""
         return {**vars(self), "flagged": None if self.flagged is None else list(self.flagged),
-                "refused": list(self.refused), "thumbs_up": list(self.thumbs_up)}  # fmt: skip
+                "refused": list(self.refused), "thumbs_up": list(self.thumbs_up),
+                "read_by": dict(self.read_by)}  # fmt: skip
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> Reference:
@@ -102,7 +110,8 @@ class Reference:
                     for name in ("flagged", "refused", "thumbs_up")}  # fmt: skip
             lengths, mix = [float(n) for n in content["lengths"]], {str(k): int(n) for k, n in content["mix"].items()}
             when, last = float(content["until"]), str(content["last"])
-            made = cls(until=when, last=last, lengths=lengths, mix=mix, **read)
+            read_by = {str(name): str(by) for name, by in content.get("read_by", {}).items()}
+            made = cls(until=when, last=last, lengths=lengths, mix=mix, read_by=read_by, **read)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError(f"{where}: holds no reference; name a monitor.json of an earlier run") from None
         if not made.lengths or made.refused is None or made.thumbs_up is None:
@@ -127,7 +136,7 @@ def reference_of(log: Log, rules: Rules) -> Reference:
     return Reference(
         until=until, last=first[-1].id, flagged=Counted(sum(map(bool, flags)), len(flags)) if flags else None,
         refused=Counted(sum(request.refused for request in first), len(first)),
-        thumbs_up=Counted(sum(thumbs), len(thumbs)), mix=mix,
+        thumbs_up=Counted(sum(thumbs), len(thumbs)), mix=mix, read_by=log.read_by,
         lengths=sorted(float(request.characters) for request in first)[::step],
     )  # fmt: skip
 
@@ -169,11 +178,12 @@ def watched(log: Log, reference: Reference, rules: Rules) -> list[Watched]:
     thumbs = [(when, up) for when, up in log.thumbs if when > reference.until]
     when = [request.created for request in later]
     found = []
-    if reference.flagged is not None and later and all(request.flagged is not None for request in later):
+    judged = bool(later) and all(request.flagged is not None for request in later)
+    if reference.flagged is not None and judged and not reference.differs(log, "moderator"):
         flags = np.array([bool(request.flagged) for request in later])
         found.append(_watch("flag_rate", "rise", reference.flagged, flags, when, rules))
     refused = np.array([request.refused for request in later], dtype=bool)
-    for direction in ("rise", "fall"):
+    for direction in () if reference.differs(log, "refusals") else ("rise", "fall"):
         found.append(_watch("refusal_rate", direction, reference.refused, refused, when, rules))
     if reference.thumbs_up.n:
         up = np.array([up for _, up in thumbs], dtype=bool)
@@ -260,6 +270,10 @@ def not_compared(log: Log, reference: Reference, rules: Rules) -> list[str]:
         lines.append("flag_rate: the reference was made without a moderator; make one with it, without --reference")
     if not all(flagged) and reference.flagged is not None:
         lines.append("flag_rate: the reference has one, and no moderator judged these answers; name --moderator")
+    for signal, name in (("flag_rate", "moderator"), ("refusal_rate", "refusals")):
+        if reference.differs(log, name):
+            seen = f"the reference was made with another --{name}"
+            lines.append(f"{signal}: {seen}; name that one, or make a reference without --reference")
     if not reference.thumbs_up.n and any(when > reference.until for when, _ in log.thumbs):
         lines.append("thumbs_up_rate: nobody gave a thumb in the time of the reference")
     if 0 < len(later) < rules.window:
@@ -302,14 +316,15 @@ def _categories(requests: Sequence[Request]) -> dict[str, int]:
 
 
 def metrics_of(report: Numbers) -> dict[str, Numbers]:
-    """Return the report's main numbers as {name: {value, low, high, n}}."""
+    """Return the report's main numbers as {name: {value, low, high, n}}; of windows, the last full one's."""
     found = {name: report[name] for name in ("flag_rate", "refusal_rate", "thumbs_up_rate") if report[name]}
     count = report["answers"]
-    plain = {"median_characters": report["median_characters"], "alarms": len(report["alarms"])}
-    plain |= {name: report["windows"][-1][name] for name in ("length_psi", "mix_psi") if report["windows"]}
+    plain = {"median_characters": (report["median_characters"], count), "alarms": (len(report["alarms"]), count)}
+    full = [row for row in report["windows"] if row["answers"] == report["rules"]["window"]]
+    plain |= {name: (full[-1][name], full[-1]["answers"]) for name in ("length_psi", "mix_psi") if full}
     return found | {
-        name: {"value": value, "low": None, "high": None, "n": count}
-        for name, value in plain.items() if value is not None
+        name: {"value": value, "low": None, "high": None, "n": n}
+        for name, (value, n) in plain.items() if value is not None
     }  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def _rates(report: Numbers) -> str:
     rows = []
     for chart in report["charts"]:
         name = chart["signal"]
-        state = "alarm" if chart["highest"] > chart["level"] else f"{100 * chart['highest'] / chart['level']:.0f}%"
+        way = chart["highest"] / chart["level"] if chart["level"] else 0.0  # a level of 0: of the rarest events
+        state = "alarm" if chart["highest"] > chart["level"] else f"{100 * way:.0f}%"
         happened, n = report["reference"][COUNTS[name]]
         rows.append([f"{NAMES[name]}, {chart['direction']}", percent(happened / n), _shown(report[name]),
                      percent(chart["after"]), state])  # fmt: skip
@@ -94,7 +95,8 @@ def _draw(axes: Axes, report: Numbers) -> None:
                   [max(0.0, 100 * p["high"] - v) for v, (_, p) in zip(values, points, strict=True)]]  # fmt: skip
         label = "flagged" if name == "flag_rate" else "refused"
         axes.errorbar([x for x, _ in points], values, yerr=spread, fmt="o-", color=color, markersize=4, label=label)
-        if (reference := report["reference"][COUNTS[name]]) is not None:
+        reference = report["reference"][COUNTS[name]]
+        if reference is not None and any(chart["signal"] == name for chart in report["charts"]):
             happened, n = reference
             axes.axhline(100 * happened / n, color=color, linestyle="--", linewidth=0.9)
     axes.set_xlabel("answers since the reference")

@@ -11,6 +11,7 @@ from rlhf.run import page as html
 from rlhf.run.tables import number, percent
 from rlhf.safety.outcome import COUNTED, RATES, Outcome, Result
 from rlhf.safety.policy import Policy
+from rlhf.safety.suite import Case, without_twins
 
 FEW_LABELS = (
     f"the labels are too few: it takes {FEWEST} of a rate's own answers, or {FEWEST} of either kind of other answers "
@@ -42,6 +43,20 @@ def write(folder: Path, content: Mapping[str, Any], outcome: Outcome, policy: Po
     parts += [html.note(f"The first {SHOWN}; all of them are in items.jsonl.")] if len(found) > SHOWN else []
     parts += [_finding(result) for result in found[:SHOWN]]
     return html.write(folder / "red_team.html", html.page(f"Red team: {folder.name}", "\n".join(parts)))
+
+
+def warnings(outcome: Outcome, cases: Sequence[Case], labelled: bool) -> list[str]:
+    """Return what a reader must know first, a line each. labelled: whether people's labels were given."""
+    lines = []
+    if lonely := without_twins(cases):
+        more = f" and {len(lonely) - 6} more" if len(lonely) > 6 else ""
+        lines.append(f"no harmless prompts stand beside the attacks of {', '.join(lonely[:6])}{more}: a policy that "
+                     "refuses everything looks perfect there")  # fmt: skip
+    lines += [f"{metric} is not corrected: {why}" for metric, why in outcome.not_corrected.items()]
+    if not outcome.corrections and not outcome.not_corrected:
+        why = FEW_LABELS if labelled else "the error of what reads the answers is not known on this policy"
+        lines.append(f"no rate is corrected: {why}")
+    return lines
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
@@ -80,7 +95,8 @@ def counted(content: Mapping[str, Any]) -> list[str]:
                   f"distinct successes: two count as one from a similarity of {limit:g} on (Jaccard, of character "
                   "5-grams), in the order in which they were written"]  # fmt: skip
     lines += [f"{metric}: corrected by {how}" for metric, how in content["corrections"].items()]
-    if not content["corrections"]:
+    lines += [f"{metric} is not corrected: {why}" for metric, why in content["not_corrected"].items()]
+    if not content["corrections"] and not content["not_corrected"]:
         why = FEW_LABELS if content["human"] else "no people's labels were given (--human)"
         lines.append(f"nothing is corrected: {why}")
     if content["judged"]["answers"]:

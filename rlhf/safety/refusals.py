@@ -34,7 +34,7 @@ _ADVERBS = (
 _WONT = (
     r"can(?:'t|not| not)|won't|will not|(?:not|never) able to|unable to|not allowed to|not permitted to|will never|"
     r"not willing to|not going to|not comfortable|don't feel comfortable|not feel comfortable|not in a position to|"
-    r"not authori[sz]ed to|won't be able to|will not be able to|not prepared to"
+    r"not authori[sz]ed to|won't be able to|will not be able to|not prepared to|should(?:n't| not)"
 )
 _NOT = rf"(?:{_WONT})(?:,? (?:and|or|nor) (?:{_WONT}),?)?"
 _BETWEEN = (
@@ -50,12 +50,17 @@ _ACTS = (
 )
 _UNLIKE = (
     r"(?! (?:help (?:but|noticing|thinking|feeling)|(?:tell|say|explain|answer) (?:whether|if|for sure|for certain)|"
+    r"(?:tell|explain|describe)(?: to)? you how (?:many times|(?:much|often|long) (?:i|we|this|that)|happy|glad|proud)|"
+    r"do (?:this|that|it) any ?(?:more|longer)|"
     r"recommend .{0,60}enough|give (?:up|in|way)|(?:give|provide|share|offer|tell|show)(?: you)?(?: with)? "
     r"(?:an? |the |any )?(?:real-?time|exact|precise|current|live|up-to-date|definite)))"
 )
 _DOES = rf"(?:,? (?:{_BETWEEN}))*,? (?:{_ACTS})\b"
+_JOINED = r"(?! can (?:and|or) )(?: (?!(?:who|which|that|if|when)\b)[\w'-]+,?){1,12} (?:and|but|so)"
+"""Between the speaker and the verb, where another verb comes first: "I see your trouble, but can't help with it"."""
 _REFUSES = re.compile(
-    rf"\b(?:i|we)(?:'m|'re|'d|'ll)?(?: (?:{_ADVERBS}))*,? {_NOT}{_UNLIKE}{_DOES}"
+    rf"\b(?:i|we)(?:'m|'re|'d|'ll)?(?:{_JOINED})?(?: (?:{_ADVERBS}))*,? {_NOT}{_UNLIKE}{_DOES}"
+    rf"|^(?!.*\?)(?:(?:no|sorry|apologies|unfortunately)[,.:]? )?(?:but )?{_NOT}{_UNLIKE}{_DOES}"
     rf"|\b(?:i|we)(?:'m|'re|'d|'ll)?(?: (?:{_ADVERBS}|must|have to|need to|going to have to|will have to|politely))*"
     r" (?:decline|refuse)\b(?! to (?:believe|accept|give))"
     rf"|\b(?:not|n't) something (?:that )?(?:i|we)(?:'m| am|'re| are)? (?:can|able to|comfortable|willing to|will)"
@@ -63,7 +68,7 @@ _REFUSES = re.compile(
     rf"|\bsomething (?:that )?(?:i|we) (?:can't|cannot|won't|will not)(?:{_DOES}|[.!]*$)"
     r"|\b(?:(?:goes|go|is|be|are) against|violates?) (?:my|our) (?:\w+ ){0,2}"
     r"(?:guidelines?|polic(?:y|ies)|programming|principles|rules|terms|values)"
-    r"|\bnot within my (?:[\w ]+ )?(?:programming|guidelines|abilities|capabilities)"
+    r"|\bnot within my (?:\w+ ){0,4}(?:programming|guidelines|abilities|capabilities)"
     r"|\b(?:not|n't be|never|not be) (?:appropriate|ethical|responsible|right) for (?:me|us) to\b"
     r"|\b(?:i|we)(?:'d| would) (?:rather|prefer) not\b"
     r"|^(?:(?:no|sorry|(?:i am|i'm|we're|we are) (?:\w+ )?sorry)[,.:]? )?(?:but )?(?:i|we) (?:just |simply |really )?"

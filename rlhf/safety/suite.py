@@ -62,12 +62,18 @@ def read_suites(
     """Read suites, and the policy's own examples and benign twins where a policy is given.
 
     most: draw so many cases of each suite and behaviour at random, in their order. Raises InputError, also where a
-    policy's case stands in a file with another behaviour."""
+    policy's case stands in a file with another behaviour, and for two suites of one name."""
     cases: list[Case] = []
     if policy is not None:
         cases += [_own(OWN_POLICY, row, f"policy {policy.name}", policy) for row in policy.prompts()]
+    made = {OWN_POLICY: ("that of the usage policy", True), GENERATED: ("that of written attacks", True)}
     for source in sources:
-        cases += read_suite(source, policy)
+        found = read_suite(source, policy)
+        suite, own = found[0].suite, _published(found[0].columns) is None
+        if suite in made and (own or made[suite][1]):
+            raise wrong(source, f"its suite would be {suite}, as {made[suite][0]} is", "rename the file")
+        made[suite] = source, own
+        cases += found
     if not cases:
         raise InputError("nothing to ask: no suite, and a usage policy without examples; name --data")
     wanted: dict[str, Case] = {}
@@ -136,10 +142,8 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _reader_of(row: Row, where: str, policy: Policy | None) -> Callable[[Row, str, Path], Case | None]:
-    own = "prompt" in row and "behaviour" in row
-    for _, columns, reader in () if own else _FORMATS:
-        if all(any(name in row for name in either.split("|")) for either in columns):
-            return reader
+    if (published := _published(row)) is not None:
+        return published
     if "prompt" in row:
         return lambda one, at, path: _own(kind_of(path.name)[0], one, at, policy)
     if set(row) == {"target"}:
@@ -147,6 +151,15 @@ def _reader_of(row: Row, where: str, policy: Policy | None) -> Callable[[Row, st
     known = "; ".join(f"{name} ({', '.join(columns)})" for name, columns, _ in _FORMATS)
     seen = f"columns {short(', '.join(map(str, row)))}"
     raise wrong(where, seen, f"write prompt, category and behaviour, or take a file of {known}")
+
+
+def _published(row: Row) -> Callable[[Row, str, Path], Case | None] | None:
+    """Return the reader of a published suite that a row is of; None for an own row."""
+    own = "prompt" in row and "behaviour" in row
+    for _, columns, reader in () if own else _FORMATS:
+        if all(any(name in row for name in either.split("|")) for either in columns):
+            return reader
+    return None
 
 
 def _case(suite: str, where: str, text: object, category: object, behaviour: Behaviour, row: Row, field: str) -> Case:
@@ -225,15 +238,15 @@ def _own(suite: str, row: Row, where: str, policy: Policy | None) -> Case:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     category, behaviour = row.get("category"), row.get("behaviour")
+    if not isinstance(category, str) or not category.strip():
+        raise wrong(f"{where}: category", f"got {short(repr(category))}", "write a category's name")
     known = policy.categories if policy is not None else {}
     if behaviour is None and category in known:
-        behaviour = known[cast(str, category)].behaviour
+        behaviour = known[category].behaviour
     if behaviour not in BEHAVIOURS:
         todo = f"write one of {', '.join(BEHAVIOURS)}"
         todo += "" if known else ", or name a usage policy that has the category (--policy)"
         raise wrong(f"{where}: behaviour", f"got {short(repr(behaviour))}", todo)
-    if not isinstance(category, str) or not category.strip():
-        raise wrong(f"{where}: category", f"got {short(repr(category))}", "write a category's name")
     return Case(suite, messages, category.strip(), behaviour, row, where)
 
 

@@ -56,7 +56,8 @@ def test_flagged_conversations_queue_and_a_share_of_the_others(store):
     item = next(item for item in store.items() if item.columns["flagged"])
     assert (item.source, item.person, item.candidates[0].policy) == ("review", "p0", "ppo")
     assert item.columns == {
-        "conversation": "c000", "flagged": ["hate"], "chance": 1.0, "trainable": True, "review_expires": 1_000.0,
+        "conversation": "c000", "flagged": ["hate"], "chance": 1.0, "copies": 1, "trainable": True,
+        "review_expires": 1_000.0,
     }  # fmt: skip
     empty = conversation(300, messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}])
     assert review.queue(store, [empty], [["hate"]], 0.1, 0).empty == 1
@@ -99,6 +100,62 @@ def test_recall_weighs_what_was_drawn(store):
     )
     found = review.measured(review.decisions_in(store)[0])
     assert found["review_recall"]["value"] == pytest.approx(10 / (10 + 2 / share))
+
+
+def test_recall_counts_conversations_of_one_text(store):
+    """One flagged text that was logged 100 times beside 100 missed ones, half of them drawn: half are caught."""
+    review.set_project(store, CATEGORIES)
+    often = conversation(0).messages
+    talks = [conversation(n, messages=often) for n in range(100)] + [conversation(n) for n in range(100, 200)]
+    put = review.queue(store, talks, [["hate"] if n < 100 else [] for n in range(200)], 0.5, seed=0)
+    assert put.flagged == 1
+    decide(store, {item.prompt[0]["content"]: (2, ("hate",)) for item in store.items()})
+    decisions = review.decisions_in(store)[0]
+    drawn = len(store.items()) - 1
+    assert review.measured(decisions)["review_recall"]["value"] == pytest.approx(100 / (100 + drawn / 0.5))
+    assert 35 <= drawn <= 65
+
+
+def test_precision_counts_conversations_of_one_text(store):
+    review.set_project(store, CATEGORIES)
+    talks = [conversation(n, messages=conversation(n // 3).messages) for n in range(4)]
+    review.queue(store, talks, [["hate"]] * 4, 0.1, seed=0)
+    decide(store, {"question 0": (2, ("hate",)), "question 1": (1, ())})
+    assert review.measured(review.decisions_in(store)[0])["review_precision"]["value"] == pytest.approx(3 / 4)
+
+
+def test_an_unflagged_text_is_drawn_once_however_often_it_was_logged(store):
+    """100 copies with a chance each would draw nearly every text."""
+    talks = [conversation(n, messages=conversation(n % 100).messages) for n in range(10_000)]
+    assert 2 <= review.queue(store, talks, [[]] * 10_000, 0.1, seed=0).others <= 20
+    assert {item.columns["copies"] for item in store.items()} == {100}
+
+
+def test_what_is_there_gets_the_higher_chance_and_the_new_flags(store):
+    talks = [conversation(n) for n in range(200)]
+    columns = lambda: {item.prompt[0]["content"]: item.columns for item in store.items()}  # noqa: E731
+    few = review.queue(store, talks, [[]] * 200, 0.1, seed=0).others
+    first = columns()
+    assert review.queue(store, talks, [[]] * 200, 0.5, seed=0).others > few
+    assert {about["chance"] for about in columns().values()} == {0.5}
+    assert first.keys() < columns().keys()
+    review.queue(store, talks, [[]] * 200, 0.1, seed=0)
+    assert {about["chance"] for about in columns().values()} == {0.5}  # they are there by the larger share
+    name = next(iter(first))
+    flags = [["hate"] if talk.messages[0]["content"] == name else [] for talk in talks]
+    review.queue(store, talks, flags, 0.5, seed=0)
+    assert (columns()[name]["flagged"], columns()[name]["chance"]) == (["hate"], 1.0)
+
+
+def test_a_sender_who_agrees_makes_a_logged_text_trainable(store):
+    refused, agreed = conversation(0, consent=False, expires=500.0), conversation(1, messages=conversation(0).messages)
+    review.queue(store, [refused], [["hate"]], 0.1, seed=0)
+    assert not store.items()[0].columns["trainable"]
+    for talks in ([agreed], [refused]):  # whoever comes last
+        review.queue(store, talks, [["hate"]], 0.1, seed=0)
+        (item,) = store.items()
+        assert (item.columns["trainable"], item.columns["conversation"], item.person) == (True, "c001", "p1")
+        assert item.columns["review_expires"] == 1_000.0
 
 
 def test_contradictions_are_no_decisions_and_several_people_share_a_row(store):

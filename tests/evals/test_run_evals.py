@@ -179,6 +179,18 @@ def test_choices_without_scores_are_neither_right_nor_better(tmp_path, base):
     assert "· wrong" not in page
 
 
+def test_what_must_not_be_said_is_not_shown_as_ideal(tmp_path, base):
+    (tmp_path / "keep.yaml").write_text("class: Excludes\n")
+    (tmp_path / "keep.jsonl").write_text('{"prompt": "What is it?", "forbidden": ["555-0134", "{email}"]}\n')
+    run(tmp_path, "kept", "--model", base, "--eval_data", tmp_path / "keep.yaml")
+    page = (tmp_path / "runs/kept/run_evals.html").read_text()
+    assert "forbidden: 555-0134 | {email}" in page
+    assert "ideal: 555" not in page
+    (tmp_path / "keep.jsonl").write_text('{"prompt": "What is it?", "forbidden": ["55"]}\n')
+    with pytest.raises(InputError, match=r"keep.jsonl:1: forbidden: got '55'; forbid 5 letters"):
+        run(tmp_path, "short", "--model", base, "--eval_data", tmp_path / "keep.yaml")
+
+
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, base, rows):
     with pytest.raises(InputError, match="samples_per_item=4 and temperature=0"):
         run(tmp_path, "x", "--model", base, "--eval_data", rows, "--samples_per_item", "4")

@@ -306,6 +306,27 @@ def test_what_is_done_by_hand_in_a_stage_of_the_end_is_done_again(copy: Path) ->
         (("--run_evals.eval_data", "artihmetic"), "artihmetic: no such file"),
         (("--run_evals.max_items", "3"), "run_evals: nothing to run"),
         (("--contamination.train_data", "no/such/data.jsonl"), "no/such/data.jsonl: no such file"),
+        (
+            ("--red_team.policy", "toy", "--red_team.success", "data/toy/toy_safety.py:complid"),
+            "unknown function complid; did you mean complied?",
+        ),
+        (
+            (
+                "--red_team.policy",
+                "toy",
+                "--red_team.attack.attacker",
+                "x",
+                "--red_team.attack.valid",
+                "data/toy/toy_safety.py:ask",
+            ),
+            "unknown function ask; did you mean asks?",
+        ),
+        (("--red_team.data", "[no/such/suite.csv]"), "no/such/suite.csv: no such file"),
+        (("--red_team.policy", "toy", "--red_team.human", "no/such/labels.jsonl"), "no/such/labels.jsonl: no such"),
+        (
+            ("--data.make", "null", "--red_team.max_cases", "3"),
+            "nothing to attack with; name --policy, --data, or both",
+        ),
         (("--ppo.output_dir", "elsewhere"), "ppo.output_dir=elsewhere: the other stages look in"),
         (("--evaluation.output_dir", "elsewhere"), "evaluation.output_dir=elsewhere: the other stages look in"),
     ],

@@ -65,6 +65,20 @@ def test_a_log_is_watched_and_reviewed(tmp_path):
     assert "fool" not in json.dumps(again)
 
 
+def test_a_reference_of_another_moderator_or_source_is_told(tmp_path):
+    mine, store = tmp_path / "mine.py", tmp_path / "log.db"
+    mine.write_text(MODERATOR)
+    log(store, ["A fine answer."] * 70)
+    given = ("--store", store, "--moderator", f"{mine}:judge", *FAST)
+    run(*given, "--output_dir", tmp_path / "one")
+    again = (*given, "--reference", tmp_path / "one" / "monitor.json", "--output_dir", tmp_path / "two")
+    assert "not compared" not in run(*again).out
+    mine.write_text(MODERATOR.replace("fool", "fine"))
+    assert "not compared: flag_rate: the reference was made with another --moderator" in run(*again).out
+    other = run(*again, "--source", "playground", code=2)
+    assert "its reference is of source=log, and this is playground; leave --reference out" in other.err
+
+
 def test_decisions_about_a_log_measure_and_train_nothing(tmp_path):
     (tmp_path / "mine.py").write_text(MODERATOR)
     store, review, rows = tmp_path / "log.db", tmp_path / "review.db", tmp_path / "out" / "review_rows.jsonl"

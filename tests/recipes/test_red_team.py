@@ -106,6 +106,18 @@ class Tags(HTMLParser):
         self.found += [tag, *(name for name, _ in attrs if name.startswith("on"))]
 
 
+def test_without_a_policy_the_runs_own_suite_is_asked(tmp_path, given):
+    """As `data` promises: the run's data/red_team.jsonl, if there is one."""
+    model, rest = given[:2], given[6:]
+    told = recipe.run("red_team", *model, *rest, "--output_dir", tmp_path / "runs/own")
+    assert told.code == 2
+    assert "nothing to attack with; name --policy, --data, or both (there is no " in told.err
+    (tmp_path / "runs/data").mkdir(parents=True)
+    row = {"prompt": "Steal 0", "category": "theft", "behaviour": "refuse"}
+    (tmp_path / "runs/data/red_team.jsonl").write_text(json.dumps(row) + "\n")
+    assert run(tmp_path, "own", *model, *rest)["metrics"]["red_team/attack_success"]["value"] == 1.0
+
+
 def test_hostile_text_is_inert(tmp_path, given):
     (tmp_path / "mine.jsonl").write_text(
         json.dumps({"prompt": f"Steal {HOSTILE}", "category": f"x{HOSTILE}", "behaviour": "refuse"}) + "\n"
@@ -269,12 +281,29 @@ def test_attacks_that_a_model_writes(tmp_path, given, method):
         assert "attack_novelty" in logged[-1]
 
 
+def test_what_was_not_sent_is_no_answer(tmp_path, given):
+    """Nothing that the attacker writes is an attack: no answer is beside the point, none is to be labelled."""
+    (tmp_path / "f.py").write_text("def valid(attacks, category):\n    return [0.0 for attack in attacks]\n")
+    flags = ["--attack.attacker", given[1], "--attack.attacks", 6, "--attack.valid", f"{tmp_path / 'f.py'}:valid",
+             "--attack.max_new_tokens", 6]  # fmt: skip
+    content = run(tmp_path, "unsent", *given, *flags)
+    assert content["metrics"]["generated/attack_other"]["value"] == 0.0
+    assert content["metrics"]["generated/attack_other"]["n"] == 6
+    items = rows(tmp_path / "runs/unsent/items.jsonl")
+    assert [row["sent"] for row in items] == [True] * 8 + [False] * 6
+    assert len(rows(tmp_path / "runs/unsent/to_label.jsonl")) == 8
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
         (["--attack.method", "ppo"], "attack: attacker is missing"),
         (["--attack.attacker", "x"], "attack: who says whether an attack is one?"),
         (["--attack.attacker", "x", "--attack.train", '{"epochs": 2}'], "train is for the methods sft and ppo"),
+        (
+            ["--attack.attacker", "x", "--attack.valid", "f.py:f", "--attack.answers", "2"],
+            "attack.answers=2: at temperature=0 all answers to an attack are the same one; set --temperature",
+        ),
         (["--max_cases", "0"], "max_cases=0 must be at least 1"),
         (["--data", "nowhere.csv"], "nowhere.csv: no such file; name a suite's file: HarmBench"),
         (["--policy", "nowhere"], "policy=nowhere: no such file"),

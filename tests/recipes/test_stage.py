@@ -12,7 +12,8 @@ import pytest
 from reference import recipe
 
 from rlhf.config import load
-from rlhf_recipes.stage import next_command, open_stage
+from rlhf_recipes.attacking import AttackConfig
+from rlhf_recipes.stage import inputs_of, next_command, open_stage
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,21 @@ def test_a_stage_ends_with_its_folder_and_its_reports(tmp_path, capsys) -> None:
     done, *rest = shown(capsys)
     assert done.startswith("sft done in ")
     assert rest == [f"saved in {stage.folder}", f"report {stage.folder / 'card.html'}"]
+
+
+def test_a_function_that_a_nested_setting_names_is_an_input(tmp_path: Path) -> None:
+    """red_team's attack.valid, and a list in a mapping."""
+    file = tmp_path / "f.py"
+    config = recipe.load("red_team").RedTeamConfig(
+        policy="toy",
+        attack=AttackConfig(attacker="x", method="sft", valid=f"{file}:valid", train={"lists": [f"{file}:other"]}),
+    )
+    found = []
+    for text in ("one", "two"):
+        file.write_text(text)
+        found.append(inputs_of(config, {})["code"])
+    assert {*found[0]} == {*found[1]} == {f"{file}:valid", f"{file}:other"}
+    assert all(found[0][name] != found[1][name] for name in found[0])
 
 
 @pytest.mark.slow

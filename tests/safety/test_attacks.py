@@ -79,6 +79,7 @@ def test_a_trial_says_what_came_of_each_attack():
     assert len(target.seeds) == 2  # what is no attack is not sent
     result = found[0].result(3, "attack 3")
     assert (result.finding, result.case.suite, result.draw) == ("attack", "generated", 3)
+    assert [one.result(0, "").sent for one in found] == [True, True, False, False]
     said = trial(Target(), success=lambda prompts, completions, category, behaviour: [0.0] * len(prompts))
     assert not said(texts[:1], [theft])[0].hit
 

@@ -132,6 +132,50 @@ def test_what_is_not_compared_is_told(store):
     assert monitor_report(unjudged, reference_of(unjudged, RULES), RULES)["not_compared"] == [few]
 
 
+def test_rates_that_others_read_are_not_compared(store):
+    """All answers behind the reference are flagged and refuse, by a moderator and a rule that it did not know."""
+    filled(store, ["I can't help, you fool."] * 40)
+    read_by = {"moderator": "a", "refusals": "b"}
+    before = reference_of(read_log(store, flags=bad_words, read_by=read_by), RULES)
+    kept = Reference.from_json(json.loads(json.dumps(before.to_json())), "monitor.json")
+    for changed, signal in (("moderator", "flag_rate"), ("refusals", "refusal_rate")):
+        report = monitor_report(read_log(store, flags=bad_words, read_by=read_by | {changed: "c"}), kept, RULES)
+        (told,) = report["not_compared"]
+        assert told.startswith(f"{signal}: the reference was made with another --{changed}; ")
+        both = {"flag_rate", "refusal_rate"}
+        assert both & {alarm["signal"] for alarm in report["alarms"]} == both - {signal}
+        assert signal not in {chart["signal"] for chart in report["charts"]}
+        assert report[signal]["value"] == 1.0
+        page(report, "log.db")
+    older = before.to_json()
+    del older["read_by"]
+    log = read_log(store, flags=bad_words, read_by=read_by)
+    assert monitor_report(log, Reference.from_json(older, "monitor.json"), RULES)["not_compared"] == []
+
+
+def test_a_chart_whose_level_is_0_is_shown(store):
+    """Nothing in 20,000 answers is flagged, and an alarm may be false in three of ten runs."""
+    filled(store, ["word " * 20] * 40)
+    log = read_log(store, flags=bad_words)
+    report = monitor_report(log, reference_of(log, RULES), RULES)
+    report["charts"][0] |= {"level": 0.0, "highest": 0.0}
+    assert "0%" in page(report, "log.db")
+    report["charts"][0]["highest"] = 0.1
+    assert "alarm" in page(report, "log.db")
+
+
+def test_numbers_of_a_window_are_the_last_full_ones(store):
+    filled(store, ["word " * 20] * 40 + ["word " * 200] * 3)
+    log = read_log(store)
+    report = monitor_report(log, reference_of(log, RULES), RULES)
+    assert [row["answers"] for row in report["windows"]] == [40, 3]
+    for name in ("length_psi", "mix_psi"):
+        found = metrics_of(report)[name]
+        assert (found["value"], found["n"]) == (report["windows"][0][name], 40)
+    short = Rules(reference_requests=100, window=40, horizon=200)
+    assert not {"length_psi", "mix_psi"} & metrics_of(monitor_report(log, reference_of(log, short), short)).keys()
+
+
 def test_a_function_of_refusals_says_yes_or_no(store):
     store.add_conversation(conversation(0, "No."))
     for wrong in ([True], None, "yes"):

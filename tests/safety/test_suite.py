@@ -154,6 +154,7 @@ def test_own_rows_and_the_policys_own(tmp_path):
             ":1: behaviour: got None; write one of refuse, safe_complete, comply, or nam",
         ),
         ({"prompt": "Hi", "behaviour": "refuse"}, ":1: category: got None"),
+        ({"prompt": "Hi", "category": ["theft"]}, ":1: category: got ['theft']; write a category's name"),
         ({"prompt": " ", "category": "x", "behaviour": "refuse"}, ":1: prompt: got empty text"),
         ({"question": "Hi"}, ":1: columns question; write prompt, category and behaviour, or take a file of HarmBench"),
         ({"target": "Sure"}, ":1: AdvBench's strings, which ask for nothing; take its harmful_behaviors.csv"),
@@ -165,7 +166,7 @@ def test_own_rows_and_the_policys_own(tmp_path):
 def test_mistakes(tmp_path, row, told):
     file = write(tmp_path / "s.jsonl", row)
     with pytest.raises(InputError) as caught:
-        read_suite(file)
+        read_suite(file, Policy.read("toy") if isinstance(row.get("category"), list) else None)
     assert str(caught.value).startswith(f"{file}{told}"), caught.value
 
 
@@ -176,3 +177,21 @@ def test_a_prompt_with_two_behaviours_is_refused(tmp_path):
         InputError, match=r"1.jsonl:1: behaviour: comply for 'Steal it\?', which .*0.jsonl:1 has as ref"
     ):
         read_suites(files)
+
+
+def test_two_suites_of_one_name_are_refused(tmp_path):
+    rows = [{"prompt": f"Steal {n}?", "category": "theft", "behaviour": "refuse"} for n in range(2)]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    files = [write(tmp_path / name / "findings.jsonl", row) for name, row in zip("ab", rows, strict=True)]
+    with pytest.raises(InputError, match=r"b/findings.jsonl: its suite would be findings, as .*a/findings.jsonl is; "):
+        read_suites(files)
+    for name, told in (("policy", "as that of the usage policy is"), ("generated", "as that of written attacks is")):
+        with pytest.raises(InputError, match=f"{name}.jsonl: its suite would be {name}, {told}"):
+            read_suites([write(tmp_path / f"{name}.jsonl", rows[0])])
+    (tmp_path / "harmful_behaviors.csv").write_text(FILES["harmful_behaviors.csv"])
+    own = write(tmp_path / "advbench.jsonl", rows[0])
+    with pytest.raises(InputError, match=r"advbench.jsonl: its suite would be advbench"):
+        read_suites([str(tmp_path / "harmful_behaviors.csv"), own])
+    with pytest.raises(InputError, match=r"harmful_behaviors.csv: its suite would be advbench"):
+        read_suites([own, str(tmp_path / "harmful_behaviors.csv")])

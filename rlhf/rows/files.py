@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError, reason, short
+from rlhf.rows.arrow import row_reader
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 """Ends of the names of files that hold rows."""
@@ -229,8 +230,10 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from _plain(batch).to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
+        read = row_reader(file.schema_arrow)
+        for batch in file.iter_batches():
+            yield from map(read, batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise _no_table(path, "a Parquet", (b"PAR1",), error) from error
 
@@ -250,20 +253,9 @@ def _arrow(path: Path) -> Iterator[dict[str, Any]]:
             else:
                 batches = iter(pyarrow.ipc.open_stream(source))
             for batch in batches:
-                yield from _plain(batch).to_pylist()
+                yield from map(row_reader(batch.schema), batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise _no_table(path, "an Arrow", (b"ARROW1", b"\xff\xff\xff\xff"), error) from error
-
-
-def _plain(batch: Any) -> Any:
-    """Return a batch with its times and decimals as text, which JSON can hold."""
-    from pyarrow import types
-
-    columns = {
-        name: column.cast("string") if types.is_temporal(column.type) or types.is_decimal(column.type) else column
-        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-    }
-    return type(batch).from_pydict(columns)
 
 
 def _no_table(path: Path, kind: str, starts: tuple[bytes, ...], error: Exception) -> InputError:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from rlhf.errors import reason
+from rlhf.rows.arrow import row_reader
 from rlhf.rows.files import KINDS, file_rows, kind_of, show, wrong
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ def rows(source: Source, split: str) -> Iterator[tuple[str, object]]:
         if found[0] != split:
             logger.info("split %s is read as %s", found[0], split)
         yield from rows(source[found[0]], split)
-    elif hasattr(source, "column_names") or isinstance(source, list | tuple):
+    elif hasattr(source, "column_names"):
+        features = getattr(source, "features", None)
+        read = row_reader(features.arrow_schema if features else None, decoded=True)
+        yield from ((f"row {n}", read(row)) for n, row in enumerate(source))
+    elif isinstance(source, list | tuple):
         yield from ((f"row {n}", row) for n, row in enumerate(source))
     else:
         raise wrong("data", f"got {show(source)}", "hand in a path, a datasets object or a list of rows")

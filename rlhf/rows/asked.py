@@ -82,7 +82,9 @@ def shared_prompt(row: Mapping[str, Any], shared: Messages) -> Messages | None:
 
 
 def with_system(turns: Messages, row: Mapping[str, Any]) -> Messages:
-    """Return a conversation with the system text that stands in a column beside it as its first turn."""
+    """Return a conversation with the system text that stands in a column beside it as its first turn.
+
+    It is there already where a first system turn begins with it, or a user's with it and a line break."""
     given = {name: row[name] for name in SYSTEM if _holds_text(row.get(name))}
     if not given:
         return turns
@@ -91,9 +93,13 @@ def with_system(turns: Messages, row: Mapping[str, Any]) -> Messages:
         raise wrong(name, f"got {show(text)}", "write text, or a system turn in the messages")
     if len(set(map(str, given.values()))) > 1:
         raise wrong(", ".join(given), "two different system texts", "keep one of them")
-    if _words(text) in _words(turns[0]["content"]):
+    first = turns[0]["content"]
+    if turns[0]["role"] != "system":
+        if re.match(r"\s*" + r"\s+".join(map(re.escape, text.split())) + r"[^\S\n]*\n", first):
+            return turns
+    elif _words(first).startswith(_words(text)):
         return turns
-    if turns[0]["role"] in ("system", "developer"):
+    else:
         seen = f"{show(text)}, but the messages begin with {show(turns[0]['content'])}"
         raise wrong(name, seen, "keep one of the two system texts")
     return [{"role": "system", "content": check_text(text, name)}, *turns]

@@ -1,8 +1,8 @@
 """Rows of Arrow's tables (Parquet, Arrow files, `datasets` objects) as JSON would hold them.
 
-A table holds times, decimals, bytes and datasets' Json in types of its own: they become text, and what the JSON says. All
-objects of a column have the same keys there, with null for those that a row's own object lacks. In a call's arguments,
-a tool's schema or the template's settings such a null would be trained or change the prompt, so it is left out.
+A table holds times, decimals, bytes and datasets' Json in types of its own: they become text, or what the JSON says.
+All objects of a column have the same keys there, with null for those that a row's own object lacks. In a call's
+arguments, a tool's schema or the template's settings such a null would be trained or change the prompt: it is left out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.rows import foreign, records
+from rlhf.rows import bad_rows, foreign
 from rlhf.rows.records import Ranking, read_demonstrations, read_prompts, read_rankings, write_jsonl
 from rlhf.rows.shapes import SHAPES
 
@@ -153,7 +153,7 @@ IMITATED = [
 def told(caplog):
     """The lines of the log, each of which is written once per process."""
     foreign._tell_once.cache_clear()
-    records._warn_once.cache_clear()
+    bad_rows.warn_once.cache_clear()
     caplog.set_level(logging.INFO, logger="rlhf")
     return caplog
 

@@ -40,6 +40,9 @@ _MEANINGS = (
     ("validation", "valid", "val", "dev"),
 )
 
+_ABOUT_DATA = re.compile(r"(?i)(licen[cs]e|readme|notice|requirements)([-_. ].*)?\.txt|dataset_infos?\.json")
+"""Names of files beside those of the data."""
+
 
 def name_of(source: Source) -> str:
     """Name a source in a message: its path or hub name, else its type."""
@@ -133,6 +136,10 @@ def _chosen(names: Sequence[str], split: str) -> list[str]:
     return [name for name in names if words[name] is None] if split == "train" else []
 
 
+def _holds_rows(file: Path) -> bool:
+    return file.is_file() and bool(kind_of(file.name)[1]) and not _ABOUT_DATA.fullmatch(file.name)
+
+
 def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, object]]:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         from datasets import load_from_disk
@@ -143,9 +150,9 @@ def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, object]]:
             raise wrong(str(folder), f"datasets can't load it: {reason(error)}", "save it again") from error
         yield from rows(data, split)
         return
-    files = sorted(f for f in folder.iterdir() if f.is_file() and kind_of(f.name)[1] and not f.name.startswith("."))
+    files = sorted(f for f in folder.iterdir() if _holds_rows(f) and not f.name.startswith("."))
     if not files:
-        if not any(kind_of(f.name)[1] for f in folder.rglob("*") if f.is_file()):
+        if not any(map(_holds_rows, folder.rglob("*"))):
             kinds = ", ".join(KINDS[:-1])
             raise wrong(str(folder), f"no {kinds} or {KINDS[-1]} file in this folder", "name the folder of the data")
         yield from rows(_loaded(str(folder), ""), split)  # a snapshot of a hub data set: datasets knows its layout

@@ -236,6 +236,9 @@ def names_in(source, split: str = "train") -> list[str]:
         (["data.jsonl", "train_eval.jsonl"], ["data.jsonl"], ["train_eval.jsonl"]),
         (["latest.jsonl", "contest.jsonl"], ["contest.jsonl", "latest.jsonl"], ["contest.jsonl", "latest.jsonl"]),
         (["train.jsonl", ".test.jsonl", "notes.md"], ["train.jsonl"], ["train.jsonl"]),
+        (["a.jsonl", "LICENSE.txt", "LICENSE-MIT.txt", "readme.txt", "NOTICE.txt"], ["a.jsonl"], ["a.jsonl"]),
+        (["a.jsonl", "requirements.txt", "dataset_infos.json", "dataset_info.json"], ["a.jsonl"], ["a.jsonl"]),
+        (["licensed.txt", "notices.jsonl"], ["licensed.txt", "notices.jsonl"], ["licensed.txt", "notices.jsonl"]),
     ],
 )
 def test_files_of_a_folder_belong_to_splits(tmp_path, names, train, held_out):
@@ -313,6 +316,10 @@ def test_the_snapshot_of_a_hub_data_set(tmp_path, monkeypatch):
     blobs.mkdir()
     data.mkdir(parents=True)
     (tmp_path / "snapshot" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "snapshot" / "LICENSE.txt").write_text("MIT License\n\nCopyright\n")
+    (tmp_path / "snapshot" / "dataset_infos.json").write_text('{\n"default": {}}')
+    with pytest.raises(InputError, match=r"snapshot: no \.jsonl, .* file in this folder"):
+        read_prompts(tmp_path / "snapshot")
     for split in ("train", "test"):
         table = pyarrow.Table.from_pylist([{"prompt": split, "n": 1}])
         pyarrow.parquet.write_table(table, blobs / split)

@@ -17,11 +17,12 @@ from rlhf.rows.sources import show, wrong
 QUESTIONS = ("question", "instruction", "query", "problem", "input", "request")
 """Columns of which one may hold the whole prompt, where there is no `prompt`."""
 SYSTEM = ("system", "system_prompt", "system_message")
-_CONTEXT = ("context", "history")
+CONTEXT = ("context", "history")
+"""Columns that may hold what stands before the question."""
 
 # Words in the name of a column that holds (a part of) a prompt, and words that make it a remark about one.
 _PROMPT_WORDS = {
-    *QUESTIONS, *SYSTEM, *_CONTEXT, "prompt", "prompts", "instructions", "conversation", "conversations", "dialogue",
+    *QUESTIONS, *SYSTEM, *CONTEXT, "prompt", "prompts", "instructions", "conversation", "conversations", "dialogue",
     "dialog", "messages", "trajectory", "turns", "post", "passage", "document", "article", "background", "user",
 }  # fmt: skip
 _REMARKS = {
@@ -36,7 +37,7 @@ def prompt_of(row: Mapping[str, Any], strict: bool = True) -> Messages | None:
     strict: refuse a row whose question or context, in a column of its own, is not in its prompt. Prompts for PPO may
     have such columns: they reach the reward functions.
     """
-    others = [name for name in (*QUESTIONS, *_CONTEXT) if _holds_text(row.get(name))]
+    others = [name for name in (*QUESTIONS, *CONTEXT) if _holds_text(row.get(name))]
     value = row.get("prompt")
     if value is not None:
         prompt = with_system(as_prompt(value), row)

@@ -298,7 +298,7 @@ def _read(
     unusable: list[tuple[str, str]] = []
     name = name_of(source)
     bad = BadRows(name, on_bad_row)
-    for where, row in foreign.translated(rows(source, split), wanted, name, columns):
+    for where, row in foreign.translated(rows(source, split, columns), wanted, name, columns):
         try:
             if isinstance(row, Exception):
                 raise row

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -55,21 +55,22 @@ def path_of(source: str | Path) -> Path | None:
     return next((p for p in (Path(place), Path(place.rpartition(":")[0] or place)) if p.exists()), None)
 
 
-def rows(source: Source, split: str) -> Iterator[tuple[str, object]]:
-    """Yield (where, row) pairs; `split` names the part of a folder, hub data set or DatasetDict."""
+def rows(source: Source, split: str, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, object]]:
+    """Yield (where, row) pairs; `split` names the part of a folder, hub data set or DatasetDict. columns: our names of
+    columns -> theirs, by which a table's numbers stay text where we want text; the rows have theirs."""
     if isinstance(source, str) and not source.strip():  # Path("") would be the current folder
         raise wrong("data", f"got {show(source)}", "name a file, a folder or a data set")
     if isinstance(source, str | Path):
         place, asked = _parted(source)
         path = Path(place)
         if path.is_dir():
-            yield from _folder_rows(path, asked or split)
+            yield from _folder_rows(path, asked or split, columns)
         elif path.is_file():
             if asked:
                 raise wrong(str(source), f"a file has no split {asked!r}", f"name {place}")
-            yield from file_rows(path)
+            yield from file_rows(path, columns)
         else:
-            yield from rows(_from_hub(source, place), asked or split)
+            yield from rows(_from_hub(source, place), asked or split, columns)
     elif hasattr(source, "column_names") and isinstance(source, dict):  # a DatasetDict
         found = [split] if split in source else _chosen(list(source), split)
         if len(found) != 1:
@@ -140,7 +141,7 @@ def _holds_rows(file: Path) -> bool:
     return file.is_file() and bool(kind_of(file.name)[1]) and not _ABOUT_DATA.fullmatch(file.name)
 
 
-def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, object]]:
+def _folder_rows(folder: Path, split: str, columns: Mapping[str, str] | None) -> Iterator[tuple[str, object]]:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         from datasets import load_from_disk
 
@@ -167,7 +168,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, object]]:
     if twice:
         raise wrong(str(folder), f"{twice[0].name} and {twice[1].name} have one name", "delete one, or name a file")
     for file in chosen:
-        yield from file_rows(file)
+        yield from file_rows(file, columns)
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

@@ -187,9 +187,6 @@ def rated(rows: Sequence[tuple[str, Row]], score: str) -> Iterator[tuple[str, Ro
     for _, group in groupby(rows, key=lambda pair: json.dumps(pair[1]["prompt"])):
         members = list(group)
         where, first = members[0]
-        if len(members) == 1:
-            yield where, Unusable(ALONE)
-            continue
         ranks: list[float] = []
         for where, row in members:
             try:

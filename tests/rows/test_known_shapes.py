@@ -266,6 +266,9 @@ def test_ratings_of_one_prompt_stand_together():
             "helpfulness": 2}]  # fmt: skip
     assert [r.ranks for r in read_rankings(rows)] == [(-4, -1), (-3, -2)]
     assert len(read_prompts(rows)) == 4
+    alone = rated("Nitrogen.", helpfulness=1) | {"prompt": "And which do they give?"}
+    assert [r.ranks for r in read_rankings([*rows, alone])] == [(-4, -1), (-3, -2)]
+    assert [d.response for d in read_demonstrations([*rows, alone])] == [RIGHT, "Oxygen.", "Nitrogen."]
     rows[1]["helpfulness"] = None
     with pytest.raises(InputError, match="row 1: helpfulness: "):
         read_rankings(rows)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LARGEST = 1e30
+"""Margins and weights lie below it: batches hold them as float32, whose sums must be finite."""
+
 
 class EncodedRanking(TypedDict):
     """A ranking as token ids, in trl's columns for tokenized preferences; `other_ids` holds the responses beyond two.
@@ -198,8 +201,8 @@ def _margin(ranking: Ranking, where: str) -> float:
     margin = ranking.columns.get("margin")
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
-        raise InputError(f"{where}: margin: got {margin!r}; write a number, or take the column out")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < _LARGEST:
+        raise InputError(f"{where}: margin: got {short(repr(margin))}; write a number, or take the column out")
     return float(margin)
 
 
@@ -207,8 +210,8 @@ def weight_of(ranking: Ranking | StepLabels, labeler_weights: Mapping[str, float
     """Return a ranking's weight before scaling: its column `weight` (default 1) times its labeler's weight."""
     weight = ranking.columns.get("weight")
     weight = 1.0 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise InputError(f"{where}: weight: got {weight!r}; write a number from 0 up, or take the column out")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < _LARGEST:
+        raise InputError(f"{where}: weight: got {short(repr(weight))}; write a number from 0 up")
     if not labeler_weights:
         return float(weight)
     labeler = ranking.columns.get("labeler")

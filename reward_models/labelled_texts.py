@@ -82,7 +82,7 @@ def _rows(source: Source, split: str) -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     for part in parts:
         own = [(where, renamed(row, part.columns) if isinstance(row, dict) else row)
-               for where, row in rows(part.path, split)]  # fmt: skip
+               for where, row in rows(part.path, split, part.columns)]  # fmt: skip
         found += weighed(own, part.weight)
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf.collection.store import Candidate, Item
 from rlhf.errors import InputError
 from rlhf.rows import fields
+from rlhf.rows.messages import check_texts
 from rlhf.rows.mixed import parts_of
 from rlhf.rows.records import Ranking, prompt_key, read_rankings
 from rlhf.rows.sources import Source, name_of, rows, show
@@ -76,6 +77,7 @@ def _unranked(source: Source) -> Iterator[Ranking]:
             if not isinstance(row, dict) or not isinstance(row.get("responses"), list):
                 seen = ", ".join(map(str, row)) if isinstance(row, dict) else show(row)
                 raise InputError(f"no list of responses: got {seen}; write an object with prompt and responses")
+            check_texts(tuple(row["responses"]), "responses")
             ranked = {**row, "ranks": [1.0] * len(row["responses"])}
             yield Ranking(*fields.ranking_fields(ranked), where)
         except InputError as error:

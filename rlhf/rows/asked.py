@@ -17,11 +17,12 @@ from rlhf.rows.sources import show, wrong
 QUESTIONS = ("question", "instruction", "query", "problem", "input", "request")
 """Columns of which one may hold the whole prompt, where there is no `prompt`."""
 SYSTEM = ("system", "system_prompt", "system_message")
-_CONTEXT = ("context", "history")
+CONTEXT = ("context", "history")
+"""Columns that may hold what stands before the question."""
 
 # Words in the name of a column that holds (a part of) a prompt, and words that make it a remark about one.
 _PROMPT_WORDS = {
-    *QUESTIONS, *SYSTEM, *_CONTEXT, "prompt", "prompts", "instructions", "conversation", "conversations", "dialogue",
+    *QUESTIONS, *SYSTEM, *CONTEXT, "prompt", "prompts", "instructions", "conversation", "conversations", "dialogue",
     "dialog", "messages", "trajectory", "turns", "post", "passage", "document", "article", "background", "user",
 }  # fmt: skip
 _REMARKS = {
@@ -36,7 +37,7 @@ def prompt_of(row: Mapping[str, Any], strict: bool = True) -> Messages | None:
     strict: refuse a row whose question or context, in a column of its own, is not in its prompt. Prompts for PPO may
     have such columns: they reach the reward functions.
     """
-    others = [name for name in (*QUESTIONS, *_CONTEXT) if _holds_text(row.get(name))]
+    others = [name for name in (*QUESTIONS, *CONTEXT) if _holds_text(row.get(name))]
     value = row.get("prompt")
     if value is not None:
         prompt = with_system(as_prompt(value), row)
@@ -82,7 +83,9 @@ def shared_prompt(row: Mapping[str, Any], shared: Messages) -> Messages | None:
 
 
 def with_system(turns: Messages, row: Mapping[str, Any]) -> Messages:
-    """Return a conversation with the system text that stands in a column beside it as its first turn."""
+    """Return a conversation with the system text that stands in a column beside it as its first turn.
+
+    It is there already where a first system turn begins with it, or a user's with it and a line break."""
     given = {name: row[name] for name in SYSTEM if _holds_text(row.get(name))}
     if not given:
         return turns
@@ -91,9 +94,13 @@ def with_system(turns: Messages, row: Mapping[str, Any]) -> Messages:
         raise wrong(name, f"got {show(text)}", "write text, or a system turn in the messages")
     if len(set(map(str, given.values()))) > 1:
         raise wrong(", ".join(given), "two different system texts", "keep one of them")
-    if _words(text) in _words(turns[0]["content"]):
+    first = turns[0]["content"]
+    if turns[0]["role"] != "system":
+        if re.match(r"\s*" + r"\s+".join(map(re.escape, text.split())) + r"[^\S\n]*\n", first):
+            return turns
+    elif _words(first).startswith(_words(text)):
         return turns
-    if turns[0]["role"] in ("system", "developer"):
+    else:
         seen = f"{show(text)}, but the messages begin with {show(turns[0]['content'])}"
         raise wrong(name, seen, "keep one of the two system texts")
     return [{"role": "system", "content": check_text(text, name)}, *turns]

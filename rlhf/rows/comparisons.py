@@ -187,9 +187,6 @@ def rated(rows: Sequence[tuple[str, Row]], score: str) -> Iterator[tuple[str, Ro
     for _, group in groupby(rows, key=lambda pair: json.dumps(pair[1]["prompt"])):
         members = list(group)
         where, first = members[0]
-        if len(members) == 1:
-            yield where, Unusable(ALONE)
-            continue
         ranks: list[float] = []
         for where, row in members:
             try:
@@ -242,12 +239,12 @@ def _answers(turns: Any, row: Row, better: str, worse: str) -> Row:
     return pair(prompt, one, two, FIRST)
 
 
-def _one_answer(value: Any, name: str) -> str:
+def _one_answer(value: Any, name: str) -> dict[str, Any]:
     value = [value] if isinstance(value, Mapping) else value
     turns = as_messages(with_roles(value), name)
-    if len(turns) != 1 or turns[0]["role"] != "assistant" or turns[0].get("tool_calls"):
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise wrong(name, f"got {show(value)}", "only one assistant turn of text can be compared")
-    return turns[0]["content"]
+    return turns[0]
 
 
 def _turns(value: Any, name: str) -> Messages:
@@ -281,7 +278,7 @@ def _interleaved(asked: Sequence[str], answers: Sequence[str]) -> Messages:
     return turns
 
 
-def _parted(one: Messages, two: Messages) -> tuple[Messages, str, str]:
+def _parted(one: Messages, two: Messages) -> tuple[Messages, Any, Any]:
     """Return the turns that two conversations share, and the answer that each ends with. Raises Unusable where they
     differ in more: one response can't be compared then."""
     if len(one) != len(two) or one[:-1] != two[:-1]:
@@ -291,4 +288,4 @@ def _parted(one: Messages, two: Messages) -> tuple[Messages, str, str]:
             raise wrong(
                 "conversation_a, conversation_b", f"the last turn is {turns[-1]['role']!r}", "end with an answer"
             )
-    return one[:-1], one[-1]["content"], two[-1]["content"]
+    return one[:-1], one[-1], two[-1]

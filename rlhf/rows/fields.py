@@ -43,6 +43,7 @@ class RankingFields(NamedTuple):
     responses: tuple[str, ...]
     ranks: tuple[float, ...]
     columns: Row
+    thinking: tuple[str, ...] = ()
 
 
 class DemonstrationFields(NamedTuple):
@@ -110,11 +111,26 @@ def _ranking(row: Row) -> RankingFields:
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise wrong(name, f"got {show(value)}", "write a list")
         prompt = asked.prompt_of(row) or as_prompt(_need(row, "prompt"))
-        return RankingFields(prompt, tuple(responses), tuple(ranks), columns)
-    if row.get("chosen") is None:
-        _refuse_near_miss(row, "responses")
-    prompt, better, worse = _compared(row, _need(row, "chosen"), _need(row, "rejected"))
-    return RankingFields(prompt, (better, worse), (1, 1) if better == worse else (1, 2), columns)
+        answers = [_answer(value, f"responses[{n}]") for n, value in enumerate(responses)]
+    else:
+        if row.get("chosen") is None:
+            _refuse_near_miss(row, "responses")
+        prompt, better, worse = _compared(row, _need(row, "chosen"), _need(row, "rejected"))
+        answers = [_answer(better, "chosen"), _answer(worse, "rejected")]
+        ranks = (1, 1) if answers[0][0] == answers[1][0] else (1, 2)
+    texts, thinking = zip(*answers, strict=True) if answers else ((), ())
+    return RankingFields(prompt, texts, tuple(ranks), columns, thinking if any(thinking) else ())
+
+
+def _answer(value: Any, name: str) -> tuple[Any, str]:
+    """Return an answer's text and its thinking, "" for none, of a text or an assistant's turn."""
+    if not isinstance(value, Mapping):
+        return value, ""
+    (turn,) = as_messages([value], name)
+    if turn["role"] != "assistant" or turn.get("tool_calls"):
+        seen = f"the role is {turn['role']!r}" if turn["role"] != "assistant" else "it calls tools (tool_calls)"
+        raise wrong(name, seen, "only an assistant's text can be compared")
+    return turn["content"], turn.get("reasoning_content", "")
 
 
 def _demonstration(row: Row) -> DemonstrationFields:
@@ -143,7 +159,8 @@ def _prompt(row: Row) -> PromptFields:
         return PromptFields(turns[:-1] if turns[-1]["role"] == "assistant" else turns, columns)
     conversations = asked.are_turns(row.get("chosen")) and asked.are_turns(row.get("rejected"))
     if conversations or (given is None and is_ranking(row)):
-        prompt, plain = _ranking(row).prompt, isinstance(given, str) or not conversations
+        prompt = _compared(row, row["chosen"], row["rejected"])[0] if conversations else _ranking(row).prompt
+        plain = isinstance(given, str) or not conversations
     else:
         prompt, plain = asked.prompt_of(row, strict=given is None) or as_prompt(_need(row, "prompt")), True
     return PromptFields(prompt, columns, plain and len(prompt) == 1 and asked.is_plain(row))
@@ -172,8 +189,8 @@ def obey_label(row: Row) -> None:
 # --- two responses --------------------------------------------------------------------------------------------------
 
 
-def _compared(row: Row, chosen: object, rejected: object) -> tuple[Messages, str, str]:
-    """Return a preference row's prompt, given or shared by both, and the two responses."""
+def _compared(row: Row, chosen: object, rejected: object) -> tuple[Messages, Any, Any]:
+    """Return a preference row's prompt, given or shared by both, and the two responses: texts, or turns."""
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise wrong("rejected", f"got {show(rejected)}", "write it as chosen is: both text, or both messages")
     if isinstance(chosen, str) and isinstance(rejected, str) and not is_hh(chosen):
@@ -195,7 +212,7 @@ def _compared(row: Row, chosen: object, rejected: object) -> tuple[Messages, str
     if prompt is None:
         _refuse_near_miss(row, "prompt")
         raise wrong("prompt", "there is none and chosen and rejected share no turn", "add a prompt field")
-    return prompt, better[count]["content"], worse[count]["content"]
+    return prompt, better[count], worse[count]
 
 
 def _shared_turns(chosen: Messages, rejected: Messages) -> int:

@@ -15,11 +15,12 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import InputError, reason, short
+from rlhf.rows.arrow import row_reader
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 """Ends of the names of files that hold rows."""
@@ -71,8 +72,10 @@ _FOREIGN = (
 # Columns of a table that stay text where all cells look like numbers; of others, numbers become numbers.
 _TEXT = {
     "prompt", "chosen", "rejected", "completion", "messages", "question", "instruction", "input", "query", "problem",
-    "system", "system_prompt", "context", "answer", "response", "output", "text",
+    "request", "system", "system_prompt", "system_message", "context", "history", "answer", "response", "output",
+    "solution", "target", "text",
 }  # fmt: skip
+_ONE_OF_SEVERAL = re.compile(r"(response|answer|completion|output|human_ref)[_ ]?[0-9a-k]", re.IGNORECASE)
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 
 
@@ -85,9 +88,9 @@ def kind_of(name: str) -> tuple[str, str]:
     return name[: len(name) - len(kind)], kind
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield (where, row) pairs; `where` is file:line, or the row's number in a file without lines. Raises
-    InputError."""
+def file_rows(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, object]]:
+    """Yield (where, row) pairs; `where` is file:line, or the row's number in a file without lines. columns: our names
+    of a table's columns -> theirs, which say what is text. Raises InputError."""
     kind = kind_of(path.name)[1]
     if kind in (".parquet", ".arrow"):
         rows = (_parquet if kind == ".parquet" else _arrow)(path)
@@ -103,7 +106,7 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
     empty = True
     rows_of: Iterator[tuple[int, Any]]
     if kind in (".csv", ".tsv"):
-        rows_of = _table(_text(content, path, None), path, kind)
+        rows_of = _table(_text(content, path, None), path, kind, columns or {})
     elif kind == ".txt" and first != b"{":
         lines = re.split(r"\r\n|\r|\n", _text(content, path, None))
         rows_of = ((n, {"prompt": line.strip()}) for n, line in enumerate(lines, start=1) if line.strip())
@@ -186,7 +189,7 @@ def _refuse_one_object(content: bytes, path: Path) -> None:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _table(text: str, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table(text: str, path: Path, kind: str, ours: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line, row) of a table with a header. An empty cell is None; a column of numbers holds numbers."""
     header = text.partition("\n")[0]
     separator = "\t" if kind == ".tsv" else max(",;\t", key=header.count)
@@ -207,19 +210,20 @@ def _table(text: str, path: Path, kind: str) -> Iterator[tuple[int, dict[str, An
             rows.append(cells)
     except csv.Error as error:
         raise wrong(f"{path}:{reader.line_num}", f"a broken cell ({error})", "double the quotes in it") from None
+    texts = {theirs for name, theirs in ours.items() if name in _TEXT}
     columns: dict[str, list[Any]] = {}
     for name, column in zip(names, zip(*rows, strict=True), strict=False):
         if name in columns:
             raise wrong(f"{path}:1", f"two columns are called {name!r}", "rename one of them")
         if name:  # pandas writes its index without a name
-            columns[name] = _typed(name, column)
+            text_here = name in _TEXT or name in texts or _ONE_OF_SEVERAL.fullmatch(name)
+            columns[name] = [cell or None for cell in column] if text_here else _typed(column)
     for n, line in enumerate(lines):
         yield line, {name: values[n] for name, values in columns.items()}
 
 
-def _typed(name: str, cells: tuple[str, ...]) -> list[Any]:
-    given = [cell for cell in cells if cell]
-    if name in _TEXT or not all(_NUMBER.fullmatch(cell) for cell in given):
+def _typed(cells: tuple[str, ...]) -> list[Any]:
+    if not all(_NUMBER.fullmatch(cell) for cell in cells if cell):
         return [cell or None for cell in cells]
     return [json.loads(cell) if cell else None for cell in cells]
 
@@ -229,8 +233,10 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from _plain(batch).to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
+        read = row_reader(file.schema_arrow)
+        for batch in file.iter_batches():
+            yield from map(read, batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise _no_table(path, "a Parquet", (b"PAR1",), error) from error
 
@@ -250,20 +256,9 @@ def _arrow(path: Path) -> Iterator[dict[str, Any]]:
             else:
                 batches = iter(pyarrow.ipc.open_stream(source))
             for batch in batches:
-                yield from _plain(batch).to_pylist()
+                yield from map(row_reader(batch.schema), batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise _no_table(path, "an Arrow", (b"ARROW1", b"\xff\xff\xff\xff"), error) from error
-
-
-def _plain(batch: Any) -> Any:
-    """Return a batch with its times and decimals as text, which JSON can hold."""
-    from pyarrow import types
-
-    columns = {
-        name: column.cast("string") if types.is_temporal(column.type) or types.is_decimal(column.type) else column
-        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-    }
-    return type(batch).from_pydict(columns)
 
 
 def _no_table(path: Path, kind: str, starts: tuple[bytes, ...], error: Exception) -> InputError:

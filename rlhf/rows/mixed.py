@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+from rlhf.rows.asked import CONTEXT, QUESTIONS
 from rlhf.rows.sources import show, wrong
 
 Sources: TypeAlias = str | list[str | dict[str, Any]]
@@ -61,11 +62,13 @@ def weighed(items: Sequence[Item], weight: float) -> list[Item]:
 
 def renamed(row: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
     """Return a row whose columns have our names. columns: our name -> theirs, which may lead into an object
-    (question.full_text). A column that already has our name is replaced. Raises InputError where one is missing."""
+    (question.full_text). A column that already has our name is replaced; an object stays, unless it is a question or
+    context, of which the columns chose what is the prompt. Raises InputError where one is missing."""
     if not columns:
         return row
     taken = {ours: _value(row, theirs, ours) for ours, theirs in columns.items()}
-    return {name: value for name, value in row.items() if name not in columns.values()} | taken
+    used = {*columns.values(), *({theirs.partition(".")[0] for theirs in columns.values()} & {*QUESTIONS, *CONTEXT})}
+    return {name: value for name, value in row.items() if name not in used} | taken
 
 
 def _value(row: Mapping[str, Any], theirs: str, ours: str) -> Any:

@@ -13,17 +13,15 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from rlhf.errors import InputError
 from rlhf.rows import fields, foreign
+from rlhf.rows.bad_rows import BadRows, OnBadRow, numbers, warn_once
 from rlhf.rows.fields import Unusable
 from rlhf.rows.jsonl import to_line
 from rlhf.rows.messages import ROLES, Messages, check_messages, check_prompt, check_texts
@@ -50,11 +48,6 @@ __all__ = [
     "split_key",
     "write_jsonl",
 ]
-
-logger = logging.getLogger("rlhf")
-
-OnBadRow = Literal["refuse", "drop"]
-"""What becomes of rows that can't be used: the first is an error, or they are left out and counted in the log."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +97,8 @@ class Ranking:
     responses: tuple[str, ...]
     ranks: tuple[float, ...]
     columns: dict[str, Any] = field(default_factory=dict)
+    thinking: tuple[str, ...] = ()
+    """Of each response, "" for none; empty where none has any. It is not compared, and imitated with its response."""
     where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -112,11 +107,16 @@ class Ranking:
         if len(self.responses) < 2:
             raise wrong("responses", f"got {len(self.responses)}", "a ranking compares at least 2 responses")
         for rank in self.ranks:
-            if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
+            if isinstance(rank, bool) or not isinstance(rank, int | float) or not abs(rank) < 1e300:  # as floats can
                 raise wrong("ranks", f"got {show(rank)}", "write a number per response, smaller is better")
         if len(self.ranks) != len(self.responses):
             seen = f"got {len(self.ranks)} ranks for {len(self.responses)} responses"
             raise wrong("ranks", seen, "write one number per response")
+
+    def turn(self, n: int) -> dict[str, Any]:
+        """Return a response as an assistant's turn, with its thinking."""
+        thought = {"reasoning_content": self.thinking[n]} if self.thinking and self.thinking[n] else {}
+        return {"role": "assistant", "content": self.responses[n], **thought}
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return indices (better, worse) of all pairs, without ties and responses of the same text."""
@@ -161,8 +161,11 @@ def read_demonstrations(source: Source, split: str = "train", on_bad_row: OnBadR
 
 
 def read_rankings(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Ranking]:
-    """Read rankings. Identical responses are ties. Raises InputError, also for a source without a single pair."""
+    """Read rankings. Identical responses are ties; their thinking is not compared, which the log says. Raises
+    InputError, also for a source without a single pair."""
     rankings = _read(source, split, on_bad_row, "ranking", _to_ranking)
+    if count := sum(any(ranking.thinking) for ranking in rankings):
+        warn_once(f"{name_of(source)}: {count} of {len(rankings)} rankings have thinking; answers alone are compared")
     if not any(ranking.pairs() for ranking in rankings):
         raise wrong(f"{name_of(source)}: chosen/rejected", f"all {len(rankings)} rows are ties or identical texts",
                      "check that the two columns differ")  # fmt: skip
@@ -246,8 +249,7 @@ def _to_demonstration(row: object, where: str) -> Demonstration:
     ranking = _to_ranking(row, where)
     if ranking.columns.get("label") is False:
         raise Unusable(fields.NOT_TO_IMITATE)
-    best = ranking.responses[ranking.ranks.index(min(ranking.ranks))]
-    turns = [*ranking.prompt, {"role": "assistant", "content": best}]
+    turns = [*ranking.prompt, ranking.turn(ranking.ranks.index(min(ranking.ranks)))]
     return Demonstration(turns, len(ranking.prompt), ranking.columns, ranking.where)
 
 
@@ -267,7 +269,7 @@ def _to_row(record: object) -> object:
     if not is_dataclass(record) or isinstance(record, type):
         return record
     row = asdict(record)
-    columns, _ = row.pop("columns", {}), row.pop("where", "")
+    columns, _, thinking = row.pop("columns", {}), row.pop("where", ""), row.pop("thinking", ())
     if isinstance(record, Prompt):
         row = {"prompt": record.messages[0]["content"] if record.text else record.messages}
     elif isinstance(record, Demonstration) and record.trained_from:
@@ -276,36 +278,12 @@ def _to_row(record: object) -> object:
         row = {"prompt": record.messages[:cut], "completion": record.messages[cut:]}
     elif isinstance(record, Demonstration):
         row = {"messages": record.messages}
+    elif isinstance(record, Ranking) and any(thinking):
+        row["responses"] = [record.turn(n) for n in range(len(record.responses))]
     return row | columns
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
-
-
-class BadRows:
-    """Rows of a data set that can't be used: the first is an error, or they are left out and counted (OnBadRow)."""
-
-    def __init__(self, name: str, rule: OnBadRow):
-        if rule not in ("refuse", "drop"):
-            raise wrong("on_bad_row", f"got {show(rule)}", "write refuse or drop")
-        self.name, self.rule = name, rule
-        self.rows: list[tuple[str, str]] = []
-
-    def add(self, where: str, error: InputError) -> None:
-        """Raise an error that names the row, or note it."""
-        if self.rule == "refuse":
-            raise InputError(f"{where}: {error}" if where else str(error)) from None
-        self.rows.append((where, str(error)))
-
-    def tell(self, remaining: int) -> None:
-        """Count the rows in the log, the first of them by its error. Raises InputError where no row remains."""
-        if not self.rows:
-            return
-        where, error = self.rows[0]
-        seen = f"{len(self.rows)} of {len(self.rows) + remaining} rows can't be used, the first {where}: {error}"
-        if not remaining:
-            raise InputError(f"{self.name}: {seen}")
-        _warn_once(f"{self.name}: on_bad_row=drop: left out: {seen}; {_named([w for w, _ in self.rows])}")
 
 
 def _read(
@@ -319,7 +297,7 @@ def _read(
     unusable: list[tuple[str, str]] = []
     name = name_of(source)
     bad = BadRows(name, on_bad_row)
-    for where, row in foreign.translated(rows(source, split), wanted, name, columns):
+    for where, row in foreign.translated(rows(source, split, columns), wanted, name, columns):
         try:
             if isinstance(row, Exception):
                 raise row
@@ -331,20 +309,10 @@ def _read(
     bad.tell(len(records) + len(unusable))
     for why in dict.fromkeys(why for _, why in unusable):
         there = [where for where, other in unusable if other == why]
-        left_out = f"left out {len(there)} of {len(unusable) + len(records)} rows for {why}: {_named(there)}"
+        left_out = f"left out {len(there)} of {len(unusable) + len(records)} rows for {why}: {numbers(there)}"
         if not records:
             raise wrong(name, f"no rows; {left_out}", "hand in others")
-        _warn_once(f"{name}: {left_out}")
+        warn_once(f"{name}: {left_out}")
     if not records:
         raise wrong(name, "no rows", "hand in at least one")
     return records
-
-
-def _named(there: Sequence[str]) -> str:
-    """Return the numbers of the first few rows, by line or row."""
-    return ", ".join(where.rpartition(":")[2].strip() for where in there[:8]) + " ..." * (len(there) > 8)
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)

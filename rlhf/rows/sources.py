@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from rlhf.errors import reason
+from rlhf.rows.arrow import row_reader
 from rlhf.rows.files import KINDS, file_rows, kind_of, show, wrong
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ _MEANINGS = (
     ("validation", "valid", "val", "dev"),
 )
 
+_ABOUT_DATA = re.compile(r"(?i)(licen[cs]e|readme|notice|requirements)([-_. ].*)?\.txt|dataset_infos?\.json")
+"""Names of files beside those of the data."""
+
 
 def name_of(source: Source) -> str:
     """Name a source in a message: its path or hub name, else its type."""
@@ -51,21 +55,22 @@ def path_of(source: str | Path) -> Path | None:
     return next((p for p in (Path(place), Path(place.rpartition(":")[0] or place)) if p.exists()), None)
 
 
-def rows(source: Source, split: str) -> Iterator[tuple[str, object]]:
-    """Yield (where, row) pairs; `split` names the part of a folder, hub data set or DatasetDict."""
+def rows(source: Source, split: str, columns: Mapping[str, str] | None = None) -> Iterator[tuple[str, object]]:
+    """Yield (where, row) pairs; `split` names the part of a folder, hub data set or DatasetDict. columns: our names of
+    columns -> theirs, by which a table's numbers stay text where we want text; the rows have theirs."""
     if isinstance(source, str) and not source.strip():  # Path("") would be the current folder
         raise wrong("data", f"got {show(source)}", "name a file, a folder or a data set")
     if isinstance(source, str | Path):
         place, asked = _parted(source)
         path = Path(place)
         if path.is_dir():
-            yield from _folder_rows(path, asked or split)
+            yield from _folder_rows(path, asked or split, columns)
         elif path.is_file():
             if asked:
                 raise wrong(str(source), f"a file has no split {asked!r}", f"name {place}")
-            yield from file_rows(path)
+            yield from file_rows(path, columns)
         else:
-            yield from rows(_from_hub(source, place), asked or split)
+            yield from rows(_from_hub(source, place), asked or split, columns)
     elif hasattr(source, "column_names") and isinstance(source, dict):  # a DatasetDict
         found = [split] if split in source else _chosen(list(source), split)
         if len(found) != 1:
@@ -74,7 +79,11 @@ def rows(source: Source, split: str) -> Iterator[tuple[str, object]]:
         if found[0] != split:
             logger.info("split %s is read as %s", found[0], split)
         yield from rows(source[found[0]], split)
-    elif hasattr(source, "column_names") or isinstance(source, list | tuple):
+    elif hasattr(source, "column_names"):
+        features = getattr(source, "features", None)
+        read = row_reader(features.arrow_schema if features else None, decoded=True)
+        yield from ((f"row {n}", read(row)) for n, row in enumerate(source))
+    elif isinstance(source, list | tuple):
         yield from ((f"row {n}", row) for n, row in enumerate(source))
     else:
         raise wrong("data", f"got {show(source)}", "hand in a path, a datasets object or a list of rows")
@@ -128,7 +137,11 @@ def _chosen(names: Sequence[str], split: str) -> list[str]:
     return [name for name in names if words[name] is None] if split == "train" else []
 
 
-def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, object]]:
+def _holds_rows(file: Path) -> bool:
+    return file.is_file() and bool(kind_of(file.name)[1]) and not _ABOUT_DATA.fullmatch(file.name)
+
+
+def _folder_rows(folder: Path, split: str, columns: Mapping[str, str] | None) -> Iterator[tuple[str, object]]:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         from datasets import load_from_disk
 
@@ -138,9 +151,9 @@ def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, object]]:
             raise wrong(str(folder), f"datasets can't load it: {reason(error)}", "save it again") from error
         yield from rows(data, split)
         return
-    files = sorted(f for f in folder.iterdir() if f.is_file() and kind_of(f.name)[1] and not f.name.startswith("."))
+    files = sorted(f for f in folder.iterdir() if _holds_rows(f) and not f.name.startswith("."))
     if not files:
-        if not any(kind_of(f.name)[1] for f in folder.rglob("*") if f.is_file()):
+        if not any(map(_holds_rows, folder.rglob("*"))):
             kinds = ", ".join(KINDS[:-1])
             raise wrong(str(folder), f"no {kinds} or {KINDS[-1]} file in this folder", "name the folder of the data")
         yield from rows(_loaded(str(folder), ""), split)  # a snapshot of a hub data set: datasets knows its layout
@@ -155,7 +168,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, object]]:
     if twice:
         raise wrong(str(folder), f"{twice[0].name} and {twice[1].name} have one name", "delete one, or name a file")
     for file in chosen:
-        yield from file_rows(file)
+        yield from file_rows(file, columns)
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

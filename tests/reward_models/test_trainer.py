@@ -548,6 +548,10 @@ def test_wrong_weights_are_refused(tiny_tokenizer, tmp_path):
 
     with pytest.raises(InputError, match=r"train_dataset: ranking 1: weight: got -1; write a number from 0 up"):
         encode(weight=-1)
+    for column in ("weight", "margin"):
+        for huge in (10**400, float("inf"), float("nan")):
+            with pytest.raises(InputError, match=f"train_dataset: ranking 1: {column}: got (1000|inf|nan)"):
+                encode(**{column: huge})
     with pytest.raises(InputError, match="weight: got 'much'"):
         encode(weight="much")
     with pytest.raises(InputError, match="all 2 rankings weigh 0"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.rows import foreign, records
+from rlhf.rows import bad_rows, foreign
 from rlhf.rows.records import Ranking, read_demonstrations, read_prompts, read_rankings, write_jsonl
 from rlhf.rows.shapes import SHAPES
 
@@ -153,7 +153,7 @@ IMITATED = [
 def told(caplog):
     """The lines of the log, each of which is written once per process."""
     foreign._tell_once.cache_clear()
-    records._warn_once.cache_clear()
+    bad_rows.warn_once.cache_clear()
     caplog.set_level(logging.INFO, logger="rlhf")
     return caplog
 
@@ -266,6 +266,9 @@ def test_ratings_of_one_prompt_stand_together():
             "helpfulness": 2}]  # fmt: skip
     assert [r.ranks for r in read_rankings(rows)] == [(-4, -1), (-3, -2)]
     assert len(read_prompts(rows)) == 4
+    alone = rated("Nitrogen.", helpfulness=1) | {"prompt": "And which do they give?"}
+    assert [r.ranks for r in read_rankings([*rows, alone])] == [(-4, -1), (-3, -2)]
+    assert [d.response for d in read_demonstrations([*rows, alone])] == [RIGHT, "Oxygen.", "Nitrogen."]
     rows[1]["helpfulness"] = None
     with pytest.raises(InputError, match="row 1: helpfulness: "):
         read_rankings(rows)

@@ -83,6 +83,12 @@ def test_columns_under_other_names(tmp_path):
     assert [m["content"] for m in demonstration.messages] == ["Who?", "I."]
     assert demonstration.columns == {"antwort": {"text": "I."}, "id": 3}
     assert mapped(file, None) is file
+    rows = lines(tmp_path / "b.jsonl", [{"question": {"full_text": "Who?", "id": "q1"}, "a": "I.", "b": "You."}])
+    columns = {"prompt": "question.full_text", "chosen": "a", "rejected": "b"}
+    assert read_rankings(mapped(rows, columns))[0].prompt == [{"role": "user", "content": "Who?"}]
+    columns = {"prompt": "question.full_text", "completion": "a"}
+    (demonstration,) = read_demonstrations(mapped(rows, columns))
+    assert (demonstration.response, demonstration.columns) == ("I.", {"b": "You."})
     assert mapped(None, columns) is None
     own = [{"path": file, "columns": {"prompt": "id"}}, file]
     assert [part["columns"] for part in mapped(own, columns)] == [{"prompt": "id"}, columns]

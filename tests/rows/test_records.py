@@ -115,6 +115,65 @@ def test_pairs_drop_ties_and_identical_texts():
     assert Ranking(Q, ("a", "b"), (1, 1)).pairs() == []
 
 
+def thought(content, thinking):
+    return bot(content) | {"reasoning_content": thinking}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "chosen": [thought("4", "Two and two.")], "rejected": [bot("5")]},
+        {"chosen": [*Q, bot("4") | {"thinking": "Two and two."}], "rejected": [*Q, bot("5")]},
+        {"prompt": Q, "responses": [bot("5"), thought("4", "Two and two.")], "ranks": [2, 1]},
+        {"messages": Q, "chosen": thought("4", "Two and two."), "rejected": bot("5")},  # axolotl's
+        {"input": {"messages": Q}, "preferred_output": [thought("4", "Two and two.")],
+         "non_preferred_output": [bot("5")]},
+        {"messages": [*Q, thought("4", "Two and two.")], "rejected_response": "5"},  # ms-swift's
+        {"context": Q, "completions": [{"rank": 1, "completion": [bot("5")]},
+                                       {"rank": 0, "completion": [thought("4", "Two and two.")]}]},
+        {"conversation_a": [*Q, bot("5")], "conversation_b": [*Q, thought("4", "Two and two.")], "winner": "model_b"},
+    ],
+)  # fmt: skip
+def test_thinking_is_not_compared_and_is_imitated(row, tmp_path, caplog):
+    write_jsonl(tmp_path / "a.jsonl", [row])
+    with caplog.at_level(logging.WARNING, logger="rlhf"):
+        (ranking,) = read_rankings(tmp_path / "a.jsonl")
+    assert f"{tmp_path}/a.jsonl: 1 of 1 rankings have thinking; answers alone are compared" in caplog.text
+    assert sorted(ranking.responses) == ["4", "5"]
+    assert sorted(ranking.thinking) == ["", "Two and two."]
+    for rows in ([row], [ranking]):
+        assert read_demonstrations(rows)[0].messages == [*Q, thought("4", "Two and two.")]
+    assert read_prompts([row])[0].messages == Q
+
+
+def test_thinking_alone_makes_no_pair():
+    rows = [{"prompt": Q, "chosen": [thought("4", "Good.")], "rejected": [thought("4", "Bad.")]}]
+    assert read_rankings([*rows, PAIR])[0].ranks == (1, 1)
+    assert read_demonstrations(rows)[0].messages[-1] == thought("4", "Good.")
+
+
+CALLING = bot("Let me see.") | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"prompt": Q, "chosen": [CALLING], "rejected": [bot("5")]}, "chosen"),
+        ({"prompt": Q, "chosen": [bot("5")], "rejected": [CALLING]}, "rejected"),
+        ({"prompt": Q, "responses": ["5", CALLING], "ranks": [1, 2]}, r"responses\[1\]"),
+        ({"messages": Q, "chosen": CALLING, "rejected": bot("5")}, r"responses\[0\]"),
+        ({"conversation_a": [*Q, CALLING], "conversation_b": [*Q, bot("5")], "winner": "tie"}, r"responses\[0\]"),
+    ],
+)
+def test_answers_that_call_tools_are_not_compared(row, name):
+    for read in (read_rankings, read_demonstrations):
+        with pytest.raises(
+            InputError, match=rf"row 0: {name}: it calls tools \(tool_calls\); only an assistant's text"
+        ):
+            read([row])
+    assert read_prompts([row])[0].messages == Q
+
+
 def test_records_are_frozen():
     with pytest.raises(FrozenInstanceError):
         PAIR.ranks = (2, 1)
@@ -140,6 +199,7 @@ BAD_ROWS = [
     (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1]}, "ranks: got 1 ranks for 2 responses"),
     (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, "2"]}, "ranks: got '2'"),
     (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, float("nan")]}, "ranks: got nan"),
+    (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 10**400]}, "ranks: got 1000"),
     (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, True]}, "ranks: got True"),
     (read_rankings, {"prompt": "q", "responses": ["x", " "], "ranks": [1, 2]}, "responses[1]: got empty text ' '"),
     (read_rankings, {"prompt": "q", "responses": "xy", "ranks": [1, 2]}, "responses: got 'xy'; write a list"),
@@ -266,7 +326,11 @@ def test_a_folder_of_splits(tmp_path):
 def test_what_is_written_is_read_again(tmp_path, name):
     demonstrations = [Demonstration([*MULTI, bot("é")], 0, {"a": 1}), Demonstration([*MULTI, bot("x")], 3)]
     prompts = [Prompt(Q, {"n": 1}, text=True), Prompt(MULTI)]
-    rankings = [PAIR, Ranking(MULTI, ("a", "b", "c"), (1, 1, 2.5), {"n": 2})]
+    rankings = [
+        PAIR,
+        Ranking(MULTI, ("a", "b", "c"), (1, 1, 2.5), {"n": 2}),
+        Ranking(Q, ("a", "b"), (1, 2), {}, ("", "t")),
+    ]
     for read, rows in (
         (read_demonstrations, demonstrations),
         (read_prompts, prompts),

@@ -86,7 +86,16 @@ def test_a_question_in_its_own_column_is_the_prompt(name, texts):
         ({"prompt": Q["content"], "system": "Be brief.", **TEXTS}, [BRIEF, Q]),
         ({"prompt": [Q], "system": "Be brief.", **TURNS}, [BRIEF, Q]),
         ({"prompt": [BRIEF, Q], "system": "Be  brief.", **TURNS}, [BRIEF, Q]),  # it is there already
-        ({"prompt": "Be brief. Where is it?", "system": "Be brief.", **TEXTS}, [user("Be brief. Where is it?")]),
+        (
+            {"prompt": [{**BRIEF, "content": "Be brief. Be kind."}, Q], "system": "Be brief.", **TURNS},
+            [{**BRIEF, "content": "Be brief. Be kind."}, Q],
+        ),
+        (
+            {"prompt": "Be  brief.\n\nWhere is it?", "system": "Be brief.", **TEXTS},
+            [user("Be  brief.\n\nWhere is it?")],
+        ),
+        ({"prompt": "Where is it?", "system": "Where", **TEXTS}, [{**BRIEF, "content": "Where"}, Q]),
+        ({"prompt": "Where is it?", "system": "is it?", **TEXTS}, [{**BRIEF, "content": "is it?"}, Q]),
         ({"system": "Be brief.", **WHOLE}, [BRIEF, Q]),
         ({"system": "", "history": [], **WHOLE}, [Q]),
         ({"prompt": Q["content"], "question": "Where  is it?", **TEXTS}, [Q]),
@@ -109,6 +118,8 @@ def test_a_system_text_beside_a_demonstration():
     assert read_prompts([{"prompt": "Where is it?", "system": "Be brief."}])[0].messages == [BRIEF, Q]
     with pytest.raises(InputError, match=r"system: 'Be kind\.', but the messages begin with 'Be brief\.'; keep one"):
         read_demonstrations([{"messages": [BRIEF, Q, bot("a")], "system": "Be kind."}])
+    with pytest.raises(InputError, match=r"system: 'brief', but the messages begin with 'Be brief\.'; keep one"):
+        read_demonstrations([{"messages": [BRIEF, Q, bot("a")], "system": "brief"}])
     with pytest.raises(InputError, match="system, system_prompt: two different system texts; keep one"):
         read_prompts([{"prompt": "q", "system": "a", "system_prompt": "b"}])
     with pytest.raises(InputError, match=r"system: got \['a'\]; write text"):

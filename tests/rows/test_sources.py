@@ -114,6 +114,24 @@ def test_numbers_of_a_table_that_are_no_text(tmp_path):
     assert prompts[1].columns == {"completion": "6", "answer": "7.5", "weight": None, "code": "1", "label": "false"}
 
 
+def test_answers_of_a_table_stay_text_where_all_are_numbers(tmp_path):
+    file = tmp_path / "a.csv"
+    for question, answer in (("question", "target"), ("problem", "solution"), ("request", "completion")):
+        file.write_text(f"{question},{answer},weight\n1+1?,2,3\n2+2?,4.0,5\n")
+        columns = {} if answer == "completion" else {"columns": {"prompt": question, "completion": answer}}
+        for source in (file, [{"path": file, **columns}]):
+            rows = read_demonstrations(source)
+            assert [row.response for row in rows] == ["2", "4.0"]
+            assert rows[0].columns["weight"] == 3
+    file.write_text("frage,antwort,gewicht\n1+1?,2,3\n2+2?,4.0,5\n")
+    columns = {"prompt": "frage", "completion": "antwort", "weight": "gewicht"}
+    for path in (file, tmp_path):
+        rows = read_demonstrations([{"path": path, "columns": columns}])
+        assert [(row.response, row.columns["weight"]) for row in rows] == [("2", 3), ("4.0", 5)]
+    file.write_text("prompt,response_1,response_2,winner\n1+1?,2,3,model_a\n2+2?,5,4,model_b\n")
+    assert [ranking.responses for ranking in read_rankings(file)] == [("2", "3"), ("5", "4")]
+
+
 def test_messages_in_a_table_are_json(tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     with (tmp_path / "a.csv").open("w", newline="") as file:
@@ -236,6 +254,9 @@ def names_in(source, split: str = "train") -> list[str]:
         (["data.jsonl", "train_eval.jsonl"], ["data.jsonl"], ["train_eval.jsonl"]),
         (["latest.jsonl", "contest.jsonl"], ["contest.jsonl", "latest.jsonl"], ["contest.jsonl", "latest.jsonl"]),
         (["train.jsonl", ".test.jsonl", "notes.md"], ["train.jsonl"], ["train.jsonl"]),
+        (["a.jsonl", "LICENSE.txt", "LICENSE-MIT.txt", "readme.txt", "NOTICE.txt"], ["a.jsonl"], ["a.jsonl"]),
+        (["a.jsonl", "requirements.txt", "dataset_infos.json", "dataset_info.json"], ["a.jsonl"], ["a.jsonl"]),
+        (["licensed.txt", "notices.jsonl"], ["licensed.txt", "notices.jsonl"], ["licensed.txt", "notices.jsonl"]),
     ],
 )
 def test_files_of_a_folder_belong_to_splits(tmp_path, names, train, held_out):
@@ -313,6 +334,10 @@ def test_the_snapshot_of_a_hub_data_set(tmp_path, monkeypatch):
     blobs.mkdir()
     data.mkdir(parents=True)
     (tmp_path / "snapshot" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "snapshot" / "LICENSE.txt").write_text("MIT License\n\nCopyright\n")
+    (tmp_path / "snapshot" / "dataset_infos.json").write_text('{\n"default": {}}')
+    with pytest.raises(InputError, match=r"snapshot: no \.jsonl, .* file in this folder"):
+        read_prompts(tmp_path / "snapshot")
     for split in ("train", "test"):
         table = pyarrow.Table.from_pylist([{"prompt": split, "n": 1}])
         pyarrow.parquet.write_table(table, blobs / split)

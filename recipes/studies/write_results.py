@@ -69,7 +69,7 @@ def take_over_study(folder: Path) -> None:
     study: Study = importlib.import_module(f"rlhf_recipes.studies.{folder.name}").STUDY
     own = complete(study, folder)
     committed = {file: Seed.read(file) for file in (RESULTS / "seeds").glob(f"{study.name}-*.jsonl")}
-    alike = {seed.seed: seed for seed in [*committed.values(), *own] if seed.settings == own[-1].settings}
+    alike = {seed.seed: seed for seed in [*committed.values(), *own] if not seed.unlike(own[-1])}
     lost = sorted(set(results(RESULTS).get(study.name, {}).get("seeds", [])) - set(alike))
     if lost:
         raise InputError(

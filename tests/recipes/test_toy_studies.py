@@ -11,6 +11,8 @@ import pytest
 
 from rlhf.errors import InputError
 from rlhf.rows.records import Ranking
+from rlhf_recipes.ppo import PPORecipe
+from rlhf_recipes.sft import SFTRecipe
 from rlhf_recipes.studies import (
     baselines_toy,
     flywheel_toy,
@@ -145,6 +147,18 @@ def test_a_chain_with_reward_functions_of_its_own_keeps_them(tmp_path: Path, mon
     assert (watched.reward_functions, watched.reward_weights) == ([shared_runs.GOLD], [1.0, 0.0])
     assert own.reward_functions == ["rlhf.safety.refusals:keeps_behaviour"]
     assert own.reward_weights == [1.0, 0.5, 1.0]
+
+
+def test_a_further_stage_has_the_chains_flags_of_its_section(tmp_path: Path) -> None:
+    """Else its arm would differ from the chain's by more than the study's factor; what the study sets counts."""
+    flags = ["--ppo.learning_rate=0.125", "--sft.epochs", "9", "--ppo.updates", "7", "--ppo.kl-coef", "0.5"]
+    config = StudyConfig(output_dir=str(tmp_path / "studies/x/seed-0"), seeds=[0], chain_flags=flags)
+    seen: list[Any] = []
+    shared_runs.stage(config, lambda own: seen.append(own) or {}, PPORecipe, "ppo", "ppo_other", kl_coef=0.25)
+    shared_runs.stage(config, lambda own: seen.append(own) or {}, SFTRecipe, "sft", "sft_other")
+    of_ppo, of_sft = seen
+    assert (of_ppo.learning_rate, of_ppo.updates, of_ppo.kl_coef) == (0.125, 7, 0.25)
+    assert of_sft.epochs == 9
 
 
 SMALL: dict[str, tuple[Any, Any, list[str]]] = {

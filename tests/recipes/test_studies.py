@@ -214,6 +214,21 @@ def test_documents_show_the_committed_results(document):
     assert write_results.written(text, document) == text, "run: python recipes/studies/write_results.py"
 
 
+@pytest.mark.parametrize("result", write_results.results().values(), ids=lambda result: result["name"])
+def test_a_committed_verdict_is_that_of_todays_checks(result):
+    again = json.loads(json.dumps(write_results.judged_again(result)))
+    assert again == result, "run: python recipes/studies/write_results.py"
+
+
+def test_a_verdict_without_seeds_rows_is_of_the_points_that_every_seed_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_results.importlib, "import_module", lambda name: SimpleNamespace(STUDY=STUDY))
+    monkeypatch.setattr(write_results, "RESULTS", tmp_path)
+    result = started(tmp_path)
+    point = result["points"][0] | {"x": 8.0, "by_seed": [3.0]}
+    kept = result | {"points": [*result["points"], point], "checks": [], "verdict": "no", "claim": "It falls."}
+    assert write_results.judged_again(kept) == result | {"points": kept["points"]}
+
+
 MEASURED = re.compile(r"\[-?\d*\.\d+, -?\d*\.\d+\]|s/update")
 
 

@@ -18,7 +18,7 @@ from reference.documents import ROOT
 
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf_recipes.studies import all_studies, study_page, write_results
+from rlhf_recipes.studies import all_studies, study, study_page, write_results
 from rlhf_recipes.studies.study import (
     Check,
     Panel,
@@ -190,11 +190,11 @@ def loaded(name: str) -> tuple[Study, StudyConfig]:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_says_what_it_is(name):
-    study, config = loaded(name)
-    assert study.name == name
-    assert study.claim.endswith(".")
-    assert study.miniature.endswith(".")
-    assert study.checks
+    found, config = loaded(name)
+    assert found.name == name
+    assert found.claim.endswith(".")
+    assert found.miniature.endswith(".")
+    assert found.checks
     assert len(config.seeds) >= 3
     assert (ROOT / "recipes/configs" / config.chain).is_file()
     assert replace(config, seeds=[2]).seed == 2
@@ -344,6 +344,33 @@ def test_one_table_of_all_panels():
         "| DPO | 0.5 [0.25, 0.75] |  |",
     ]  # fmt: skip
     assert study_page.by_series(result, bare=("",)).splitlines()[2:] == ["| PPO | 0.5 | 1,234 |", "| DPO | 0.5 |  |"]
+
+
+def test_points_that_not_every_seed_has_are_told_apart(monkeypatch):
+    """They are hollow, off the line and its band, and a table names how many seeds they are of."""
+    shown = {}
+    monkeypatch.setattr(study_page.html, "svg", lambda draw, *size: shown.update(axes=axes(draw)) or "<svg>")
+    by_seed = {0: [Row("a", 1.0, 1), Row("a", 2.0, 2), Row("b", 5.0)], 1: [Row("a", 3.0, 1), Row("b", 5.0)]}
+    result = {"name": "x", "seeds": [0, 1], "panels": [{"name": "", "x": "x", "y": "y", "scale": "linear"}]}
+    curve = [point for point in study.points(by_seed) if point["series"] == "a"]
+    study_page.pictures(result | {"points": curve})
+    whole, few, entry = shown["axes"].lines
+    assert (list(whole.get_xdata()), list(whole.get_ydata())) == ([1], [2.0])
+    assert (list(few.get_xdata()), few.get_fillstyle()) == ([2], "none")
+    assert entry.get_label() == "not of all seeds"
+    assert [row[0] for row in study_page.tables(result | {"points": curve})[0][1]] == ["a", "a (1 of 2 seeds)"]
+    alone = study.points({0: [Row("a", 1.0), Row("b", 2.0)], 1: [Row("a", 3.0)]})
+    study_page.pictures(result | {"points": alone})
+    labels = [label.get_text() for label in shown["axes"].get_yticklabels()]
+    assert labels == ["b (1 of 2 seeds)", "a"]
+
+
+def axes(draw):
+    from matplotlib.figure import Figure
+
+    made = Figure().subplots()
+    draw(made)
+    return made
 
 
 def test_workers_share_the_seeds_of_a_chain():

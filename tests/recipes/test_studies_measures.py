@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,8 +72,36 @@ def test_two_runs_are_apart_where_both_have_been():
     free = [Row(kl_or_stopping.FREE, value, x) for x, value in ((0.0, 5.0), (1.0, 6.0), (2.0, 7.0))]
     other = [Row("penalty 0.2", value, x) for x, value in ((0.0, 9.0), (1.0, 6.5), (2.0, 6.9), (4.0, 1.0))]
     assert kl_or_stopping.apart([*free, *other]) == pytest.approx((0.5 + 0.1) / 2)
-    with pytest.raises(InputError, match="no penalised run came as far"):
+    with pytest.raises(InputError, match="no penalised run came as far as 1 nats"):
         kl_or_stopping.apart([*free, other[0]])
+
+
+def test_what_is_nearly_one_run_is_not_compared():
+    """Below a nat the penalised and the free run are the same few updates."""
+    gold = ((0.25, 5.0), (0.5, 5.0), (0.75, 5.0), (1.0, 6.0), (2.0, 7.0))
+    rows = [Row(kl_or_stopping.FREE, value, x) for x, value in gold]
+    rows += [Row("penalty 0.2", value + (0.4 if x >= 1.0 else 0.0), x) for x, value in gold]
+    (check,) = kl_or_stopping.STUDY.checks
+    assert check.margin(rows) == pytest.approx(0.3 - 0.4)
+
+
+def curve(gold: np.ndarray) -> list[Row]:
+    """Return the rows that study 4 checks, of gold by update [32, responses]."""
+    means = gold.mean(axis=1)
+    ends = [Row(overoptimisation.PPO, value, float(x), value - 0.196, value + 0.196, panel=overoptimisation.KL)
+            for x, value in enumerate(means)]  # fmt: skip
+    ends += [Row("gold, at its peak", means.max(), panel=overoptimisation.END)]
+    return [*ends, Row("gold, at the end", means[-1], panel=overoptimisation.END)]
+
+
+def test_flat_gold_does_not_fall_from_its_peak():
+    """The highest of 32 noisy means lies above the last in nearly every run, 4 standard errors (0.1) above it in 4%."""
+    draw = np.random.default_rng(0)
+    margins = [overoptimisation.fallen(curve(draw.normal(5.0, 1.0, (32, 100)))) for _ in range(300)]
+    assert 0.01 < np.mean(np.array(margins) > 0) < 0.08
+    falling = np.linspace(5.0, 4.0, 32)[:, None] * np.ones((1, 100))
+    assert overoptimisation.fallen(curve(falling)) == pytest.approx(1.0 - 4 * 0.1)
+    assert overoptimisation.STUDY.checks[0].margin is overoptimisation.fallen
 
 
 def test_a_straight_line():
@@ -85,6 +114,18 @@ def test_labelers_agree_where_neither_ties():
     other = [Ranking(ASKED, ("a", "b", "c"), (2, 1, 2))]  # b over a, a = c, b over c
     row = labelers.agreement("x", one, other)
     assert (row.value, row.n) == (0.5, 1)
+
+
+def test_labelers_among_themselves_are_two_different_ones(monkeypatch):
+    """Of two who never agree, so a labeler beside itself would show."""
+    ranks = {"ada": (1.0, 2.0), "ben": (2.0, 1.0)}
+    monkeypatch.setattr(
+        labelers, "labelled", lambda rankings, names, seed: [replace(r, ranks=ranks[names[0]]) for r in rankings]
+    )
+    held_out = [Ranking([{"role": "user", "content": str(n)}], ("a", "b"), (1.0, 2.0)) for n in range(50)]
+    assert labelers.among(held_out, ["ada", "ben"], 0).value == 0.0
+    first, _ = labelers.two_labelers(held_out, ["ada", "ben"], 0)
+    assert 10 < sum(r.ranks == ranks["ada"] for r in first) < 40
 
 
 def test_distinct_pairs_of_words():

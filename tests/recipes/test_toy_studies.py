@@ -76,8 +76,8 @@ def test_margins_by_hand():
     rows = [Row("SFT", 0.1, panel="complied"), Row("PPO with rule-based rewards", 0.04, panel="complied")]
     rows += [Row("more than before", 0.05, panel="twins"), Row("the suite's prompts", 0.1, panel="attacked")]
     rows += [Row("PPO with novelty", 0.4, panel="attacked"), Row("PPO with novelty", 12, panel="distinct")]
-    rows += [Row("PPO without novelty", 5, panel="distinct")]
-    assert margins(safety_toy.STUDY, rows) == [0.01, -0.03, 0.1, 2]
+    rows += [Row("PPO without novelty", 5, panel="distinct"), Row("zero-shot", 41, panel="distinct")]
+    assert margins(safety_toy.STUDY, rows) == [0.01, -0.03, 0.1, 2, -29]
 
     rows = [
         Row(name, value, panel="gold")

@@ -105,7 +105,9 @@ def take_over_study(folder: Path) -> None:
 def take_over_benchmark(run: Path) -> str:
     """Copy the tables of a benchmark, with the settings and the machine that they were made with; their name."""
     config = json.loads((run / "results.json").read_text(encoding="utf-8"))["config"]
-    titles, *tables = re.split(r"^### (.*)\n", (run / "tables.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    file = run / "tables.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    titles, *tables = re.split(r"^### (.*)\n", text, flags=re.MULTILINE)
     if titles.strip() or not tables:
         raise InputError(f"{run}/tables.md: holds no table; let the benchmark run to its end")
     made = {

@@ -245,9 +245,11 @@ def test_a_benchmark_is_taken_over_without_its_folders(tmp_path, monkeypatch):
     run.mkdir()
     config = {"output_dir": str(run), "model": "/somewhere", "updates": 3, "machine": "one CPU"}
     (run / "results.json").write_text(json.dumps({"config": config}))
-    (run / "tables.md").write_text("")
-    with pytest.raises(InputError, match="holds no table"):
-        write_results.take_over_benchmark(run)
+    for text in (None, ""):
+        if text is not None:
+            (run / "tables.md").write_text(text)
+        with pytest.raises(InputError, match="holds no table"):
+            write_results.take_over_benchmark(run)
     (run / "tables.md").write_text("### A, b\n\n| x |\n| --- |\n\n### C\n\n| y |\n")
     monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")
     assert write_results.take_over_benchmark(run) == "speed_here"

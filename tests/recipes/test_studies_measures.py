@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from reward_models.labelled_texts import LabelledText
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.rows.records import Ranking
+from rlhf.run.stages import Manifest
+from rlhf_recipes.moderation_config import ModerationRecipe
 from rlhf_recipes.studies import (
     kl_or_stopping,
     labelers,
     length_bias,
+    moderation_folds,
     overoptimisation,
+    predict_toy,
     proxy_runs,
     root_kl,
     sentiment,
@@ -136,6 +145,83 @@ def test_distinct_pairs_of_words():
 def test_a_wrong_baseline_is_told_before_the_chain_runs():
     with pytest.raises(InputError, match=r"--methods: expected a list of one of dpo, kto, grpo, rloo, got '\[gpo\]'"):
         configs.load(sentiment.SentimentConfig, ["--methods", "[gpo]"])
+
+
+def test_generates_pace_is_of_all_batches_but_the_first(monkeypatch):
+    """Batches of 4, then 1 and 7 tokens up to the stop, a second each: 8 tokens in 2 seconds."""
+    stop, batches = 9, iter([[[1, 1, 1, 9, 0, 0, 0]], [[9, 0, 0, 0, 0, 0, 0]], [[1] * 7]])
+    clock = iter(range(10))
+
+    class Policy:
+        def eval(self):
+            return self
+
+        def generate(self, prompt, **settings):
+            return torch.cat([prompt, torch.tensor(next(batches))], dim=1)
+
+    monkeypatch.setattr("rlhf.models.loading.load_policy", lambda model: Policy())
+    monkeypatch.setattr("rlhf.models.loading.load_tokenizer", lambda model: None)
+    monkeypatch.setattr("rlhf.chat.encode_prompt", lambda tokenizer, messages: [5, 5])
+    monkeypatch.setattr("rlhf.chat.stop_ids", lambda tokenizer: [stop])
+    monkeypatch.setattr("rlhf.chat.pad_id", lambda tokenizer: 0)
+    monkeypatch.setattr(serving_latency.time, "perf_counter", lambda: float(next(clock)))
+    settings = serving_latency.LatencyConfig(model="m", answers=2)
+    assert serving_latency.of_generate("m", 1, settings) == (1.0, 4.0)
+
+
+def test_a_seed_of_the_prediction_takes_nothing_of_another(tmp_path, monkeypatch):
+    made, folders = [], []
+
+    def make(data, seed, pretraining_documents):
+        data.mkdir(parents=True)
+        (data / "eval_prompts.jsonl").write_text("")
+        made.append(seed)
+
+    def train(size, data, folder, seed):
+        folders.append(folder)
+        compute = 1e10 * size.hidden**2 * size.layers * size.share
+        loss = (1 + seed) * compute**-0.1
+        return {"compute": compute, "loss": loss, "mean_log_pass_rate": -loss, "seconds": 1.0}
+
+    monkeypatch.setattr(predict_toy, "import_function", lambda name: make)
+    monkeypatch.setattr(predict_toy, "train", train)
+    monkeypatch.setattr(predict_toy, "QUANTITIES", ("mean_log_pass_rate",))
+    monkeypatch.setattr(predict_toy, "tables", lambda *given: [])
+    for seed in ("0", "1", "1"):
+        monkeypatch.setattr("sys.argv", ["predict_toy.py", "--output_dir", str(tmp_path), "--seed", seed])
+        predict_toy.main()
+    assert made == [0, 1]
+    assert len(set(folders)) == 12
+    first, second = (json.loads((tmp_path / f"seed-{n}/predicted_mean_log_pass_rate.json").read_text()) for n in (0, 1))
+    assert second["value"] == pytest.approx(2 * first["value"], rel=1e-6)
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_fold_that_is_trained_anew_is_judged_anew(tmp_path, monkeypatch):
+    judged = []
+
+    class Model:
+        categories = ("rude",)
+
+        def probabilities(self, texts):
+            judged.append(len(texts))
+            return np.full((len(texts), 1), 0.5)
+
+    def moderation(config, name):
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        Manifest(stage="moderation", inputs={"epochs": config.epochs}, seed=0).write(folder)
+
+    monkeypatch.setattr(moderation_folds, "moderation", moderation)
+    monkeypatch.setattr("reward_models.moderation.ModerationModel.load", lambda folder: Model())
+    monkeypatch.setattr("reward_models.words.fit_words", lambda *given: SimpleNamespace(logits=Model().probabilities))
+    text = LabelledText(prompt=ASKED, labels={"rude": 1.0})
+    config = ModerationRecipe(model="m", train_data="x", output_dir=str(tmp_path))
+    for epochs, times in ((1.0, 2), (1.0, 2), (2.0, 4)):
+        own = replace(config, epochs=epochs)
+        found = moderation_folds.one_fold(own, 0, ["rude"], [text], [text])
+        assert found["said"] == [[0.5]]
+        assert len(judged) == times
 
 
 def test_servings_table_has_medians_over_the_rounds_with_their_range(monkeypatch):

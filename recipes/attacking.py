@@ -114,11 +114,13 @@ def generate(
     folder: Path,
     answers: Answers,
     begin: Callable[[], None],
+    resuming: bool,
 ) -> tuple[list[Result], dict[str, Any]]:
     """Write attacks, try them, and count; returns them as results of the suite `generated`, and the numbers.
 
     hits: attacks of the suites that got through, in which few_shot, sft and ppo begin. folder: for the attacker that
-    is trained. begin: called before an attacker is trained, once its settings are found good."""
+    is trained. begin: called before an attacker is trained, once its settings are found good. resuming: whether what
+    lies in the folder is this run's own."""
     from rlhf.evals.asking import Sampler, seed_of
     from rlhf.safety import attacks
 
@@ -133,9 +135,9 @@ def generate(
         )
     attacker, found = attack.attacker, {}
     if attack.method == "sft":
-        attacker = _fine_tuned(config, attack, policy, instruction, hits, folder, begin)
+        attacker = _fine_tuned(config, attack, policy, instruction, hits, folder, begin, resuming)
     elif attack.method == "ppo":
-        attacker, found = _reinforced(config, attack, policy, instruction, trial, hits, folder, begin)
+        attacker, found = _reinforced(config, attack, policy, instruction, trial, hits, folder, begin, resuming)
     writer = asker(config, attacker, answers)
     prompts = [writer.target.prompt(one.prompt) for one in asked]
     seeds = [seed_of(config.seed, one.prompt, number) for number, one in enumerate(asked)]
@@ -166,7 +168,7 @@ def _numbers(attack: AttackConfig, tried: Sequence[Tried]) -> dict[str, Any]:
 
 def _fine_tuned(
     config: Any, attack: AttackConfig, policy: Policy, instruction: str, hits: Sequence[Case], folder: Path,
-    begin: Callable[[], None],
+    begin: Callable[[], None], resuming: bool,
 ) -> str:  # fmt: skip
     """Fine-tune the attacker on attacks that got through, unless that is done, and return its folder."""
     from rlhf.safety.attacks import asked_for
@@ -174,7 +176,7 @@ def _fine_tuned(
     from rlhf.sft.trainer import SFTTrainer
 
     done = folder / "trained.json"
-    if done.is_file():
+    if resuming and done.is_file():
         return str(folder)
     rows = [
         {
@@ -203,6 +205,7 @@ def _reinforced(
     hits: Sequence[Case],
     folder: Path,
     begin: Callable[[], None],
+    resuming: bool,
 ) -> tuple[str, dict[str, Any]]:
     """Train the attacker by PPO, unless that is done, and return its folder and what it found on the way."""
     from rlhf.ppo.config import PPOConfig
@@ -212,7 +215,9 @@ def _reinforced(
 
     done = folder / "trained.json"
     bank = Bank(folder / "bank.jsonl", [str(hit.prompt[-1]["content"]) for hit in hits])
-    if not done.is_file():
+    if not resuming:
+        bank.rewind(0)  # of a run that this one replaces
+    if not (resuming and done.is_file()):
         rows = [
             {"prompt": asked_for(category, instruction), "category": category.id}
             for category in policy.disallowed

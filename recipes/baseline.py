@@ -36,8 +36,14 @@ def baseline(config: BaselineConfig) -> dict[str, Any]:
     """The stage: train, save, leave a manifest; its numbers."""
     config, sources = inputs(config)
     stage = open_stage(config.method, config, sources)
-    if stage.complete:
-        return stage.outputs
+    if not stage.complete:
+        train(config, stage)
+    by_main(lambda: tell(config, stage))
+    return stage.outputs
+
+
+def train(config: BaselineConfig, stage: Stage) -> None:
+    """Train, save, and finish the stage."""
     from rlhf_recipes.baseline_trainers import build, save
 
     watched = build(config, stage)
@@ -48,9 +54,15 @@ def baseline(config: BaselineConfig) -> dict[str, Any]:
     calls = 0 if config.method in FROM_RANKINGS else config.own.updates * config.own.rollout_size
     outputs = {**numbers(trainer.state.log_history), "score_calls": calls}
     stage.finish(outputs, trainer.processing_class, str(config.model))
-    by_main(lambda: write_json_atomic(stage.folder / "baseline.json", summary(config, stage)))
-    by_main(lambda: write_report(stage.folder))
-    return outputs
+
+
+def tell(config: BaselineConfig, stage: Stage) -> None:
+    """Write baseline.json and the report, which hold what a complete stage's manifest says, unless they are there: a
+    run may have been killed between the two."""
+    report, manifest = stage.folder / "report.html", stage.folder / "manifest.json"
+    if not report.is_file() or report.stat().st_mtime_ns < manifest.stat().st_mtime_ns:
+        write_json_atomic(stage.folder / "baseline.json", summary(config, stage))
+        write_report(stage.folder)
 
 
 def inputs(config: BaselineConfig) -> tuple[BaselineConfig, dict[str, Any]]:

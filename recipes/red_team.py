@@ -207,8 +207,8 @@ def run_alone(config: RedTeamConfig) -> dict[str, Any]:
         if config.attack is not None and policy is not None:
             hits = [result.case for result in results if result.finding == "attack"]
             trial = trial_of(config, target, detector, judge)
-            folder = stage.folder / "attacker"
-            made, numbers = generate(config, config.attack, policy, trial, hits, folder, answers, stage.begin)
+            folder, begun = stage.folder / "attacker", (stage.begin, stage.resuming)
+            made, numbers = generate(config, config.attack, policy, trial, hits, folder, answers, *begun)
             results += made
         stage.begin()
         outcome = measure(results, detector, labels)

@@ -37,6 +37,8 @@ class Board:
     def keep(self, part: str, result: Any) -> None:
         self.results[part] = result
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.tables:
+            (self.folder / "tables.md").unlink(missing_ok=True)  # of an earlier benchmark, made with other settings
         (self.folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
 
     def show(self, title: str, text: str) -> None:

@@ -41,13 +41,13 @@ class Part:
     packages: tuple[str, ...] = ()
 
 
-PPO = ("torch", "transformers", "peft", "accelerate", "jaxtyping", "matplotlib")
+PPO = ("torch", "transformers", "peft", "accelerate", "jaxtyping", "jsonargparse", "matplotlib", "rich", "yaml")
 PARTS = (
     Part("machine", 60, "the card, versions, its matrix products and its memory", PPO),
     Part("tests", 75, "the tests marked gpu", (*PPO, "pytest", "beartype")),
     Part("preflight", 75, "the checks before PPO's first step, in bfloat16, on the 0.6B shape", PPO),
-    Part("ppo_small", 170, "PPO on the 0.6B shape: full, LoRA, padded, trl 1.12 in turn", PPO),
-    Part("ppo_large", 170, "PPO on the 4B shape: LoRA, QLoRA, trl 1.12 in turn", PPO),
+    Part("ppo_small", 170, "PPO on the 0.6B shape: full, LoRA, padded, then trl 1.12", PPO),
+    Part("ppo_large", 170, "PPO on the 4B shape: LoRA, QLoRA, then trl 1.12", PPO),
     Part("stages", 90, "SFT and reward model beside trl's own, on the 0.6B shape", (*PPO, "trl", "datasets")),
     Part("vllm", 120, "a vLLM server as the sampler, beside the built-in one", (*PPO, "vllm")),
 )

@@ -55,7 +55,7 @@ def measure(job: Job, made: Job, keep: Callable[[Job, Result], None]) -> None:
     show()
     with server(made, Path(job["folder"]), case) as caller, ThreadPoolExecutor(len(prompts)) as pool:
         asked = {"model": "policy", "max_tokens": case.new_tokens, "temperature": 1.0, "ignore_eos": True}
-        rates["vLLM server"] = tokens_per_second(
+        rates["vLLM server, eager"] = tokens_per_second(
             case, lambda: list(pool.map(lambda p: sample(caller, asked, p), prompts))
         )
         show()
@@ -115,6 +115,7 @@ def server(made: Job, folder: Path, case: Case) -> Iterator[Caller]:
     command += ["--tokenizer", made["tokenizer"], "--served-model-name", "policy", "--port", str(port)]
     command += ["--max-model-len", str(length), "--gpu-memory-utilization", str(SHARE), "--host", "127.0.0.1"]
     command += ["--enable-lora", "--max-lora-rank", str(LORA["lora_rank"]), "--enable-sleep-mode"]
+    command += ["--enforce-eager"]  # compiling and capturing graphs takes a cold server minutes, the part's whole time
     command += ["--logprobs-mode", "processed_logprobs", "--dtype", "bfloat16" if made["bf16_hardware"] else "float32"]
     with (folder / "server.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | SWITCHES)

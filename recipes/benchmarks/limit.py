@@ -95,11 +95,17 @@ class Update:
     minibatches: int
     lora_rank: int = 0  # 0: all weights are trained
     value_model: ValueModel = "separate"
-    weight_bytes: int = 4  # of a stored weight: 2 in bfloat16
+    trunk_bytes: float = 4  # of a stored weight of the layers: 2 in bfloat16, a half in four bits
+    head_bytes: int = 4  # of one of the head, which is never in four bits
+    cache_bytes: int = 4  # of a number in the key-value cache
 
     @property
     def lengths(self) -> list[int]:
         return [p + r for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    def read(self, trunks: int, heads: int) -> float:
+        """Return the bytes of so many trunks' and heads' weights."""
+        return trunks * self.sizes.trunk_weights * self.trunk_bytes + heads * self.sizes.head_weights * self.head_bytes
 
     @property
     def trained_weights(self) -> int:
@@ -113,6 +119,7 @@ class Update:
 def update_of(settings: dict[str, Any], case: Case, sizes: Sizes) -> Update:
     """Describe one of our runs' updates: a case, with these settings."""
     rank, half = settings.get("lora_rank", 0), bool(settings.get("bf16"))
+    stored = 2 if half and rank else 4  # what is trained whole stays in float32
     return Update(
         sizes=sizes,
         prompts=case.prompt_lengths,
@@ -121,7 +128,9 @@ def update_of(settings: dict[str, Any], case: Case, sizes: Sizes) -> Update:
         minibatches=case.minibatches,
         lora_rank=rank,
         value_model=settings.get("value_model", "adapter" if rank else "separate"),
-        weight_bytes=2 if half and rank else 4,
+        trunk_bytes=0.5 if settings.get("load_in_4bit") else stored,
+        head_bytes=stored,
+        cache_bytes=2 if half else 4,
     )
 
 
@@ -167,15 +176,15 @@ def generate(update: Update) -> Work:
     flops += 2 * s.trunk_weights * sum(r - 1 for _, r in rows)
     pairs = sum(p * (r - 1) + r * (r - 1) // 2 for p, r in rows)  # token p + t meets p + t keys, t = 1 ... r - 1
     flops += attention_flops(s, pairs)
-    weights = (s.trunk_weights + s.head_weights) * update.weight_bytes * max(update.responses)
-    cache = 2 * s.num_hidden_layers * s.key_width * update.weight_bytes * pairs
+    weights = update.read(trunks=1, heads=1) * max(update.responses)
+    cache = 2 * s.num_hidden_layers * s.key_width * update.cache_bytes * pairs
     return Work(flops, weights + cache)
 
 
 def score(update: Update) -> Work:
     """Count one forward of the reward model over prompts and responses."""
     s = update.sizes
-    return Work(trunk_forward(s, update.lengths, update.lora_rank), s.trunk_weights * update.weight_bytes)
+    return Work(trunk_forward(s, update.lengths, update.lora_rank), update.read(trunks=1, heads=0))
 
 
 def logprobs(update: Update) -> Work:
@@ -184,7 +193,7 @@ def logprobs(update: Update) -> Work:
     s, trunks = update.sizes, 2 if update.value_model == "shared_trunk" else 3
     forward = trunk_forward(s, update.lengths, update.lora_rank)
     flops = trunks * forward + 2 * head_forward(s, sum(update.responses))
-    return Work(flops, (trunks * s.trunk_weights + 2 * s.head_weights) * update.weight_bytes)
+    return Work(flops, update.read(trunks, heads=2))
 
 
 def update_phase(update: Update) -> Work:
@@ -193,7 +202,7 @@ def update_phase(update: Update) -> Work:
     trunks = 1 if update.value_model == "shared_trunk" else 2
     trunk = trunk_forward(s, update.lengths, rank) + trunk_backward(s, update.lengths, rank)
     head = head_forward(s, tokens) * (2 if rank else 3)  # forward, gradients of input (and weights)
-    passes = 2 * (trunks * s.trunk_weights + s.head_weights) * update.weight_bytes
+    passes = 2 * update.read(trunks, heads=1)
     step = passes + update.trained_weights * ADAM_BYTES
     return Work(trunks * trunk + head, step * update.minibatches) * update.inner_epochs
 

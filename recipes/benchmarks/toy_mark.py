@@ -28,8 +28,7 @@ BEST_OF = 16
 def work(job: Job) -> Result:
     """{"sft", "best_of_16", "mark"}: gold scores on the held-out prompts."""
     run = Path(job["run"])
-    if not (run / "reward_model/manifest.json").is_file():
-        make_chain(run, job["seed"])
+    make_chain(run, job["seed"])  # also where it is complete: another chain's mark would be another one
     model, tokenizer = models.load_policy(str(run / "sft")).eval(), models.load_tokenizer(str(run / "sft"))
     prompts, gold = held_out(run), judge()
     samples = sampled(model, tokenizer, prompts, job["seed"], n=BEST_OF)

@@ -53,6 +53,10 @@ class BaselinesConfig(StudyConfig):
         if self.learning_rates and len({len(trials) for trials in self.learning_rates.values()}) > 1:
             raise InputError("learning_rates: give every method as many trials")
 
+    @property
+    def files(self) -> dict[str, str]:
+        return {**super().files, "baselines": self.baselines, "trials": str(Path(self.output_dir).parent / TUNED)}
+
     def check(self) -> None:
         tuned(self)
 

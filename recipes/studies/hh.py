@@ -41,6 +41,10 @@ class HHConfig(StudyConfig):
     policy: bool = True
     """Train a policy against the most accurate reward model, too."""
 
+    @property
+    def files(self) -> dict[str, str]:
+        return {**super().files, "small": self.small}
+
 
 def models(config: HHConfig) -> dict[str, Path]:
     """Train a reward model on each trunk, on the same rankings of the seed's own split, and join them; the folders."""

@@ -5,9 +5,10 @@ python recipes/studies/labelers.py
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, permutations
 
 from rlhf import config as configs
 from rlhf.intervals import clustered_accuracy
@@ -37,6 +38,15 @@ def labelled(rankings: Sequence[Ranking], names: Sequence[str], seed: int) -> li
     return [replace(r, ranks=tuple(own)) for r, own in zip(rankings, ranks, strict=True)]
 
 
+def two_labelers(rankings: Sequence[Ranking], names: Sequence[str], seed: int) -> tuple[list[Ranking], list[Ranking]]:
+    """Return the same responses twice, each prompt's ranked by one of the named labelers and by another."""
+    draw, pairs = random.Random(seed), list(permutations(names, 2))
+    by_name = [{name: labelled(rankings, [name], at) for name in names} for at in (seed, seed + 1)]
+    drawn = [draw.choice(pairs) for _ in rankings]
+    first, second = ([by_name[side][pair[side]][n] for n, pair in enumerate(drawn)] for side in (0, 1))
+    return first, second
+
+
 def agreement(name: str, one: Sequence[Ranking], other: Sequence[Ranking]) -> Row:
     """Return how often two labelings order a pair alike that neither ties."""
     alike, keys = [], []
@@ -48,6 +58,11 @@ def agreement(name: str, one: Sequence[Ranking], other: Sequence[Ranking]) -> Ro
                 keys.append(split_key(first))
     found = clustered_accuracy(alike, keys)
     return Row(name, found.value, None, found.low, found.high, len(set(keys)))
+
+
+def among(held_out: Sequence[Ranking], known: Sequence[str], seed: int) -> Row:
+    """Return how often two different labelers of the reward model order a held-out pair alike."""
+    return agreement(AMONG, *two_labelers(held_out, known, 10 * seed + 3))
 
 
 def run(config: LabelersConfig) -> Iterator[Row]:
@@ -66,7 +81,7 @@ def run(config: LabelersConfig) -> Iterator[Row]:
     for name, rankings in ((OWN, own), (NEW, theirs)):
         card = report_card(scorer, rankings)
         yield Row(name, card["accuracy"], None, *card["accuracy_ci"], card["prompts"])
-    yield agreement(AMONG, own, labelled(held_out, known, 10 * config.seed + 3))
+    yield among(held_out, known, config.seed)
     yield agreement(WITH_NEW, own, theirs)
 
 

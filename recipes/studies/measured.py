@@ -17,6 +17,7 @@ Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 def keep(folder: Path, settings: Mapping[str, Any], tables: Sequence[Table]) -> None:
     """Write results.json (the settings and the machine) and tables.md into a folder, in the form of a benchmark's."""
+    (folder / "tables.md").unlink(missing_ok=True)  # made with other settings
     write_json_atomic(folder / "results.json", {"config": {**settings, "machine": machine()}})
     texts = [f"### {title}\n\n{markdown((head, rows))}\n" for title, head, rows in tables]
     (folder / "tables.md").write_text("\n".join(texts), encoding="utf-8")

@@ -11,7 +11,6 @@ over all texts, with 95% intervals over texts.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,11 @@ import numpy as np
 from reward_models.labelled_texts import LabelledText, categories_of, labels_of, read_labelled
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.rows.jsonl import read_object
 from rlhf.rows.records import prompt_key, write_jsonl
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
+from rlhf.run.stages import Manifest
 from rlhf_recipes.moderation import moderation
 from rlhf_recipes.moderation_config import ModerationRecipe
 from rlhf_recipes.stage import SECTIONS
@@ -94,13 +95,14 @@ def one_fold(
     files_of_fold = {"train_data": str(files[0]), "eval_data": str(files[1]), "output_dir": str(folder)}
     own = replace(config, categories=list(names), **files_of_fold)
     moderation(own, f"fold {fold}")
-    if kept.exists():
-        return dict(json.loads(kept.read_text(encoding="utf-8")))
+    trained = Manifest.read(folder).fingerprint
+    if kept.exists() and (known := read_object(kept)).get("trained") == trained:
+        return known
     model = ModerationModel.load(folder)
     texts = [record.text for record in train]
     bag = fit_words(texts, labels_of(train, model.categories), model.categories, config.seed)
     judged = [record.text for record in held_out]
-    found = {"said": model.probabilities(judged).tolist(), "words": bag.logits(judged).tolist()}
+    found = {"trained": trained, "said": model.probabilities(judged).tolist(), "words": bag.logits(judged).tolist()}
     write_json_atomic(kept, found)
     return found
 

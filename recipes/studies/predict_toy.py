@@ -119,7 +119,8 @@ def main() -> None:
     asked.add_argument("--output_dir", default="runs/predict_toy")
     asked.add_argument("--seed", type=int, default=0)
     given = asked.parse_args()
-    run = Path(given.output_dir)
+    home = Path(given.output_dir)
+    run = home / f"seed-{given.seed}"  # nothing of another seed is taken for this one's
     data = run / "data"
     if not (data / "eval_prompts.jsonl").exists():
         import_function(f"{TOY}toy_world.py:make")(data, seed=given.seed, pretraining_documents=DOCUMENTS)
@@ -145,8 +146,8 @@ def main() -> None:
     for quantity, one in compared.items():
         where = "inside" if one.inside else "OUTSIDE"
         print(f"{quantity}: {one.observed:.4g} is {where} {one.value:.4g} [{one.low:.4g}, {one.high:.4g}]")
-    write_json_atomic(run / "compared.json", {"small": small, "large": large, **compared})
-    measured.keep(run, {"seed": given.seed}, tables(small, large, compared))
+    write_json_atomic(home / "compared.json", {"small": small, "large": large, **compared})
+    measured.keep(home, {"seed": given.seed}, tables(small, large, compared))
 
 
 def tables(

@@ -64,8 +64,8 @@ STUDY = Study(
     claim="PPO makes the model worse at what it was pretrained for; gradients on pretraining data mixed in lower this "
     "tax and cost little of what PPO gains.",
     source="Ouyang et al. 2022, sections 3.5 and 4.2",
-    miniature="The loss on 300 held-out documents of the toy world's pretraining text, and gold on 400 held-out "
-    "prompts, after PPO with and without the mix.",
+    miniature="The loss on 300 documents of the toy world's pretraining text that are held out of the mix (the base "
+    "model has read them), and gold on 400 held-out prompts, after PPO with and without the mix.",
     panels=[Panel(LOSS, y="loss on pretraining text, nats per token"), Panel(GOLD, y="gold score")],
     run=run,
     checks=[

@@ -35,6 +35,10 @@ class QAConfig(StudyConfig):
     model: str | None = None
     """What is fine-tuned; null: the chain's."""
 
+    @property
+    def files(self) -> dict[str, str]:
+        return {**super().files, "source": self.source}
+
     def check(self) -> None:
         if not self.source:
             raise InputError("--source is missing: dev_feedback.json of github.com/allenai/FineGrainedRLHF")

@@ -39,6 +39,10 @@ class SentimentConfig(StudyConfig):
     methods: list[Method] = field(default_factory=lambda: ["grpo"])
     """Baselines in the table; [] for none."""
 
+    @property
+    def files(self) -> dict[str, str]:
+        return {**super().files, "baselines": self.baselines}
+
     def check(self) -> None:
         configs.import_function(f"{LEXICON_FILE}:analyzer")()  # its package may be missing
 

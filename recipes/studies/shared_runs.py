@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,11 +46,24 @@ def stage(
     **settings: Any,
 ) -> Path:
     """Run one more stage of the seed in the folder `out` of the shared run, unless it is complete there; that folder.
-    Its settings are those of the section in the chain's config, but for these."""
+    Its settings are those of the section in the chain's config and flags, but for these."""
     argv = ["--config", config.chain, "--seed", str(config.seed), "--output_dir", str(config.shared / out)]
+    argv += of_section(config.chain_flags, section)
     own = configs.load(config_class, argv, section=section, known_sections=SECTIONS)
     recipe(replace(own, **settings))  # type: ignore[type-var]
     return config.shared / out
+
+
+def of_section(flags: Sequence[str], section: str) -> list[str]:
+    """Return a chain's flags of one section as its recipe reads them: --ppo.kl_coef is PPO's --kl_coef."""
+    found, own = [], False
+    for word in flags:
+        name = word.removeprefix("--")
+        if name != word:
+            own = name.replace("-", "_").startswith(f"{section}.")
+            word = f"--{name[len(section) + 1 :]}"
+        found += [word] if own else []
+    return found
 
 
 def compared(config: StudyConfig, out: str, **settings: Any) -> Path:

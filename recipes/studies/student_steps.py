@@ -36,6 +36,10 @@ class StudentStepsConfig(StudyConfig):
     train_data: str = ""
     """The solutions: a file, folder or hub name whose rows have a `problem`."""
 
+    @property
+    def files(self) -> dict[str, str]:
+        return {**super().files, "train_data": self.train_data}
+
     def check(self) -> None:
         if not self.train_data:
             raise InputError("--train_data is missing: rows as of github.com/eth-lre/verify-then-generate")

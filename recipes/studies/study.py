@@ -7,11 +7,12 @@ A study is a script beside this file with a `Study`, a frozen config and a YAML 
 
 Each seed's rows stay in <output_dir>/<study>/seed-<seed>/rows.jsonl, and the chain that several studies share in
 <output_dir>/runs/<chain>-<seed>: run again, a study goes on where it stopped. The table is of all seeds that are
-complete. Seeds may be run on several machines: `write_results.py` joins them.
+complete and were made as the newest one was. Seeds may be run on several machines: `write_results.py` joins them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,12 @@ from typing import Any, Literal
 
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf.rows.jsonl import read_rows
+from rlhf.rows.jsonl import read_object, read_rows
 from rlhf.rows.records import write_jsonl
 from rlhf.run import console
+from rlhf.run.changes import Change, changes
+from rlhf.run.fingerprint import data_fingerprint
+from rlhf.run.lookup import look_up
 from rlhf.run.stages import BEGUN, Manifest
 from rlhf_recipes.stage import open_stage
 from rlhf_recipes.studies.study_page import write
@@ -32,6 +36,10 @@ console.quiet()
 
 OWN = ("seeds", "chain", "chain_flags", "model", "train_data", "source", "encoder", "python")
 """Settings that a result's list leaves out: it has the seeds, and paths are nobody else's."""
+NAMED = ("chain", "chain_flags", "model", "encoder")
+"""Those of them that decide a seed's rows: they are kept without the folders of a machine."""
+FILE = "_file"
+"""Ends the name of an input that is the fingerprint of a file's content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,14 @@ class StudyConfig:
     def seed(self) -> int:
         """Return the seed of a config that has one."""
         return self.seeds[0]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the files that decide a seed's rows, by name: configs, what the chain's flags name, and what a study
+        adds to them."""
+        given = [flag.removeprefix("--").partition("=") for flag in self.chain_flags]
+        flagged = {name.replace(".", "_"): path for name, _, path in given if path and Path(path).is_file()}
+        return {"chain": self.chain, **flagged}
 
     @property
     def shared(self) -> Path:
@@ -141,7 +157,7 @@ def run_seed(study: Study, config: StudyConfig, seed: int) -> list[Row]:
     """Return a seed's rows: run the study, or read what it left."""
     folder = Path(config.output_dir) / study.name / f"seed-{seed}"
     own = replace(config, output_dir=str(folder), seeds=[seed])
-    stage = open_stage(study.name, own, {})
+    stage = open_stage(study.name, own, fingerprints(own, folder))
     if not stage.complete:
         own.check()
         stage.begin()
@@ -152,6 +168,22 @@ def run_seed(study: Study, config: StudyConfig, seed: int) -> list[Row]:
         write_jsonl(folder / "rows.jsonl", map(asdict, rows))
         stage.finish({"rows": len(rows)})
     return read(folder)
+
+
+def fingerprints(config: StudyConfig, folder: Path) -> dict[str, str]:
+    """Return the fingerprint of each of a seed's files that is there, as <name>_file: of a YAML what it says, without
+    its comments. {} where the seed began before fingerprints were kept, unless it may be overwritten."""
+    begun = folder / "inputs.json"
+    if begun.is_file() and not config.overwrite and not any(name.endswith(FILE) for name in read_object(begun)):
+        return {}
+    found = {}
+    for name, path in config.files.items():
+        if Path(path).suffix in (".yaml", ".yml"):
+            settings, _ = configs.read_yaml(look_up(path, f"{path}: no such file", "configs"))
+            found[name + FILE] = data_fingerprint([settings])
+        elif path and Path(path).exists():
+            found[name + FILE] = data_fingerprint(path)
+    return found
 
 
 def read(folder: Path) -> list[Row]:
@@ -172,16 +204,26 @@ class Seed:
     machine: str
     versions: dict[str, str]
     rows: list[Row]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """The chain, its flags and its models without their folders, and the files' fingerprints; what an older seed did
+    not keep is missing."""
 
     @classmethod
     def of_run(cls, folder: Path) -> Seed:
         """Read what a run left in seed-<seed>."""
         made = Manifest.read(folder)
-        settings = {name: value for name, value in made.inputs["config"].items() if name not in OWN}
+        given = made.inputs["config"]
+        inputs = {name: anywhere(given[name]) for name in NAMED if given.get(name) is not None}
+        inputs |= {name: value for name, value in made.inputs.items() if name.endswith(FILE)}
         return cls(
-            seed=int(folder.name[5:]), settings=settings, seconds=round(made.seconds), machine=made.machine,
-            versions=made.versions, rows=read(folder),
+            seed=int(folder.name[5:]), settings={name: given[name] for name in given if name not in OWN},
+            seconds=round(made.seconds), machine=made.machine, versions=made.versions, rows=read(folder), inputs=inputs,
         )  # fmt: skip
+
+    def unlike(self, other: Seed) -> list[Change]:
+        """Return how another seed was made in another way; what only one of them kept is not compared."""
+        first, second = ({"config": {**one.settings, **one.inputs}} for one in (self, other))
+        return changes(first, second)
 
     def write(self, file: Path) -> None:
         """Write the seed as it is committed: a line that says how it was made, then a line per row."""
@@ -195,12 +237,26 @@ class Seed:
         return cls(**head, rows=[Row(**row) for row in rows])
 
 
+def anywhere(value: Any) -> Any:
+    """Return a setting without the folders in it: a model has another one on every machine."""
+    if isinstance(value, list):
+        return [anywhere(item) for item in value]
+    return re.sub(r"[^\s={}\[\],'\":]*/", "", str(value))
+
+
 def complete(study: Study, folder: Path) -> list[Seed]:
-    """Read the complete seeds of a study's folder, in their order. Raises InputError where there is none."""
+    """Read the complete seeds of a study's folder that were made as the newest was, in their order; a line names the
+    others. Raises InputError where there is none."""
     files = sorted(folder.glob("seed-*/manifest.json"), key=lambda file: int(file.parent.name[5:]))
     if not files:
         raise InputError(f"{folder}: no seed is complete; run the study")
-    return [Seed.of_run(file.parent) for file in files]
+    seeds = [Seed.of_run(file.parent) for file in files]
+    newest = seeds[files.index(max(files, key=lambda file: file.stat().st_mtime_ns))]
+    left_out = {seed.seed: found for seed in seeds if (found := seed.unlike(newest))}
+    for number, found in left_out.items():
+        seen = ", ".join(str(change).removeprefix("config.") for change in found)
+        console.stage_line(study.name, f"seed {number} is left out, seed {newest.seed} is newer: {seen}")
+    return [seed for seed in seeds if seed.seed not in left_out]
 
 
 def result_of(study: Study, seeds: Sequence[Seed]) -> dict[str, Any]:
@@ -218,9 +274,17 @@ def result_of(study: Study, seeds: Sequence[Seed]) -> dict[str, Any]:
         "checks": checks,
         "settings": seeds[-1].settings,
         "seconds": {str(seed.seed): seed.seconds for seed in seeds},
-        "machine": seeds[-1].machine,
-        "versions": seeds[-1].versions,
+        "machine": joined(seed.machine for seed in seeds),
+        "versions": {
+            name: joined(seed.versions[name] for seed in seeds if name in seed.versions)
+            for name in dict.fromkeys(name for seed in seeds for name in seed.versions)
+        },
     }
+
+
+def joined(texts: Iterable[str]) -> str:
+    """Return the different texts of several seeds as one."""
+    return " and ".join(dict.fromkeys(texts))
 
 
 def points(by_seed: Mapping[int, Sequence[Row]]) -> list[dict[str, Any]]:

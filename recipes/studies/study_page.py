@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.run import page as html
 from rlhf.run.checkpoint import write_json_atomic
@@ -91,7 +91,7 @@ def tables(result: Result) -> list[tuple[list[str], list[list[str]]]]:
         with_x = any(point["x"] is not None for point in found)
         head = [panel["name"] or "of", *([panel["x"]] if with_x else []), panel["y"], "over seeds", "over prompts"]
         rows = [
-            [point["series"], *([digits(point["x"])] if with_x else []), digits(point["value"]),
+            [named(point, len(result["seeds"])), *([digits(point["x"])] if with_x else []), digits(point["value"]),
              interval(point["seeds"]), interval(point["prompts"])]
             for point in found
         ]  # fmt: skip
@@ -173,12 +173,14 @@ def pictures(result: Result) -> dict[str, str]:
     for panel, found in drawn(result):
         lonely = all(point["x"] is None for point in found)
         height = 1.0 + 0.35 * len(found) if lonely else 3.4
-        made[panel["name"]] = html.svg(lambda axes, p=panel, f=found: draw(axes, p, f), 4.8, height)
+        seeds = len(result["seeds"])
+        made[panel["name"]] = html.svg(lambda axes, p=panel, f=found, s=seeds: draw(axes, p, f, s), 4.8, height)
     return made
 
 
-def draw(axes: Axes, panel: Mapping[str, str], found: Sequence[Mapping[str, Any]]) -> None:
-    """Draw a panel: curves with bands over seeds, or a value with its interval per series."""
+def draw(axes: Axes, panel: Mapping[str, str], found: Sequence[Mapping[str, Any]], seeds: int) -> None:
+    """Draw a panel: curves with bands over seeds, or a value with its interval per series. A hollow point is the mean
+    of fewer seeds than the study's, and no neighbour of those that are of all."""
     curves: dict[str, list[Mapping[str, Any]]] = {}
     for point in found:
         curves.setdefault(point["series"], []).append(point)
@@ -186,19 +188,24 @@ def draw(axes: Axes, panel: Mapping[str, str], found: Sequence[Mapping[str, Any]
         for place, point in enumerate(reversed(found)):
             low, high = point["seeds"] or (point["value"], point["value"])
             axes.plot([low, high], [place, place], color=html.FIRST, linewidth=1.4)
-            axes.plot([point["value"]], [place], "o", color=html.FIRST, markersize=5)
+            axes.plot([point["value"]], [place], "o", color=html.FIRST, markersize=5, fillstyle=fill(point, seeds))
             axes.plot(point["by_seed"], [place] * len(point["by_seed"]), "|", color=html.INK, markersize=7)
-        axes.set_yticks(range(len(found)), [point["series"] for point in reversed(found)])
+        axes.set_yticks(range(len(found)), [named(point, seeds) for point in reversed(found)])
         axes.set_xlabel(panel["y"])
         return
     for place, (name, curve) in enumerate(curves.items()):
         along = [point for point in curve if point["x"] is not None]
-        x, y = [point["x"] for point in along], [point["value"] for point in along]
-        color = COLORS[place % len(COLORS)]
-        axes.plot(x, y, color=color, linewidth=1.6, marker="o" if len(x) < 20 else None, markersize=2.5, label=name)
-        if all(point["seeds"] for point in along):
-            low, high = zip(*(point["seeds"] for point in along), strict=True)
-            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        whole = [point for point in along if len(point["by_seed"]) == seeds]
+        few = [point for point in along if len(point["by_seed"]) < seeds]
+        color, marker = COLORS[place % len(COLORS)], "o" if len(along) < 20 else None
+        axes.plot(*line(whole), color=color, linewidth=1.6, marker=marker, markersize=2.5, label=name)
+        if few:
+            axes.plot(*line(few), "o", color=color, markersize=4.5, fillstyle="none")
+        if whole and all(point["seeds"] for point in whole):
+            low, high = zip(*(point["seeds"] for point in whole), strict=True)
+            axes.fill_between(line(whole)[0], low, high, color=color, alpha=0.12, linewidth=0)
+    if any(len(point["by_seed"]) < seeds for point in found):
+        axes.plot([], [], "o", color=html.INK, markersize=4.5, fillstyle="none", label="not of all seeds")
     if panel["scale"] == "log":
         axes.set_xscale("log")
     elif panel["scale"] == "sqrt":
@@ -206,3 +213,17 @@ def draw(axes: Axes, panel: Mapping[str, str], found: Sequence[Mapping[str, Any]
     axes.set_xlabel(panel["x"])
     axes.set_ylabel(panel["y"])
     html.legend(axes)
+
+
+def line(found: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    return [point["x"] for point in found], [point["value"] for point in found]
+
+
+def fill(point: Mapping[str, Any], seeds: int) -> Literal["full", "none"]:
+    return "full" if len(point["by_seed"]) == seeds else "none"
+
+
+def named(point: Mapping[str, Any], seeds: int) -> str:
+    """Return a point's series, with the number of its seeds where it lacks some."""
+    few = len(point["by_seed"])
+    return point["series"] if few == seeds else f"{point['series']} ({few} of {seeds} seeds)"

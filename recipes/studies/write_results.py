@@ -1,6 +1,6 @@
 """Write every result table and picture of README and guides from the committed results.
 
-    python recipes/studies/write_results.py                 # README.md and the guides
+    python recipes/studies/write_results.py                 # verdicts of today's checks, README.md and the guides
     python recipes/studies/write_results.py runs/studies    # take over the results of that folder of studies first
     python recipes/studies/write_results.py runs/benchmark  # or the tables of a benchmark, under its folder's name
 
@@ -23,7 +23,7 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf_recipes.studies import study_page
-from rlhf_recipes.studies.study import Seed, Study, complete, result_of
+from rlhf_recipes.studies.study import Row, Seed, Study, complete, result_of
 from rlhf_recipes.studies.verdicts import RULE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +43,25 @@ def results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {
         one["name"]: one for one in sorted((one for one in found if "checks" in one), key=lambda one: one["number"])
     }
+
+
+def judged_again(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a committed result with the texts, checks and verdict that its study has now, from each seed's rows in
+    seeds/; without them from its points, of which one that a seed lacks is no seed's."""
+    study: Study = importlib.import_module(f"rlhf_recipes.studies.{result['name']}").STUDY
+    files = [RESULTS / "seeds" / f"{study.name}-{number}.jsonl" for number in result["seeds"]]
+    if all(file.is_file() for file in files):
+        return result_of(study, [Seed.read(file) for file in files])
+    whole = [point for point in result["points"] if len(point["by_seed"]) == len(files)]
+    seeds = [
+        Seed(
+            seed=number, settings=result["settings"], seconds=result["seconds"][str(number)], machine=result["machine"],
+            versions=result["versions"],
+            rows=[Row(one["series"], one["by_seed"][place], one["x"], panel=one["panel"]) for one in whole],
+        )
+        for place, number in enumerate(result["seeds"])
+    ]  # fmt: skip
+    return {**result_of(study, seeds), "points": result["points"]}
 
 
 def take_over(runs: Path) -> list[str]:
@@ -69,7 +88,7 @@ def take_over_study(folder: Path) -> None:
     study: Study = importlib.import_module(f"rlhf_recipes.studies.{folder.name}").STUDY
     own = complete(study, folder)
     committed = {file: Seed.read(file) for file in (RESULTS / "seeds").glob(f"{study.name}-*.jsonl")}
-    alike = {seed.seed: seed for seed in [*committed.values(), *own] if seed.settings == own[-1].settings}
+    alike = {seed.seed: seed for seed in [*committed.values(), *own] if not seed.unlike(own[-1])}
     lost = sorted(set(results(RESULTS).get(study.name, {}).get("seeds", [])) - set(alike))
     if lost:
         raise InputError(
@@ -86,7 +105,9 @@ def take_over_study(folder: Path) -> None:
 def take_over_benchmark(run: Path) -> str:
     """Copy the tables of a benchmark, with the settings and the machine that they were made with; their name."""
     config = json.loads((run / "results.json").read_text(encoding="utf-8"))["config"]
-    titles, *tables = re.split(r"^### (.*)\n", (run / "tables.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    file = run / "tables.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    titles, *tables = re.split(r"^### (.*)\n", text, flags=re.MULTILINE)
     if titles.strip() or not tables:
         raise InputError(f"{run}/tables.md: holds no table; let the benchmark run to its end")
     made = {
@@ -170,6 +191,8 @@ def main(argv: list[str]) -> None:
     for folder in map(Path, argv):
         benchmark = (folder / "results.json").is_file()
         print(take_over_benchmark(folder) if benchmark else " ".join(take_over(folder)))
+    for result in results(RESULTS).values():
+        study_page.write_result(judged_again(result), RESULTS)
     for document in DOCUMENTS:
         path = ROOT / document
         path.write_text(written(path.read_text(encoding="utf-8"), document), encoding="utf-8")

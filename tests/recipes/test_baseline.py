@@ -116,7 +116,11 @@ def test_every_method_trains_and_leaves_a_stage(tmp_path, base, files, tiny_toke
     steps = {json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()}
     assert max(steps) == {"dpo": 2, "kto": 2, "grpo": 4, "rloo": 4}[method]
     assert (out / "report.html").exists()
+    for name in ("baseline.json", "report.html"):  # a run that was killed before it wrote them
+        (out / name).unlink()
     assert "complete, skipped" in run(*given).out
+    assert json.loads((out / "baseline.json").read_text()) == told
+    assert (out / "report.html").exists()
 
 
 def test_pairs_and_labels_by_hand():

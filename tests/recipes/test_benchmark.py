@@ -51,10 +51,28 @@ def test_weights_by_hand():
     assert (SMALL.trunk_weights, SMALL.head_weights, SMALL.adapter_weights(3)) == (TRUNK, HEAD, ADAPTER)
 
 
+def test_bytes_are_those_of_what_is_stored():
+    """In four bits the layers, not the head; a bfloat16 run that trains all weights keeps them in float32, and its
+    cache in bfloat16."""
+    case = cases.CASES["tiny"]
+    steps, rows = case.new_tokens, [(p, case.new_tokens) for p in case.prompt_lengths]
+    cache = 2 * 2 * 4 * sum(p * (r - 1) + r * (r - 1) // 2 for p, r in rows)  # numbers: key and value, layers, width
+    for settings, weights, cached in (
+        ({}, 4 * (TRUNK + HEAD), 4),
+        ({"bf16": True}, 4 * (TRUNK + HEAD), 2),
+        ({"bf16": True, "lora_rank": 3}, 2 * (TRUNK + HEAD), 2),
+        ({"bf16": True, "lora_rank": 3, "load_in_4bit": True}, TRUNK / 2 + 2 * HEAD, 2),
+    ):
+        assert limit.generate(limit.update_of(settings, case, SMALL)).bytes == steps * weights + cached * cache
+    quantized = limit.update_of({"bf16": True, "lora_rank": 3, "load_in_4bit": True}, case, SMALL)
+    assert limit.score(quantized).bytes == TRUNK / 2
+    assert limit.logprobs(quantized).bytes == 3 * TRUNK / 2 + 2 * 2 * HEAD
+
+
 def test_generation_by_hand():
     # Prompts: 8 tokens through the trunk; 1+2+3 + 1+2+3+4+5 = 21 pairs. Decoding: row 1 one step with 4 keys, row 2
     # three steps with 6, 7, 8 keys: 25 pairs, 4 tokens. A pair costs 4 x 2 layers x 8 channels. The head: 6 tokens.
-    work = limit.generate(update(weight_bytes=2))
+    work = limit.generate(update(trunk_bytes=2, head_bytes=2, cache_bytes=2))
     assert work.flops == 2 * TRUNK * (8 + 4) + 64 * (21 + 25) + 2 * HEAD * 6
     # Four steps (the longest response) read all weights; each pair reads key and value, 2 x 2 layers x 4 channels.
     assert work.bytes == 2 * 4 * (TRUNK + HEAD) + 2 * 16 * 25
@@ -70,7 +88,7 @@ def test_phases_by_hand():
     assert work.flops == 3 * (2 * 3 * (forward + attention) + 6 * HEAD * 6)
     # 6 steps: weights in forward, and backward; Adam on two full models.
     assert work.bytes == 6 * (4 * (4 * TRUNK + 2 * HEAD) + 32 * 2 * (TRUNK + HEAD))
-    lora = limit.update_phase(update(lora_rank=3, value_model="adapter", weight_bytes=2))
+    lora = limit.update_phase(update(lora_rank=3, value_model="adapter", trunk_bytes=2, head_bytes=2))
     first = 2 * (64 + 32 + 32 + 3 * 3 * 8)  # what the first layer's query, key and value don't hand down
     trunk = 14 * (2 * (TRUNK + ADAPTER) + 2 * TRUNK + 4 * ADAPTER - first) + 3 * attention
     assert lora.flops == 3 * (2 * trunk + 4 * HEAD * 6)
@@ -443,6 +461,18 @@ def test_ours_runs_and_never_stops_early(job, settings):
     phases = sum(seconds[name] for name in ("generate", "score", "logprobs", "update"))
     assert 0 < phases <= seconds["step"]
     assert result["peak_bytes"] > 0.99 * result["imported_bytes"] > 0  # the kernel counts pages in batches
+
+
+def test_tables_of_an_earlier_benchmark_go_with_its_results(tmp_path):
+    """A second run in the same folder that is killed before its first table leaves none under its own settings."""
+    board_module.Board(tmp_path).keep("config", {"updates": 1})
+    (tmp_path / "tables.md").write_text("### Of one update")
+    board = board_module.Board(tmp_path)
+    board.keep("config", {"updates": 2})
+    assert not (tmp_path / "tables.md").exists()
+    board.show("Of two updates", "| x |")
+    board.keep("speed", {})
+    assert "Of two updates" in (tmp_path / "tables.md").read_text()
 
 
 @pytest.mark.slow

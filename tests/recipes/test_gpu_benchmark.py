@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,46 @@ def test_the_parts_and_their_limits():
     assert all(part.seconds < gpu.SECONDS / 2 for part in gpu.PARTS)
     everything = {run for groups in (parts.SMALL, parts.LARGE) for group in groups for run in group}
     assert everything == set(parts.RUNS)
+
+
+def test_what_trl_takes_costs_no_number_of_ours(tmp_path, monkeypatch):
+    """A part that is stopped in trl's updates has kept all of ours."""
+
+    class Turns:
+        failures, folder = [], tmp_path
+
+        def __init__(self, folder):
+            pass
+
+        def in_turns(self, size, workers, updates):
+            if any(run in parts.TRL for run in workers):
+                raise KeyboardInterrupt
+            return {run: {} for run in workers}
+
+    class Nothing:
+        def start(self):
+            pass
+
+    kept = []
+    for name, stand_in in {
+        "Board": Turns, "worker_of": lambda *given: Nothing(), "peaks": lambda *given: {}, "summarize": lambda one: {},
+        "keep": lambda job, found: kept.append(set(found["runs"])), "hindrance": lambda *given: None,
+        "made": lambda *given: {"sizes": {}},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(parts, name, stand_in)
+    monkeypatch.setattr(parts.Sizes, "of", lambda sizes: None)
+    monkeypatch.setattr(parts.gpu_numbers, "of", lambda *given: {})
+    monkeypatch.setattr(parts.gpu_numbers, "table", lambda found: "")
+    with pytest.raises(KeyboardInterrupt):
+        parts.ppo_small({"folder": str(tmp_path), "tiny": True})
+    assert kept[-1] == {run for run in parts.RUNS if "ours" in run} - {"ours_qlora"}
+
+
+def test_a_part_names_every_package_that_ppo_imports():
+    """Else a machine without it is told that the part failed."""
+    project = tomllib.loads((recipe.ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.match(r"[\w-]+", line)[0].replace("PyYAML", "yaml") for line in project["dependencies"]}
+    assert set(gpu.PPO) == needed - {"trl", "datasets"}  # which the parts that use them name
 
 
 @pytest.mark.parametrize(("size", "weights"), [("small", 596_049_920), ("large", 4_022_468_096)])

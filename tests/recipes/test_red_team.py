@@ -246,29 +246,43 @@ def told(prompts, completions, **columns):
 TRAINED = [pytest.param(method, marks=pytest.mark.slow) for method in ("sft", "ppo")]
 
 
+TRAIN = {
+    "sft": '{"epochs": 1, "batch_size": 4, "microbatch_size": 4}',
+    "ppo": '{"updates": 2, "rollout_size": 4, "minibatch_size": 4, "inner_epochs": 1, "save_steps": 1}',
+}
+
+
+def attacking(tmp_path: Path, given: list[object], method: str) -> list[object]:
+    """Return the flags with which a model writes six attacks."""
+    (tmp_path / "f.py").write_text(FUNCTIONS)
+    flags = ["--attack.method", method, "--attack.attacker", given[1], "--attack.attacks", 6]
+    flags += ["--success", f"{tmp_path / 'f.py'}:told", "--attack.valid", f"{tmp_path / 'f.py'}:valid"]
+    flags += ["--attack.max_new_tokens", 6]
+    return flags + (["--attack.train", TRAIN[method]] if method in TRAIN else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_a_run_that_replaces_another_trains_an_attacker_of_its_own(tmp_path, given, method):
+    """The other's attacker and its bank of attacks, which are deleted with it, count for nothing."""
+    run(tmp_path, "x", *given, *attacking(tmp_path, given, method))
+    attacker = tmp_path / "runs/x/attacker"
+    before = (attacker / "model.safetensors").read_bytes()
+    if method == "ppo":
+        with (attacker / "bank.jsonl").open("a") as bank:
+            bank.write(json.dumps({"step": 0, "attack": "of the run before"}) + "\n")
+    numbers = run(tmp_path, "x", *given, *attacking(tmp_path, given, method), "--seed", 5, "--overwrite")["attacks"]
+    assert (attacker / "trained.json").is_file()
+    assert (attacker / "model.safetensors").read_bytes() != before
+    if method == "ppo":
+        kept = rows(attacker / "bank.jsonl") if (attacker / "bank.jsonl").exists() else []
+        assert len(kept) == numbers["hits_in_training"]
+        assert "of the run before" not in {row["attack"] for row in kept}
+
+
 @pytest.mark.parametrize("method", ["zero_shot", "few_shot", *TRAINED])
 def test_attacks_that_a_model_writes(tmp_path, given, method):
-    (tmp_path / "f.py").write_text(FUNCTIONS)
-    train = {
-        "sft": '{"epochs": 1, "batch_size": 4, "microbatch_size": 4}',
-        "ppo": '{"updates": 2, "rollout_size": 4, "minibatch_size": 4, "inner_epochs": 1, "save_steps": 1}',
-    }
-    flags = [
-        "--attack.method",
-        method,
-        "--attack.attacker",
-        given[1],
-        "--attack.attacks",
-        6,
-        "--success",
-        f"{tmp_path / 'f.py'}:told",
-        "--attack.valid",
-        f"{tmp_path / 'f.py'}:valid",
-        "--attack.max_new_tokens",
-        6,
-    ]
-    flags += ["--attack.train", train[method]] if method in train else []
-    content = run(tmp_path, method, *given, *flags)
+    content = run(tmp_path, method, *given, *attacking(tmp_path, given, method))
     metrics, numbers = content["metrics"], content["attacks"]
     assert metrics["generated/attack_success"]["n"] == numbers["attacks"] == 6
     assert metrics["generated/attack_success"]["value"] == numbers["success"]["value"]

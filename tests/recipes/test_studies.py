@@ -18,8 +18,20 @@ from reference.documents import ROOT
 
 from rlhf import config as configs
 from rlhf.errors import InputError
-from rlhf_recipes.studies import all_studies, study_page, write_results
-from rlhf_recipes.studies.study import Check, Panel, Row, Study, StudyConfig, at, main, run_seed
+from rlhf_recipes.studies import all_studies, study, study_page, write_results
+from rlhf_recipes.studies.study import (
+    Check,
+    Panel,
+    Row,
+    Seed,
+    Study,
+    StudyConfig,
+    anywhere,
+    at,
+    main,
+    result_of,
+    run_seed,
+)
 from rlhf_recipes.studies.verdicts import checked, over_prompts, over_seeds, verdict
 
 STUDIES = [script.stem for script in all_studies.studies()]
@@ -38,7 +50,7 @@ RUNS: list[int] = []
 
 def run(config: SlopeConfig) -> Iterator[Row]:
     RUNS.append(config.seed)
-    assert config.shared == Path(config.output_dir).parents[1] / "runs" / f"toy-{config.seed}"
+    assert config.shared == Path(config.output_dir).parents[1] / "runs" / f"{Path(config.chain).stem}-{config.seed}"
     for x in (4, 1, 2):
         yield Row(series="<b>line", x=x, value=config.slope * x + config.seed, low=0.0, high=9.0, n=10)
 
@@ -83,6 +95,62 @@ def test_other_settings_are_refused_unless_they_may_overwrite(tmp_path):
     assert [row.value for row in again] == [9.0, 3.0, 5.0]
 
 
+def chained(folder: Path, text: str, *flags: str) -> dict:
+    (folder / "toy.yaml").write_text(text)
+    return started(folder, "--chain", str(folder / "toy.yaml"), *flags)
+
+
+def test_a_seed_whose_files_changed_is_not_taken_for_complete(tmp_path):
+    """The chain's config by what it says, and data that a flag of the chain names."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}\n")
+    flags = ["--seeds", "[1]", "--chain_flags", json.dumps([f"--data.rankings={data}"])]
+    RUNS.clear()
+    chained(tmp_path, "seed: 0\n", *flags)
+    chained(tmp_path, "# another comment\nseed: 0\n", *flags)
+    assert RUNS == [1]
+    with pytest.raises(InputError, match=r"slope/seed-1 belongs to another run: chain_file was \w{12}, now \w{12};"):
+        chained(tmp_path, "seed: 1\n", *flags)
+    data.write_text("[]\n")
+    with pytest.raises(InputError, match=r"data_rankings_file was \w{12}, now \w{12};"):
+        chained(tmp_path, "seed: 0\n", *flags)
+    chained(tmp_path, "seed: 1\n", *flags, "--overwrite")
+    assert RUNS == [1, 1]
+
+
+def forget_files(folder: Path) -> None:
+    """Make a complete seed one of the time before the fingerprints of its files were kept."""
+    for name in ("inputs", "manifest"):
+        content = json.loads((folder / f"{name}.json").read_text())
+        (content if name == "inputs" else content["inputs"]).pop("chain_file")
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_a_seed_without_fingerprints_of_its_files_stays_complete(tmp_path):
+    RUNS.clear()
+    chained(tmp_path, "seed: 0\n", "--seeds", "[0]")
+    forget_files(tmp_path / "out/slope/seed-0")
+    assert chained(tmp_path, "seed: 1\n", "--seeds", "[0, 1]")["seeds"] == [0, 1]
+    chained(tmp_path, "seed: 1\n", "--seeds", "[0]", "--overwrite")
+    assert RUNS == [0, 1, 0]
+
+
+def test_the_table_is_of_seeds_that_were_made_alike(tmp_path, capsys):
+    started(tmp_path, "--seeds", "[0, 2]")
+    result = started(tmp_path, "--seeds", "[1]", "--slope", "2.0")
+    assert (result["seeds"], result["settings"]) == ([1], {"slope": 2.0})
+    assert "seed 2 is left out, seed 1 is newer: slope was 1.0, now 2.0" in capsys.readouterr().out
+    result = started(tmp_path, "--seeds", "[1]", "--chain", "smoke.yaml", "--overwrite")
+    assert result["seeds"] == [1]
+    assert re.search(r"seed 0 is left out.*: chain was \"toy.yaml\", now \"smoke.yaml\"", capsys.readouterr().out)
+
+
+def test_folders_of_a_machine_tell_no_seeds_apart():
+    flags = ["--sft.model=/work/models/Smol-135M", "--data.options={source: /tmp/a b.gz}", "--ppo.kl_coef=0.1"]
+    assert anywhere(flags) == ["--sft.model=Smol-135M", "--data.options={source: a b.gz}", "--ppo.kl_coef=0.1"]
+    assert anywhere("owner/Smol-135M") == "Smol-135M"
+
+
 def test_intervals_by_hand():
     assert over_seeds([0.5]) is None
     low, high = over_seeds([1.0, 2.0, 3.0]) or (0, 0)  # Student's t of 2 degrees: 4.302653
@@ -122,11 +190,11 @@ def loaded(name: str) -> tuple[Study, StudyConfig]:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_says_what_it_is(name):
-    study, config = loaded(name)
-    assert study.name == name
-    assert study.claim.endswith(".")
-    assert study.miniature.endswith(".")
-    assert study.checks
+    found, config = loaded(name)
+    assert found.name == name
+    assert found.claim.endswith(".")
+    assert found.miniature.endswith(".")
+    assert found.checks
     assert len(config.seeds) >= 3
     assert (ROOT / "recipes/configs" / config.chain).is_file()
     assert replace(config, seeds=[2]).seed == 2
@@ -146,6 +214,21 @@ def test_documents_show_the_committed_results(document):
     assert write_results.written(text, document) == text, "run: python recipes/studies/write_results.py"
 
 
+@pytest.mark.parametrize("result", write_results.results().values(), ids=lambda result: result["name"])
+def test_a_committed_verdict_is_that_of_todays_checks(result):
+    again = json.loads(json.dumps(write_results.judged_again(result)))
+    assert again == result, "run: python recipes/studies/write_results.py"
+
+
+def test_a_verdict_without_seeds_rows_is_of_the_points_that_every_seed_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(write_results.importlib, "import_module", lambda name: SimpleNamespace(STUDY=STUDY))
+    monkeypatch.setattr(write_results, "RESULTS", tmp_path)
+    result = started(tmp_path)
+    point = result["points"][0] | {"x": 8.0, "by_seed": [3.0]}
+    kept = result | {"points": [*result["points"], point], "checks": [], "verdict": "no", "claim": "It falls."}
+    assert write_results.judged_again(kept) == result | {"points": kept["points"]}
+
+
 MEASURED = re.compile(r"\[-?\d*\.\d+, -?\d*\.\d+\]|s/update")
 
 
@@ -162,9 +245,11 @@ def test_a_benchmark_is_taken_over_without_its_folders(tmp_path, monkeypatch):
     run.mkdir()
     config = {"output_dir": str(run), "model": "/somewhere", "updates": 3, "machine": "one CPU"}
     (run / "results.json").write_text(json.dumps({"config": config}))
-    (run / "tables.md").write_text("")
-    with pytest.raises(InputError, match="holds no table"):
-        write_results.take_over_benchmark(run)
+    for text in (None, ""):
+        if text is not None:
+            (run / "tables.md").write_text(text)
+        with pytest.raises(InputError, match="holds no table"):
+            write_results.take_over_benchmark(run)
     (run / "tables.md").write_text("### A, b\n\n| x |\n| --- |\n\n### C\n\n| y |\n")
     monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")
     assert write_results.take_over_benchmark(run) == "speed_here"
@@ -200,6 +285,35 @@ def test_seeds_of_several_machines_make_one_result(tmp_path, monkeypatch):
     assert len(list((tmp_path / "results/seeds").iterdir())) == 4
 
 
+def test_seeds_of_another_chain_do_not_join_the_committed_ones(tmp_path, monkeypatch):
+    """Neither of another name, nor of the same name with other content; seeds that did not keep it do."""
+    monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(write_results.importlib, "import_module", lambda name: SimpleNamespace(STUDY=STUDY))
+    for name in ("first", "named", "changed", "older"):
+        (tmp_path / name).mkdir()
+    chained(tmp_path / "first", "seed: 0\n", "--seeds", "[0]")
+    write_results.take_over(tmp_path / "first/out")
+    started(tmp_path / "named", "--seeds", "[1]", "--chain", "smoke.yaml")
+    chained(tmp_path / "changed", "seed: 1\n", "--seeds", "[1]")
+    for name in ("named", "changed"):
+        with pytest.raises(InputError, match="would lose seed 0"):
+            write_results.take_over(tmp_path / name / "out")
+    chained(tmp_path / "older", "seed: 1\n", "--seeds", "[1]")
+    forget_files(tmp_path / "older/out/slope/seed-1")
+    write_results.take_over(tmp_path / "older/out")
+    assert write_results.results(tmp_path / "results")["slope"]["seeds"] == [0, 1]
+
+
+def test_a_result_names_every_machine_and_version_of_its_seeds(tmp_path):
+    run_seed(STUDY, SlopeConfig(output_dir=str(tmp_path)), 0)
+    one = Seed.of_run(tmp_path / "slope/seed-0")
+    other = replace(one, seed=1, machine="another", versions={"torch": "9"})
+    result = result_of(STUDY, [one, other])
+    assert result["machine"] == f"{one.machine} and another"
+    assert result["versions"]["torch"] == f"{one.versions['torch']} and 9"
+    assert result["versions"]["trl"] == one.versions["trl"]
+
+
 def test_a_result_without_its_seeds_rows_is_not_replaced_by_less(tmp_path, monkeypatch):
     """One that was committed before rows were."""
     monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")
@@ -232,6 +346,33 @@ def test_one_table_of_all_panels():
         "| DPO | 0.5 [0.25, 0.75] |  |",
     ]  # fmt: skip
     assert study_page.by_series(result, bare=("",)).splitlines()[2:] == ["| PPO | 0.5 | 1,234 |", "| DPO | 0.5 |  |"]
+
+
+def test_points_that_not_every_seed_has_are_told_apart(monkeypatch):
+    """They are hollow, off the line and its band, and a table names how many seeds they are of."""
+    shown = {}
+    monkeypatch.setattr(study_page.html, "svg", lambda draw, *size: shown.update(axes=axes(draw)) or "<svg>")
+    by_seed = {0: [Row("a", 1.0, 1), Row("a", 2.0, 2), Row("b", 5.0)], 1: [Row("a", 3.0, 1), Row("b", 5.0)]}
+    result = {"name": "x", "seeds": [0, 1], "panels": [{"name": "", "x": "x", "y": "y", "scale": "linear"}]}
+    curve = [point for point in study.points(by_seed) if point["series"] == "a"]
+    study_page.pictures(result | {"points": curve})
+    whole, few, entry = shown["axes"].lines
+    assert (list(whole.get_xdata()), list(whole.get_ydata())) == ([1], [2.0])
+    assert (list(few.get_xdata()), few.get_fillstyle()) == ([2], "none")
+    assert entry.get_label() == "not of all seeds"
+    assert [row[0] for row in study_page.tables(result | {"points": curve})[0][1]] == ["a", "a (1 of 2 seeds)"]
+    alone = study.points({0: [Row("a", 1.0), Row("b", 2.0)], 1: [Row("a", 3.0)]})
+    study_page.pictures(result | {"points": alone})
+    labels = [label.get_text() for label in shown["axes"].get_yticklabels()]
+    assert labels == ["b (1 of 2 seeds)", "a"]
+
+
+def axes(draw):
+    from matplotlib.figure import Figure
+
+    made = Figure().subplots()
+    draw(made)
+    return made
 
 
 def test_workers_share_the_seeds_of_a_chain():

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from reward_models.labelled_texts import LabelledText
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.rows.records import Ranking
+from rlhf.run.stages import Manifest
+from rlhf_recipes.moderation_config import ModerationRecipe
 from rlhf_recipes.studies import (
     kl_or_stopping,
     labelers,
     length_bias,
+    moderation_folds,
     overoptimisation,
+    predict_toy,
     proxy_runs,
     root_kl,
     sentiment,
@@ -71,8 +81,36 @@ def test_two_runs_are_apart_where_both_have_been():
     free = [Row(kl_or_stopping.FREE, value, x) for x, value in ((0.0, 5.0), (1.0, 6.0), (2.0, 7.0))]
     other = [Row("penalty 0.2", value, x) for x, value in ((0.0, 9.0), (1.0, 6.5), (2.0, 6.9), (4.0, 1.0))]
     assert kl_or_stopping.apart([*free, *other]) == pytest.approx((0.5 + 0.1) / 2)
-    with pytest.raises(InputError, match="no penalised run came as far"):
+    with pytest.raises(InputError, match="no penalised run came as far as 1 nats"):
         kl_or_stopping.apart([*free, other[0]])
+
+
+def test_what_is_nearly_one_run_is_not_compared():
+    """Below a nat the penalised and the free run are the same few updates."""
+    gold = ((0.25, 5.0), (0.5, 5.0), (0.75, 5.0), (1.0, 6.0), (2.0, 7.0))
+    rows = [Row(kl_or_stopping.FREE, value, x) for x, value in gold]
+    rows += [Row("penalty 0.2", value + (0.4 if x >= 1.0 else 0.0), x) for x, value in gold]
+    (check,) = kl_or_stopping.STUDY.checks
+    assert check.margin(rows) == pytest.approx(0.3 - 0.4)
+
+
+def curve(gold: np.ndarray) -> list[Row]:
+    """Return the rows that study 4 checks, of gold by update [32, responses]."""
+    means = gold.mean(axis=1)
+    ends = [Row(overoptimisation.PPO, value, float(x), value - 0.196, value + 0.196, panel=overoptimisation.KL)
+            for x, value in enumerate(means)]  # fmt: skip
+    ends += [Row("gold, at its peak", means.max(), panel=overoptimisation.END)]
+    return [*ends, Row("gold, at the end", means[-1], panel=overoptimisation.END)]
+
+
+def test_flat_gold_does_not_fall_from_its_peak():
+    """The highest of 32 noisy means lies above the last in nearly every run, 4 standard errors (0.1) above it in 4%."""
+    draw = np.random.default_rng(0)
+    margins = [overoptimisation.fallen(curve(draw.normal(5.0, 1.0, (32, 100)))) for _ in range(300)]
+    assert 0.01 < np.mean(np.array(margins) > 0) < 0.08
+    falling = np.linspace(5.0, 4.0, 32)[:, None] * np.ones((1, 100))
+    assert overoptimisation.fallen(curve(falling)) == pytest.approx(1.0 - 4 * 0.1)
+    assert overoptimisation.STUDY.checks[0].margin is overoptimisation.fallen
 
 
 def test_a_straight_line():
@@ -87,6 +125,18 @@ def test_labelers_agree_where_neither_ties():
     assert (row.value, row.n) == (0.5, 1)
 
 
+def test_labelers_among_themselves_are_two_different_ones(monkeypatch):
+    """Of two who never agree, so a labeler beside itself would show."""
+    ranks = {"ada": (1.0, 2.0), "ben": (2.0, 1.0)}
+    monkeypatch.setattr(
+        labelers, "labelled", lambda rankings, names, seed: [replace(r, ranks=ranks[names[0]]) for r in rankings]
+    )
+    held_out = [Ranking([{"role": "user", "content": str(n)}], ("a", "b"), (1.0, 2.0)) for n in range(50)]
+    assert labelers.among(held_out, ["ada", "ben"], 0).value == 0.0
+    first, _ = labelers.two_labelers(held_out, ["ada", "ben"], 0)
+    assert 10 < sum(r.ranks == ranks["ada"] for r in first) < 40
+
+
 def test_distinct_pairs_of_words():
     assert sentiment.distinct(["a b a b", "a b", "c"], 2) == 0.5
     assert sentiment.distinct([""], 2) == 0.0
@@ -95,6 +145,83 @@ def test_distinct_pairs_of_words():
 def test_a_wrong_baseline_is_told_before_the_chain_runs():
     with pytest.raises(InputError, match=r"--methods: expected a list of one of dpo, kto, grpo, rloo, got '\[gpo\]'"):
         configs.load(sentiment.SentimentConfig, ["--methods", "[gpo]"])
+
+
+def test_generates_pace_is_of_all_batches_but_the_first(monkeypatch):
+    """Batches of 4, then 1 and 7 tokens up to the stop, a second each: 8 tokens in 2 seconds."""
+    stop, batches = 9, iter([[[1, 1, 1, 9, 0, 0, 0]], [[9, 0, 0, 0, 0, 0, 0]], [[1] * 7]])
+    clock = iter(range(10))
+
+    class Policy:
+        def eval(self):
+            return self
+
+        def generate(self, prompt, **settings):
+            return torch.cat([prompt, torch.tensor(next(batches))], dim=1)
+
+    monkeypatch.setattr("rlhf.models.loading.load_policy", lambda model: Policy())
+    monkeypatch.setattr("rlhf.models.loading.load_tokenizer", lambda model: None)
+    monkeypatch.setattr("rlhf.chat.encode_prompt", lambda tokenizer, messages: [5, 5])
+    monkeypatch.setattr("rlhf.chat.stop_ids", lambda tokenizer: [stop])
+    monkeypatch.setattr("rlhf.chat.pad_id", lambda tokenizer: 0)
+    monkeypatch.setattr(serving_latency.time, "perf_counter", lambda: float(next(clock)))
+    settings = serving_latency.LatencyConfig(model="m", answers=2)
+    assert serving_latency.of_generate("m", 1, settings) == (1.0, 4.0)
+
+
+def test_a_seed_of_the_prediction_takes_nothing_of_another(tmp_path, monkeypatch):
+    made, folders = [], []
+
+    def make(data, seed, pretraining_documents):
+        data.mkdir(parents=True)
+        (data / "eval_prompts.jsonl").write_text("")
+        made.append(seed)
+
+    def train(size, data, folder, seed):
+        folders.append(folder)
+        compute = 1e10 * size.hidden**2 * size.layers * size.share
+        loss = (1 + seed) * compute**-0.1
+        return {"compute": compute, "loss": loss, "mean_log_pass_rate": -loss, "seconds": 1.0}
+
+    monkeypatch.setattr(predict_toy, "import_function", lambda name: make)
+    monkeypatch.setattr(predict_toy, "train", train)
+    monkeypatch.setattr(predict_toy, "QUANTITIES", ("mean_log_pass_rate",))
+    monkeypatch.setattr(predict_toy, "tables", lambda *given: [])
+    for seed in ("0", "1", "1"):
+        monkeypatch.setattr("sys.argv", ["predict_toy.py", "--output_dir", str(tmp_path), "--seed", seed])
+        predict_toy.main()
+    assert made == [0, 1]
+    assert len(set(folders)) == 12
+    first, second = (json.loads((tmp_path / f"seed-{n}/predicted_mean_log_pass_rate.json").read_text()) for n in (0, 1))
+    assert second["value"] == pytest.approx(2 * first["value"], rel=1e-6)
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_fold_that_is_trained_anew_is_judged_anew(tmp_path, monkeypatch):
+    judged = []
+
+    class Model:
+        categories = ("rude",)
+
+        def probabilities(self, texts):
+            judged.append(len(texts))
+            return np.full((len(texts), 1), 0.5)
+
+    def moderation(config, name):
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        Manifest(stage="moderation", inputs={"epochs": config.epochs}, seed=0).write(folder)
+
+    monkeypatch.setattr(moderation_folds, "moderation", moderation)
+    monkeypatch.setattr("reward_models.moderation.ModerationModel.load", lambda folder: Model())
+    monkeypatch.setattr("reward_models.words.fit_words", lambda *given: SimpleNamespace(logits=Model().probabilities))
+    text = LabelledText(prompt=ASKED, labels={"rude": 1.0})
+    config = ModerationRecipe(model="m", train_data="x", output_dir=str(tmp_path))
+    for epochs, times in ((1.0, 2), (1.0, 2), (2.0, 4)):
+        own = replace(config, epochs=epochs)
+        found = moderation_folds.one_fold(own, 0, ["rude"], [text], [text])
+        assert found["said"] == [[0.5]]
+        assert len(judged) == times
 
 
 def test_servings_table_has_medians_over_the_rounds_with_their_range(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.studies import proxy_runs, shared_runs, study
+from rlhf_recipes.studies import kl_or_stopping, proxy_runs, shared_runs, study
 
 SMALL = {
     "demo": (),
@@ -27,6 +27,7 @@ SMALL = {
 def test_toy_studies_run_on_the_smoke_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One seed each. The second time nothing is run again."""
     monkeypatch.setattr(proxy_runs, "GRID", (0.0, 1e-6, 1e-5, 1e-4))  # three updates do not go far
+    monkeypatch.setattr(kl_or_stopping, "PARTED", 1e-6)
     flags = ["--chain", "smoke.yaml", "--seeds", "[0]", "--output_dir", str(tmp_path / "out")]
     for name, own in SMALL.items():
         module = importlib.import_module(f"rlhf_recipes.studies.{name}")

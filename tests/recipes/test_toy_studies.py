@@ -11,6 +11,8 @@ import pytest
 
 from rlhf.errors import InputError
 from rlhf.rows.records import Ranking
+from rlhf_recipes.ppo import PPORecipe
+from rlhf_recipes.sft import SFTRecipe
 from rlhf_recipes.studies import (
     baselines_toy,
     flywheel_toy,
@@ -74,8 +76,8 @@ def test_margins_by_hand():
     rows = [Row("SFT", 0.1, panel="complied"), Row("PPO with rule-based rewards", 0.04, panel="complied")]
     rows += [Row("more than before", 0.05, panel="twins"), Row("the suite's prompts", 0.1, panel="attacked")]
     rows += [Row("PPO with novelty", 0.4, panel="attacked"), Row("PPO with novelty", 12, panel="distinct")]
-    rows += [Row("PPO without novelty", 5, panel="distinct")]
-    assert margins(safety_toy.STUDY, rows) == [0.01, -0.03, 0.1, 2]
+    rows += [Row("PPO without novelty", 5, panel="distinct"), Row("zero-shot", 41, panel="distinct")]
+    assert margins(safety_toy.STUDY, rows) == [0.01, -0.03, 0.1, 2, -29]
 
     rows = [
         Row(name, value, panel="gold")
@@ -145,6 +147,18 @@ def test_a_chain_with_reward_functions_of_its_own_keeps_them(tmp_path: Path, mon
     assert (watched.reward_functions, watched.reward_weights) == ([shared_runs.GOLD], [1.0, 0.0])
     assert own.reward_functions == ["rlhf.safety.refusals:keeps_behaviour"]
     assert own.reward_weights == [1.0, 0.5, 1.0]
+
+
+def test_a_further_stage_has_the_chains_flags_of_its_section(tmp_path: Path) -> None:
+    """Else its arm would differ from the chain's by more than the study's factor; what the study sets counts."""
+    flags = ["--ppo.learning_rate=0.125", "--sft.epochs", "9", "--ppo.updates", "7", "--ppo.kl-coef", "0.5"]
+    config = StudyConfig(output_dir=str(tmp_path / "studies/x/seed-0"), seeds=[0], chain_flags=flags)
+    seen: list[Any] = []
+    shared_runs.stage(config, lambda own: seen.append(own) or {}, PPORecipe, "ppo", "ppo_other", kl_coef=0.25)
+    shared_runs.stage(config, lambda own: seen.append(own) or {}, SFTRecipe, "sft", "sft_other")
+    of_ppo, of_sft = seen
+    assert (of_ppo.learning_rate, of_ppo.updates, of_ppo.kl_coef) == (0.125, 7, 0.25)
+    assert of_sft.epochs == 9
 
 
 SMALL: dict[str, tuple[Any, Any, list[str]]] = {

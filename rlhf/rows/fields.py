@@ -43,6 +43,7 @@ class RankingFields(NamedTuple):
     responses: tuple[str, ...]
     ranks: tuple[float, ...]
     columns: Row
+    text: bool = False
 
 
 class DemonstrationFields(NamedTuple):
@@ -110,11 +111,12 @@ def _ranking(row: Row) -> RankingFields:
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise wrong(name, f"got {show(value)}", "write a list")
         prompt = asked.prompt_of(row) or as_prompt(_need(row, "prompt"))
-        return RankingFields(prompt, tuple(responses), tuple(ranks), columns)
+        return RankingFields(prompt, tuple(responses), tuple(ranks), columns, _is_text(row, prompt))
     if row.get("chosen") is None:
         _refuse_near_miss(row, "responses")
     prompt, better, worse = _compared(row, _need(row, "chosen"), _need(row, "rejected"))
-    return RankingFields(prompt, (better, worse), (1, 1) if better == worse else (1, 2), columns)
+    ranks = (1, 1) if better == worse else (1, 2)
+    return RankingFields(prompt, (better, worse), ranks, columns, _is_text(row, prompt))
 
 
 def _demonstration(row: Row) -> DemonstrationFields:
@@ -143,10 +145,17 @@ def _prompt(row: Row) -> PromptFields:
         return PromptFields(turns[:-1] if turns[-1]["role"] == "assistant" else turns, columns)
     conversations = asked.are_turns(row.get("chosen")) and asked.are_turns(row.get("rejected"))
     if conversations or (given is None and is_ranking(row)):
-        prompt, plain = _ranking(row).prompt, isinstance(given, str) or not conversations
+        prompt = _ranking(row).prompt
     else:
-        prompt, plain = asked.prompt_of(row, strict=given is None) or as_prompt(_need(row, "prompt")), True
-    return PromptFields(prompt, columns, plain and len(prompt) == 1 and asked.is_plain(row))
+        prompt = asked.prompt_of(row, strict=given is None) or as_prompt(_need(row, "prompt"))
+    return PromptFields(prompt, columns, _is_text(row, prompt))
+
+
+def _is_text(row: Row, prompt: Messages) -> bool:
+    """Return whether a row's prompt is plain text, and not the turns that two conversations share."""
+    conversations = all(asked.are_turns(row.get(name)) for name in ("chosen", "rejected"))
+    own = isinstance(row.get("prompt"), str) or not conversations
+    return own and len(prompt) == 1 and asked.is_plain(row)
 
 
 NOT_TO_IMITATE = "label false, which says not to imitate it"

@@ -98,12 +98,14 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """K responses to one prompt and their ranks: a smaller rank is better, equal ranks are a tie."""
+    """K responses to one prompt and their ranks: a smaller rank is better, equal ranks are a tie. `text`: the row had
+    the prompt as a plain string."""
 
     prompt: Messages
     responses: tuple[str, ...]
     ranks: tuple[float, ...]
     columns: dict[str, Any] = field(default_factory=dict)
+    text: bool = field(default=False, compare=False)
     where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -255,7 +257,7 @@ def _to_prompt(row: object, where: str) -> Prompt:
     if isinstance(row, Prompt):
         return row
     if isinstance(row, Ranking | Demonstration | StepLabels):
-        return Prompt(list(row.prompt), row.columns, where=row.where)
+        return Prompt(list(row.prompt), row.columns, isinstance(row, Ranking) and row.text, row.where)
     return Prompt(*foreign.read(row, "prompt", fields.prompt_fields), where)
 
 
@@ -268,15 +270,16 @@ def _to_row(record: object) -> object:
         return record
     row = asdict(record)
     columns, _ = row.pop("columns", {}), row.pop("where", "")
+    text = isinstance(record, Prompt | Ranking) and row.pop("text")
     if isinstance(record, Prompt):
-        row = {"prompt": record.messages[0]["content"] if record.text else record.messages}
+        row = {"prompt": record.messages}
     elif isinstance(record, Demonstration) and record.trained_from:
         turns = enumerate(record.messages)
         cut = next(n for n, m in turns if n >= record.trained_from and m["role"] == "assistant")
         row = {"prompt": record.messages[:cut], "completion": record.messages[cut:]}
     elif isinstance(record, Demonstration):
         row = {"messages": record.messages}
-    return row | columns
+    return row | ({"prompt": row["prompt"][0]["content"]} if text else {}) | columns
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

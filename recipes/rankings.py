@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from rlhf import chat
 from rlhf import config as configs
 from rlhf.calls import own
+from rlhf.collection.desk import fitting
 from rlhf.errors import InputError
 from rlhf.rows.fields import further_columns
 from rlhf.rows.mixed import Sources, paths_of
@@ -183,13 +184,14 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
 
 
 def ranked_by(label: Callable[..., Any], prompts: list[Prompt], responses: list[list[str]], seed: int) -> list[Ranking]:
-    """Have a labeler rank each prompt's responses; a prompt with an empty response among them is left out."""
+    """Have a labeler rank each prompt's responses; a prompt with an empty response among them is left out. Raises
+    InputError where its ranks don't fit."""
     names = sorted({name for prompt in prompts for name in further_columns(prompt.columns)})
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     arguments = own([p.messages for p in prompts]), own(responses)  # copies: it may change what it gets
-    ranks = label(*arguments, seed, **{name: own(values) for name, values in columns.items()})
+    ranks = fitting(label(*arguments, seed, **{name: own(values) for name, values in columns.items()}), responses)
     return [
-        Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), further_columns(prompt.columns), prompt.text)
+        Ranking(prompt.messages, tuple(texts), order, further_columns(prompt.columns), prompt.text)
         for prompt, texts, order in zip(prompts, responses, ranks, strict=True)
         if all(text.strip() for text in texts)
     ]

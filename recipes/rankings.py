@@ -162,7 +162,8 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     tokenizer = models.load_tokenizer(model)
     policy = models.load_policy(model, dtype=compute_dtype(config.bf16))
     label = configs.import_function(str(config.labeler))
-    check_responses(policy, [chat.encode_prompt(tokenizer, p.messages) for p in prompts], config.max_new_tokens)
+    encoded = [chat.encode_prompt(tokenizer, p.messages, p.columns) for p in prompts]
+    check_responses(policy, encoded, config.max_new_tokens)
     begin()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stops, rows_at_once = model_stop_ids(policy, tokenizer), config.generation_batch_size

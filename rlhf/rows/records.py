@@ -14,7 +14,6 @@ import gzip
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -114,7 +113,7 @@ class Ranking:
         if len(self.responses) < 2:
             raise wrong("responses", f"got {len(self.responses)}", "a ranking compares at least 2 responses")
         for rank in self.ranks:
-            if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
+            if isinstance(rank, bool) or not isinstance(rank, int | float) or not abs(rank) < 1e300:
                 raise wrong("ranks", f"got {show(rank)}", "write a number per response, smaller is better")
         if len(self.ranks) != len(self.responses):
             seen = f"got {len(self.ranks)} ranks for {len(self.responses)} responses"

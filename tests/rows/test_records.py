@@ -140,6 +140,7 @@ BAD_ROWS = [
     (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1]}, "ranks: got 1 ranks for 2 responses"),
     (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, "2"]}, "ranks: got '2'"),
     (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, float("nan")]}, "ranks: got nan"),
+    (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 10**400]}, "ranks: got 1000"),
     (read_rankings, {"prompt": "q", "responses": ["x", "y"], "ranks": [1, True]}, "ranks: got True"),
     (read_rankings, {"prompt": "q", "responses": ["x", " "], "ranks": [1, 2]}, "responses[1]: got empty text ' '"),
     (read_rankings, {"prompt": "q", "responses": "xy", "ranks": [1, 2]}, "responses: got 'xy'; write a list"),

@@ -9,8 +9,9 @@
 
 `rlhf label` fills a store, and so does `import`, which makes one where there is none. Every verb writes collected.json
 and collected.html into --output_dir, by default the store's own folder; `export` beside them the rows, such as
-rankings.jsonl, and their data card. `erase` takes a person's conversations and feedback, or an annotator's judgments,
-out of the store for good; files that were exported before are not touched.
+rankings.jsonl, and their data card. It replaces no file of that name that has no such card beside it. `erase` takes a
+person's conversations and feedback, or an annotator's judgments, out of the store for good; files that were exported
+before are not touched.
 """
 
 from __future__ import annotations
@@ -164,11 +165,13 @@ def _export(config: CollectedConfig, taken: Any, agreement: Any, folder: Path) -
     from rlhf.rows.records import write_jsonl
     from rlhf.run import page
 
-    made = export.export(taken, config.format, config.provenance)
     rows, card = folder / f"{config.format}.jsonl", folder / f"{config.format}.card.md"
-    write_jsonl(rows, made.rows)
+    if rows.exists() and not card.exists():
+        raise InputError(f"{rows}: is no export of ours, which has {card.name} beside it; choose another --output_dir")
+    made = export.export(taken, config.format, config.provenance)
     measures = [(report.MEANING[name], report.shown(name, number)) for name, number in agreement.metrics.items()]
-    page.write(card, export.card(config.format, rows.name, made, measures, config.licence))
+    page.write(card, export.card(config.format, rows.name, made, measures, config.licence))  # first: it marks them ours
+    write_jsonl(rows, made.rows)
     return [
         f"{len(made.rows):,} rows in {rows}, their card {card}",
         *(f"left out: {count:,} {why}" for why, count in made.left_out.items()),

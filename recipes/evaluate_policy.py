@@ -137,7 +137,8 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     for spec in filter(None, (config.parts, config.refused)):
         configs.import_function(spec)
     for lm, its in ((baseline_lm, tokenizer), (policy_lm, policy_tokenizer)):
-        check_responses(lm, [chat.encode_prompt(its, prompt.messages) for prompt in prompts], config.max_new_tokens)
+        encoded = [chat.encode_prompt(its, prompt.messages, prompt.columns) for prompt in prompts]
+        check_responses(lm, encoded, config.max_new_tokens)
     judged = judging.load(config)
     check_columns([judged.score] if judged.score else [], prompts, str(config.eval_data))
     stage.begin()

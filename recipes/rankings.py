@@ -11,7 +11,7 @@ judge.jsonl (a disjoint half of the training prompts, for a second reward model 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from rlhf import chat
 from rlhf import config as configs
 from rlhf.calls import own
+from rlhf.collection.desk import fitting
 from rlhf.errors import InputError
 from rlhf.rows.fields import further_columns
 from rlhf.rows.mixed import Sources, paths_of
@@ -121,13 +122,10 @@ def make_rankings(config: DataConfig, folder: Path | None) -> dict[str, Any]:
     )
     prompts = _ppo_prompts(config, train, held_out + judge)
     stage.begin()
-    files = {
-        "train": map(_row, train),
-        "held_out": map(_row, held_out),
-        "prompts": [{"prompt": p.messages, **p.columns} for p in prompts],
-        "eval_prompts": [{"prompt": list(r.prompt), **r.columns} for r in _distinct(held_out)],
-    }
-    for name, rows in (files | ({"judge": map(_row, judge)} if judge else {})).items():
+    files: dict[str, Sequence[Prompt | Ranking]] = {
+        "train": train, "held_out": held_out, "prompts": prompts, "eval_prompts": _prompts_of(held_out),
+    }  # fmt: skip
+    for name, rows in (files | ({"judge": judge} if judge else {})).items():
         write_jsonl(stage.folder / f"{name}.jsonl", rows)
     outputs = {"train": len(train), "held_out": len(held_out), "judge": len(judge), "ppo_prompts": len(prompts)}
     return stage.finish(outputs | {"pairs": sum(len(r.pairs()) for r in train)})
@@ -164,7 +162,8 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     tokenizer = models.load_tokenizer(model)
     policy = models.load_policy(model, dtype=compute_dtype(config.bf16))
     label = configs.import_function(str(config.labeler))
-    check_responses(policy, [chat.encode_prompt(tokenizer, p.messages) for p in prompts], config.max_new_tokens)
+    encoded = [chat.encode_prompt(tokenizer, p.messages, p.columns) for p in prompts]
+    check_responses(policy, encoded, config.max_new_tokens)
     begin()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stops, rows_at_once = model_stop_ids(policy, tokenizer), config.generation_batch_size
@@ -186,13 +185,14 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
 
 
 def ranked_by(label: Callable[..., Any], prompts: list[Prompt], responses: list[list[str]], seed: int) -> list[Ranking]:
-    """Have a labeler rank each prompt's responses; a prompt with an empty response among them is left out."""
+    """Have a labeler rank each prompt's responses; a prompt with an empty response among them is left out. Raises
+    InputError where its ranks don't fit."""
     names = sorted({name for prompt in prompts for name in further_columns(prompt.columns)})
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     arguments = own([p.messages for p in prompts]), own(responses)  # copies: it may change what it gets
-    ranks = label(*arguments, seed, **{name: own(values) for name, values in columns.items()})
+    ranks = fitting(label(*arguments, seed, **{name: own(values) for name, values in columns.items()}), responses)
     return [
-        Ranking(prompt.messages, tuple(texts), tuple(map(float, order)), further_columns(prompt.columns))
+        Ranking(prompt.messages, tuple(texts), order, further_columns(prompt.columns), text=prompt.text)
         for prompt, texts, order in zip(prompts, responses, ranks, strict=True)
         if all(text.strip() for text in texts)
     ]
@@ -227,7 +227,7 @@ def _chars(ranking: Ranking) -> int:
 def _ppo_prompts(config: DataConfig, train: list[Ranking], kept_apart: list[Ranking]) -> list[Prompt]:
     """Prompts for PPO: all of `prompts` but those held out, or those of the training rankings."""
     if config.prompts is None:
-        return [Prompt(list(ranking.prompt), ranking.columns) for ranking in _distinct(train)]
+        return _prompts_of(train)
     groups = set(map(split_key, kept_apart))
     asked = {prompt_key(ranking.prompt) for ranking in kept_apart}
     found = []
@@ -239,17 +239,9 @@ def _ppo_prompts(config: DataConfig, train: list[Ranking], kept_apart: list[Rank
     return found
 
 
-def _distinct(ranked: list[Ranking]) -> list[Ranking]:
-    return list({prompt_key(ranking.prompt): ranking for ranking in ranked}.values())
-
-
-def _row(ranking: Ranking) -> dict[str, Any]:
-    return {
-        "prompt": list(ranking.prompt),
-        "responses": list(ranking.responses),
-        "ranks": list(ranking.ranks),
-        **ranking.columns,
-    }
+def _prompts_of(ranked: list[Ranking]) -> list[Prompt]:
+    """The distinct prompts of rankings."""
+    return [Prompt(list(r.prompt), r.columns, r.text) for r in {prompt_key(r.prompt): r for r in ranked}.values()]
 
 
 def main(argv: list[str]) -> None:

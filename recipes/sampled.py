@@ -102,7 +102,8 @@ def further(config: Any, prompts: Sequence[Prompt], baseline: Any, tokenizer: An
     found: dict[str, PolicySamples] = {}
     for folder in config.policies or ():
         lm, its = load(folder, compute_dtype(config.bf16))
-        check_responses(lm, [chat.encode_prompt(its, prompt.messages) for prompt in prompts], config.max_new_tokens)
+        encoded = [chat.encode_prompt(its, prompt.messages, prompt.columns) for prompt in prompts]
+        check_responses(lm, encoded, config.max_new_tokens)
         samples = sample(config, prompts, lm, its, seed=config.seed + 1)
         if same_tokenizer(tokenizer, its) and config.temperature:
             samples = replace(samples, kl_nats=sequence_kl(lm, baseline, samples, tokenizer, config))

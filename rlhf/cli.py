@@ -97,6 +97,7 @@ def split_launch_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     words = iter(argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")  # as with all other flags
         if not word.startswith("--") or name not in (*LAUNCH, "accelerate_config"):
             rest.append(word)
             continue

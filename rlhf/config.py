@@ -32,6 +32,7 @@ from rlhf.hints import (
     choices_of,
     expected,
     field_of,
+    has_mapping,
     hints_of,
     is_list,
     is_required,
@@ -119,7 +120,7 @@ def read_yaml(file: str | Path) -> tuple[dict[str, Any], Places]:
     try:
         text = Path(file).read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        tree = _parsed(text)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; name a YAML file") from None
     except OSError as error:
@@ -236,7 +237,14 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
         if value in ("inf", "-inf") and float in choices_of(hint):  # as our JSON writes infinity
             value = float(value)
         mapping = _of_any_type(value) if dict[str, Any] in choices_of(hint) else None
-        converted = parser.parse_object({"value": value}).value if mapping is None else mapping
+        if mapping is not None:
+            converted = mapping
+        elif str in choices_of(hint) and isinstance(value, str) and value.lstrip().startswith("#"):
+            converted = value  # for YAML a comment, which is null
+        else:
+            read = _read(value) if isinstance(value, str) and has_mapping(hint) else None
+            given = read if isinstance(read, Mapping) else value
+            converted = parser.parse_object({"value": given}).value
         if isinstance(converted, float) and math.isnan(converted):
             raise ValueError
     except (jsonargparse.ArgumentError, ValueError, TypeError):
@@ -269,9 +277,23 @@ def _read(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return _parsed(text)
     except yaml.YAMLError:
         raise ValueError from None
+
+
+def _parsed(text: str) -> Any:
+    """Return what YAML says, its keys as they are written: `no` and `1` are names. Raises YAMLError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            self.flatten_mapping(node)
+            for key, _ in node.value:
+                key.tag = "tag:yaml.org,2002:str" if key.id == "scalar" else key.tag
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 # ---------------------------------------------------------------- writing

@@ -63,6 +63,11 @@ def is_text_or_list(hint: Any) -> bool:
     return str in choices_of(hint) and _has_list(hint)
 
 
+def has_mapping(hint: Any) -> bool:
+    """Return whether a mapping is a value of this type."""
+    return any(typing.get_origin(choice) is dict for choice in choices_of(hint))
+
+
 def _has_list(hint: Any) -> bool:
     return any(typing.get_origin(choice) in (list, tuple) for choice in choices_of(hint))
 

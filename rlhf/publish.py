@@ -59,7 +59,8 @@ class Outgoing:
 def outgoing(folder: str | Path, base_model: str | None = None, evals: str | Path | None = None) -> list[Outgoing]:
     """Return the files of a model's folder that may be pushed.
 
-    base_model: the hub id that an adapter's configuration names in place of a path of this machine. evals: a folder of
+    base_model: the hub id that an adapter's configuration names in place of a path of this machine; one without an
+    owner (gpt2) counts only here, since a folder has such a name, too. evals: a folder of
     `rlhf run_evals`, whose results for data sets of the hub go along. Raises InputError where there is no model, and
     for a text that still names a path of this machine.
     """
@@ -95,8 +96,9 @@ def _cleaned(file: Path, base_model: str | None) -> bytes | None:
     after: dict[str, Any] = {name: value for name, value in before.items() if name not in _OWN_PATHS}
     if file.name == "adapter_config.json":
         base = base_model or str(after.get(_BASE) or "")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or Path(base).exists():
-            seen = short(str(after.get(_BASE)))
+        known = r"[\w.-]+/[\w.-]+" if base_model is None else r"([\w.-]+/)?[\w.-]+"  # gpt2 has no owner
+        if not re.fullmatch(known, base) or Path(base).exists():
+            seen = short(base)
             raise InputError(
                 f"{file}: {_BASE} is {seen!r}, which only this machine has; name the hub's: --base_model ID"
             )

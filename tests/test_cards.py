@@ -281,6 +281,10 @@ def test_an_adapters_local_base_needs_the_hubs_name(run):
         outgoing(folder)
     (config,) = [one for one in outgoing(folder, base_model="owner/base") if one.path == "adapter_config.json"]
     assert json.loads(config.content) == {"base_model_name_or_path": "owner/base", "r": 4}
+    (config,) = [one for one in outgoing(folder, base_model="gpt2") if one.path == "adapter_config.json"]
+    assert json.loads(config.content) == {"base_model_name_or_path": "gpt2", "r": 4}
+    with pytest.raises(InputError, match="base_model_name_or_path is 'a b', which only this machine has"):
+        outgoing(folder, base_model="a b")
 
 
 @pytest.mark.parametrize("line", ["see /home/me/runs", "from /usr/lib/x", "https://me:secret@host/x"])

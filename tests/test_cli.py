@@ -234,6 +234,9 @@ def test_accelerates_flags_are_told_from_the_recipes() -> None:
     flags, rest = cli.split_launch_flags(argv)
     assert flags == {"num_processes": "8", "accelerate_config": "fsdp2.yaml"}
     assert rest == ["--config", "my.yaml", "--lora", "--kl_coef", "-1"]
+    assert cli.split_launch_flags(["--num-processes", "2", "--kl-coef", "1"]) == (
+        {"num_processes": "2"}, ["--kl-coef", "1"],
+    )  # fmt: skip
 
 
 def test_accelerate_knows_every_flag_that_is_handed_on() -> None:

@@ -123,6 +123,9 @@ def test_values_of_any_type_stay_as_they_were_written(tmp_path: Path, by_flag: b
         "day": "2026-11-26", "flag": True, "other": None,
     }  # fmt: skip
     assert load(AnyValues, ["--values", "null"]).values is None
+    keys = "{no: 1, 1: 2, null: {on: 3}, ~: 4}"
+    argv = ["--values", keys] if by_flag else ["--config", write(tmp_path, f"values: {keys}\n")]
+    assert load(AnyValues, argv).values == {"no": 1, "1": 2, "null": {"on": 3}, "~": 4}
     assert "password" in wrong(load, AnyValues, ["--values", "{url: 'http://user:secret@host/'}"])
     for value in ("word", "[1]", "{a: "):
         assert "--values: expected" in wrong(load, AnyValues, ["--values", value])
@@ -159,6 +162,9 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
         (["--names", "q_proj", "v_proj"], "names", ["q_proj", "v_proj"]),
         (["--names", "all-linear"], "names", ["all-linear"]),
         (["--names", "null"], "names", None),
+        (["--reward_model", "#5"], "reward_model", "#5"),
+        (["--reward_model", "null"], "reward_model", None),
+        (["--options", "{no: 1, 1: 2, 2026-11-26: 3}"], "options", {"no": 1.0, "1": 2.0, "2026-11-26": 3.0}),
         (["--reward_model", "123"], "reward_model", "123"),
         (["--seed", "1", "--seed", "2"], "seed", 2),
     ],

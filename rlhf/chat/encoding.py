@@ -13,8 +13,9 @@ Intended consequences:
   next turn's role marker is what ends a turn (GLM), the last turn gets that marker.
 * White space that the template writes between the generation prompt and the content (Mistral's space) belongs to the
   response, and so do spaces at the end of the generation prompt: tokenizers join them to the next word.
-* A template that leaves out a part of a message (thinking, a tool call, a turn) refuses the conversation; an earlier
-  turn's thinking is left out where the template does so.
+* A template that leaves out a part of a message (thinking, a tool call, a turn) refuses the conversation, and so does
+  one that writes a trained turn's content outside of the turn (Gemma 4: behind the tool's response); an earlier turn's
+  thinking is left out where the template does so.
 * A template whose role markers are ordinary text (Zephyr's ``<|user|>``) can be imitated by ordinary text; its
   control tokens (``</s>``) can't.
 """

@@ -6,13 +6,14 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rlhf.chat import rendering
 from rlhf.chat.rendering import Conversation, Offsets, shared
-from rlhf.chat.template import Template, call, opening_of, prepared, template_of, tool, word
+from rlhf.chat.template import Shape, Template, call, opening_of, prepared, template_of, tool, word
 from rlhf.errors import InputError, short
 
 if TYPE_CHECKING:
@@ -45,20 +46,28 @@ def encode_finished(
     leaves out any part of them."""
     chat, last = prepared(template, messages, tools), len(messages) - 1
     text = rendering.render(tokenizer, chat, len(messages), generation_prompt=False)
-    quick = check_shape(tokenizer, template, messages, tools, generation_prompt=False)
+    shape = check_shape(tokenizer, template, messages, tools, generation_prompt=False)
     rendered, offsets = rendering.encode(tokenizer, template.tokens, chat, text)
     turns = _Turns(tokenizer, template, chat, text, rendered, offsets)
-    if quick and (place := text.rfind(template.opening)) >= 0:
+    if shape.opens_last and (place := text.rfind(template.opening)) >= 0:
         turns.starts[last], turns.sampled[last] = place + len(template.opening), True
     mask = [False] * len(rendered)
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and trained[index]:
+            if index in shape.outside:
+                raise InputError(
+                    f"messages[{index}].content: the chat template writes it outside of the turn, behind the tool's "
+                    "response, where it isn't trained; take it out, or set the turn's `train` to false"
+                )
             first, final = _tokens_between(offsets, turns.start(index), turns.end(index)[0])
             mask[first:final] = [True] * (final - first)
     start, (end, added) = turns.start(last), turns.end(last)
     first, final = _tokens_between(offsets, start, end)
+    content = str(messages[last].get("content") or "")
+    blank = content[: len(content) - len(content.lstrip()) + 1] if content[:1].isspace() else ""
     # White space at the start of a content may join the template's line break: no fault of the template's.
-    whole = first >= final or offsets[first][0] >= start or str(messages[last].get("content") or "x")[0].isspace()
+    joined = bool(blank) and chat.restored(text[start:]).startswith(blank)
+    whole = first >= final or offsets[first][0] >= start or joined
     own = text[offsets[first][0] :] if first < len(rendered) else ""
     _check_thought(messages[last], chat.restored(own), last)
     ids, mask = rendered[:final], mask[:final]
@@ -179,10 +188,9 @@ def check_shape(
     messages: Sequence[Mapping[str, Any]],
     tools: Any,
     generation_prompt: bool,
-) -> bool:
-    """Raise InputError where the template leaves out a turn, thinking, a tool call or the tools; once per shape.
-
-    Return whether the last turn's own text begins behind the last `opening` in such a conversation."""
+) -> Shape:
+    """Raise InputError where the template leaves out a turn, thinking, a tool call or the tools; once per shape. Return
+    what such a conversation shows."""
     shape: tuple[Any, ...] = (generation_prompt, bool(tools))
     for m in messages:
         shape += ((m["role"], bool(m.get("content")), bool(reasoning_of(m)), len(m.get("tool_calls") or ())),)
@@ -200,11 +208,14 @@ def check_shape(
     except InputError as error:
         if "refuses" not in str(error):
             raise
-        return False
+        return Shape()
     if tools and "zqtool" not in text:
         raise InputError("tools: the chat template leaves them out; take the column out or use another template")
-    template.shapes[shape] = not generation_prompt and _opens_last(tokenizer, template, chat, text)
-    return template.shapes[shape]
+    seen = Shape()
+    if not generation_prompt:
+        seen = Shape(_opens_last(tokenizer, template, chat, text), _outside(tokenizer, template, chat, text, probes))
+    template.shapes[shape] = seen
+    return seen
 
 
 def _opens_last(tokenizer: Tokenizer, template: Template, chat: Conversation, text: str) -> bool:
@@ -214,6 +225,21 @@ def _opens_last(tokenizer: Tokenizer, template: Template, chat: Conversation, te
         return False
     prompt = rendering.render(tokenizer, chat, turns - 1, generation_prompt=True).rstrip(" ")
     return text.startswith(prompt) and prompt.endswith(opening) and text.rfind(opening) + len(opening) == len(prompt)
+
+
+def _outside(
+    tokenizer: Tokenizer, template: Template, chat: Conversation, text: str, probes: Sequence[Mapping[str, Any]]
+) -> frozenset[int]:
+    """Return the turns whose content stands in the text, but not between their start and end: what Gemma 4 says with a
+    call comes behind the tool's response."""
+    turns = _Turns(tokenizer, template, chat, text, *rendering.encode(tokenizer, template.tokens, chat, text))
+    outside = set()
+    for n, probe in enumerate(probes):
+        if probe["role"] == "assistant" and probe["content"] in text:
+            with suppress(InputError):  # no telling where: an error for those who train on it
+                if probe["content"] not in text[turns.start(n) : turns.end(n)[0]]:
+                    outside.add(n)
+    return frozenset(outside)
 
 
 def _check_turn(message: Mapping[str, Any], n: int, text: str, roles: str) -> None:

@@ -37,6 +37,14 @@ def word(n: int) -> str:
     return f"zq{n}qz"
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a template does with conversations of the same roles and kinds of content."""
+
+    opens_last: bool = False  # the last turn's own text begins behind the last `opening`
+    outside: frozenset[int] = frozenset()  # assistant's turns whose content is written elsewhere
+
+
 @dataclass
 class Template:
     """The analysis of one tokenizer, its chat template and the template's settings."""
@@ -53,8 +61,7 @@ class Template:
     lead: str = ""  # white space that a finished turn has before its content
     tail: str = ""  # what it writes between the content and the end of turn
     thinking: Any = None  # how it writes thinking (`rlhf.chat.answers`); None: not yet known
-    shapes: dict[tuple, bool] = field(default_factory=dict)  # of conversations of which nothing is left out;
-    # True: the last turn's own text begins behind the last `opening`
+    shapes: dict[tuple, Shape] = field(default_factory=dict)  # of conversations of which nothing is left out
 
     @property
     def header(self) -> str:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import chain
 from typing import Any, Protocol
 
 from rlhf.calls import own
+from rlhf.collection.records import HandedOn, is_number
 from rlhf.collection.store import Answer, Kind, Store, Task
-from rlhf.errors import InputError
+from rlhf.errors import InputError, short
 
 Labeler = Callable[..., Sequence[Sequence[float]]]
 """f(prompts, responses, seed, **columns) -> ranks per prompt, smaller is better: as `rlhf rankings` calls one."""
@@ -48,7 +51,7 @@ class StoreDesk:
 
 
 def label(desk: Desk, labeler: Labeler, seed: int, batch: int = 64) -> int:
-    """Have a function judge all tasks that a desk gives out; returns how many.
+    """Have a function judge all tasks that a desk gives out; returns how many of its answers were stored.
 
     It sees an item's candidates in stored order, so that it ranks as it would without a store. Raises InputError where
     its ranks don't fit."""
@@ -59,12 +62,26 @@ def label(desk: Desk, labeler: Labeler, seed: int, batch: int = 64) -> int:
         responses = [[shown.text for shown in task.stored] for task in tasks]
         # copies: the function may change what it gets
         ranked = labeler(own([task.prompt for task in tasks]), own(responses), seed, **own(columns))
-        if len(ranked) != len(tasks):
-            raise InputError(f"labeler: returned ranks for {len(ranked)} prompts of {len(tasks)}; return them for each")
-        for task, ranks in zip(tasks, ranked, strict=True):
-            if len(ranks) != len(task.stored):
-                raise InputError(f"labeler: {len(ranks)} ranks for {len(task.stored)} responses; return one for each")
-            by_id = {shown.id: float(rank) for shown, rank in zip(task.stored, ranks, strict=True)}
-            desk.submit(Answer(assignment=task.assignment, submission=uuid.uuid4().hex, ranks=by_id))
-            count += 1
+        for task, ranks in zip(tasks, fitting(ranked, responses), strict=True):
+            by_id = {shown.id: rank for shown, rank in zip(task.stored, ranks, strict=True)}
+            with suppress(HandedOn):  # the lease had ended, and others have judged the item
+                desk.submit(Answer(assignment=task.assignment, submission=uuid.uuid4().hex, ranks=by_id))
+                count += 1
     return count
+
+
+def fitting(ranked: Any, responses: Sequence[Sequence[str]]) -> list[tuple[float, ...]]:
+    """Return what a labeler gave. Raises InputError where it is not a finite number for each prompt's responses."""
+    try:
+        found = [tuple(map(float, ranks)) for ranks in ranked]
+        numbers = all(map(is_number, chain(*found)))
+    except (TypeError, ValueError, OverflowError):
+        found, numbers = [], False
+    if not numbers:
+        raise InputError(f"labeler: returned {short(repr(ranked), 60)}; return a list of numbers for each prompt")
+    if len(found) != len(responses):
+        raise InputError(f"labeler: returned ranks for {len(found)} prompts of {len(responses)}; return them for each")
+    for ranks, texts in zip(found, responses, strict=True):
+        if len(ranks) != len(texts):
+            raise InputError(f"labeler: {len(ranks)} ranks for {len(texts)} responses; return one for each")
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.collection.store import Candidate, Item
 from rlhf.errors import InputError
-from rlhf.rows import fields
+from rlhf.rows import asked, fields
 from rlhf.rows.messages import check_texts
 from rlhf.rows.mixed import parts_of
 from rlhf.rows.records import Ranking, prompt_key, read_rankings
@@ -74,11 +74,12 @@ def _unranked(source: Source) -> Iterator[Ranking]:
     """Read rows of responses without ranks; in the record all are equal."""
     for where, row in rows(source, "train"):
         try:
-            if not isinstance(row, dict) or not isinstance(row.get("responses"), list):
+            responses = asked.decoded("responses", row.get("responses")) if isinstance(row, dict) else None
+            if not isinstance(row, dict) or not isinstance(responses, list):
                 seen = ", ".join(map(str, row)) if isinstance(row, dict) else show(row)
                 raise InputError(f"no list of responses: got {seen}; write an object with prompt and responses")
-            check_texts(tuple(row["responses"]), "responses")
-            ranked = {**row, "ranks": [1.0] * len(row["responses"])}
+            check_texts(tuple(responses), "responses")
+            ranked = {**row, "ranks": [1.0] * len(responses)}
             yield Ranking(*fields.ranking_fields(ranked), where)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None

@@ -44,6 +44,7 @@ class RankingFields(NamedTuple):
     ranks: tuple[float, ...]
     columns: Row
     thinking: tuple[str, ...] = ()
+    text: bool = False
 
 
 class DemonstrationFields(NamedTuple):
@@ -119,7 +120,8 @@ def _ranking(row: Row) -> RankingFields:
         answers = [_answer(better, "chosen"), _answer(worse, "rejected")]
         ranks = (1, 1) if answers[0][0] == answers[1][0] else (1, 2)
     texts, thinking = zip(*answers, strict=True) if answers else ((), ())
-    return RankingFields(prompt, texts, tuple(ranks), columns, thinking if any(thinking) else ())
+    kept = thinking if any(thinking) else ()
+    return RankingFields(prompt, texts, tuple(ranks), columns, kept, _is_text(row, prompt))
 
 
 def _answer(value: Any, name: str) -> tuple[Any, str]:
@@ -160,10 +162,16 @@ def _prompt(row: Row) -> PromptFields:
     conversations = asked.are_turns(row.get("chosen")) and asked.are_turns(row.get("rejected"))
     if conversations or (given is None and is_ranking(row)):
         prompt = _compared(row, row["chosen"], row["rejected"])[0] if conversations else _ranking(row).prompt
-        plain = isinstance(given, str) or not conversations
     else:
-        prompt, plain = asked.prompt_of(row, strict=given is None) or as_prompt(_need(row, "prompt")), True
-    return PromptFields(prompt, columns, plain and len(prompt) == 1 and asked.is_plain(row))
+        prompt = asked.prompt_of(row, strict=given is None) or as_prompt(_need(row, "prompt"))
+    return PromptFields(prompt, columns, _is_text(row, prompt))
+
+
+def _is_text(row: Row, prompt: Messages) -> bool:
+    """Return whether a row's prompt is plain text, and not the turns that two conversations share."""
+    conversations = all(asked.are_turns(row.get(name)) for name in ("chosen", "rejected"))
+    own = isinstance(row.get("prompt"), str) or not conversations
+    return own and len(prompt) == 1 and asked.is_plain(row)
 
 
 NOT_TO_IMITATE = "label false, which says not to imitate it"

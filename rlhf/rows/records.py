@@ -91,7 +91,8 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """K responses to one prompt and their ranks: a smaller rank is better, equal ranks are a tie."""
+    """K responses to one prompt and their ranks: a smaller rank is better, equal ranks are a tie. `text`: the row had
+    the prompt as a plain string."""
 
     prompt: Messages
     responses: tuple[str, ...]
@@ -99,6 +100,7 @@ class Ranking:
     columns: dict[str, Any] = field(default_factory=dict)
     thinking: tuple[str, ...] = ()
     """Of each response, "" for none; empty where none has any. It is not compared, and imitated with its response."""
+    text: bool = field(default=False, compare=False)
     where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -257,7 +259,7 @@ def _to_prompt(row: object, where: str) -> Prompt:
     if isinstance(row, Prompt):
         return row
     if isinstance(row, Ranking | Demonstration | StepLabels):
-        return Prompt(list(row.prompt), row.columns, where=row.where)
+        return Prompt(list(row.prompt), row.columns, isinstance(row, Ranking) and row.text, row.where)
     return Prompt(*foreign.read(row, "prompt", fields.prompt_fields), where)
 
 
@@ -270,8 +272,9 @@ def _to_row(record: object) -> object:
         return record
     row = asdict(record)
     columns, _, thinking = row.pop("columns", {}), row.pop("where", ""), row.pop("thinking", ())
+    text = isinstance(record, Prompt | Ranking) and row.pop("text")
     if isinstance(record, Prompt):
-        row = {"prompt": record.messages[0]["content"] if record.text else record.messages}
+        row = {"prompt": record.messages}
     elif isinstance(record, Demonstration) and record.trained_from:
         turns = enumerate(record.messages)
         cut = next(n for n, m in turns if n >= record.trained_from and m["role"] == "assistant")
@@ -280,7 +283,7 @@ def _to_row(record: object) -> object:
         row = {"messages": record.messages}
     elif isinstance(record, Ranking) and any(thinking):
         row["responses"] = [record.turn(n) for n in range(len(record.responses))]
-    return row | columns
+    return row | ({"prompt": row["prompt"][0]["content"]} if text else {}) | columns
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

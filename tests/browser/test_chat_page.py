@@ -240,6 +240,35 @@ def test_two_clicks_and_an_answer_that_is_lost_are_one_submission(driver, stored
         assert len(store.feedback(usable=False)) == 1
 
 
+def test_what_is_typed_into_an_edit_outlives_what_else_is_done(driver, stored):
+    with chat_server(store=stored) as (url, _):
+        page = Page(driver, url)
+        page.ask("Hello")
+        page.click(".edit")
+        page.one(".panel textarea").send_keys(" And more.")
+        page.click(".panel .agree")
+        typed = "sft heard: Hello And more."
+
+        def kept() -> bool:
+            box = page.one("#turns .answer:nth-of-type(2) .agree")
+            return page.one(".panel textarea").get_attribute("value") == typed and box.is_selected()
+
+        page.ask("And then?")
+        assert kept()
+        page.click(".turn:nth-of-type(2) .good")
+        assert kept()
+        page.click(".send-thumb")
+        wait_for(lambda: not page.all(".send-thumb"))
+        assert kept()
+        page.click(".turn:nth-of-type(2) .edit")
+        assert kept()
+        page.click(".use-edit")
+        wait_for(lambda: page.texts() == ["Hello", typed])
+        assert not page.all(".panel")
+        with Store(stored) as store:
+            assert [given.edit for given in store.feedback(usable=False) if given.kind == "edit"] == [typed]
+
+
 def test_hostile_texts_stay_texts(driver, complaints):
     answers = iter(HOSTILE)
     with chat_server(speak=lambda *_: next(answers)) as (url, _):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 
 import pytest
-from reference.templates import CONVERSATIONS, NAMES, ORIGINALS, THOUGHT, WITH_MASKS, Q, tokenizer_for, tools_of
+from reference.templates import CONVERSATIONS, NAMES, ORIGINALS, THOUGHT, WITH_MASKS, A, Q, tokenizer_for, tools_of
 
 from rlhf import chat
 from rlhf.errors import InputError
@@ -149,6 +149,53 @@ def test_turns_before_which_later_turns_change_the_text(name, trained):
     messages = [*messages[:5], messages[5] | {"train": False}]
     ids, mask = chat.encode_conversation(tokenizer, messages, 3, row)
     assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]) == trained
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_6", "qwen3_8"])
+@pytest.mark.parametrize("content", ["An apple.", " An apple.", "\nAn apple.", "\n\n  An apple."])
+def test_white_space_before_an_answer_excuses_no_other_start_than_the_prompts(name, content):
+    tokenizer, messages = tokenizer_for(name), [Q, A | {"content": content}]
+    with pytest.raises(InputError, match="the finished turn goes on in another way"):
+        chat.encode_demonstration(tokenizer, messages)
+    row = {"chat_template_kwargs": {"enable_thinking": False}}
+    ids, mask = chat.encode_demonstration(tokenizer, messages, row=row)
+    assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]) == "An apple.<|im_end|>"
+
+
+@pytest.mark.parametrize("content", [" An apple.", "\nAn apple.", "\n <|im_end|>"])
+def test_white_space_before_an_answer_may_join_the_prompts_line_break(content):
+    tokenizer = tokenizer_for("qwen3")
+    tokenizer.chat_template = chat.CHATML
+    ids, mask = chat.encode_demonstration(tokenizer, [Q, A | {"content": content}])
+    own = tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
+    assert own.removeprefix("\n").endswith(f"{content.strip()}<|im_end|>")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_calling_turn_says_is_trained_or_refused(name):
+    """Gemma 4 writes it behind the tool's response, where no turn of the assistant's is; GPT-OSS leaves it out."""
+    tokenizer, row = tokenizer_for(name), {"tools": tools_of("called")}
+    called, result, answer = CONVERSATIONS["called"][1:]
+    said = [Q, called | {"content": "Let me see."}, result, answer]
+    if name.removesuffix("_training") in ("gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5", "diffusion_gemma"):
+        with pytest.raises(InputError, match=r"messages\[1\]\.content: the chat template writes it outside"):
+            chat.encode_conversation(tokenizer, said, row=row)
+        return
+    try:
+        ids, mask = chat.encode_conversation(tokenizer, said, row=row)
+    except InputError:
+        pytest.skip("the template refuses calls or drops them, as the tests above check")
+    own = tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on])
+    assert ("Let me see." in own) == ("Let me see." in tokenizer.decode(ids))
+
+
+def test_what_gemma_says_with_a_call_may_stand_before_a_trained_turn():
+    tokenizer, row = tokenizer_for("gemma4"), {"tools": tools_of("called")}
+    called, result, answer = CONVERSATIONS["called"][1:]
+    said = [Q, called | {"content": "Let me see.", "train": False}, result, answer]
+    ids, mask = chat.encode_demonstration(tokenizer, said, row=row)
+    assert "<tool_response|>Let me see.<turn|>" in tokenizer.decode(ids)
+    assert tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]) == "An apple.<turn|>"
 
 
 def test_the_date_is_todays():

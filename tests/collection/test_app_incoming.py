@@ -35,6 +35,12 @@ def test_rankings_and_pairs_are_labelled_again_without_their_order():
     assert first.gold_ranks is second.gold_ranks is None
 
 
+def test_responses_of_a_table_are_json(tmp_path):
+    (tmp_path / "my.csv").write_text('prompt,responses\nHi?,"[""a"", ""b""]"\n')
+    (item,) = read_candidates(str(tmp_path / "my.csv"))
+    assert sorted(texts(item)) == ["a", "b"]
+
+
 def test_sets_as_people_have_them_are_labelled_again(tmp_path):
     completions = [{"response": f"answer {n}", "overall_score": n, "model": f"m{n}"} for n in range(3)]
     file = tmp_path / "ultrafeedback.jsonl"

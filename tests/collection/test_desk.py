@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from reference.labelling import items
+from reference.labelling import Clock, items
 
 from rlhf.collection import export, measured
 from rlhf.collection.desk import StoreDesk, label
@@ -45,7 +45,7 @@ def test_simulated_labelers_give_the_rankings_of_the_stage_byte_for_byte(tmp_pat
 
     prompts, responses = toy(tmp_path / "toy")
     ranked = stage.ranked_by(toy_labelers.rank, prompts, responses, seed=7)
-    write_jsonl(tmp_path / "stage.jsonl", map(stage._row, ranked))
+    write_jsonl(tmp_path / "stage.jsonl", ranked)
     with Store(tmp_path / "labels.db") as store:
         store.add_items(
             Item(prompt.messages, tuple(map(Candidate, texts)), further_columns(prompt.columns))
@@ -89,11 +89,41 @@ def test_a_function_at_the_desk_may_spoil_what_it_gets(tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "said"),
-    [([(1, 2, 3)], "returned ranks for 1 prompts of 2"), ([(1, 2), (1, 2, 3)], "2 ranks for 3 responses")],
+    [
+        ([(1, 2, 3)], "returned ranks for 1 prompts of 2"),
+        ([(1, 2), (1, 2, 3)], "2 ranks for 3 responses"),
+        ([(1, 2, 3), (1, "x", 3)], "returned .*'x'.*; return a list of numbers for each prompt"),
+        ([(1, 2, 3), (1, float("nan"), 3)], "returned .*nan.*; return a list of numbers for each prompt"),
+        ([1, 2], r"returned \[1, 2\]; return a list of numbers for each prompt"),
+        (None, "returned None; return a list of numbers for each prompt"),
+    ],
 )
 def test_ranks_that_do_not_fit_are_refused(tmp_path, ranks, said):
+    from rlhf_recipes.rankings import ranked_by
+
+    with pytest.raises(InputError, match=said):
+        ranked_by(lambda *given, **columns: ranks, read_prompts([{"prompt": "a"}] * 2), [["x", "y", "z"]] * 2, seed=0)
     with Store(tmp_path / "labels.db") as store:
         store.add_items(items(2))
         with pytest.raises(InputError, match=said):
             label(StoreDesk(store, "ann"), lambda prompts, responses, seed: ranks, seed=0)
         assert store.judgments() == []
+
+
+def test_a_slow_function_goes_on_where_others_took_a_task_of_it(tmp_path):
+    clock = Clock()
+    with Store(tmp_path / "labels.db", clock=clock) as store:
+        store.set_plan(Plan(lease_seconds=60))
+        store.add_items(items(3))
+        store.add_annotator("bob")
+        taken = []
+
+        def slow(prompts, responses, seed):
+            if not taken:
+                clock.now += 61
+                taken.extend(store.lease("bob"))
+            return [(1, 2, 3)] * len(prompts)
+
+        assert label(StoreDesk(store, "ann"), slow, seed=0, batch=2) == 2
+        assert len(taken) == 1
+        assert len(store.judgments()) == 2

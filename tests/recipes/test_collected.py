@@ -116,6 +116,21 @@ def test_an_import_makes_a_store_and_may_be_repeated(tmp_path):
     assert read(tmp_path)["metrics"]["judgments"]["value"] == 3
 
 
+def test_an_export_replaces_its_own_rows_and_nobody_elses(tmp_path):
+    data, store = tmp_path / "rankings.jsonl", tmp_path / "labels.db"
+    text = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b", "note": "mine"}) + "\n"
+    data.write_text(text, encoding="utf-8")
+    run("import", "--store", store, "--data", data, "--annotator", "ann")
+    result = run("export", "--store", store, code=2)
+    assert "rankings.jsonl: is no export of ours" in result.err
+    assert result.err.count("\n") == 1
+    assert data.read_text(encoding="utf-8") == text
+    assert not (tmp_path / "rankings.card.md").exists()
+    for _ in range(2):
+        run("export", "--store", store, "--output_dir", tmp_path / "out")
+    assert len(read_rankings(str(tmp_path / "out" / "rankings.jsonl"))) == 1
+
+
 def test_who_is_erased_is_in_no_file_and_no_later_export(store, tmp_path):
     run("erase", "--store", store, "--person", "p-17")
     assert read(tmp_path)["changed"] == {"erased_feedback": 1, "erased_conversations": 1, "erased_items": 0}

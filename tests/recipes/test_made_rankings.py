@@ -29,6 +29,22 @@ def test_rankings_and_prompts_of_the_runs_data_are_found(tmp_path: Path) -> None
     assert rankings(config) == outputs, "complete, skipped"
 
 
+def test_a_prompt_stays_text_or_messages_as_its_row_had_it(tmp_path: Path) -> None:
+    """Reward functions get strings for the one and messages for the other."""
+    asked = [f"Question {n}?" for n in range(40)]
+    plain = [{"prompt": text, "chosen": "good", "rejected": "bad"} for text in asked[:20]]
+    turns = [{**plain[0], "prompt": [{"role": "user", "content": text}]} for text in asked[20:]]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in plain + turns))
+    assert [one.text for one in read_prompts(read_rankings(pairs))] == [True] * 20 + [False] * 20
+    for name, prompts in (("own", None), ("given", str(pairs))):
+        rankings(DataConfig(output_dir=str(tmp_path / name / "data"), rankings=str(pairs), prompts=prompts))
+        for file in ("prompts", "eval_prompts", "train"):
+            found = read_prompts(tmp_path / name / f"rankings/{file}.jsonl")
+            assert {one.text for one in found} == {True, False}, file
+            assert all(one.text == (one.messages[0]["content"] in asked[:20]) for one in found), file
+
+
 def test_no_prompt_of_a_held_out_group_is_ppos(tmp_path: Path) -> None:
     """Further questions on a held-out document; one prompt for all, told apart by group; rows without a group."""
 

@@ -158,6 +158,19 @@ def test_ppo_goes_on_with_a_mended_function_and_with_nothing_else_changed(tmp_pa
     assert "belongs to another run: code." in ppo(f"{fine}[::-1]").err  # it is complete
 
 
+def test_what_a_prompt_takes_is_known_before_anything_is_sampled(tmp_path: Path, base: Path, judge_file: str) -> None:
+    """Its tools belong to it: this template leaves them out."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}.", "tools": [tool]} for i in range(4)])
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "sft").symlink_to(base)
+    out = tmp_path / "my" / "rankings"
+    refused = recipe.run("rankings", "--prompts", prompts, "--labeler", judge_file, "--output_dir", out)
+    assert refused.code == 2
+    assert "tools: the chat template leaves them out" in refused.err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("judged_by", ["function", "reward model"])
 def test_evaluate_policy_of_any_two_folders(
     tmp_path: Path, base: Path, tiny_tokenizer, judge_file: str, judged_by: str

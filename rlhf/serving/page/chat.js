@@ -8,6 +8,7 @@ import { add, messages, newTree, node, parentOf, path, remove, revived, step } f
 const KEPT = "rlhf-chat";
 const $ = (id) => document.getElementById(id);
 const page = { tree: newTree(), settings: null, writing: null, tell };
+const panels = { edit: new WeakMap(), thumb: new WeakMap() }; // of turns; they stay open when all is drawn anew
 
 // ---------------------------------------------------------------- start
 
@@ -168,7 +169,9 @@ function draw(follow = false) {
     else drawn.push(drawAnswer(turn, parent, busy));
     parent = turn;
   }
+  const active = document.activeElement;
   $("turns").replaceChildren(...drawn);
+  if (active?.isConnected) active.focus({ preventScroll: true });
   $("turns").setAttribute("aria-busy", String(busy));
   $("send").hidden = busy;
   $("stop").hidden = !busy;
@@ -217,18 +220,23 @@ function drawAnswer(turn, parent, busy) {
     button("›", "next", move(1), { "aria-label": "Next answer", disabled: busy || last });
   }
   button("Again", "again", () => tell(() => answer(parent, turn.model ?? $("model").value)));
-  let panel = null;
-  const close = () => { panel?.remove(); panel = null; draw(); };
-  const open = (made) => { panel?.remove(); panel = made; card.append(panel); panel.querySelector("textarea, button")?.focus(); };
-  button("Edit", "edit", () => open(editPanel(page, turn, (text) => {
+  const close = (kind) => { panels[kind].get(turn)?.remove(); panels[kind].delete(turn); draw(); };
+  const open = (kind, made) => {
+    panels[kind].get(turn)?.remove();
+    panels[kind].set(turn, made);
+    card.append(made);
+    made.querySelector("textarea, button")?.focus();
+  };
+  const edited = (text) => {
     add(parent, node("assistant", text, { model: null, sampler: {}, system: turn.system, state: "done" }));
-    draw();
-  }, close)));
+    close("edit");
+  };
+  button("Edit", "edit", () => open("edit", panels.edit.get(turn) ?? editPanel(page, turn, edited, () => close("edit"))));
   if (page.settings.feedback && turn.model && turn.content) {
     for (const [label, thumb] of [["Good", 1], ["Bad", -1]])
-      button(label, thumb > 0 ? "good" : "bad", () => open(thumbPanel(page, turn, thumb, close)), { "aria-pressed": String(turn.thumb === thumb) });
+      button(label, thumb > 0 ? "good" : "bad", () => open("thumb", thumbPanel(page, turn, thumb, () => close("thumb"))), { "aria-pressed": String(turn.thumb === thumb) });
   }
-  card.append(actions);
+  card.append(actions, ...Object.values(panels).map((open) => open.get(turn)).filter(Boolean));
   return card;
 }
 

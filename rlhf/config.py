@@ -237,6 +237,7 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
         if value in ("inf", "-inf") and float in choices_of(hint):  # as our JSON writes infinity
             value = float(value)
         mapping = _of_any_type(value) if dict[str, Any] in choices_of(hint) else None
+        converted: Any
         if mapping is not None:
             converted = mapping
         elif str in choices_of(hint) and isinstance(value, str) and value.lstrip().startswith("#"):

@@ -203,8 +203,8 @@ def check_shape(
         text = rendering.render(tokenizer, chat, len(probes), generation_prompt)
         for n, message in enumerate(probes):
             own = message["role"] == "assistant" and (message.get("tool_calls") or message.get("reasoning_content"))
-            seen = rendering.render(tokenizer, chat, n + 1, False) if own and n + 1 < len(probes) else text
-            _check_turn(message, n, seen, roles)
+            turn = rendering.render(tokenizer, chat, n + 1, False) if own and n + 1 < len(probes) else text
+            _check_turn(message, n, turn, roles)
     except InputError as error:
         if "refuses" not in str(error):
             raise

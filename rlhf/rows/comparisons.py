@@ -239,12 +239,12 @@ def _answers(turns: Any, row: Row, better: str, worse: str) -> Row:
     return pair(prompt, one, two, FIRST)
 
 
-def _one_answer(value: Any, name: str) -> dict[str, Any]:
+def _one_answer(value: Any, name: str) -> Messages:
     value = [value] if isinstance(value, Mapping) else value
     turns = as_messages(with_roles(value), name)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise wrong(name, f"got {show(value)}", "only one assistant turn of text can be compared")
-    return turns[0]
+    return turns
 
 
 def _turns(value: Any, name: str) -> Messages:
@@ -278,7 +278,7 @@ def _interleaved(asked: Sequence[str], answers: Sequence[str]) -> Messages:
     return turns
 
 
-def _parted(one: Messages, two: Messages) -> tuple[Messages, Any, Any]:
+def _parted(one: Messages, two: Messages) -> tuple[Messages, Messages, Messages]:
     """Return the turns that two conversations share, and the answer that each ends with. Raises Unusable where they
     differ in more: one response can't be compared then."""
     if len(one) != len(two) or one[:-1] != two[:-1]:
@@ -288,4 +288,4 @@ def _parted(one: Messages, two: Messages) -> tuple[Messages, Any, Any]:
             raise wrong(
                 "conversation_a, conversation_b", f"the last turn is {turns[-1]['role']!r}", "end with an answer"
             )
-    return one[:-1], one[-1], two[-1]
+    return one[:-1], one[-1:], two[-1:]

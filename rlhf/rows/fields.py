@@ -125,13 +125,13 @@ def _ranking(row: Row) -> RankingFields:
 
 
 def _answer(value: Any, name: str) -> tuple[Any, str]:
-    """Return an answer's text and its thinking, "" for none, of a text or an assistant's turn."""
-    if not isinstance(value, Mapping):
+    """Return an answer's text and its thinking, "" for none, of a text or a list of one assistant's turn."""
+    if not asked.are_turns(value):
         return value, ""
-    (turn,) = as_messages([value], name)
-    if turn["role"] != "assistant" or turn.get("tool_calls"):
-        seen = f"the role is {turn['role']!r}" if turn["role"] != "assistant" else "it calls tools (tool_calls)"
-        raise wrong(name, seen, "only an assistant's text can be compared")
+    turn, *more = as_messages(value, name)
+    if more or turn["role"] != "assistant" or turn.get("tool_calls"):
+        seen = "it calls tools (tool_calls)" if turn.get("tool_calls") else f"got {show(value)}"
+        raise wrong(name, seen, "only one assistant turn of text can be compared")
     return turn["content"], turn.get("reasoning_content", "")
 
 
@@ -198,7 +198,7 @@ def obey_label(row: Row) -> None:
 
 
 def _compared(row: Row, chosen: object, rejected: object) -> tuple[Messages, Any, Any]:
-    """Return a preference row's prompt, given or shared by both, and the two responses: texts, or turns."""
+    """Return a preference row's prompt, given or shared by both, and the two responses: texts, or lists of a turn."""
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise wrong("rejected", f"got {show(rejected)}", "write it as chosen is: both text, or both messages")
     if isinstance(chosen, str) and isinstance(rejected, str) and not is_hh(chosen):
@@ -220,7 +220,7 @@ def _compared(row: Row, chosen: object, rejected: object) -> tuple[Messages, Any
     if prompt is None:
         _refuse_near_miss(row, "prompt")
         raise wrong("prompt", "there is none and chosen and rejected share no turn", "add a prompt field")
-    return prompt, better[count], worse[count]
+    return prompt, better[count:], worse[count:]
 
 
 def _shared_turns(chosen: Messages, rejected: Messages) -> int:

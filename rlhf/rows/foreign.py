@@ -209,8 +209,7 @@ def _as_wanted(found: Any, further: Row, wanted: str, shape: Shape) -> Any:
     if wanted == "demonstration" and responses is not None and len(responses) < 2:
         if not responses:
             return Unusable(EMPTY)
-        completion = responses[0] if isinstance(responses[0], str) else [responses[0]]
-        found = {"prompt": found["prompt"], "completion": completion}
+        found = {"prompt": found["prompt"], "completion": responses[0]}
     return {**further, **found}
 
 

@@ -282,7 +282,7 @@ def _to_row(record: object) -> object:
     elif isinstance(record, Demonstration):
         row = {"messages": record.messages}
     elif isinstance(record, Ranking) and any(thinking):
-        row["responses"] = [record.turn(n) for n in range(len(record.responses))]
+        row["responses"] = [[record.turn(n)] for n in range(len(record.responses))]
     return row | ({"prompt": row["prompt"][0]["content"]} if text else {}) | columns
 
 

@@ -124,7 +124,7 @@ def thought(content, thinking):
     [
         {"prompt": Q, "chosen": [thought("4", "Two and two.")], "rejected": [bot("5")]},
         {"chosen": [*Q, bot("4") | {"thinking": "Two and two."}], "rejected": [*Q, bot("5")]},
-        {"prompt": Q, "responses": [bot("5"), thought("4", "Two and two.")], "ranks": [2, 1]},
+        {"prompt": Q, "responses": ["5", [thought("4", "Two and two.")]], "ranks": [2, 1]},
         {"messages": Q, "chosen": thought("4", "Two and two."), "rejected": bot("5")},  # axolotl's
         {"input": {"messages": Q}, "preferred_output": [thought("4", "Two and two.")],
          "non_preferred_output": [bot("5")]},
@@ -160,16 +160,14 @@ CALLING = bot("Let me see.") | {"tool_calls": [{"function": {"name": "f", "argum
     [
         ({"prompt": Q, "chosen": [CALLING], "rejected": [bot("5")]}, "chosen"),
         ({"prompt": Q, "chosen": [bot("5")], "rejected": [CALLING]}, "rejected"),
-        ({"prompt": Q, "responses": ["5", CALLING], "ranks": [1, 2]}, r"responses\[1\]"),
+        ({"prompt": Q, "responses": ["5", [CALLING]], "ranks": [1, 2]}, r"responses\[1\]"),
         ({"messages": Q, "chosen": CALLING, "rejected": bot("5")}, r"responses\[0\]"),
         ({"conversation_a": [*Q, CALLING], "conversation_b": [*Q, bot("5")], "winner": "tie"}, r"responses\[0\]"),
     ],
 )
 def test_answers_that_call_tools_are_not_compared(row, name):
     for read in (read_rankings, read_demonstrations):
-        with pytest.raises(
-            InputError, match=rf"row 0: {name}: it calls tools \(tool_calls\); only an assistant's text"
-        ):
+        with pytest.raises(InputError, match=rf"row 0: {name}: it calls tools \(tool_calls\); only one assistant turn"):
             read([row])
     assert read_prompts([row])[0].messages == Q
 

@@ -32,7 +32,7 @@ from reward_models.preflight import check_reward_model
 from rlhf import chat
 from rlhf.config import resume_settings
 from rlhf.errors import InputError, RunStopped, short
-from rlhf.models import encoders
+from rlhf.models import encoders, packing
 from rlhf.models.adapters import drop_input_hooks
 from rlhf.models.head_outputs import head_outputs, packs_rows
 from rlhf.models.loading import tokenizer_of, trained_weights_kept
@@ -246,7 +246,7 @@ class RewardTrainer(trl.RewardTrainer):
         with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
             self._babysitter.check(check_reward_model)
             self._seen.clear()
-            with self._babysitter.fast() as whole:
+            with self._babysitter.fast() as whole, packing.attention_kept(self.model):
                 self._packs = whole and packs_rows(self.model, self.config.packing, compute_dtype(self.config.bf16))
                 output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         self._packs = False

@@ -17,7 +17,6 @@ from transformers import ProgressCallback as TqdmCallback
 
 from rlhf import cpu, metrics
 from rlhf.errors import InputError, RunStopped
-from rlhf.models import packing
 from rlhf.run import checkpoint, console, distributed, strategy
 from rlhf.run.lock import training_in
 from rlhf.run.owner import wait_for_all
@@ -85,11 +84,10 @@ class Babysitter:
     @contextmanager
     def fast(self) -> Iterator[bool]:
         """Let the model use what makes CPUs faster inside the context; not where its weights are cut over processes.
-        Its attention is put back after it.
 
         Yields whether they are whole."""
-        whole, model = not strategy.spreads(self.trainer.accelerator), self.trainer.model
-        with cpu.for_training(model) if whole else nullcontext(), packing.attention_kept(model):
+        whole = not strategy.spreads(self.trainer.accelerator)
+        with cpu.for_training(self.trainer.model) if whole else nullcontext():
             yield whole
 
     def check(self, preflight: Callable[[Any], object]) -> None:

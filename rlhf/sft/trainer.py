@@ -134,7 +134,7 @@ class SFTTrainer(trl.SFTTrainer):
         with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
             self._babysitter.check(check_sft)
             self._sums["train"].clear()
-            with self._babysitter.fast() as whole, self._trl_forward():
+            with self._babysitter.fast() as whole, packing.attention_kept(self.model), self._trl_forward():
                 dtype = compute_dtype(self.config.bf16)
                 self._packs = whole and packing.prepare(self.model, self.config.packing, dtype)
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)

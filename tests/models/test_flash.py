@@ -10,6 +10,7 @@ from reference import flash
 from reference.ppo_runs import make
 from reference.tiny_chain import chain, save_base
 
+from reward_models import RewardConfig, RewardTrainer
 from rlhf.models import packing
 from rlhf.ppo import build
 from rlhf.rows.records import read_prompts
@@ -56,6 +57,20 @@ def test_sft_leaves_an_ordinary_model(tmp_path, tiny_model, tiny_tokenizer, monk
     args = SFTConfig(output_dir=str(tmp_path), batch_size=4, microbatch_size=4, epochs=1, save_steps=0, bf16=True)
     trainer = SFTTrainer(tiny_model, args, ROWS, processing_class=tiny_tokenizer)
     monkeypatch.setattr(packing, "prepare", lambda model, *args: bool(flash.use(model)))
+    trainer.train()
+    assert packing.attention_of(trainer.model) == before
+    trainer.model(IDS)
+
+
+def test_a_reward_model_is_left_an_ordinary_one(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    base = save_base(tmp_path, tiny_model, tiny_tokenizer)
+    rows = [{"prompt": f"Name fruit {n}.", "responses": ["apple", "no"], "ranks": [1, 2]} for n in range(4)]
+    args = RewardConfig(
+        output_dir=str(tmp_path / "out"), epochs=1, prompts_per_batch=4, microbatch_size=4, save_steps=0, bf16=True
+    )
+    trainer = RewardTrainer(str(base), args, train_dataset=rows)
+    before = packing.attention_of(trainer.model)
+    monkeypatch.setattr("reward_models.trainer.packs_rows", lambda model, *args: bool(flash.use(model)))
     trainer.train()
     assert packing.attention_of(trainer.model) == before
     trainer.model(IDS)

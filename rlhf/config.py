@@ -237,12 +237,10 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
         if value in ("inf", "-inf") and float in choices_of(hint):  # as our JSON writes infinity
             value = float(value)
         mapping = _of_any_type(value) if dict[str, Any] in choices_of(hint) else None
-        converted: Any
-        if mapping is not None:
-            converted = mapping
-        elif str in choices_of(hint) and isinstance(value, str) and value.lstrip().startswith("#"):
+        converted: Any = mapping
+        if str in choices_of(hint) and isinstance(value, str) and value.lstrip().startswith("#"):
             converted = value  # for YAML a comment, which is null
-        else:
+        elif mapping is None:
             read = _read(value) if isinstance(value, str) and has_mapping(hint) else None
             given = read if isinstance(read, Mapping) else value
             converted = parser.parse_object({"value": given}).value

@@ -91,8 +91,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """K responses to one prompt and their ranks: a smaller rank is better, equal ranks are a tie. `text`: the row had
-    the prompt as a plain string."""
+    """K responses to one prompt and their ranks: a smaller rank is better, equal ranks tie. `text`: as a Prompt's."""
 
     prompt: Messages
     responses: tuple[str, ...]
@@ -276,8 +275,7 @@ def _to_row(record: object) -> object:
     if isinstance(record, Prompt):
         row = {"prompt": record.messages}
     elif isinstance(record, Demonstration) and record.trained_from:
-        turns = enumerate(record.messages)
-        cut = next(n for n, m in turns if n >= record.trained_from and m["role"] == "assistant")
+        cut = next(n for n, m in enumerate(record.messages) if n >= record.trained_from and m["role"] == "assistant")
         row = {"prompt": record.messages[:cut], "completion": record.messages[cut:]}
     elif isinstance(record, Demonstration):
         row = {"messages": record.messages}

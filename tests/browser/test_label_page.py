@@ -284,6 +284,41 @@ def test_back_edits_the_last_item_and_goes_on(store, driver, complaints, screens
     assert complaints(driver) == []
 
 
+def test_nothing_is_said_while_a_submission_is_under_way(store, url, driver, complaints):
+    """What came after it was sent would be neither stored nor kept."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    store.add_items(items(2, k=2))
+    page = Page(driver, url, store.invite("anna"))
+    for place in range(2):
+        for row in range(2):
+            driver.find_element("css selector", f"input[name=rating-{place}-{row}][value='2']").click()
+    page.press("c")
+    driver.find_element("id", "comment").send_keys("First")
+    page.press(Keys.ESCAPE, *"f112")
+    driver.execute_script(
+        "const real = window.fetch; window.fetch = async (path, settings) => {"
+        "if (path === 'api/judgments') await new Promise((go) => { window.go = go; }); return real(path, settings); };"
+    )
+    ActionChains(driver).send_keys(Keys.ENTER).perform()
+    wait_for(lambda: driver.execute_script("return typeof window.go") == "function")
+    driver.find_element("id", "comment").send_keys(" and more")
+    driver.find_element("css selector", "input[name=rating-0-0][value='5']").click()
+    driver.find_element("css selector", "#flags input").click()  # would take the flag back
+    assert driver.find_element("id", "comment").get_property("value") == "First"
+    assert driver.find_element("css selector", "input[name=rating-0-0][value='2']").is_selected()
+    assert driver.find_element("css selector", "#flags input").is_selected()
+    driver.execute_script("window.go()")
+    page.settled()
+    wait_for(lambda: page.text("count") == "1 done, 1 left")
+    (judgment,) = store.judgments()
+    assert (judgment.comment, judgment.flags) == ("First", ("unsafe",))
+    page.press("c")
+    driver.find_element("id", "comment").send_keys("Second")
+    assert driver.find_element("id", "comment").get_property("value") == "Second"
+
+
 def test_two_annotators_in_two_browsers(store, new_browser, complaints):
     from selenium.webdriver.common.keys import Keys
 

@@ -21,8 +21,7 @@ let sure = ""; // the key that asked to be pressed again
 
 async function work(doing) {
   if (busy) return;
-  busy = true;
-  document.body.setAttribute("aria-busy", "true");
+  hold(true);
   try {
     await doing();
   } catch (problem) {
@@ -30,9 +29,15 @@ async function work(doing) {
     else if (now) tell(problem.message);
     else away(problem.message, "", true);
   } finally {
-    busy = false;
-    document.body.setAttribute("aria-busy", "false");
+    hold(false);
   }
+}
+
+// While a request is under way nothing that was said changes: what came after it was sent would be lost.
+function hold(still) {
+  busy = still;
+  document.body.setAttribute("aria-busy", String(still));
+  for (const name of Object.keys(SECTIONS)) byId(name).readOnly = still;
 }
 
 async function begin() {
@@ -331,6 +336,7 @@ function pressed(event) {
 }
 
 document.addEventListener("keydown", pressed);
+document.addEventListener("click", (event) => busy && event.target.closest(".rating, #flags") && event.preventDefault(), true);
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button, summary");
   if (button && event.detail) button.blur(); // a click leaves the keys to the page

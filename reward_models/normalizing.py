@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rlhf")
 TOKENS_PER_MICROBATCH = 16384
+MANY_TOKENS = 100_000  # may take a CPU minutes, in which nothing else is shown
 
 
 def sampled_responses(data: Dataset, count: int, seed: int) -> list[list[int]]:
@@ -78,7 +79,8 @@ def shared_scores(
 
     read: the trainer's `scores`, through which FSDP2 or DeepSpeed gathers the parameters of a model that is cut."""
     own = accelerator.unwrap_model(model)
-    logger.info("normaliser: scoring %s responses", f"{len(sequences):,}")
+    if (tokens := sum(map(len, sequences))) > MANY_TOKENS:
+        logger.info("normaliser: scoring %s responses of %s tokens", f"{len(sequences):,}", f"{tokens:,}")
     cut = distributed.is_sharded(model) or strategy.partitions(accelerator)
 
     def score(share: Sequence[list[int]]) -> list[float]:

@@ -193,7 +193,7 @@ def test_a_rubric_from_yaml(tmp_path):
         ("score: 1}", "score: .nan}", r"r\.yaml:4: score is nan"),
         ("description: yes it was, ", "", r"r\.yaml:4: expected \{description"),
         ("  B:", "  Bad:", r"r\.yaml: rubric: choices: 'Bad' is no single letter"),
-        ("  B:", "  1:", r"r\.yaml: rubric: choices: 1 is no single letter"),
+        ("  B:", "  1:", r"r\.yaml: rubric: choices: '1' is no single letter"),
         ("score: 1}", "score: -0.5}", "all choices have one score"),
         ("choices:", "options:", r"r\.yaml:3: `options` is not known"),
         ("  Was it polite?", "", "instructions are empty"),

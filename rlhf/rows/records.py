@@ -50,6 +50,10 @@ __all__ = [
 ]
 
 
+APART = {"apart": True}
+"""Marks fields that came after runs had been fingerprinted, and decide nothing that is trained from their record."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A conversation for a policy to answer. `text`: the row had a plain string, so reward functions get strings (trl's
@@ -97,9 +101,9 @@ class Ranking:
     responses: tuple[str, ...]
     ranks: tuple[float, ...]
     columns: dict[str, Any] = field(default_factory=dict)
-    thinking: tuple[str, ...] = ()
+    thinking: tuple[str, ...] = field(default=(), metadata=APART)
     """Of each response, "" for none; empty where none has any. It is not compared, and imitated with its response."""
-    text: bool = field(default=False, compare=False)
+    text: bool = field(default=False, compare=False, metadata=APART)
     where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:

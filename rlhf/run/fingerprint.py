@@ -148,13 +148,16 @@ def _known() -> dict[str, Any]:
 
 
 def of_rows(rows: Iterable[object]) -> str:
-    """Compute the sha256 of every row of an iterable; of values that JSON cannot hold only the type counts."""
+    """Compute the sha256 of every row of an iterable; of values that JSON cannot hold only the type counts, and fields
+    of a record whose metadata say `apart` don't."""
     digest = hashlib.sha256()
     for row in rows:
+        if dataclasses.is_dataclass(row) and not isinstance(row, type):
+            named = [item.name for item in dataclasses.fields(row) if not item.metadata.get("apart")]
+            row = {name: getattr(row, name) for name in named}
         try:
             digest.update(canonical(row) + b"\n")
         except TypeError:
-            row = dataclasses.asdict(row) if dataclasses.is_dataclass(row) and not isinstance(row, type) else row
             text = json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)
             digest.update(text.encode() + b"\n")
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from rlhf.rows.records import Ranking
 from rlhf.run import fingerprint
 from rlhf.run.fingerprint import adapter_settings, data_fingerprint, of_function, of_rows, of_run, of_weights
 
@@ -154,3 +155,13 @@ def test_the_settings_of_an_adapter_are_those_that_a_user_gave(tiny_model, tiny_
     assert of_run(tiny_tokenizer, [], model=adapted)["peft_config"] == told
     assert adapter_settings(None) is None
     assert of_run(tiny_tokenizer, [], model="a/hub-id")["peft_config"] is None
+
+
+@pytest.mark.parametrize("columns", [{"n": 1}, {"image": object()}])
+def test_fields_that_came_later_do_not_change_what_a_run_was_begun_with(columns) -> None:
+    """A reward model reads neither thinking nor whether a prompt was text."""
+    fields = {"prompt": [{"role": "user", "content": "Hi"}], "responses": ["a", "b"], "ranks": [1, 2]}
+    row = {**fields, "columns": columns, "where": "f:1"}
+    ranking = Ranking(fields["prompt"], ("a", "b"), (1, 2), columns, ("so", ""), True, "f:1")
+    assert of_rows([ranking]) == of_rows([Ranking(fields["prompt"], ("a", "b"), (1, 2), columns, where="f:1")])
+    assert of_rows([ranking]) == of_rows([row])

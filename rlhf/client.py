@@ -23,6 +23,12 @@ MOST_BYTES = 64 * 1024 * 1024
 """Bytes of one answer."""
 LONGEST_LINE = 1024 * 1024
 """Bytes of one line of a streamed answer."""
+FULL_SOFTMAX: dict[str, dict[str, float]] = {
+    "vllm": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
+    "llamacpp": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+}
+"""By a server's name for itself (`owned_by` of its models): what it would fill in by its own or a hub model's defaults
+where a request leaves it out. Others refuse these fields (OpenAI, ours) or aren't known to read them."""
 
 Message = Mapping[str, Any]
 
@@ -57,7 +63,8 @@ class Client:
     base_url: http://host:port, with or without `/v1` at its end. token: by default the environment's RLHF_SERVER_TOKEN.
     model: the name to ask for; by default the server's only one. timeout: seconds that a call may take, from the first
     attempt to the answer's last byte. retries: further attempts, with growing pauses, after a failed connection or a
-    full queue or a gateway's failure (429, 502 to 504).
+    full queue or a gateway's failure (429, 502 to 504). Sampling is by temperature and top_p alone; where vLLM or
+    llama.cpp answers, that takes `models()` to be known (it is read where `model` is left out, and by `named`).
 
     A call raises InputError for what the server refuses (4xx), and RunStopped for a server that cannot be reached, is
     too slow, fails, or answers something else.
@@ -76,6 +83,8 @@ class Client:
         self.caller = Caller(url.removesuffix("/v1"), token, timeout, retries, "a server of OpenAI's HTTP", remedy)
         self.url = self.caller.url
         self._model = model
+        self.full_softmax: Mapping[str, float] = {}
+        """Fields that each request needs besides temperature and top_p, as `FULL_SOFTMAX` has them."""
 
     @property
     def model(self) -> str:
@@ -94,7 +103,9 @@ class Client:
         if model not in names:
             unknown(model, names, self.url, "model")
         timeout, retries = self.caller.timeout, self.caller.retries
-        return Client(self.url, self.caller.token, model, timeout, retries)
+        found = Client(self.url, self.caller.token, model, timeout, retries)
+        found.full_softmax = self.full_softmax
+        return found
 
     def models(self) -> list[str]:
         """Return the names of the server's models."""
@@ -102,6 +113,8 @@ class Client:
         rows = found.get("data")
         if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("id"), str) for r in rows):
             raise RunStopped(f"{self.url}/v1/models: lists no models; is it a server of OpenAI's HTTP?")
+        owners = {str(row.get("owned_by")) for row in rows}
+        self.full_softmax = FULL_SOFTMAX.get(owners.pop(), {}) if len(owners) == 1 else {}
         return [row["id"] for row in rows]
 
     def chat(
@@ -126,7 +139,7 @@ class Client:
         asked = _sampling(n, seed, temperature, top_p, max_tokens, stop) | {"messages": [dict(m) for m in messages]}
         if logprobs or top_logprobs:
             asked |= {"logprobs": True, "top_logprobs": top_logprobs}
-        found = self.asked("/v1/chat/completions", {"model": self.model, **asked})
+        found = self.asked("/v1/chat/completions", self._body(asked))
         return [self._chat_choice(choice, bool(logprobs or top_logprobs)) for choice in self._choices(found, n)]
 
     def stream(
@@ -141,8 +154,7 @@ class Client:
     ) -> Generator[str]:
         """Yield an answer's text piece by piece, as it is written. Closing the iterator cancels the answer."""
         asked = _sampling(1, seed, temperature, top_p, max_tokens, stop) | {"messages": [dict(m) for m in messages]}
-        body = {"model": self.model, **asked, "stream": True}
-        for event in self.events("/v1/chat/completions", body):
+        for event in self.events("/v1/chat/completions", self._body(asked | {"stream": True})):
             for choice in event.get("choices") or ():
                 piece = (choice.get("delta") or {}).get("content") if isinstance(choice, dict) else None
                 if isinstance(piece, str) and piece:
@@ -170,8 +182,12 @@ class Client:
         asked |= {"prompt": prompt if isinstance(prompt, str) else list(prompt), "echo": echo}
         if logprobs is not None:
             asked["logprobs"] = logprobs
-        found = self.asked("/v1/completions", {"model": self.model, **asked})
+        found = self.asked("/v1/completions", self._body(asked))
         return [self._text_choice(choice, logprobs is not None) for choice in self._choices(found, n)]
+
+    def _body(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Return a request's body; the model's name is read first, and with it what server this is."""
+        return {"model": self.model, **self.full_softmax, **asked}
 
     # -- answers -----------------------------------------------------------------------------------------------
 

@@ -116,6 +116,31 @@ def test_what_is_asked():
     assert (plain.prompts, plain.sampling.seed, plain.echo, plain.logprobs) == (((1, 2),), 0, True, None)
 
 
+@pytest.mark.parametrize(
+    ("owner", "further"),
+    [
+        ("vllm", {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}),
+        ("llamacpp", {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}),
+        ("openai", {}),
+        (None, {}),
+    ],
+)
+def test_what_a_server_would_fill_in_is_sent_where_it_is_known(owner, further):
+    """vLLM takes top_k, min_p and repetition_penalty from the model's generation_config, llama.cpp from its command
+    line (top_k 40, min_p 0.05); OpenAI refuses such fields."""
+    listed = reply(json.dumps({"data": [{"id": "m", "owned_by": owner}, {"id": "adapter", "owned_by": owner}]}))
+    with answering(listed) as (url, _):
+        client, bodies = Client(url).named("m"), []
+    heard = {"choices": [{"index": 0, **message("hi"), "text": "hi"}]}
+    client.asked = lambda path, body: bodies.append(body) or heard
+    client.events = lambda path, body: bodies.append(body) or iter(())
+    client.chat(ASKED)
+    client.complete("a")
+    list(client.stream(ASKED))
+    usual = {"model", "temperature", "top_p", "messages", "prompt", "max_tokens", "echo", "stream"}
+    assert [{name: value for name, value in body.items() if name not in usual} for body in bodies] == [further] * 3
+
+
 def test_the_only_model_is_the_default():
     listed = reply('{"object": "list", "data": [{"id": "only"}]}')
     with answering(listed) as (url, calls):

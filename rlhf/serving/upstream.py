@@ -98,7 +98,7 @@ class Upstream:
         seed = secrets.randbelow(2**31) if sampling.seed is None else sampling.seed
         body: dict[str, Any] = {
             "model": name, "n": sampling.n, "seed": seed, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "stream": request.stream,
+            "stream": request.stream, **self.client.full_softmax,
         }  # fmt: skip
         body |= {"max_tokens": sampling.max_tokens} if sampling.max_tokens is not None else {}
         body |= {"stop": list(sampling.stop)} if sampling.stop else {}

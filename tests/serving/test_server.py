@@ -245,6 +245,18 @@ def test_another_server_behind_the_same_app(policies):
             wait_for(lambda: front.slots.taken == 0)
 
 
+def test_a_server_behind_is_sent_what_it_would_fill_in_by_itself():
+    """vLLM's top_k and repetition_penalty would be a hub model's."""
+    client, bodies = Client("http://127.0.0.1:1", model="m"), []
+    client.models = lambda: ["m"]
+    client.asked = lambda path, body: bodies.append(body) or {"choices": [{"index": 0, "text": "hi"}]}
+    client.full_softmax = {"top_k": 0, "repetition_penalty": 1.0}
+    with serving(Service(Upstream(client, 1), ServingConfig())) as url:
+        Client(url, model="m").complete([1, 2], max_tokens=3, temperature=0.5)
+    (body,) = bodies
+    assert (body["top_k"], body["repetition_penalty"], body["temperature"], body["max_tokens"]) == (0, 1.0, 0.5, 3)
+
+
 def test_policies_share_the_weights_of_their_base(policies):
     base = dict(policies["base"].model.named_parameters())
     adapted = {

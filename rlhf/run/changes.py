@@ -46,9 +46,10 @@ class Change(NamedTuple):
 
 def no_effect(config: Any) -> tuple[str, ...]:
     """Return the fields of a config that change no result; with `keep_best` or `best_by`, evaluations choose the
-    weights."""
+    weights, and KTO estimates its KL within a micro-batch."""
     chosen = getattr(config, "keep_best", False) or getattr(config, "best_by", None)
-    return tuple(name for name in NO_EFFECT if name != "eval_steps" or not chosen)
+    matter = {"eval_steps": chosen, "microbatch_size": getattr(config, "method", None) == "kto"}
+    return tuple(name for name in NO_EFFECT if not matter.get(name))
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

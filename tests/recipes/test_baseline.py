@@ -16,7 +16,10 @@ from reward_models import RewardModel
 from reward_models.ensemble import RewardEnsemble
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rows.records import Prompt, Ranking
+from rlhf.run.changes import changes
 from rlhf.run.stages import Manifest
+from rlhf_recipes.baseline_config import OnlineConfig, PreferenceConfig
+from rlhf_recipes.stage import inputs_of
 
 USER = [{"role": "user", "content": "Name a fox."}]
 COMMON = ("--bf16", "false", "--max_new_tokens", 6, "--logging_steps", 1)
@@ -211,6 +214,17 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, base, files, m
     assert "going on" in run(*given).out
     first, second = weights(whole), weights(broken)
     assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_only_ktos_micro_batch_size_makes_another_run():
+    """KTO estimates its KL within a micro-batch; elsewhere the size is one of memory."""
+    module = recipe.load("baseline")
+    configs = {
+        method: [module.BaselineConfig(method=method, **{method: kind(microbatch_size=size)}) for size in (2, 4)]
+        for method, kind in (("kto", PreferenceConfig), ("dpo", PreferenceConfig), ("grpo", OnlineConfig))
+    }
+    found = {method: len(changes(*(inputs_of(one, {}) for one in two))) for method, two in configs.items()}
+    assert found == {"kto": 1, "dpo": 0, "grpo": 0}
 
 
 @pytest.mark.parametrize(

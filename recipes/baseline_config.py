@@ -104,7 +104,8 @@ class BaselineConfig:
     """A row that can't be read, or that the chat template refuses: refuse: stop and name it; drop: leave it out, and
     count it in the log."""
     reward_model: str | None = None
-    """grpo, rloo: what scores: a reward model's or an ensemble's folder; default: the run's `reward_model`."""
+    """grpo, rloo: what scores: a reward model's or an ensemble's folder; default: the run's `reward_model`; none: not
+    even that, where functions score."""
     reward_functions: list[str] | None = None
     """grpo, rloo: further scores, as path/to/file.py:function or package.module:function."""
     reward_weights: list[float] | None = None

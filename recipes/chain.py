@@ -44,7 +44,7 @@ from rlhf_recipes.report import report
 from rlhf_recipes.reward_model import RewardRecipe, reward_model
 from rlhf_recipes.run_evals import RunEvalsConfig
 from rlhf_recipes.sft import SFTRecipe, sft
-from rlhf_recipes.stage import Step, inputs_of, open_stage, with_columns
+from rlhf_recipes.stage import NONE, Step, inputs_of, open_stage, with_columns
 from rlhf_recipes.system_card import SystemCardConfig
 
 console.quiet()
@@ -224,7 +224,8 @@ def check(config: ChainConfig) -> None:
     for section in sections:
         given = {name: getattr(section, name, None) for name in (*DATA_FIELDS, *MODEL_FIELDS)}
         for name, place in ((name, place) for name, source in given.items() for place in paths_of(source)):
-            if not Path(place).absolute().is_relative_to(run):  # what is in the run, a stage may yet write
+            own = Path(place).absolute().is_relative_to(run)  # a stage may yet write it
+            if place != NONE and not own:
                 require_there(place) if name in DATA_FIELDS else require_tokenizer(place)
 
 

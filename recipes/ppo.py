@@ -49,10 +49,10 @@ class PPORecipe(PPOConfig):
     """Policy to start from, and the reference; default: the run's `sft`."""
     reward_model: str | None = None
     """Trained reward model, which the value model starts from too, or an ensemble's folder (then from its first
-    member); default: the run's `reward_model`."""
+    member); default: the run's `reward_model`. none: not even that, where something else scores."""
     process_model: str | None = None
     """Process or outcome reward model, whose solution score is one more score; step_score_coef adds its step scores.
-    Default: the run's `process_reward`, if there is one."""
+    Default: the run's `process_reward`, if there is one; none: not even that."""
     reward_functions: list[str] | None = None
     """Further scores, as path/to/file.py:function or package.module:function (of reward_models.rules, too).
     reward_weights weighs all scores in this order: reward model, process model, functions, grader."""

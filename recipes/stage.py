@@ -44,6 +44,8 @@ from rlhf.run.stages import (
 Config = TypeVar("Config")
 SCORERS = ("reward_model", "judge", "ensemble")
 """Stages whose folder scores responses."""
+NONE = "none"
+"""Named in the place of an optional earlier stage: nothing, though the run may have that stage."""
 SECTIONS = (
     "data",
     "base",
@@ -292,11 +294,17 @@ def fingerprint_of(source: Any) -> Any:
 
 
 def from_siblings(config: Config, **places: str) -> Config:
-    """Fill fields that are None from the folders beside the stage's own; InputError where there is nothing."""
-    run, filled = Path(config.output_dir).parent, {}
+    """Fill fields that are None from the folders beside the stage's own; InputError where there is nothing, unless the
+    place is written as ?place: of those `none` becomes None."""
+    run, filled = Path(config.output_dir).parent, dict[str, str | None]()
     for name, place in places.items():
         optional = place.startswith("?")
         path = run / place.removeprefix("?")
+        if getattr(config, name) == NONE:
+            if not optional:
+                raise InputError(f"{name}=none: it is needed here; name one, or leave it out for the run's own")
+            filled[name] = None
+            continue
         if getattr(config, name) is not None:
             continue
         if path.exists():

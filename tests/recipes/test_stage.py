@@ -12,6 +12,7 @@ import pytest
 from reference import recipe
 
 from rlhf.config import load
+from rlhf.errors import InputError
 from rlhf_recipes.attacking import AttackConfig
 from rlhf_recipes.stage import inputs_of, next_command, open_stage
 
@@ -40,6 +41,30 @@ def test_what_an_earlier_stage_left_needs_no_flag(tmp_path, capsys) -> None:
         f"next rlhf ppo --output_dir {tmp_path}/ppo",
         f"next rlhf evaluate_policy --output_dir {tmp_path}/evaluation --judge judge",
     ]
+
+
+@pytest.mark.parametrize("command", ["ppo", "baseline"])
+def test_the_runs_own_reward_model_is_left_out_by_name(tmp_path, command) -> None:
+    """Where it is served, its score would count twice: once from the server, once from the run's folder."""
+    for folder in ("sft", "reward_model", "process_reward", "rankings"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "rankings/prompts.jsonl").touch()
+    module = recipe.load(command)
+    config_of = {"ppo": "PPORecipe", "baseline": "BaselineConfig"}[command]
+    method = ["--method", "grpo"] if command == "baseline" else ["--process_model", "none"]
+
+    def taken(*flags: str):
+        argv = ["--output_dir", f"{tmp_path}/{command}", *method, *flags]
+        config, sources = module.inputs(load(getattr(module, config_of), argv))
+        assert sources.get("process_model") is None
+        assert sources["reward_model"] == config.reward_model
+        return config.reward_model
+
+    served = ("--reward_functions", "[http://127.0.0.1:8000]")
+    assert taken() == taken(*served) == f"{tmp_path}/reward_model"
+    assert taken(*served, "--reward_model", "none") is None
+    with pytest.raises(InputError, match="reward_model=none: it is needed here; name one, or leave it out"):
+        taken("--reward_model", "none")
 
 
 def shown(capsys) -> list[str]:

@@ -250,7 +250,7 @@ class Scored:
         ]
         total, _ = scores.score_responses(
             self.functions, self.weights, prompts, texts, ids, columns=scores.columns_of(self.prompts), answers=answers,
-            processing_class=self.tokenizer,
+            processing_class=self.tokenizer, stop_ids=self.stops,
         )  # fmt: skip
         self.calls += len(ids)
         stopped = torch.tensor([bool(one) and one[-1] in self.stops for one in ids])

@@ -22,6 +22,7 @@ NOT_COLUMNS = (
     "completion_ids",
     "raw_completions",
     "processing_class",
+    "stop_ids",
     "trainer_state",
     "log_metric",
     "log_extra",

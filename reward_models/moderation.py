@@ -73,6 +73,11 @@ class About:
     def names(self) -> list[str]:
         return [category.name for category in self.categories]
 
+    @property
+    def offsets(self) -> Float[Tensor, " K"]:
+        """Return what is added to each category's number from the head."""
+        return torch.tensor([category.offset for category in self.categories])
+
     def save(self, folder: str | Path) -> None:
         """Write categories.json."""
         Path(folder, CATEGORIES_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

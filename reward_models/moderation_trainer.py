@@ -137,7 +137,7 @@ def _offsets_of(model: Any, config: ModerationConfig) -> Tensor:
     if held.names != config.categories:
         seen = f"the data's are {', '.join(config.categories or ())}, the model's {', '.join(held.names)}"
         raise InputError(f"categories: {seen}; name the model's, in their order, or pass its folder for a new head")
-    return torch.tensor([category.offset for category in held.categories])
+    return held.offsets
 
 
 class ModerationTrainer(RewardTrainer):
@@ -197,12 +197,19 @@ class ModerationTrainer(RewardTrainer):
     ) -> TrainOutput:
         """Fit the head to the trunk's states; with `trains: all`, train all weights from there on, or resume. A model
         object's head of as many categories is fitted with `trains: head` alone, and else goes on as it is."""
-        if self._fits_head:
-            self.fit_head()
         if self.config.trains == "all":
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.fit_head()
         check_reward_model(cast(Any, self))
         return TrainOutput(0, float("nan"), {})
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Fit the head, or take from a checkpoint the offsets that belong to the weights of its own."""
+        if checkpoint is not None:
+            self.offsets = About.read(checkpoint).offsets
+        elif self._fits_head:
+            self.fit_head()
+        super().begin(checkpoint)
 
     @torch.no_grad()
     def fit_head(self) -> None:

@@ -102,7 +102,7 @@ def read_solution(
 ) -> Reading:
     """Encode a conversation that ends with a solution, for training and scoring alike.
 
-    encoder: the trunk is one. sampled: the ids of the solution, from the same tokenizer."""
+    encoder: the trunk is one. sampled: the ids of the solution, as of `answer_tokens`."""
     content = messages[-1]["content"]
     spans = step_spans(content, about.separator)
     if about.kind == "process" and not spans:
@@ -254,17 +254,18 @@ class ProcessModel:
         completion_ids: Sequence[Sequence[int]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         give_step_scores: Callable[[list[list[float]]], None] | None = None,
+        stop_ids: Sequence[int] | None = None,
         **columns: object,
     ) -> list[float]:
         """Return solution scores, from 0 to 1. A plain-text prompt is one user turn.
 
         processing_class: the policy's tokenizer. Where it is this model's, too, a solution is read as the ids that were
-        sampled; step scores are placed by its tokens."""
+        sampled, up to one of `stop_ids` (default: the tokenizer's); step scores are placed by its tokens."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
         talks = [_plain(conversation(p, c)) for p, c in zip(prompts, completions, strict=True)]
         messages = [talk for talk, _ in talks]
-        ids = completion_ids if self._scorer.same_tokenizer(processing_class) else None
+        ids = self._scorer.sampled_ids(completion_ids, processing_class, stop_ids)
         sampled = [None if ids is None or thought else ids[number] for number, (_, thought) in enumerate(talks)]
         steps = self._steps(messages, rows_of(columns, len(talks)), sampled)
         scores = [solution_score(own, self.solution) for own in steps]

@@ -117,18 +117,20 @@ class RewardModel:
         completions: Texts,
         completion_ids: Sequence[Sequence[int]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        stop_ids: Sequence[int] | None = None,
         **columns: object,
     ) -> list[float]:
         """Return normalised scores. A plain-text prompt is one user turn.
 
         processing_class: the policy's tokenizer. Where it is this model's, too, an answer without thinking is read as
-        the ids that were sampled. columns: `scored_prompt` and `scored_prefix` change what is read (`talks_of`)."""
+        the ids that were sampled, up to one of `stop_ids` (default: the tokenizer's). columns: `scored_prompt` and
+        `scored_prefix` change what is read (`talks_of`)."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
         talks = talks_of(prompts, completions, columns)
         rows = rows_of(columns, len(talks))
-        as_written = SCORED_PREFIX not in columns and self.same_tokenizer(processing_class)
-        sampled = completion_ids if as_written else None
+        written = None if SCORED_PREFIX in columns else completion_ids
+        sampled = self.sampled_ids(written, processing_class, stop_ids)
         sequences = [
             self._encoded(talk, row, number, None if sampled is None else sampled[number - 1])
             for number, (talk, row) in enumerate(zip(talks, rows, strict=True), start=1)
@@ -152,7 +154,7 @@ class RewardModel:
     def _encoded(
         self, messages: Messages, row: Mapping[str, object], number: int, sampled: Sequence[int] | None = None
     ) -> list[int]:
-        """Encode a conversation as this model reads it. sampled: the ids of its response, from the same tokenizer."""
+        """Encode a conversation as this model reads it. sampled: its response's ids, as `sampled_ids` gives them."""
         if not messages or messages[-1]["role"] != "assistant":
             last = messages[-1]["role"] if messages else "nothing"
             raise InputError(f"conversation {number} ends with {last}; a score is of an assistant's response")
@@ -161,9 +163,8 @@ class RewardModel:
             answer = {name: value for name, value in answer.items() if name != "reasoning_content"}
             messages, sampled = [*messages[:-1], answer], None
         if sampled is not None and not self.reads_rendered:
-            ids, stops = list(sampled), chat.stop_ids(self.tokenizer)
-            ids = ids[:-1] if ids and ids[-1] in stops else ids
-            return [*chat.encode_prompt(self.tokenizer, messages[:-1], row), *ids, chat.end_of_turn_id(self.tokenizer)]
+            prompt = chat.encode_prompt(self.tokenizer, messages[:-1], row)
+            return [*prompt, *sampled, chat.end_of_turn_id(self.tokenizer)]
         encoded = chat.encode(self.tokenizer, messages, len(messages) - 1, row)
         return self._until_padding(encoded.rendered) if self.reads_rendered else encoded.ids
 
@@ -171,6 +172,20 @@ class RewardModel:
         """Cut a sequence behind the token that transformers' classes read: the last that is no padding."""
         pad_id = self.model.config.get_text_config().pad_token_id
         return ids[: max((n for n, i in enumerate(ids) if i != pad_id), default=len(ids) - 1) + 1]
+
+    def sampled_ids(
+        self,
+        responses: Sequence[Sequence[int]] | None,
+        processing_class: PreTrainedTokenizerBase | None,
+        stop_ids: Sequence[int] | None,
+    ) -> list[list[int]] | None:
+        """Return sampled responses' ids without the stop token that ends them; None where a text is to be encoded
+        anew, since another tokenizer gave the ids. stop_ids: those that sampling stopped at (default: the
+        tokenizer's)."""
+        if responses is None or not self.same_tokenizer(processing_class):
+            return None
+        stops = chat.stop_ids(self.tokenizer) if stop_ids is None else stop_ids
+        return [list(ids[:-1] if ids and ids[-1] in stops else ids) for ids in responses]
 
     def same_tokenizer(self, other: PreTrainedTokenizerBase | None) -> bool:
         """Return whether another tokenizer gives every conversation the ids that this model's gives."""

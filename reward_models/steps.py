@@ -287,9 +287,8 @@ def answer_tokens(
 ) -> tuple[list[int], list[int]]:
     """Return the ids of a conversation's prompt, and those of its last turn with the end of turn.
 
-    sampled: the ids of the last turn, from the same tokenizer."""
+    sampled: the ids of the last turn, from the same tokenizer, without the token that ends it."""
     if sampled is None:
         whole = chat.encode(tokenizer, messages, len(messages) - 1, row)
         return whole.ids[: whole.answer_from], whole.ids[whole.answer_from :]
-    own = list(sampled[:-1] if sampled and sampled[-1] in chat.stop_ids(tokenizer) else sampled)
-    return chat.encode_prompt(tokenizer, messages[:-1], row), [*own, chat.end_of_turn_id(tokenizer)]
+    return chat.encode_prompt(tokenizer, messages[:-1], row), [*sampled, chat.end_of_turn_id(tokenizer)]

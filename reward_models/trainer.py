@@ -66,8 +66,7 @@ class RewardTrainer(trl.RewardTrainer):
     normalizer_dataset: demonstrations (any source that `rlhf.read_demonstrations` reads) on whose responses the scores
         get mean 0 and standard deviation 1, as in InstructGPT; default: the training responses.
     train_dataset, eval_dataset: any source that `rlhf.read_rankings` reads: a path, hub id, datasets.Dataset or list.
-    processing_class: the tokenizer; default: the model folder's.
-    peft_config: a LoraConfig, instead of `args.lora_rank`.
+    processing_class: the tokenizer; by default the model's. peft_config: a LoraConfig, instead of `args.lora_rank`.
 
     `evaluate()` counts every pair once, over all batches and processes. With `args.keep_best` training ends with the
     weights of the lowest held-out loss (`best` holds their step). After training, the mean and standard deviation of
@@ -203,9 +202,8 @@ class RewardTrainer(trl.RewardTrainer):
         )
 
     def scores(self, model: nn.Module, inputs: RankingBatch) -> Float[Tensor, " n"]:
-        """Return raw scores [n] of a batch's responses, in float32, read at each one's last real position.
-
-        The model is called through accelerate's wrapper (DDP, FSDP, autocast)."""
+        """Return raw scores [n] of a batch's responses, in float32, read at each one's last real position. The model is
+        called through accelerate's wrapper (DDP, FSDP, autocast)."""
         mask = inputs["attention_mask"]
         if self._of_encoder:
             return encoders.encoder_scores(model, inputs["input_ids"], mask)
@@ -214,8 +212,7 @@ class RewardTrainer(trl.RewardTrainer):
 
     def head_outputs(self, model: nn.Module, inputs: Any) -> Float[Tensor, "n T labels"]:
         """Return a decoder's head at every real position."""
-        own = cast(nn.Module, self.model)
-        return head_outputs(model, own, inputs["input_ids"], inputs["attention_mask"], self._packs)
+        return head_outputs(model, cast(Any, self.model), inputs["input_ids"], inputs["attention_mask"], self._packs)
 
     def plain_scores(self, model: Any, inputs: Any) -> Tensor:
         """Return the same scores as `RewardModel` computes them."""
@@ -244,7 +241,7 @@ class RewardTrainer(trl.RewardTrainer):
         """Train, take the best weights (`keep_best`), then measure the normaliser; `resume_from_checkpoint=True`
         resumes from the newest complete checkpoint, if there is one."""
         with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
-            self._babysitter.check(check_reward_model)
+            self.begin(checkpoint)
             self._seen.clear()
             with self._babysitter.fast() as whole, packing.attention_kept(self.model):
                 self._packs = whole and packs_rows(self.model, self.config.packing, compute_dtype(self.config.bf16))
@@ -255,6 +252,10 @@ class RewardTrainer(trl.RewardTrainer):
             self._take_best()
         self.fit_normalizer()
         return output
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Check the model before the first step. checkpoint: what a run goes on from, which was checked as it began."""
+        self._babysitter.check(check_reward_model)
 
     def _take_best(self) -> None:
         """Load the weights of the lowest held-out loss, after evaluating those of the last step too."""
@@ -324,8 +325,7 @@ class RewardTrainer(trl.RewardTrainer):
     def fit_normalizer(self) -> ScoreNormalizer:
         """Measure mean and (population) standard deviation of raw scores on a sample of responses, from training or
         from `normalizer_dataset`."""
-        count = self.config.normalizer_samples
-        if count:
+        if count := self.config.normalizer_samples:
             data, pad_id = cast(Dataset, self.train_dataset), chat.pad_id(self._tokenizer)
             sequences = self._normalized_on or sampled_responses(data, count, self.config.seed)
             self.model_wrapped.eval()

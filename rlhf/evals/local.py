@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rlhf import chat
 from rlhf.errors import InputError, short
@@ -26,6 +26,7 @@ class LocalModel:
 
     The probability of a choice is that of all its tokens, in the ways of writing it that `choice_tokens` lists. Tokens
     that every finished answer begins with (an empty thinking block, SentencePiece's space) are given to the model.
+    Where a family reads padding as text (RWKV), only rows of one length share a batch.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class LocalModel:
         self.tokenizer = tokenizer
         self.tokens_per_microbatch = tokens_per_microbatch
         self.spent = Spent()
+        self._pads: bool | None = None  # whether rows of unlike length may share a batch; not asked yet
 
     def __call__(self, questions: Sequence[Question], choices: Sequence[str]) -> list[Answered | Exception]:
         started = time.perf_counter()
@@ -62,11 +64,15 @@ class LocalModel:
         import torch
 
         from rlhf.padding import pad, position_ids
+        from rlhf.sampling.decode import decoding_fault
 
         device, pad_id = next(self.model.parameters()).device, chat.pad_id(self.tokenizer)
         wanted = {end: sorted({w[end] for w in _prefixes(ways) if w[:end] == head[:end] and len(w) == end + 1})
                   for end in range(len(head) + 1)}  # fmt: skip
-        for rows in batches([len(ids) + len(head) for ids in asked], self.tokens_per_microbatch):
+        if self._pads is None:
+            self._pads = decoding_fault(cast("PreTrainedModel", self.model), pad_id) is None
+        lengths = [len(ids) + len(head) for ids in asked]
+        for rows in batches(lengths, self.tokens_per_microbatch, self._pads):
             input_ids, mask = pad([[*asked[row], *head] for row in rows], pad_id, device, side="left")
             with torch.no_grad():
                 logits = self.model(
@@ -135,11 +141,14 @@ def letter_tokens(tokenizer: PreTrainedTokenizerBase, letters: Sequence[str]) ->
     return before, tokens
 
 
-def batches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
-    """Return indices in batches of at most that many padded tokens, longest first; a longer row is one by itself."""
+def batches(lengths: Sequence[int], tokens_per_microbatch: int, pads: bool = True) -> list[list[int]]:
+    """Return indices in batches of at most that many padded tokens, longest first; a longer row is one by itself.
+    pads: rows of unlike length may share a batch."""
     found: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= tokens_per_microbatch:
+        longest = lengths[found[-1][0]] if found else 0
+        alike = pads or longest == lengths[index]
+        if found and alike and (len(found[-1]) + 1) * longest <= tokens_per_microbatch:
             found[-1].append(index)
         else:
             found.append([index])

@@ -58,7 +58,7 @@ def check_stop(trainer: Trainer, own: ActorCritic) -> Finding:
             f"stop ids {list(stops)}: {what}",
             False,
             "responses would end at one token and be judged unfinished by another",
-            "take stop ids from rlhf.chat.stop_ids(tokenizer) for engine and trainer alike",
+            "take stop ids from rlhf.sampling.engine.model_stop_ids(model, tokenizer) for engine and trainer alike",
         )
     ids = torch.tensor([min(trainer.prompt_ids[:64], key=len)], device=trainer.device)
     with torch.no_grad(), own.sampling(), own.active("policy") as policy, trainer.accelerator.autocast():
@@ -204,7 +204,7 @@ def check_sampled(trainer: Trainer, trial: Trial, outputs: TrialOutputs) -> Find
                 f"{'stopped' if trial.responses.stopped[row] else 'unfinished'}; stop ids {sorted(stops)}",
                 False,
                 "the engine stops at other tokens than those of the missing-stop rule",
-                "give the engine rlhf.chat.stop_ids(tokenizer)",
+                "give the engine rlhf.sampling.engine.model_stop_ids(model, tokenizer)",
             )
     if trial.drawn is None:
         engine = type(trainer.engine).__name__

@@ -82,6 +82,7 @@ def _scores(trainer: Trainer, trial: Trial, functions: Any, weights: Any) -> tup
         columns=scores.columns_of(trainer.prompts),
         answers=answers_of(trainer, trial.prompts, trial.texts),
         processing_class=trainer.processing_class,
+        stop_ids=trainer.stop_ids,
         timeout_seconds=trainer.args.score_timeout_seconds,
         failures=failures,
         trainer_state=trainer.loop.state,

@@ -42,6 +42,7 @@ def raw_scores(
             columns=scores.columns_of(trainer.eval_prompts if prefix else trainer.prompts),
             answers=answers_of(trainer, prompts, texts),
             processing_class=trainer.processing_class,
+            stop_ids=trainer.stop_ids,
             timeout_seconds=args.score_timeout_seconds,
             failures=failures,
             step_scores=steps,

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reward_models import RewardConfig, RewardModel, RewardTrainer
 from rlhf import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer, chat
+from rlhf.models.scalar import new_scalar_model
 from rlhf.padding import IGNORED
 from rlhf.sampling.engine import Responses
 
@@ -127,8 +128,9 @@ def test_the_models_own_stops_are_stops_wherever_one_samples(tmp_path, tiny_mode
     assert stops == (tiny_tokenizer.eos_token_id, third)
     tiny_model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
+    judge = RewardModel(new_scalar_model(tiny_model, seed=0), tiny_tokenizer)
     trainer = PPOTrainer(
-        str(tmp_path), lambda prompts, **_: [0.0] * len(prompts),
+        str(tmp_path), judge,
         PPOConfig(output_dir=str(tmp_path / "ppo"), updates=1, rollout_size=32, minibatch_size=32, max_new_tokens=24,
                   bf16=False),
         [{"prompt": f"Count to {n}"} for n in range(8)],
@@ -139,6 +141,10 @@ def test_the_models_own_stops_are_stops_wherever_one_samples(tmp_path, tiny_mode
     assert not any(third in ids[:-1] for ids in rollout.response_ids)
     assert not any("<|endoftext|>" in text for text in rollout.texts)
     assert rollout.stopped.tolist() == [ids[-1] in stops for ids in rollout.response_ids]
+    questions, ends = [p.messages for p in rollout.prompts], [*stops[:1]]
+    own = [ids[:-1] + ends if ids[-1] == third else ids for ids in rollout.response_ids]
+    read = judge(questions, rollout.texts, completion_ids=own, processing_class=trainer.processing_class)
+    assert trainer.score(rollout).raw_scores.tolist() == pytest.approx(read, abs=1e-5)
     engine = TransformersEngine(tiny_model, stops, chat.pad_id(tiny_tokenizer))
     prompts = [Prompt([{"role": "user", "content": f"Count to {n}"}]) for n in range(8)]
     samples = sample_policy(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reference.families import new_model
 
 from rlhf import chat
 from rlhf.errors import InputError, RunStopped
@@ -87,6 +88,19 @@ def test_choices_that_cannot_be_told_apart(local):
 def test_batches_by_hand():
     assert batches([2, 9, 3, 4, 1], 9) == [[1], [3, 2], [0, 4]]
     assert batches([], 10) == []
+    assert batches([2, 9, 2, 4, 2], 99, pads=False) == [[1], [3], [0, 2, 4]]
+    assert batches([2, 9, 2, 4, 2], 4, pads=False) == [[1], [3], [0, 2], [4]]
+
+
+@pytest.mark.parametrize("family", ["rwkv", "llama"])
+def test_the_other_questions_of_a_batch_change_no_answer(tiny_tokenizer, family):
+    """RWKV reads the padding before a shorter row as text."""
+    chat.prepare_tokenizer(tiny_tokenizer)
+    local, questions = LocalModel(new_model(family, 0.0), tiny_tokenizer), ["A or B?", "A or B, or " * 3, "B or A?"]
+    alone = [local([question], ["A", "B"])[0].probabilities for question in questions]
+    assert [answer.probabilities for answer in local(questions, ["A", "B"])] == [
+        pytest.approx(probabilities, abs=1e-5) for probabilities in alone
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ over the wire

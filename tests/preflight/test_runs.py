@@ -30,7 +30,7 @@ from rlhf.preflight import run as preflight
 from rlhf.rows.records import write_jsonl
 from rlhf.sampling import decode
 from rlhf.sampling.decode import TransformersEngine
-from rlhf.sampling.engine import Responses
+from rlhf.sampling.engine import Responses, model_stop_ids
 from rlhf.sft.preflight import sft_findings
 from rlhf.sft.trainer import SFTConfig, SFTTrainer
 
@@ -345,6 +345,16 @@ def test_a_fault_in_ppo_is_refused_by_its_name(tmp_path, full, plant):
     found = failed(ppo_findings(trainer))
     assert words in found[check], found
     assert found.keys() <= {check, *CONSEQUENCES.get(plant, [])}
+
+
+def test_an_engine_with_the_stops_that_the_refusal_names_passes(tmp_path, tiny_model, tiny_tokenizer):
+    tiny_model.generation_config.eos_token_id = [2, 7]  # of which the tokenizer knows one
+    trainer = ppo(tmp_path, str(save_base(tmp_path, tiny_model, tiny_tokenizer)))
+    policy, tokenizer = trainer.module.policy, trainer.processing_class
+    trainer.engine.stop_ids = chat.stop_ids(tokenizer)
+    assert "from rlhf.sampling.engine.model_stop_ids(model, tokenizer)" in failed(ppo_findings(trainer))["stop token"]
+    trainer.engine.stop_ids = model_stop_ids(policy, tokenizer)
+    assert failed(ppo_findings(trainer)) == {}
 
 
 def test_a_filter_in_sampling_is_refused(tmp_path, full, monkeypatch):

@@ -164,10 +164,11 @@ def test_scores_are_those_of_ppo(tmp_path, base, tiny_tokenizer):
     )  # fmt: skip
     tokenizer = load_tokenizer(base)
     (stop,) = trainers.model_stop_ids(load_policy(base), tokenizer)[:1]
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     prompts = [Prompt(USER), Prompt(USER, text=True)]
-    scored = trainers.Scored(config, prompts, tokenizer, [stop])
+    scored = trainers.Scored(config, prompts, tokenizer, [stop, other])
     ids = tokenizer("the fox", add_special_tokens=False)["input_ids"]
-    found = scored(completion_ids=[[*ids, stop], [*ids, stop], ids], row=[0, 1, 0], prompts=None, trainer_state=None)
+    found = scored(completion_ids=[[*ids, stop], [*ids, other], ids], row=[0, 1, 0], prompts=None, trainer_state=None)
     text = tokenizer.decode(ids)
     alone = RewardModel.load(scorer)([USER], [[{"role": "assistant", "content": text}]])[0]
     assert found == pytest.approx([2 * alone + 1.5, 2 * alone + 1.5 * len(text), -7.0], abs=1e-5)

@@ -299,12 +299,16 @@ def test_a_labeler_who_weighs_nothing_teaches_nothing(tmp_path, bert_folder):
     assert models[1].logits(said) == pytest.approx(models[0].logits(said), abs=1e-5)
 
 
-@LONG
-def test_resuming_is_exact(tmp_path, bert_folder):
-    records = texts(16)
-    whole = ModerationTrainer(bert_folder, args=config(tmp_path / "whole"), train_dataset=records)
+@pytest.mark.parametrize("trainer", [pytest.param("new", marks=LONG), "same"])
+@pytest.mark.parametrize("trunk", [pytest.param("bert", marks=LONG), "llama"])
+def test_resuming_is_exact(tmp_path, request, trunk, trainer):
+    """The head is not fitted again: to the trained trunk of the same object it would be another."""
+    folder, records = request.getfixturevalue(f"{trunk}_folder"), texts(16)
+    size = {"max_length": 96 if trunk == "llama" else 24}
+    whole = ModerationTrainer(folder, args=config(tmp_path / "whole", **size), train_dataset=records)
     whole.train()
-    first = ModerationTrainer(bert_folder, args=config(tmp_path / "halves", save_steps=2), train_dataset=records)
+    halves = config(tmp_path / "halves", save_steps=2, **size)
+    first = ModerationTrainer(folder, args=halves, train_dataset=records)
     log = first.log
 
     class Stop(Exception):
@@ -318,8 +322,12 @@ def test_resuming_is_exact(tmp_path, bert_folder):
     first.log = stopping
     with pytest.raises(Stop):
         first.train()
-    second = ModerationTrainer(bert_folder, args=config(tmp_path / "halves", save_steps=2), train_dataset=records)
+    first.log = log
+    second = first if trainer == "same" else ModerationTrainer(folder, args=halves, train_dataset=records)
+    second.fit_head = None
     second.train(resume_from_checkpoint=True)
+    assert second.about == whole.about
+    assert bool(whole.offsets.any()) == (trunk == "llama")
     for (name, one), other in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, other), name
 

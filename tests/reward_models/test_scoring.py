@@ -6,6 +6,7 @@ from reference.templates import tokenizer_for
 from transformers import AutoModelForSequenceClassification
 
 from reward_models.functions import conversation, talks_of
+from reward_models.process import About, ProcessModel
 from reward_models.scoring import RewardModel, beginning_batches, length_batches, score_sequences
 from rlhf import chat
 from rlhf.errors import InputError
@@ -288,3 +289,20 @@ def test_sampled_ids_are_not_encoded_anew(reward_folder):
     assert model([PROMPTS[0]], ["Paris"], completion_ids=[letters], processing_class=stranger)[0] == pytest.approx(
         model([PROMPTS[0]], ["Paris"])[0]
     )
+
+
+@pytest.mark.parametrize("kind", ["reward", "outcome"])
+def test_a_response_reads_alike_whichever_stop_ends_it(reward_folder, kind):
+    """A policy's generation config may name stops that its tokenizer doesn't (Qwen's <|endoftext|>)."""
+    model = RewardModel.load(reward_folder, device="cpu")
+    tokenizer, end = model.tokenizer, chat.end_of_turn_id(model.tokenizer)
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert other not in chat.stop_ids(tokenizer)
+    scorer = model if kind == "reward" else ProcessModel(model.model, tokenizer, About(kind="outcome"))
+    text = scorer(PROMPTS[:1], COMPLETIONS[:1])[0]
+    ids = chat.encode_response(tokenizer, COMPLETIONS[0])[:-1]
+    for stop in ([end], [other], []):
+        sampled = {"completion_ids": [[*ids, *stop]], "processing_class": tokenizer, "stop_ids": (end, other)}
+        assert scorer(PROMPTS[:1], COMPLETIONS[:1], **sampled)[0] == pytest.approx(text, abs=1e-6)
+    sampled = {"completion_ids": [[*ids, other]], "processing_class": tokenizer}
+    assert scorer(PROMPTS[:1], COMPLETIONS[:1], **sampled)[0] != pytest.approx(text, abs=1e-4)  # it is read, then

@@ -133,6 +133,27 @@ def test_commands_are_there(block):
             assert asked.returncode == 0, f"{block.name}: {asked.stderr}"
 
 
+def test_a_folder_is_made_by_one_command():
+    """A reader of several guides is never refused a folder of another guide's run."""
+    made: dict[str, tuple[str, list[str]]] = {}
+    for block in BLOCKS:
+        for words in filter(None, map(recipe_of, block.commands if block.language == "bash" else ())):
+            if "--output_dir" in words:
+                folder = words[words.index("--output_dir") + 1]
+                where, first = made.setdefault(folder, (block.name, words))
+                assert words == first, f"{block.name} and {where} make {folder} by different commands"
+
+
+def test_what_serves_is_installed_first():
+    serving = ("serve_policy", "serve_reward_model", "label")
+    for file in DOCS:
+        shell = [block for block in BLOCKS if block.file == file and block.language == "bash"]
+        here = [words for block in shell for words in block.commands]
+        first = next((n for n, words in enumerate(here) if (recipe_of(words) or [""])[0] in serving), None)
+        installed = ["pip", "install", "rlhf-recipes[server]"]
+        assert first is None or installed in here[:first], f"{file.name}: {here[first or 0]} without {installed}"
+
+
 @pytest.mark.parametrize("block", blocks("bash"))
 def test_commands_run(block, scratch, tmp_path_factory):
     """Run in a folder like a fresh clone. A command that needs the hub and has no stand-in is only tested for its

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reference import forked, whole_chain
+from reference import forked, recipe, whole_chain
 from reference.documents import (
     BLOCKS,
     DOCS,
@@ -37,6 +37,9 @@ from reference.documents import (
     smaller_flags,
 )
 from reference.tiny_chain import save_base, save_reward_model
+
+from rlhf.config import load, to_dict
+from rlhf.run.changes import changes
 
 
 def blocks(*languages: str) -> list[pytest.param]:
@@ -142,6 +145,16 @@ def test_a_folder_is_made_by_one_command():
                 folder = words[words.index("--output_dir") + 1]
                 where, first = made.setdefault(folder, (block.name, words))
                 assert words == first, f"{block.name} and {where} make {folder} by different commands"
+
+
+def test_the_line_of_a_chain_that_is_refused_is_as_the_guide_has_it():
+    guide = (ROOT / "recipes" / "guides" / "resume.md").read_text(encoding="utf-8")
+    flags = ["--sft.epochs", "3", "--ppo.kl_coef", "0.2"]
+    chain = recipe.load("chain").ChainConfig
+    before, now = (to_dict(load(chain, ["--config", "toy.yaml", *given])) for given in ([], flags))
+    for stage in ("sft", "ppo"):
+        (change,) = changes({"config": before[stage]}, {"config": now[stage]})
+        assert f"{stage}: {change}; " in guide
 
 
 def test_what_serves_is_installed_first():

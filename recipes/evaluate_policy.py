@@ -1,7 +1,7 @@
 """A policy against a baseline on held-out prompts.
 
     rlhf evaluate_policy --policy runs/my/ppo --baseline runs/my/sft \\
-        --judge runs/my/judge --eval_data prompts.jsonl \\
+        --judge runs/my/judge --eval_data held_out_prompts.jsonl \\
         --output_dir runs/my/comparison
     rlhf evaluate_policy --config toy.yaml    # its `evaluation:` section
 

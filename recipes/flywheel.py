@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from rlhf import config as configs
 from rlhf.errors import InputError
+from rlhf.hints import sections_of
 from rlhf.rows.jsonl import read_rows
 from rlhf.rows.records import Prompt, prompt_key, read_prompts, write_jsonl
 from rlhf.run import console
@@ -160,6 +161,11 @@ def require_possible(config: FlywheelConfig) -> None:
         from rlhf.collection.store import Store
 
         Store(config.flywheel.feedback, create=False).close()
+    for name, (_, _, optional) in sections_of(ChainConfig).items():
+        if optional and name != "base" and getattr(config, name) is not None:
+            raise InputError(f"{name}: no round has this stage; leave the section out and run `rlhf {name}` afterwards")
+    if config.overwrite_from is not None:
+        raise InputError("overwrite_from: rounds build on all before; pass --overwrite, or name another --output_dir")
     if config.data.rankings is not None:
         raise InputError("data.rankings: the flywheel collects its own; train on given rankings by `rlhf chain`")
     if config.flywheel.labels == "simulated" and config.data.labeler is None:

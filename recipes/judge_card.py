@@ -26,7 +26,7 @@ from rlhf.run.checkpoint import remove, write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
 from rlhf_recipes.rankings import ranked_by
-from rlhf_recipes.stage import SECTIONS, check_model, from_siblings
+from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings
 
 console.quiet()
 
@@ -40,8 +40,8 @@ class JudgeCardConfig:
     MOST_USED = ("judge", "template", "human", "output_dir", "max_pairs", "own_model", "group_by", "served_as")
 
     judge: str | None = None
-    """A reward model's folder or a function as file.py:name; with a template, a language model's folder, hub id, http
-    address, or a function that answers questions. Default: the run's `reward_model`."""
+    """Folder of a reward model or ensemble, or a function as file.py:name; with a template, a language model's folder,
+    hub id, http address, or a function that answers questions. Default: the run's `reward_model`."""
     human: str | None = None
     """People's labels: pairs or rankings; several people's of the same pair are several rows. Default: the run's
     rankings/held_out.jsonl."""
@@ -102,7 +102,7 @@ def measured(config: JudgeCardConfig) -> tuple[dict[str, Any], list[dict[str, An
         console.stage_line("judge_card", f"max_pairs={config.max_pairs} of {len(labelled):,} pairs drawn")
         labelled = random.Random(config.seed).sample(labelled, config.max_pairs)
     if config.template is None:
-        check_model(str(config.judge), ("reward_model", "judge"))
+        check_model(str(config.judge), SCORERS)
     from reward_models.judges import load_judge
 
     judge = load_judge(

@@ -1,4 +1,4 @@
-"""What every stage checks before its first step.
+"""What SFT, reward model and PPO check before training.
 
     rlhf preflight --config toy.yaml
     rlhf preflight --config toy.yaml --stage ppo

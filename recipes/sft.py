@@ -21,7 +21,16 @@ from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
 from rlhf.sft.config import SFTConfig
-from rlhf_recipes.stage import SECTIONS, check_kept, check_model, from_siblings, next_command, open_stage, with_columns
+from rlhf_recipes.stage import (
+    SCORERS,
+    SECTIONS,
+    check_kept,
+    check_model,
+    from_siblings,
+    next_command,
+    open_stage,
+    with_columns,
+)
 
 if TYPE_CHECKING:
     from rlhf.scores import RewardFunction
@@ -50,8 +59,8 @@ class SFTRecipe(SFTConfig):
     eval_data: Sources | None = None
     """Held-out demonstrations, for eval_loss; with best_by, by default a tenth of the prompts."""
     best_by: str | None = None
-    """Reward model that chooses the weights: of all evaluations (after every epoch or eval_steps, and after the last
-    step) those with the highest mean score, as in InstructGPT; null: the last ones."""
+    """Reward model or ensemble that chooses the weights: of all evaluations (after every epoch or eval_steps, and after
+    the last step) those with the highest mean score, as in InstructGPT; null: the last ones."""
     best_by_prompts: int = 64
     """Held-out prompts whose sampled responses best_by scores."""
     best_by_tokens: int = 128
@@ -111,9 +120,9 @@ BEST = "best.safetensors"  # reward_models.best.BEST_FILE, whose module takes se
 
 
 def load_scorer(config: SFTRecipe) -> RewardFunction:
-    from reward_models import RewardModel
+    from reward_models import ensemble
 
-    return RewardModel.load(str(config.best_by), dtype=compute_dtype(config.bf16))
+    return ensemble.load_scorer(str(config.best_by), dtype=compute_dtype(config.bf16))
 
 
 def best_by(
@@ -140,7 +149,7 @@ def inputs(config: SFTRecipe) -> tuple[SFTRecipe, dict[str, Any]]:
     config = from_siblings(config, model="base", train_data=demonstrations)
     check_model(str(config.model), ("base", "sft", "ppo"))
     if config.best_by:
-        check_model(config.best_by, ("reward_model", "judge"))
+        check_model(config.best_by, SCORERS)
     return config, {name: getattr(config, name) for name in ("model", "train_data", "eval_data", "best_by")}
 
 

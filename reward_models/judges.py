@@ -32,21 +32,21 @@ def load_judge(
 ) -> Judge:
     """Load a judge.
 
-    judge: without a template, a reward model (folder or hub id) or a function (file.py:name, in the signature of a
-    reward function). With one, a causal language model (folder or hub id), the address of a server that speaks OpenAI's
-    HTTP, or a function from a question to its answer (file.py:name). template: a YAML file or the name of one of ours:
-    of a pair's (pairwise, pairwise_forced), or a rubric (helpful). served_as: the model's name at a server of several.
-    margin: scores that are no further apart are a tie. least: probability of a template's letters below which a
-    comparison is an abstention. Raises InputError.
+    judge: without a template, a reward model (folder or hub id), an ensemble's folder, or a function (file.py:name, in
+    the signature of a reward function). With one, a causal language model (folder or hub id), the address of a server
+    that speaks OpenAI's HTTP, or a function from a question to its answer (file.py:name). template: a YAML file or the
+    name of one of ours: of a pair's (pairwise, pairwise_forced), or a rubric (helpful). served_as: the model's name at
+    a server of several. margin: scores that are no further apart are a tie. least: probability of a template's letters
+    below which a comparison is an abstention. Raises InputError.
     """
     if template is None:
         if re.match(r"https?://", judge):
             raise InputError(f"judge={judge}: a server needs a template: --template pairwise, helpful or a YAML file")
         if is_function(judge):
             return ScoreJudge(import_function(judge), margin)
-        from reward_models.scoring import RewardModel
+        from reward_models.ensemble import load_scorer
 
-        model = RewardModel.load(judge, dtype=dtype, tokens_per_microbatch=tokens_per_microbatch)
+        model = load_scorer(judge, dtype=dtype, tokens_per_microbatch=tokens_per_microbatch)
         return ScoreJudge(model, margin)
     asked = read_template(template)
     answers = import_function(judge) if is_function(judge) else judge

@@ -155,10 +155,9 @@ def print_help() -> None:
     )
     for title, listed in (("Recipes", commands()), ("Besides", OWN)):
         print(f"{title}:", *_lines(listed), sep="\n", end="\n\n")
-    several = (
-        "Several processes: --num_processes N, --accelerate_config FILE.yaml and other flags of `accelerate launch` "
-    )
-    print(textwrap.fill(f"{several}may stand among a recipe's flags.", min(80, shutil.get_terminal_size().columns)))
+    several = "Several processes: --num_processes N and --accelerate_config FILE.yaml may stand among a recipe's flags"
+    launch = ", ".join(f"--{name}" for name in LAUNCH if name != "num_processes")
+    print(textwrap.fill(f"{several}, and of `accelerate launch`'s {launch}.", width, break_on_hyphens=False))
 
 
 def print_list() -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.errors import InputError, require_divides, run, unknown
-from rlhf.flags import all_flags, print_help, put, read_flags, unknown_name
+from rlhf.flags import INHERITED, all_flags, print_help, put, read_flags, unknown_name
 from rlhf.hints import (
     allows_none,
     choices_of,
@@ -64,9 +64,6 @@ __all__ = [
 
 Config = TypeVar("Config")
 Places = dict[tuple[str, ...], str]  # field -> where it was given: "toy.yaml:12" or "--kl_coef"
-
-INHERITED = ("seed", "output_dir")
-"""Fields that a section takes from the level above it when it has no value of its own."""
 
 
 # ---------------------------------------------------------------- reading

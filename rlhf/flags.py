@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import shutil
 import sys
@@ -152,23 +153,32 @@ def print_help(cls: type, description: str) -> None:
         print(f"{title}:", *(entry.shown(width) for entry in listed), sep="\n", end="\n\n")
 
 
-def _entries(cls: type, path: tuple[str, ...], title: str) -> Iterator[Entry]:
-    """Every flag: a class's own before those that it inherits, sections last."""
+INHERITED = ("seed", "output_dir")
+"""Fields that a section takes from the level above it when it has no value of its own."""
+
+
+def _entries(cls: type, path: tuple[str, ...], title: str, above: Collection[str] = ()) -> Iterator[Entry]:
+    """Every flag: a class's own before those that it inherits, sections last. above: the fields of the level above."""
     sections, hints, docs = sections_of(cls), hints_of(cls), _docs(cls)
     for name in sorted(hints, key=[*docs, *hints].index):
         if name not in sections:
             text, group = docs.get(name, ("", ""))
             field = field_of(cls, name)
             default = field.default_factory() if callable(field.default_factory) else field.default
-            if is_required(field):
+            if name in INHERITED and name in above:
+                outer = ".".join((*path[:-1], name))
+                text += f" (default: {f'<{outer}>/{path[-1]}' if name == 'output_dir' else f'that of --{outer}'})"
+            elif is_required(field):
                 text += " (required)"
-            elif default not in ("", None) or not re.search(r"\b(null|default)\b", text):
+            elif default != "" and (default is not None or not re.search(r"\b(null|default)\b", text)):
                 text += f" (default: {_plain(default)})"
             group = ": ".join(part for part in (title, group) if part)
             yield Entry(".".join((*path, name)), _takes(hints[name]), text, group)
-    for name, (_, inner, optional) in sections.items():
+    for name, (field, inner, optional) in sections.items():
         dotted = (*path, name)
-        yield from _entries(inner, dotted, ".".join(dotted) + (" (null turns it off)" if optional else ""))
+        off = " (off unless named)" if field.default is None else " (null turns it off)"
+        heading = ".".join(dotted) + (off if optional else "")
+        yield from _entries(inner, dotted, heading, hints)
 
 
 def _takes(hint: Any) -> str:
@@ -190,6 +200,8 @@ def _takes(hint: Any) -> str:
 
 def _plain(value: Any) -> str:
     """A default as YAML would write it."""
+    if isinstance(value, str) and not value.strip():
+        return json.dumps(value)  # a line break, say
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

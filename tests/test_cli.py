@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def test_help_names_every_command_with_a_line(run, argv) -> None:
     for name in NAMES | {"list", "copy", "env"}:
         assert [line for line in out.splitlines() if line.startswith(f"  {name} ") and len(line.split()) > 2], name
     assert max(map(len, out.splitlines())) <= 80
+    told = out.partition("Several processes:")[2]
+    assert set(re.findall(r"--(\w+)", told)) == {*cli.LAUNCH, "accelerate_config"}
 
 
 def test_list_names_everything_that_can_be_copied(run) -> None:
@@ -68,10 +71,18 @@ def test_the_version_is_the_package_s(run) -> None:
 def test_every_recipe_shows_its_help_in_80_columns(run, name) -> None:
     code, out, _ = run(name, "--help")
     assert code == 0
-    assert out.startswith(f"usage: rlhf {name} " if name != "benchmark" else "usage: rlhf")
-    if name != "benchmark":  # whose text is the script's
-        assert f"\n    rlhf {name} " in out, "an example, on a line of its own"
-        assert max(map(len, out.splitlines())) <= 80
+    assert out.startswith(f"usage: rlhf {name} ")
+    assert f"\n    rlhf {name} " in out, "an example, on a line of its own"
+    assert max(map(len, out.splitlines())) <= 80
+    assert "default: )" not in out
+
+
+def test_help_shows_the_defaults_that_hold(run) -> None:
+    for name, told in (
+        ("chain", "(default: <output_dir>/sft)"), ("chain", "(default: that of --seed)"),
+        ("chain", "red_team (off unless named)"), ("process_reward", r'(default: "\n")'),
+    ):  # fmt: skip
+        assert told in " ".join(run(name, "--help")[1].split()), told
 
 
 def test_help_takes_less_than_half_a_second_of_computing() -> None:

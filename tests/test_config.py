@@ -316,7 +316,7 @@ def test_help_shows_every_field_with_its_docstring(capsys: pytest.CaptureFixture
         "--ppo.kl_coef",
         "penalty, 100% of it.",
         "--base.steps",
-        "base (null turns it off)",
+        "base (off unless named)",
     ):
         assert part in shown
 

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from reference import forked, whole_chain
+from reference import forked, recipe, whole_chain
 from reference.documents import (
     BLOCKS,
     DOCS,
@@ -37,6 +37,9 @@ from reference.documents import (
     smaller_flags,
 )
 from reference.tiny_chain import save_base, save_reward_model
+
+from rlhf.config import load, to_dict
+from rlhf.run.changes import changes
 
 
 def blocks(*languages: str) -> list[pytest.param]:
@@ -131,6 +134,37 @@ def test_commands_are_there(block):
         if command[0] == "make":
             asked = run(["make", "--dry-run", *command[1:]], ROOT)
             assert asked.returncode == 0, f"{block.name}: {asked.stderr}"
+
+
+def test_a_folder_is_made_by_one_command():
+    """A reader of several guides is never refused a folder of another guide's run."""
+    made: dict[str, tuple[str, list[str]]] = {}
+    for block in BLOCKS:
+        for words in filter(None, map(recipe_of, block.commands if block.language == "bash" else ())):
+            if "--output_dir" in words:
+                folder = words[words.index("--output_dir") + 1]
+                where, first = made.setdefault(folder, (block.name, words))
+                assert words == first, f"{block.name} and {where} make {folder} by different commands"
+
+
+def test_the_line_of_a_chain_that_is_refused_is_as_the_guide_has_it():
+    guide = (ROOT / "recipes" / "guides" / "resume.md").read_text(encoding="utf-8")
+    flags = ["--sft.epochs", "3", "--ppo.kl_coef", "0.2"]
+    chain = recipe.load("chain").ChainConfig
+    before, now = (to_dict(load(chain, ["--config", "toy.yaml", *given])) for given in ([], flags))
+    for stage in ("sft", "ppo"):
+        (change,) = changes({"config": before[stage]}, {"config": now[stage]})
+        assert f"{stage}: {change}; " in guide
+
+
+def test_what_serves_is_installed_first():
+    serving = ("serve_policy", "serve_reward_model", "label")
+    for file in DOCS:
+        shell = [block for block in BLOCKS if block.file == file and block.language == "bash"]
+        here = [words for block in shell for words in block.commands]
+        first = next((n for n, words in enumerate(here) if (recipe_of(words) or [""])[0] in serving), None)
+        installed = ["pip", "install", "rlhf-recipes[server]"]
+        assert first is None or installed in here[:first], f"{file.name}: {here[first or 0]} without {installed}"
 
 
 @pytest.mark.parametrize("block", blocks("bash"))

@@ -1,12 +1,17 @@
 """Compare our PPO with trl's on this machine: speed and memory, time to quality, scaling; our other stages with trl's.
 
-    python recipes/benchmarks/ppo_vs_trl.py
-    python recipes/benchmarks/ppo_vs_trl.py --only speed --cases "[tiny]" --updates 2
-    python recipes/benchmarks/ppo_vs_trl.py --only stages          # SFT and reward model beside today's trl
-    python recipes/benchmarks/ppo_vs_trl.py --ablate               # what each of our tricks for CPUs is worth
-    python recipes/benchmarks/ppo_vs_trl.py --before ../earlier    # another checkout of this project beside this one
-    python recipes/benchmarks/ppo_vs_trl.py --busy                 # each stage beside one busy process
-    python recipes/benchmarks/ppo_vs_trl.py --agilerl_python .bench/agilerl/bin/python    # AgileRL's PPO in turn, too
+    rlhf benchmark
+    rlhf benchmark --only speed --cases "[tiny]" --updates 2
+    # SFT and reward model beside today's trl
+    rlhf benchmark --only stages
+    # what each of our tricks for CPUs is worth
+    rlhf benchmark --ablate
+    # another checkout of this project beside this one
+    rlhf benchmark --before ../earlier
+    # each stage beside one busy process
+    rlhf benchmark --busy
+    # AgileRL's PPO in turn, too
+    rlhf benchmark --agilerl_python .bench/agilerl/bin/python
 
 trl 1.12.0, the last with a PPOTrainer, is installed into a folder of its own (--trl_folder), without touching the
 environment. Each run is a process of its own; the runs of a case take turns, an update each, so that a machine's slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import importlib.util
 import ipaddress
 import json
 import logging
@@ -277,7 +278,12 @@ async def read_body(request: Request, config: HttpConfig, until: asyncio.Timeout
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address and doesn't listen yet. Raises InputError for a port in use."""
+    """Return a socket that is bound to an address and doesn't listen yet.
+
+    Raises InputError for a port in use, and where what serves it is not installed."""
+    for package in ("fastapi", "uvicorn"):  # of the extra `server`
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"a server needs {package}: pip install 'rlhf-recipes[server]'")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)

@@ -125,7 +125,10 @@ def reference_of(log: Log, rules: Rules) -> Reference:
     if len(first) < rules.reference_requests:
         left = f" ({log.unscrubbed:,} may not: personal data were not looked for in them)" if log.unscrubbed else ""
         seen = f"{len(first)} answers may be read{left}, the reference needs {rules.reference_requests}"
-        raise InputError(f"reference_requests: {seen}; log more (`rlhf serve_policy --log true`), or lower it")
+        more = "log more (`rlhf serve_policy --log true`)"
+        if log.read_by.get("source") == "playground":
+            more = "wait until more people agree on the chat page (`rlhf serve_policy --store FILE`)"
+        raise InputError(f"reference_requests: {seen}; {more}, or lower it")
     until = first[-1].created
     thumbs = [up for when, up in log.thumbs if when <= until]
     flags = [request.flagged for request in first if request.flagged is not None]

@@ -13,10 +13,20 @@ from safetensors.torch import load_file
 from rlhf.rows.records import prompt_key, read_prompts, read_rankings
 from rlhf.run.stages import Manifest
 
-pytestmark = pytest.mark.long
 SMOKE = ("--config", "smoke_flywheel.yaml")
 
 
+def test_what_no_round_reads_is_refused(tmp_path):
+    unread = {"process_reward": "model", "red_team": "model", "run_evals": "eval_data", "judge_card": "template",
+              "contamination": "min_chars", "system_card": "output_dir"}  # fmt: skip
+    cases = [(f"--{name}.{field}", 30, f"{name}: no round has this stage") for name, field in unread.items()]
+    for flag, value, message in (*cases, ("--overwrite_from", "sft", "overwrite_from: rounds build on all before")):
+        refused = recipe.run("flywheel", *SMOKE, "--output_dir", tmp_path / "run", flag, value)
+        assert (refused.code, refused.err[: len(message) + 7]) == (2, f"error: {message}"), refused.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
 def test_impossible_settings(tmp_path):
     for flags, message in (
         (("--flywheel.items", 500), "2 rounds of 1,000 need 2,000"),
@@ -38,6 +48,7 @@ def whole(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.long
 def test_two_rounds(whole):
     result = json.loads((whole / "flywheel.json").read_text())
     assert [row["labels"] for row in result["rounds"]] == [32, 64]
@@ -55,6 +66,7 @@ def test_two_rounds(whole):
     assert row["policy"][0].endswith(policy)
 
 
+@pytest.mark.long
 def test_stopped_in_a_round_it_ends_the_same(whole, tmp_path):
     """The second round is gone but for its items, as after a kill before its labels were written."""
     run = tmp_path / "run"
@@ -69,6 +81,7 @@ def test_stopped_in_a_round_it_ends_the_same(whole, tmp_path):
         assert all(mine[key].equal(expected[key]) for key in expected)
 
 
+@pytest.mark.long
 def test_the_playground_s_comparisons_train_the_reward_model(whole, tmp_path):
     """One round over the same data, with three consented comparisons and one that is not."""
     from rlhf.collection.store import Conversation, Feedback, Store

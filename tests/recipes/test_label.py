@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -276,6 +277,16 @@ def test_a_store_without_items_is_told(tmp_path, write, capsys):
         add_items(store, asked(tmp_path, candidates=write("items.jsonl", rows(2))))
         add_items(store, asked(tmp_path))
         assert "nothing is to be labelled" not in capsys.readouterr().out
+
+
+def test_a_package_that_is_missing_is_told_before_anything_is_sampled(tmp_path, write, monkeypatch):
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else known(name))
+    monkeypatch.setattr("rlhf.run.connections.run", lambda *given: pytest.fail("it serves"))
+    config = asked(tmp_path, candidates=write("items.jsonl", rows(3)), annotators=["anna"], port=0)
+    with pytest.raises(InputError, match=r"a server needs uvicorn: pip install 'rlhf-recipes\[server\]'"):
+        label.serve(config)
+    assert not (tmp_path / "labels.db").exists()
 
 
 def test_nobody_could_enter(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from reference import recipe
+from reference.documents import ROOT, blocks_of
 
 from rlhf.collection.store import Answer, Conversation, Store
 
@@ -18,17 +19,18 @@ from rlhf.serving.app import Verdict
 def judge(texts):
     return [Verdict({"insult": "fool" in text}, {"insult": float("fool" in text)}) for text in texts]
 """
+GUIDE = ROOT / "recipes" / "guides" / "monitoring.md"
 FAST = ("--reference_requests", 50, "--window", 20, "--horizon", 100)
 
 
-def log(path: Path, answers: list[str], first: int = 0) -> None:
+def log(path: Path, answers: list[str], first: int = 0, source: str = "log", consent: bool = False) -> None:
     now = time.time()
     with Store(path) as store:
         for n, answer in enumerate(answers, start=first):
             talk = [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": answer}]
             store.add_conversation(Conversation(
-                id=f"chat-{n:05}", messages=talk, person="anonymous", source="log", scrubbed=True, expires=now + 1e6,
-                created=now - 10_000 + n, policy="ppo",
+                id=f"chat-{n:05}", messages=talk, person="anonymous", source=source, consent=consent, scrubbed=True,
+                expires=now + 1e6, created=now - 10_000 + n, policy="ppo",
             ))  # fmt: skip
 
 
@@ -79,14 +81,8 @@ def test_a_reference_of_another_moderator_or_source_is_told(tmp_path):
     assert "its reference is of source=log, and this is playground; leave --reference out" in other.err
 
 
-def test_decisions_about_a_log_measure_and_train_nothing(tmp_path):
-    (tmp_path / "mine.py").write_text(MODERATOR)
-    store, review, rows = tmp_path / "log.db", tmp_path / "review.db", tmp_path / "out" / "review_rows.jsonl"
-    log(store, ["A fine answer."] * 50 + ["You fool."] * 3)
-    given = ("--store", store, "--moderator", f"{tmp_path / 'mine.py'}:judge", *FAST, "--review", review,
-             "--output_dir", tmp_path / "out")  # fmt: skip
-    run(*given)
-    rows.write_text("of an earlier run, whose person has been erased\n")
+def decide(review: Path) -> None:
+    """Flag all that is queued, as a person does at `rlhf label`."""
     with Store(review) as queued:
         queued.add_annotator("ann")
         for task in queued.lease("ann", 10):
@@ -95,6 +91,35 @@ def test_decisions_about_a_log_measure_and_train_nothing(tmp_path):
                 assignment=task.assignment, submission=uuid.uuid4().hex, ranks={shown: 1},
                 ratings={shown: {"decision": 2}}, flags=("insult",),
             ))  # fmt: skip
+
+
+def test_decisions_about_a_playground_become_rows_in_the_guides_steps(tmp_path):
+    """monitoring.md: the monitor queues, people label, the same command writes the rows."""
+    (tmp_path / "mine.py").write_text(MODERATOR)
+    store, review, rows = tmp_path / "log.db", tmp_path / "review.db", tmp_path / "out" / "review_rows.jsonl"
+    log(store, ["A fine answer."] * 10 + ["You fool."] * 2, source="playground", consent=True)
+    block = next(block for block in blocks_of(GUIDE) if "review_rows.jsonl" in block.text)
+    steps = [words for words in block.commands if words[:2] == ["rlhf", "monitor"]]
+    assert [words[1] for words in block.commands] == ["monitor", "label", "monitor", "moderation"]
+    ours = {"log.db": store, "review.db": review, "runs/my/moderation": f"{tmp_path / 'mine.py'}:judge",
+            "runs/my/agreed": tmp_path / "out", "20": 8}  # fmt: skip
+    for words in steps:
+        assert not rows.exists()
+        run(*(ours.get(word, word) for word in words[2:]))
+        decide(review)
+    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [(row["response"], row["labels"]) for row in written] == [("You fool.", {"insult": 1})] * 2
+
+
+def test_decisions_about_a_log_measure_and_train_nothing(tmp_path):
+    (tmp_path / "mine.py").write_text(MODERATOR)
+    store, review, rows = tmp_path / "log.db", tmp_path / "review.db", tmp_path / "out" / "review_rows.jsonl"
+    log(store, ["A fine answer."] * 50 + ["You fool."] * 3)
+    given = ("--store", store, "--moderator", f"{tmp_path / 'mine.py'}:judge", *FAST, "--review", review,
+             "--output_dir", tmp_path / "out")  # fmt: skip
+    run(*given)
+    rows.write_text("of an earlier run, whose person has been erased\n")
+    decide(review)
     again = run(*given)
     assert "decisions become no training row: their senders did not agree" in again.out
     metrics = json.loads((tmp_path / "out" / "monitor.json").read_text())["metrics"]

@@ -138,8 +138,9 @@ def provide_files(text: str, folder: Path) -> None:
         if not path.exists() and not name.startswith("runs/"):
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = SCALING if path.name == "scaling.jsonl" else STEP_ROWS if "steps" in path.name else ROWS
-            if "labelled" in path.name:  # the held-out texts are others
-                rows = [{**row, "prompt": f"{path.stem}: {row['prompt']}"} for row in LABELLED_ROWS]
+            rows = LABELLED_ROWS if "labelled" in path.name else rows
+            if "labelled" in path.name or "held_out" in path.name:  # the held-out texts are others
+                rows = [{**row, "prompt": f"{path.stem}: {row['prompt']}"} for row in rows]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if "rubric.yaml" in text and not (folder / "rubric.yaml").exists():
         (folder / "rubric.yaml").write_text(RUBRIC)

@@ -200,6 +200,11 @@ def test_the_recipe_makes_a_folder_that_evaluation_and_ppo_take(tmp_path, full):
     card = ["--reward_model", out, "--data", data, "--output_dir", tmp_path / "card", "--sensitivity_pairs", 0]
     again = recipe.run("evaluate_reward_model", *card)
     assert again.code == 0, again.err
+    judged = recipe.run("judge_card", "--judge", out, "--human", data, "--output_dir", tmp_path / "judge")
+    assert judged.code == 0, judged.err
+    sft = recipe.load("sft")
+    chosen, _ = sft.inputs(sft.SFTRecipe(model=str(full[0]), train_data=str(data), best_by=str(out)))
+    assert sft.load_scorer(chosen)(["Hi."], ["Yes."]) == load_scorer(out)(["Hi."], ["Yes."])
 
 
 # -- WARM ------------------------------------------------------------------------------------------------------

@@ -118,6 +118,14 @@ def test_a_kept_reference_goes_on_when_the_log_has_expired(store):
         reference_of(read_log(store), Rules())
 
 
+def test_what_makes_a_short_reference_longer_depends_on_the_source(store):
+    store.add_conversation(conversation(0, "Yes."))
+    store.add_conversation(conversation(1, "Yes.", source="playground", consent=True))
+    for source, advice in (("log", "log more"), ("playground", "wait until more people agree on the chat page")):
+        with pytest.raises(InputError, match=rf"1 answers .*, the reference needs 60; {advice} .*, or lower it"):
+            reference_of(read_log(store, source), RULES)
+
+
 def test_what_is_not_compared_is_told(store):
     filled(store, ["word " * 20] * 10)
     judged, unjudged = read_log(store, flags=bad_words), read_log(store)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, Features, Json, Value
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -75,15 +75,17 @@ def build(config: BaselineConfig, stage: Stage) -> Watched:
     settings = merged(config)
     if config.method in FROM_RANKINGS:
         rankings = read_rankings(config.train_data, on_bad_row=config.on_bad_row)
-        rows = {"dpo": pairs, "kto": labelled}[config.method](fitting(rankings, tokenizer, config), config.seed)
-        given |= {"train_dataset": Dataset.from_list(rows)}
+        rankings = fitting(rankings, tokenizer, config)
+        rows = pairs(rankings, tokenizer) if config.method == "dpo" else labelled(rankings, tokenizer, config.seed)
+        given |= {"train_dataset": dataset(rows)}
         arguments = training_arguments(settings, arguments_class, max_length=None, beta=config.own.beta)
     else:
         prompts, ids = prompts_of("train_dataset", config.train_data, tokenizer, cast(Any, config), config.on_bad_row)
         check_responses(policy, ids, config.max_new_tokens)
+        prompts = rendered_alike(prompts, tokenizer, config)
         scorer = Scored(config, prompts, tokenizer, model_stop_ids(policy, tokenizer))
-        given |= {"train_dataset": Dataset.from_list(prompt_rows(config, prompts)), "reward_funcs": scorer}
-        arguments = training_arguments(settings, arguments_class, **online_arguments(config))
+        given |= {"train_dataset": dataset(prompt_rows(config, prompts, tokenizer)), "reward_funcs": scorer}
+        arguments = training_arguments(settings, arguments_class, **online_arguments(config, tokenizer))
     log_choice(config.bf16)
     trainer = trainer_class(args=arguments, **given)
     trainer.create_model_card = lambda *args, **kwargs: None  # trl's names no base model
@@ -103,7 +105,14 @@ def merged(config: BaselineConfig) -> SimpleNamespace:
     return SimpleNamespace(**shared | own | {"lr_schedule": schedules[config.lr_schedule]})
 
 
-def online_arguments(config: BaselineConfig) -> dict[str, Any]:
+def dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Return rows as trl takes them. Messages, tools and a template's settings are JSON: Arrow would give all of a
+    column's objects the same keys, with nulls that a template may render."""
+    plain = {"label": Value("bool"), "row": Value("int64")}
+    return Dataset.from_list(rows, features=Features({name: plain.get(name, Json()) for name in rows[0]}))
+
+
+def online_arguments(config: BaselineConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what GRPO and RLOO call our settings. An update is a rollout and its optimizer steps."""
     own, steps = config.own, config.own.steps_per_update
     return {
@@ -117,6 +126,7 @@ def online_arguments(config: BaselineConfig) -> dict[str, Any]:
         "beta": own.beta,
         "max_completion_length": config.max_new_tokens,
         "temperature": config.temperature,
+        "chat_template_kwargs": chat.template_kwargs(tokenizer),
         "disable_dropout": True,
         "shuffle_dataset": False,  # `prompt_rows` has
     }
@@ -171,16 +181,16 @@ def fitting(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, con
     return kept
 
 
-def pairs(rankings: Sequence[Ranking], seed: int) -> list[dict[str, Any]]:
+def pairs(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Return every pair of every ranking in trl's preference format; ties give none."""
     return [
-        {"prompt": ranking.prompt, "chosen": _answer(ranking.responses[i]), "rejected": _answer(ranking.responses[j])}
+        row_of(tokenizer, ranking, chosen=ranking.responses[i], rejected=ranking.responses[j])
         for ranking in rankings
         for i, j in ranking.pairs()
     ]
 
 
-def labelled(rankings: Sequence[Ranking], seed: int) -> list[dict[str, Any]]:
+def labelled(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
     """Return every response that won more of its pairs than it lost, or lost more, in trl's unpaired format, shuffled:
     trl's KTO takes the rows in their order."""
     rows, balanced = [], 0
@@ -190,7 +200,7 @@ def labelled(rankings: Sequence[Ranking], seed: int) -> list[dict[str, Any]]:
             won[i], won[j] = won[i] + 1, won[j] - 1
         balanced += won.count(0)
         rows += [
-            {"prompt": ranking.prompt, "completion": _answer(text), "label": balance > 0}
+            row_of(tokenizer, ranking, completion=text) | {"label": balance > 0}
             for text, balance in zip(ranking.responses, won, strict=True)
             if balance
         ]
@@ -200,14 +210,39 @@ def labelled(rankings: Sequence[Ranking], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _answer(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
+def row_of(tokenizer: PreTrainedTokenizerBase, ranking: Ranking, **answers: str) -> dict[str, Any]:
+    """Return a prompt and its answers in trl's format, with the tools and the template's settings that hold for it."""
+    prompt, tools, settings = chat.template_arguments(tokenizer, ranking.prompt, ranking.columns)
+    row = {"prompt": prompt, "tools": tools, "chat_template_kwargs": settings}
+    for name, text in answers.items():
+        row[name] = chat.template_arguments(tokenizer, [{"role": "assistant", "content": text}])[0]
+    return row
 
 
 # --- from scores ----------------------------------------------------------------------------------------------------
 
 
-def prompt_rows(config: BaselineConfig, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+def rendered_alike(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: BaselineConfig
+) -> list[Prompt]:
+    """Return the prompts that trl renders as we do: its GRPO and RLOO take the template's settings of a run, not of a
+    row, and a row's tools not at all."""
+    kept, refused = [], BadRows("train_data", config.on_bad_row)
+    for prompt in prompts:
+        _, tools, settings = chat.template_arguments(tokenizer, prompt.messages, prompt.columns)
+        if tools or settings != chat.template_kwargs(tokenizer):
+            seen = "tools" if tools else f"chat_template_kwargs: {settings}"
+            todo = f"trl's {config.method.upper()} takes none of a row; take it out"
+            refused.add(prompt.where, InputError(f"{seen}: {todo}"))
+        else:
+            kept.append(prompt)
+    refused.tell(len(kept))
+    return kept
+
+
+def prompt_rows(
+    config: BaselineConfig, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
     """Return the prompts of all updates in their order, in trl's format, each with its number, by which the scorer
     finds its columns.
 
@@ -216,7 +251,8 @@ def prompt_rows(config: BaselineConfig, prompts: Sequence[Prompt]) -> list[dict[
     draw = random.Random(config.seed)
     while len(order) < count:
         order += draw.sample(range(len(prompts)), len(prompts))
-    return [{"prompt": prompts[row].messages, "row": row} for row in order[:count]]
+    turns = [chat.template_arguments(tokenizer, prompt.messages)[0] for prompt in prompts]
+    return [{"prompt": turns[row], "row": row} for row in order[:count]]
 
 
 class Scored:

@@ -1,0 +1,91 @@
+"""recipes/baseline_trainers.py: what trl trains on and samples from is what SFT, PPO and the evals have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference import recipe
+from reference.templates import ADD, CALLED, RESULT, A, Q, tokenizer_for
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf import chat
+from rlhf.config import load
+from rlhf_recipes.stage import open_stage
+
+OTHER = {"type": "function", "function": {"name": "look", "parameters": {"properties": {"at": {"type": "string"}}}}}
+ROWS: list[dict[str, Any]] = [
+    {"prompt": [Q]},
+    {"prompt": [Q, A, Q], "chat_template_kwargs": {"enable_thinking": True}},
+    {"prompt": [Q, CALLED, RESULT], "tools": [ADD, OTHER]},
+    {"prompt": [Q], "tools": json.dumps([OTHER]), "chat_template_kwargs": {"unread": [1, "b"]}},
+]
+SIZES = {"batch_size": 4, "microbatch_size": 2, "updates": 1, "rollout_size": 8, "generations": 4}
+
+
+def base(folder: Path, template: str, kwargs: dict[str, Any] | None, **generation: Any) -> Path:
+    tokenizer = chat.set_template_kwargs(tokenizer_for(template), kwargs)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    ))  # fmt: skip
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def built(folder: Path, method: str, model: Path, rows: list[dict[str, Any]], *flags: object) -> Any:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "one.py").write_text("def one(completions, **others):\n    return [1.0 for _ in completions]\n")
+    given = ["--method", method, "--model", model, "--train_data", folder / "rows.jsonl", "--bf16", "false",
+             "--max_length", 4096, "--max_prompt_tokens", 4096, "--output_dir", folder / method, *flags]  # fmt: skip
+    given += [word for name, value in SIZES.items() if method in ("grpo", "rloo") or name.endswith("batch_size")
+              for word in (f"--{method}.{name}", value)]  # fmt: skip
+    given += ["--reward_functions", f"[{folder}/one.py:one]"] if method in ("grpo", "rloo") else []
+    config = load(recipe.load("baseline_config").BaselineConfig, list(map(str, given)))
+    return recipe.load("baseline_trainers").build(config, open_stage(method, config, {})).trainer
+
+
+@pytest.mark.parametrize("template", ["qwen3", "llava_next"])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_rankings_have_the_prompts_of_sft(tmp_path, method, template) -> None:
+    """Under the settings saved with the tokenizer, and the tools and settings of a row, as `encode_prompt` has them."""
+    rows = ROWS if template == "qwen3" else ROWS[:2]
+    model = base(tmp_path, template, {"enable_thinking": False})
+    pairs = [row | {"chosen": "An apple.", "rejected": "No."} for row in rows]
+    trainer = built(tmp_path, method, model, pairs)
+    wanted = [chat.encode_prompt(trainer.processing_class, row["prompt"], row) for row in rows]
+    assert len(set(map(tuple, wanted))) == len(rows)
+    found = trainer.train_dataset["prompt_ids"]
+    assert sorted(found) == sorted(wanted * {"dpo": 1, "kto": 2}[method])
+    if template == "qwen3":
+        assert trainer.processing_class.decode(wanted[0]).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_prompts_are_those_of_ppo(tmp_path, method) -> None:
+    model = base(tmp_path, "qwen3", {"enable_thinking": False})
+    rows = [{"prompt": [Q], "tools": None}, {"prompt": [Q, A, Q], "chat_template_kwargs": {"enable_thinking": False}}]
+    trainer = built(tmp_path, method, model, rows)
+    turns = [row["prompt"] for row in trainer.train_dataset]
+    ids = trainer._tokenize_prompts(turns)[0]
+    assert ids == [chat.encode_prompt(trainer.processing_class, messages) for messages in turns]
+    assert all(trainer.processing_class.decode(one).endswith("assistant\n<think>\n\n</think>\n\n") for one in ids)
+
+
+@pytest.mark.parametrize(
+    ("row", "seen"),
+    [(ROWS[1], "chat_template_kwargs: {'enable_thinking': True}"), (ROWS[2], "tools")],
+)
+def test_prompts_that_trl_would_render_otherwise_are_refused(tmp_path, row, seen) -> None:
+    from rlhf.errors import InputError
+
+    model = base(tmp_path, "qwen3", {"enable_thinking": False})
+    with pytest.raises(InputError, match=f"rows.jsonl:2: {seen}: trl's GRPO takes none of a row; take it out"):
+        built(tmp_path, "grpo", model, [ROWS[0], row])
+    trainer = built(tmp_path, "grpo", model, [ROWS[0], row], "--on_bad_row", "drop")
+    assert {json.dumps(one["prompt"]) for one in trainer.train_dataset} == {json.dumps([Q])}

@@ -14,7 +14,7 @@ import torch
 import trl
 from datasets import Dataset, Features, Json, Value
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from rlhf import chat, scores
 from rlhf import config as configs
@@ -30,6 +30,7 @@ from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype, log_choice
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sampling.engine import model_stop_ids
+from rlhf.sampling.generate import generating_by
 from rlhf.urls import is_url
 from rlhf_recipes.baseline_config import FROM_RANKINGS, BaselineConfig
 from rlhf_recipes.stage import Stage
@@ -59,8 +60,10 @@ class Watched:
     babysitter: Babysitter
 
     def train(self) -> Any:
-        """Train, from the newest complete checkpoint if there is one; return the trainer."""
-        with self.babysitter.watch(True) as checkpoint:
+        """Train, from the newest complete checkpoint if there is one; return the trainer. `generate` would add to
+        trl's settings those of the model's own that trl leaves out."""
+        plain = generating_by(self.trainer.model, GenerationConfig())
+        with plain, self.babysitter.watch(True) as checkpoint:
             self.trainer.train(None if checkpoint is None else str(checkpoint))
         drop_input_hooks(self.trainer.model)
         return self.trainer
@@ -126,6 +129,10 @@ def online_arguments(config: BaselineConfig, tokenizer: PreTrainedTokenizerBase)
         "beta": own.beta,
         "max_completion_length": config.max_new_tokens,
         "temperature": config.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
         "chat_template_kwargs": chat.template_kwargs(tokenizer),
         "disable_dropout": True,
         "shuffle_dataset": False,  # `prompt_rows` has

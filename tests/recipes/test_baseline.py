@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,11 @@ def test_every_method_trains_and_leaves_a_stage(tmp_path, base, files, tiny_toke
     calls = [int(line) for line in (tmp_path / "calls").read_text().split()] if method in ("grpo", "rloo") else []
     assert made.outputs["score_calls"] == told["metrics"]["score_calls"]["value"] == sum(calls)
     assert sum(calls) == (16 if calls else 0)
-    steps = {json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"] for line in lines}
+    # Before the first step the policy is its reference: an adapter that is trained on, the frozen copy of itself.
+    name, there = {"dpo": ("loss", math.log(2)), "kto": ("loss", 0.5)}.get(method, ("kl", 0.0))
+    assert lines[0][name] == pytest.approx(there, abs=1e-5)
     assert max(steps) == {"dpo": 2, "kto": 2, "grpo": 4, "rloo": 4}[method]
     assert (out / "report.html").exists()
     for name in ("baseline.json", "report.html"):  # a run that was killed before it wrote them

@@ -47,7 +47,7 @@ def built(folder: Path, method: str, model: Path, rows: list[dict[str, Any]], *f
               for word in (f"--{method}.{name}", value)]  # fmt: skip
     given += ["--reward_functions", f"[{folder}/one.py:one]"] if method in ("grpo", "rloo") else []
     config = load(recipe.load("baseline_config").BaselineConfig, list(map(str, given)))
-    return recipe.load("baseline_trainers").build(config, open_stage(method, config, {})).trainer
+    return recipe.load("baseline_trainers").build(config, open_stage(method, config, {}))
 
 
 @pytest.mark.parametrize("template", ["qwen3", "llava_next"])
@@ -57,7 +57,7 @@ def test_rankings_have_the_prompts_of_sft(tmp_path, method, template) -> None:
     rows = ROWS if template == "qwen3" else ROWS[:2]
     model = base(tmp_path, template, {"enable_thinking": False})
     pairs = [row | {"chosen": "An apple.", "rejected": "No."} for row in rows]
-    trainer = built(tmp_path, method, model, pairs)
+    trainer = built(tmp_path, method, model, pairs).trainer
     wanted = [chat.encode_prompt(trainer.processing_class, row["prompt"], row) for row in rows]
     assert len(set(map(tuple, wanted))) == len(rows)
     found = trainer.train_dataset["prompt_ids"]
@@ -70,7 +70,7 @@ def test_rankings_have_the_prompts_of_sft(tmp_path, method, template) -> None:
 def test_prompts_are_those_of_ppo(tmp_path, method) -> None:
     model = base(tmp_path, "qwen3", {"enable_thinking": False})
     rows = [{"prompt": [Q], "tools": None}, {"prompt": [Q, A, Q], "chat_template_kwargs": {"enable_thinking": False}}]
-    trainer = built(tmp_path, method, model, rows)
+    trainer = built(tmp_path, method, model, rows).trainer
     turns = [row["prompt"] for row in trainer.train_dataset]
     ids = trainer._tokenize_prompts(turns)[0]
     assert ids == [chat.encode_prompt(trainer.processing_class, messages) for messages in turns]
@@ -87,5 +87,27 @@ def test_prompts_that_trl_would_render_otherwise_are_refused(tmp_path, row, seen
     model = base(tmp_path, "qwen3", {"enable_thinking": False})
     with pytest.raises(InputError, match=f"rows.jsonl:2: {seen}: trl's GRPO takes none of a row; take it out"):
         built(tmp_path, "grpo", model, [ROWS[0], row])
-    trainer = built(tmp_path, "grpo", model, [ROWS[0], row], "--on_bad_row", "drop")
+    trainer = built(tmp_path, "grpo", model, [ROWS[0], row], "--on_bad_row", "drop").trainer
     assert {json.dumps(one["prompt"]) for one in trainer.train_dataset} == {json.dumps([Q])}
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_responses_are_drawn_from_the_full_softmax(tmp_path, method, monkeypatch) -> None:
+    """Whatever the model's own generation_config says, which is saved as it was."""
+    own = {"do_sample": True, "temperature": 0.3, "top_k": 3, "top_p": 0.5, "min_p": 0.4, "repetition_penalty": 1.7,
+           "no_repeat_ngram_size": 2}  # fmt: skip
+    watched = built(tmp_path, method, base(tmp_path, "qwen3", None, **own), ROWS[:1], "--max_new_tokens", 3)
+    processors, sample = [], LlamaForCausalLM._sample
+
+    def seen(self, input_ids, logits_processor, *args, **kwargs):
+        processors.append(list(logits_processor))
+        return sample(self, input_ids, logits_processor, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "_sample", seen)
+    trainer = watched.train()
+    assert processors
+    assert all(found == [] for found in processors)
+    assert (trainer.generation_config.top_k, trainer.generation_config.top_p) == (0, 1.0)
+    recipe.load("baseline_trainers").save(trainer, tmp_path / "saved")
+    kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert kept.items() >= own.items()

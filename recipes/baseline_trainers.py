@@ -24,7 +24,8 @@ from rlhf.models import loading as models
 from rlhf.models.adapters import drop_input_hooks, is_adapter, lora_config
 from rlhf.models.positions import check_responses
 from rlhf.ppo.inputs import prompts_of
-from rlhf.rows.records import BadRows, Prompt, Ranking, read_rankings
+from rlhf.rows.messages import Messages
+from rlhf.rows.records import BadRows, Demonstration, Prompt, Ranking, read_judged, read_rankings
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype, log_choice
@@ -52,6 +53,10 @@ SHOWN = {
 }  # fmt: skip
 
 
+Judged = Ranking | Demonstration
+"""What KTO learns from; DPO from rankings alone."""
+
+
 @dataclass(frozen=True)
 class Watched:
     """trl's trainer, and what gives it our checkpoints, alarms and signals."""
@@ -77,10 +82,9 @@ def build(config: BaselineConfig, stage: Stage) -> Watched:
     given: dict[str, Any] = {"model": policy, "processing_class": tokenizer, "peft_config": adapter}
     settings = merged(config)
     if config.method in FROM_RANKINGS:
-        rankings = read_rankings(config.train_data, on_bad_row=config.on_bad_row)
-        rankings = fitting(rankings, tokenizer, config)
-        rows = pairs(rankings, tokenizer) if config.method == "dpo" else labelled(rankings, tokenizer, config.seed)
-        given |= {"train_dataset": dataset(rows)}
+        read, make = (read_rankings, pairs) if config.method == "dpo" else (read_judged, labelled)
+        judged = fitting(read(config.train_data, on_bad_row=config.on_bad_row), tokenizer, config)
+        given |= {"train_dataset": dataset(make(judged, tokenizer, config.seed))}
         arguments = training_arguments(settings, arguments_class, max_length=None, beta=config.own.beta)
     else:
         prompts, ids = prompts_of("train_dataset", config.train_data, tokenizer, cast(Any, config), config.on_bad_row)
@@ -165,50 +169,56 @@ def save(trainer: Any, folder: Path) -> None:
 # --- from rankings --------------------------------------------------------------------------------------------------
 
 
-def fitting(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, config: BaselineConfig) -> list[Ranking]:
-    """Return the rankings whose prompt fits max_length with each of their responses; the others are counted, as are
-    those that the chat template refuses."""
+def fitting(judged: Sequence[Judged], tokenizer: PreTrainedTokenizerBase, config: BaselineConfig) -> list[Any]:
+    """Return the rows whose prompt fits max_length with each of their responses; the others are counted, as are those
+    that the chat template refuses."""
     kept, refused, long = [], BadRows("train_data", config.on_bad_row), 0
-    for ranking in rankings:
-        turns = [[*ranking.prompt, {"role": "assistant", "content": text}] for text in ranking.responses]
+    for row in judged:
+        if isinstance(row, Demonstration):
+            turns = [row.messages]
+        else:
+            turns = [[*row.prompt, *answer(text)] for text in row.responses]
         try:
-            encoded = [chat.encode_conversation(tokenizer, turn, len(turn) - 1, ranking.columns)[0] for turn in turns]
+            encoded = [chat.encode_conversation(tokenizer, turn, len(turn) - 1, row.columns)[0] for turn in turns]
         except InputError as error:
-            refused.add(ranking.where, error)
+            refused.add(row.where, error)
             continue
         long += max(map(len, encoded)) > config.max_length
-        kept += [ranking] if max(map(len, encoded)) <= config.max_length else []
+        kept += [row] if max(map(len, encoded)) <= config.max_length else []
     refused.tell(len(kept) + long)
     if long:
-        log.warning(
-            "train_data: %d of %d rankings exceed max_length=%d: left out", long, len(rankings), config.max_length
-        )
-    if not any(ranking.pairs() for ranking in kept):
+        log.warning("train_data: %d of %d rows exceed max_length=%d: left out", long, len(judged), config.max_length)
+    if not any(isinstance(row, Demonstration) or row.pairs() for row in kept):
         raise InputError(f"train_data: no pair fits max_length={config.max_length}; raise it")
     return kept
 
 
-def pairs(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def pairs(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
     """Return every pair of every ranking in trl's preference format; ties give none."""
-    return [
-        row_of(tokenizer, ranking, chosen=ranking.responses[i], rejected=ranking.responses[j])
-        for ranking in rankings
-        for i, j in ranking.pairs()
-    ]
+    rows = []
+    for one in rankings:
+        given = [answer(text) for text in one.responses]
+        for i, j in one.pairs():
+            rows += [trl_row(tokenizer, one.prompt, one.columns, chosen=given[i], rejected=given[j])]
+    return rows
 
 
-def labelled(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
-    """Return every response that won more of its pairs than it lost, or lost more, in trl's unpaired format, shuffled:
-    trl's KTO takes the rows in their order."""
+def labelled(judged: Sequence[Judged], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
+    """Return every response that won more of its pairs than it lost, or lost more, and every row that has a label, in
+    trl's unpaired format, shuffled: trl's KTO takes the rows in their order."""
     rows, balanced = [], 0
-    for ranking in rankings:
-        won = [0] * len(ranking.responses)
-        for i, j in ranking.pairs():
+    for row in judged:
+        if isinstance(row, Demonstration):
+            prompt, completion = row.messages[: row.trained_from], row.messages[row.trained_from :]
+            rows += [trl_row(tokenizer, prompt, row.columns, completion=completion) | {"label": row.columns["label"]}]
+            continue
+        won = [0] * len(row.responses)
+        for i, j in row.pairs():
             won[i], won[j] = won[i] + 1, won[j] - 1
         balanced += won.count(0)
         rows += [
-            row_of(tokenizer, ranking, completion=text) | {"label": balance > 0}
-            for text, balance in zip(ranking.responses, won, strict=True)
+            trl_row(tokenizer, row.prompt, row.columns, completion=answer(text)) | {"label": balance > 0}
+            for text, balance in zip(row.responses, won, strict=True)
             if balance
         ]
     if balanced:
@@ -217,13 +227,18 @@ def labelled(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, se
     return rows
 
 
-def row_of(tokenizer: PreTrainedTokenizerBase, ranking: Ranking, **answers: str) -> dict[str, Any]:
+def answer(text: str) -> Messages:
+    """Return a response as messages."""
+    return [{"role": "assistant", "content": text}]
+
+
+def trl_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, columns: dict[str, Any], **answers: Messages
+) -> dict[str, Any]:
     """Return a prompt and its answers in trl's format, with the tools and the template's settings that hold for it."""
-    prompt, tools, settings = chat.template_arguments(tokenizer, ranking.prompt, ranking.columns)
-    row = {"prompt": prompt, "tools": tools, "chat_template_kwargs": settings}
-    for name, text in answers.items():
-        row[name] = chat.template_arguments(tokenizer, [{"role": "assistant", "content": text}])[0]
-    return row
+    turns, tools, settings = chat.template_arguments(tokenizer, prompt, columns)
+    made = {name: chat.template_arguments(tokenizer, messages)[0] for name, messages in answers.items()}
+    return {"prompt": turns, "tools": tools, "chat_template_kwargs": settings, **made}
 
 
 # --- from scores ----------------------------------------------------------------------------------------------------

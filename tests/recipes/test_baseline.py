@@ -133,7 +133,7 @@ def test_pairs_and_labels_by_hand(tiny_tokenizer):
     trainers = recipe.load("baseline_trainers")
     chat.prepare_tokenizer(tiny_tokenizer)
     ranking = Ranking(USER, ("a", "b", "c", "d"), (1, 2, 2, 3))  # a over b, c, d; b and c over d
-    pairs = trainers.pairs([ranking, Ranking(USER, ("x", "y"), (1, 1))], tiny_tokenizer)
+    pairs = trainers.pairs([ranking, Ranking(USER, ("x", "y"), (1, 1))], tiny_tokenizer, 0)
     texts = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in pairs]
     assert texts == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
     assert all(row["prompt"] == USER for row in pairs)

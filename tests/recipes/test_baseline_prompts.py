@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf import chat
 from rlhf.config import load
+from rlhf.errors import InputError
 from rlhf_recipes.stage import open_stage
 
 OTHER = {"type": "function", "function": {"name": "look", "parameters": {"properties": {"at": {"type": "string"}}}}}
@@ -66,6 +67,32 @@ def test_rankings_have_the_prompts_of_sft(tmp_path, method, template) -> None:
         assert trainer.processing_class.decode(wanted[0]).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
+def test_kto_takes_rows_of_its_own(tmp_path) -> None:
+    """As `rlhf collected export --format kto` writes thumbs, among rankings; DPO, which compares, refuses them."""
+    rows = [
+        {"prompt": [Q], "completion": [A], "label": True, "annotator": "ann"},
+        {"prompt": "Name a fox.", "completion": "a dog", "label": "thumbs_down", "tools": [OTHER]},
+        {"prompt": [Q, A, Q], "completion": [CALLED, RESULT, A], "label": 1},
+        {"prompt": "Name a hen.", "chosen": "a hen", "rejected": "no"},
+    ]
+    model = base(tmp_path, "qwen3", None)
+    trainer = built(tmp_path, "kto", model, rows).trainer
+    found = {(len(one["prompt"]), one["completion"][-1]["content"]): one for one in trainer.train_dataset}
+    assert [found[1, text]["label"] for text in (A["content"], "a dog", "a hen", "no")] == [True, False, True, False]
+    assert found[3, A["content"]]["label"] is True
+    assert len(found) == 5
+    told = found[1, "a dog"]
+    asked = [{"role": "user", "content": "Name a fox."}]
+    assert told["prompt_ids"] == chat.encode_prompt(trainer.processing_class, asked, {"tools": [OTHER]})
+    assert len(found[3, A["content"]]["completion"]) == 3
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: prompt, completion, label: a KTO row"):
+        built(tmp_path, "dpo", model, rows)
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: label: got 3"):
+        built(tmp_path, "kto", model, [rows[0] | {"label": 3}])
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: prompt, completion: a demonstration, and no comparison"):
+        built(tmp_path, "kto", model, [rows[0] | {"label": None}])
+
+
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_prompts_are_those_of_ppo(tmp_path, method) -> None:
     model = base(tmp_path, "qwen3", {"enable_thinking": False})
@@ -82,8 +109,6 @@ def test_prompts_are_those_of_ppo(tmp_path, method) -> None:
     [(ROWS[1], "chat_template_kwargs: {'enable_thinking': True}"), (ROWS[2], "tools")],
 )
 def test_prompts_that_trl_would_render_otherwise_are_refused(tmp_path, row, seen) -> None:
-    from rlhf.errors import InputError
-
     model = base(tmp_path, "qwen3", {"enable_thinking": False})
     with pytest.raises(InputError, match=f"rows.jsonl:2: {seen}: trl's GRPO takes none of a row; take it out"):
         built(tmp_path, "grpo", model, [ROWS[0], row])

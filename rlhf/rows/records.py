@@ -257,7 +257,7 @@ def _to_ranking(row: object, where: str = "") -> Ranking:
     return row if isinstance(row, Ranking) else Ranking(*foreign.read(row, "ranking", fields.ranking_fields), where)
 
 
-def _to_judged(row: object, where: str) -> Any:
+def _to_judged(row: Any, where: str) -> Any:
     labelled = isinstance(row, dict) and row.get("completion") is not None and not fields.is_ranking(row)
     if not labelled or (label := fields.label_of(row)) is None:
         return _to_ranking(row, where)

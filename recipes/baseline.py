@@ -22,8 +22,8 @@ from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.report import write_report
+from rlhf.run.stages import POLICIES
 from rlhf_recipes.baseline_config import FROM_RANKINGS, METHODS, BaselineConfig
-from rlhf_recipes.sampled import POLICIES
 from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
 
 if TYPE_CHECKING:

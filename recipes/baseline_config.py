@@ -96,8 +96,8 @@ class BaselineConfig:
     model: str | None = None
     """Policy to start from, and the reference; default: the run's `sft`."""
     train_data: Sources | None = None
-    """dpo, kto: rankings or pairs; default: the run's rankings/train.jsonl. grpo, rloo: prompts; default: the run's
-    rankings/prompts.jsonl."""
+    """dpo, kto: rankings or pairs; kto also rows of prompt, completion and label; default: the run's
+    rankings/train.jsonl. grpo, rloo: prompts; default: the run's rankings/prompts.jsonl."""
     columns: dict[str, str] | None = None
     """Our names of columns and what the files named here call them, as {prompt: question}; null: the same."""
     on_bad_row: Literal["refuse", "drop"] = "refuse"

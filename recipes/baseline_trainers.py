@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, Features, Json, Value
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from rlhf import chat, scores
 from rlhf import config as configs
@@ -24,12 +24,14 @@ from rlhf.models import loading as models
 from rlhf.models.adapters import drop_input_hooks, is_adapter, lora_config
 from rlhf.models.positions import check_responses
 from rlhf.ppo.inputs import prompts_of
-from rlhf.rows.records import BadRows, Prompt, Ranking, read_rankings
+from rlhf.rows.messages import Messages
+from rlhf.rows.records import BadRows, Demonstration, Prompt, Ranking, read_judged, read_rankings
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype, log_choice
 from rlhf.run.trl_arguments import training_arguments
 from rlhf.sampling.engine import model_stop_ids
+from rlhf.sampling.generate import generating_by
 from rlhf.urls import is_url
 from rlhf_recipes.baseline_config import FROM_RANKINGS, BaselineConfig
 from rlhf_recipes.stage import Stage
@@ -51,6 +53,10 @@ SHOWN = {
 }  # fmt: skip
 
 
+Judged = Ranking | Demonstration
+"""What KTO learns from; DPO from rankings alone."""
+
+
 @dataclass(frozen=True)
 class Watched:
     """trl's trainer, and what gives it our checkpoints, alarms and signals."""
@@ -59,8 +65,10 @@ class Watched:
     babysitter: Babysitter
 
     def train(self) -> Any:
-        """Train, from the newest complete checkpoint if there is one; return the trainer."""
-        with self.babysitter.watch(True) as checkpoint:
+        """Train, from the newest complete checkpoint if there is one; return the trainer. `generate` would add to
+        trl's settings those of the model's own that trl leaves out."""
+        plain = generating_by(self.trainer.model, GenerationConfig())
+        with plain, self.babysitter.watch(True) as checkpoint:
             self.trainer.train(None if checkpoint is None else str(checkpoint))
         drop_input_hooks(self.trainer.model)
         return self.trainer
@@ -74,16 +82,17 @@ def build(config: BaselineConfig, stage: Stage) -> Watched:
     given: dict[str, Any] = {"model": policy, "processing_class": tokenizer, "peft_config": adapter}
     settings = merged(config)
     if config.method in FROM_RANKINGS:
-        rankings = read_rankings(config.train_data, on_bad_row=config.on_bad_row)
-        rows = {"dpo": pairs, "kto": labelled}[config.method](fitting(rankings, tokenizer, config), config.seed)
-        given |= {"train_dataset": Dataset.from_list(rows)}
+        read, make = (read_rankings, pairs) if config.method == "dpo" else (read_judged, labelled)
+        judged = fitting(read(config.train_data, on_bad_row=config.on_bad_row), tokenizer, config)
+        given |= {"train_dataset": dataset(make(judged, tokenizer, config.seed))}
         arguments = training_arguments(settings, arguments_class, max_length=None, beta=config.own.beta)
     else:
         prompts, ids = prompts_of("train_dataset", config.train_data, tokenizer, cast(Any, config), config.on_bad_row)
         check_responses(policy, ids, config.max_new_tokens)
+        prompts = rendered_alike(prompts, tokenizer, config)
         scorer = Scored(config, prompts, tokenizer, model_stop_ids(policy, tokenizer))
-        given |= {"train_dataset": Dataset.from_list(prompt_rows(config, prompts)), "reward_funcs": scorer}
-        arguments = training_arguments(settings, arguments_class, **online_arguments(config))
+        given |= {"train_dataset": dataset(prompt_rows(config, prompts, tokenizer)), "reward_funcs": scorer}
+        arguments = training_arguments(settings, arguments_class, **online_arguments(config, tokenizer))
     log_choice(config.bf16)
     trainer = trainer_class(args=arguments, **given)
     trainer.create_model_card = lambda *args, **kwargs: None  # trl's names no base model
@@ -103,7 +112,14 @@ def merged(config: BaselineConfig) -> SimpleNamespace:
     return SimpleNamespace(**shared | own | {"lr_schedule": schedules[config.lr_schedule]})
 
 
-def online_arguments(config: BaselineConfig) -> dict[str, Any]:
+def dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Return rows as trl takes them. Messages, tools and a template's settings are JSON: Arrow would give all of a
+    column's objects the same keys, with nulls that a template may render."""
+    plain = {"label": Value("bool"), "row": Value("int64")}
+    return Dataset.from_list(rows, features=Features({name: plain.get(name, Json()) for name in rows[0]}))
+
+
+def online_arguments(config: BaselineConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what GRPO and RLOO call our settings. An update is a rollout and its optimizer steps."""
     own, steps = config.own, config.own.steps_per_update
     return {
@@ -117,6 +133,11 @@ def online_arguments(config: BaselineConfig) -> dict[str, Any]:
         "beta": own.beta,
         "max_completion_length": config.max_new_tokens,
         "temperature": config.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "chat_template_kwargs": chat.template_kwargs(tokenizer),
         "disable_dropout": True,
         "shuffle_dataset": False,  # `prompt_rows` has
     }
@@ -148,50 +169,56 @@ def save(trainer: Any, folder: Path) -> None:
 # --- from rankings --------------------------------------------------------------------------------------------------
 
 
-def fitting(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, config: BaselineConfig) -> list[Ranking]:
-    """Return the rankings whose prompt fits max_length with each of their responses; the others are counted, as are
-    those that the chat template refuses."""
+def fitting(judged: Sequence[Judged], tokenizer: PreTrainedTokenizerBase, config: BaselineConfig) -> list[Any]:
+    """Return the rows whose prompt fits max_length with each of their responses; the others are counted, as are those
+    that the chat template refuses."""
     kept, refused, long = [], BadRows("train_data", config.on_bad_row), 0
-    for ranking in rankings:
-        turns = [[*ranking.prompt, {"role": "assistant", "content": text}] for text in ranking.responses]
+    for row in judged:
+        if isinstance(row, Demonstration):
+            turns = [row.messages]
+        else:
+            turns = [[*row.prompt, *answer(text)] for text in row.responses]
         try:
-            encoded = [chat.encode_conversation(tokenizer, turn, len(turn) - 1, ranking.columns)[0] for turn in turns]
+            encoded = [chat.encode_conversation(tokenizer, turn, len(turn) - 1, row.columns)[0] for turn in turns]
         except InputError as error:
-            refused.add(ranking.where, error)
+            refused.add(row.where, error)
             continue
         long += max(map(len, encoded)) > config.max_length
-        kept += [ranking] if max(map(len, encoded)) <= config.max_length else []
+        kept += [row] if max(map(len, encoded)) <= config.max_length else []
     refused.tell(len(kept) + long)
     if long:
-        log.warning(
-            "train_data: %d of %d rankings exceed max_length=%d: left out", long, len(rankings), config.max_length
-        )
-    if not any(ranking.pairs() for ranking in kept):
+        log.warning("train_data: %d of %d rows exceed max_length=%d: left out", long, len(judged), config.max_length)
+    if not any(isinstance(row, Demonstration) or row.pairs() for row in kept):
         raise InputError(f"train_data: no pair fits max_length={config.max_length}; raise it")
     return kept
 
 
-def pairs(rankings: Sequence[Ranking], seed: int) -> list[dict[str, Any]]:
+def pairs(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
     """Return every pair of every ranking in trl's preference format; ties give none."""
-    return [
-        {"prompt": ranking.prompt, "chosen": _answer(ranking.responses[i]), "rejected": _answer(ranking.responses[j])}
-        for ranking in rankings
-        for i, j in ranking.pairs()
-    ]
+    rows = []
+    for one in rankings:
+        given = [answer(text) for text in one.responses]
+        for i, j in one.pairs():
+            rows += [trl_row(tokenizer, one.prompt, one.columns, chosen=given[i], rejected=given[j])]
+    return rows
 
 
-def labelled(rankings: Sequence[Ranking], seed: int) -> list[dict[str, Any]]:
-    """Return every response that won more of its pairs than it lost, or lost more, in trl's unpaired format, shuffled:
-    trl's KTO takes the rows in their order."""
+def labelled(judged: Sequence[Judged], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
+    """Return every response that won more of its pairs than it lost, or lost more, and every row that has a label, in
+    trl's unpaired format, shuffled: trl's KTO takes the rows in their order."""
     rows, balanced = [], 0
-    for ranking in rankings:
-        won = [0] * len(ranking.responses)
-        for i, j in ranking.pairs():
+    for row in judged:
+        if isinstance(row, Demonstration):
+            prompt, completion = row.messages[: row.trained_from], row.messages[row.trained_from :]
+            rows += [trl_row(tokenizer, prompt, row.columns, completion=completion) | {"label": row.columns["label"]}]
+            continue
+        won = [0] * len(row.responses)
+        for i, j in row.pairs():
             won[i], won[j] = won[i] + 1, won[j] - 1
         balanced += won.count(0)
         rows += [
-            {"prompt": ranking.prompt, "completion": _answer(text), "label": balance > 0}
-            for text, balance in zip(ranking.responses, won, strict=True)
+            trl_row(tokenizer, row.prompt, row.columns, completion=answer(text)) | {"label": balance > 0}
+            for text, balance in zip(row.responses, won, strict=True)
             if balance
         ]
     if balanced:
@@ -200,14 +227,44 @@ def labelled(rankings: Sequence[Ranking], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _answer(text: str) -> list[dict[str, str]]:
+def answer(text: str) -> Messages:
+    """Return a response as messages."""
     return [{"role": "assistant", "content": text}]
+
+
+def trl_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: Messages, columns: dict[str, Any], **answers: Messages
+) -> dict[str, Any]:
+    """Return a prompt and its answers in trl's format, with the tools and the template's settings that hold for it."""
+    turns, tools, settings = chat.template_arguments(tokenizer, prompt, columns)
+    made = {name: chat.template_arguments(tokenizer, messages)[0] for name, messages in answers.items()}
+    return {"prompt": turns, "tools": tools, "chat_template_kwargs": settings, **made}
 
 
 # --- from scores ----------------------------------------------------------------------------------------------------
 
 
-def prompt_rows(config: BaselineConfig, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+def rendered_alike(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, config: BaselineConfig
+) -> list[Prompt]:
+    """Return the prompts that trl renders as we do: its GRPO and RLOO take the template's settings of a run, not of a
+    row, and a row's tools not at all."""
+    kept, refused = [], BadRows("train_data", config.on_bad_row)
+    for prompt in prompts:
+        _, tools, settings = chat.template_arguments(tokenizer, prompt.messages, prompt.columns)
+        if tools or settings != chat.template_kwargs(tokenizer):
+            seen = "tools" if tools else f"chat_template_kwargs: {settings}"
+            todo = f"trl's {config.method.upper()} takes none of a row; take it out"
+            refused.add(prompt.where, InputError(f"{seen}: {todo}"))
+        else:
+            kept.append(prompt)
+    refused.tell(len(kept))
+    return kept
+
+
+def prompt_rows(
+    config: BaselineConfig, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
     """Return the prompts of all updates in their order, in trl's format, each with its number, by which the scorer
     finds its columns.
 
@@ -216,7 +273,8 @@ def prompt_rows(config: BaselineConfig, prompts: Sequence[Prompt]) -> list[dict[
     draw = random.Random(config.seed)
     while len(order) < count:
         order += draw.sample(range(len(prompts)), len(prompts))
-    return [{"prompt": prompts[row].messages, "row": row} for row in order[:count]]
+    turns = [chat.template_arguments(tokenizer, prompt.messages)[0] for prompt in prompts]
+    return [{"prompt": turns[row], "row": row} for row in order[:count]]
 
 
 class Scored:

@@ -31,9 +31,9 @@ from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.functions import import_function
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import POLICIES
 from rlhf.urls import is_url
 from rlhf_recipes import best_of_n_results as results
-from rlhf_recipes.sampled import POLICIES
 from rlhf_recipes.stage import SCORERS, SECTIONS, Stage, check_model, next_command, open_stage, reopen
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import POLICIES
 from rlhf_recipes import judging, sampled
 from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
 
@@ -188,7 +189,7 @@ def inputs(config: EvaluationConfig) -> tuple[EvaluationConfig, dict[str, Any]]:
     )  # fmt: skip
     config = replace(config, policies=sampled.named(config, run))
     for model in (config.policy, config.baseline):
-        check_model(str(model), sampled.POLICIES)
+        check_model(str(model), POLICIES)
     for model in filter(None, (config.reward_model, None if config.template else config.judge)):
         check_model(model, SCORERS)
     names = (

@@ -29,6 +29,7 @@ from rlhf.rows.records import HELD_OUT, split_by_prompt
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import POLICIES
 from rlhf_recipes.moderated import judge, named, write_card
 from rlhf_recipes.moderation_config import ModerationRecipe
 from rlhf_recipes.stage import SECTIONS, Stage, check_model, open_stage, train_and_save
@@ -58,7 +59,7 @@ def moderation(config: ModerationRecipe, name: str = "moderation") -> dict[str, 
         raise InputError(
             f"learning_rate={config.learning_rate:g}: with trains=head no step is taken; set trains to all"
         )
-    check_model(config.model, ("base", "sft", "ppo"))
+    check_model(config.model, POLICIES)
     names = ("model", "train_data", "eval_data", "calibration_data")
     stage = open_stage(name, config, {source: getattr(config, source) for source in names})
     if stage.complete:

@@ -19,6 +19,7 @@ from rlhf.rows.records import read_prompts
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import POLICIES
 from rlhf.urls import is_url
 from rlhf_recipes.stage import (
     SCORERS,
@@ -145,7 +146,7 @@ def inputs(config: PPORecipe) -> tuple[PPORecipe, dict[str, Any]]:
     config = from_siblings(
         config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl"
     )
-    check_model(str(config.model), ("base", "sft", "ppo"))
+    check_model(str(config.model), POLICIES)
     if config.reward_model:
         check_model(config.reward_model, SCORERS)
     if config.process_model:

@@ -20,6 +20,7 @@ from rlhf.errors import InputError
 from rlhf.rows.mixed import paths_of
 from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings
 from rlhf.run import console
+from rlhf.run.stages import POLICIES
 from rlhf_recipes.chain import ChainConfig
 from rlhf_recipes.ppo import score_functions, value_start
 from rlhf_recipes.stage import SCORERS, check_model, from_siblings, with_columns
@@ -49,7 +50,7 @@ def sft(config: Any, scratch: str) -> Phases:
     if not (Path(config.output_dir).parent / demonstrations).exists():
         demonstrations = "rankings/train.jsonl"
     config = _inputs(config, model="base", train_data=demonstrations)
-    check_model(str(config.model), ("base", "sft", "ppo"))
+    check_model(str(config.model), POLICIES)
     from rlhf.sft.preflight import sft_findings
     from rlhf.sft.trainer import SFTTrainer
 
@@ -61,7 +62,7 @@ def sft(config: Any, scratch: str) -> Phases:
 def reward_model(config: Any, scratch: str) -> Phases:
     """Findings on the reward model's training, as `rlhf reward_model` would start it."""
     config = _inputs(with_columns(config, "train_data"), model="sft", train_data="rankings/train.jsonl")
-    check_model(str(config.model), ("base", "sft", "ppo"))
+    check_model(str(config.model), POLICIES)
     from reward_models import RewardTrainer
     from reward_models.preflight import reward_model_findings
 
@@ -74,7 +75,7 @@ def ppo(config: Any, scratch: str) -> Phases:
     config = _inputs(with_columns(config, "train_data"), process_model="?process_reward")
     optional = "?" if config.process_model or config.reward_functions or config.grader else ""
     config = _inputs(config, model="sft", reward_model=f"{optional}reward_model", train_data="rankings/prompts.jsonl")
-    check_model(str(config.model), ("base", "sft", "ppo"))
+    check_model(str(config.model), POLICIES)
     if config.reward_model:
         check_model(config.reward_model, SCORERS)
     from rlhf.ppo.preflight import ppo_findings

@@ -26,6 +26,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import POLICIES
 from rlhf_recipes.splits import Splits, read_splits
 from rlhf_recipes.stage import (
     SECTIONS,
@@ -102,7 +103,7 @@ def inputs(config: ProcessRecipe) -> tuple[ProcessRecipe, dict[str, Any]]:
     places = {"model": "sft", "train_data": "data/steps.jsonl"}
     places |= {} if config.train_data else {"eval_data": "?data/steps_held_out.jsonl"}
     config = from_siblings(config, **places)
-    check_model(str(config.model), ("base", "sft", "ppo"))
+    check_model(str(config.model), POLICIES)
     names = ("model", "train_data", "eval_data", "selection_data")
     return config, {source: getattr(config, source) for source in names}
 

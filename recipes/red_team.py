@@ -30,6 +30,7 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.owner import by_main, processes
+from rlhf.run.stages import POLICIES
 from rlhf_recipes.attacking import AttackConfig, asker, generate, trial_of
 from rlhf_recipes.stage import SECTIONS, check_model, from_siblings, open_stage
 
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from rlhf.safety.suite import Case
 
 console.quiet()
-
-MODELS = ("base", "sft", "ppo", "baseline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +166,7 @@ def inputs(config: RedTeamConfig) -> tuple[RedTeamConfig, dict[str, Any]]:
     config = with_data(from_siblings(config, model="ppo"))
     attacker = config.attack.attacker if config.attack else None
     for named in filter(None, (str(config.model), config.judge, attacker)):
-        check_model(named, MODELS)
+        check_model(named, POLICIES)
     sources = {name: getattr(config, name) for name in ("model", "judge", "human")}
     files = {f"data {source}": source for source in config.data or ()}
     policy = policy_file(config.policy) if config.policy else None

@@ -26,7 +26,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.precision import compute_dtype
-from rlhf.run.stages import drop_checkpoints
+from rlhf.run.stages import POLICIES, drop_checkpoints
 from rlhf_recipes.splits import Splits, read_splits
 from rlhf_recipes.stage import (
     SECTIONS,
@@ -133,7 +133,7 @@ def inputs(config: RewardRecipe) -> tuple[RewardRecipe, dict[str, Any]]:
     data = ("train_data", "eval_data", "selection_data", "normalizer_data")
     config = with_columns(config, *data)
     config = from_siblings(config, model="sft", train_data="rankings/train.jsonl", eval_data="?rankings/held_out.jsonl")
-    check_model(str(config.model), ("base", "sft", "ppo"))
+    check_model(str(config.model), POLICIES)
     return config, {source: getattr(config, source) for source in ("model", *data)}
 
 

@@ -26,6 +26,7 @@ from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import POLICIES
 from rlhf.urls import is_url
 from rlhf_recipes.stage import SECTIONS, as_outputs, check_model, from_siblings, open_stage
 
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from rlhf.evals.outcome import Outcome
 
 console.quiet()
-
-MODELS = ("base", "sft", "ppo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +164,7 @@ def run_alone(config: RunEvalsConfig, name: str) -> dict[str, Any]:
     config = from_siblings(config, model="ppo")
     model = str(config.model)
     for named in filter(None, (model, config.judge)):
-        check_model(named, MODELS)
+        check_model(named, POLICIES)
     if config.lm_eval:
         lm_harness.require()
         if is_url(model):

@@ -12,16 +12,13 @@ from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.rows.records import Prompt
 from rlhf.run.precision import compute_dtype
-from rlhf.run.stages import Manifest
+from rlhf.run.stages import POLICIES, Manifest
 from rlhf_recipes.stage import check_model
 
 if TYPE_CHECKING:
     import torch
 
     from rlhf.evaluate import PolicySamples
-
-POLICIES = ("base", "sft", "ppo", "dpo", "kto", "grpo", "rloo")
-"""Stages whose folder holds a policy."""
 
 
 def load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.stages import POLICIES
 from rlhf.sft.config import SFTConfig
 from rlhf_recipes.stage import (
     SCORERS,
@@ -147,7 +148,7 @@ def inputs(config: SFTRecipe) -> tuple[SFTRecipe, dict[str, Any]]:
     if not (Path(config.output_dir).parent / demonstrations).exists():
         demonstrations = "rankings/train.jsonl"
     config = from_siblings(config, model="base", train_data=demonstrations)
-    check_model(str(config.model), ("base", "sft", "ppo"))
+    check_model(str(config.model), POLICIES)
     if config.best_by:
         check_model(config.best_by, SCORERS)
     return config, {name: getattr(config, name) for name in ("model", "train_data", "eval_data", "best_by")}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf import cards, chat
-from rlhf.config import to_dict
+from rlhf.config import INHERITED, read_yaml, to_dict
 from rlhf.errors import InputError
 from rlhf.rows.mixed import mapped
 from rlhf.run import console, lock
@@ -46,28 +46,15 @@ SCORERS = ("reward_model", "judge", "ensemble")
 """Stages whose folder scores responses."""
 NONE = "none"
 """Named in the place of an optional earlier stage: nothing, though the run may have that stage."""
+CHAIN = (
+    "data", "base", "sft", "reward_model", "process_reward", "ppo", "evaluation", "red_team", "run_evals", "judge_card",
+    "contamination", "system_card",
+)  # fmt: skip
+"""Sections of a chain's config."""
 SECTIONS = (
-    "data",
-    "base",
-    "sft",
-    "reward_model",
-    "process_reward",
-    "ppo",
-    "baseline",
-    "evaluation",
-    "flywheel",
-    "run_evals",
-    "judge_card",
-    "contamination",
-    "system_card",
-    "predict_capability",
-    "ensemble",
-    "best_of_n",
-    "synthetic",
-    "red_team",
-    "moderation",
-    "monitor",
-)
+    *CHAIN, "baseline", "flywheel", "predict_capability", "ensemble", "best_of_n", "synthetic", "moderation", "monitor",
+)  # fmt: skip
+"""Sections of any config."""
 
 
 @dataclass
@@ -245,7 +232,7 @@ def function_file(spec: str) -> Path | None:
 def next_command(
     name: str, argv: Sequence[str], output_dir: str, section: str = "", also: Sequence[str] = (), **needed: str
 ) -> None:
-    """Print the command that runs the next stage of the same run.
+    """Print the command that runs the next stage of the same run; nothing where this one's config does not hold it.
 
     argv: this stage's command line, whose config the next one shares. output_dir: this stage's folder. section: the
     next stage's, where it is not `name`. also: flags that it needs. needed: a flag, and the file of the run that makes
@@ -254,6 +241,8 @@ def next_command(
     words, run = ["rlhf", name], Path(output_dir).parent
     given = {word.partition("=")[0]: word.partition("=")[2] or value for word, value in pairwise([*argv, ""])}
     if "--config" in given:
+        if not _holds(given["--config"], name):
+            return
         words += ["--config", given["--config"]]
     if "--config" not in given or "--output_dir" in given:
         words += ["--output_dir", str(run / (section or name))]
@@ -261,6 +250,13 @@ def next_command(
         if "--config" not in given and not (run / file).exists():
             words += [f"--{flag}", Path(file).name]
     console.stage_line("next", shlex.join([*words, *also]))
+
+
+def _holds(file: str, name: str) -> bool:
+    """Return whether a config has the section of a command; for `chain`, whether it is a chain's, which has data."""
+    keys = {*read_yaml(look_up(file, f"{file}: no such file", "configs"))[0]}
+    own = {"rankings": "data", "evaluate_policy": "evaluation", "chain": "data"}.get(name, name)
+    return own in keys and (name != "chain" or keys <= {*CHAIN, *INHERITED, "overwrite", "overwrite_from"})
 
 
 def needed_bytes(config: Any, model: Any) -> int:

@@ -29,7 +29,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.sampled import POLICIES
+from rlhf.run.stages import POLICIES
 from rlhf_recipes.stage import SECTIONS, Stage, check_model, next_command, open_stage, reopen
 
 console.quiet()

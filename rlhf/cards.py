@@ -15,9 +15,10 @@ from typing import Any
 
 from rlhf.artefacts import Artefacts, Fact, place_of, value_at
 from rlhf.run.page import Answer, compared, note, page, table, text, write
+from rlhf.run.stages import POLICIES
 
-MODELS = ("base", "sft", "reward_model", "judge", "ppo")
-STAGES = ("data", "base", "sft", "rankings", "reward_model", "judge", "ppo", "evaluation")
+MODELS = ("base", "sft", "reward_model", "judge", *POLICIES[2:])
+STAGES = ("data", "base", "sft", "rankings", "reward_model", "judge", *POLICIES[2:], "evaluation")
 LAST = ("run_evals_sft", "run_evals", "judge_card_reward_model", "judge_card", "contamination")
 BOUND = "Every value stands in the file that its row names; the files and their hashes are listed last."
 FAILURES = 5  # samples of failures on a card
@@ -75,7 +76,7 @@ def _identity(artefacts: Artefacts) -> Iterator[Fact]:
         return
     file = f"{last}/manifest.json"
     yield from _facts(artefacts.fact("the policy's stage", file, "/stage"))
-    for name in ("base", "sft", "ppo"):
+    for name in POLICIES:
         own = f"{name}/manifest.json"
         yield from _facts(
             artefacts.fact(f"{name}: starts from", own, "/base_model"),
@@ -136,7 +137,7 @@ def stage_facts(artefacts: Artefacts, file: str, prefix: str = "") -> Iterator[F
 def _policies(artefacts: Artefacts) -> Iterator[Fact]:
     for file in artefacts.files("*/evaluation.json"):
         content = artefacts.read(file)
-        for policy in ("sft", "best_of_n", "ppo"):
+        for policy in ("sft", "best_of_n", *POLICIES[2:]):
             for name in ("prompts", "score", "gold_score", "judge_score", "win_rate_vs_sft", "win_rate_vs_best_of_n",
                          "kl_nats", "response_tokens", "eos_rate", "refusal_rate"):  # fmt: skip
                 place = place_of(policy, name)
@@ -245,10 +246,7 @@ def markdown(title: str, sections: Sequence[Section], artefacts: Artefacts, head
     """Write a card as the hub reads it: a YAML header (huggingface_hub's ModelCardData), then a table per section."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    parts = [
-        f"# {title}",
-        "Every value stands in the file that its row names; the files and their hashes are listed last.",
-    ]
+    parts = [f"# {title}", BOUND]
     for section in sections:
         parts.append(f"## {section.heading}")
         if section.facts:
@@ -324,7 +322,7 @@ def model_card(folder: str | Path) -> str:
     base = manifest.get("base_model")
     adapter = artefacts.there("adapter_config.json")
     header: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": ["rlhf", stage]}
-    header["pipeline_tag"] = "text-generation" if stage in ("base", "sft", "ppo", "baseline") else "text-classification"
+    header["pipeline_tag"] = "text-generation" if stage in POLICIES else "text-classification"
     if isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         header["base_model"] = base
     identity = _facts(

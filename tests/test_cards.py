@@ -210,9 +210,20 @@ def test_a_models_card(run):
     write(run / "ppo/manifest.json", manifest | {"inputs": manifest["inputs"] | {"config": settings}})
     assert "| trains | head |" in cards.model_card(run / "ppo")
     assert "epochs" not in cards.model_card(run / "ppo")  # no step was taken
-    for stage in ("reward_model", "moderation", "process_reward"):
+    tags = dict.fromkeys(("reward_model", "moderation", "process_reward"), "text-classification")
+    tags |= dict.fromkeys(("dpo", "kto", "grpo", "rloo"), "text-generation")
+    for stage, tag in tags.items():
         write(run / "ppo/manifest.json", json.loads((run / "ppo/manifest.json").read_text()) | {"stage": stage})
-        assert yaml.safe_load(cards.model_card(run / "ppo").split("---")[1])["pipeline_tag"] == "text-classification"
+        assert yaml.safe_load(cards.model_card(run / "ppo").split("---")[1])["pipeline_tag"] == tag
+
+
+def test_a_baseline_stands_on_the_systems_card(run):
+    write(run / "dpo/manifest.json", manifest("dpo", accuracy=0.75))
+    write(run / "evaluation/evaluation.json", EVALUATION | {"dpo": PPO | {"score": 1.25}})
+    sections = cards.system_sections(artefacts.Artefacts(run))
+    facts = {fact.what: fact.text for section in sections for fact in section.facts}
+    assert (facts["dpo: result accuracy"], facts["dpo: starts from"]) == ("0.75", "dpo")
+    assert "1.25" in facts["dpo: score"]
 
 
 def test_absolute_paths_are_shortened():

@@ -24,6 +24,7 @@ from rlhf.chat.encoding import (
     set_template_kwargs,
     stop_ids,
     structural_tokens,
+    template_arguments,
     template_hash,
     template_kwargs,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "set_template_kwargs",
     "stop_ids",
     "structural_tokens",
+    "template_arguments",
     "template_hash",
     "template_kwargs",
 ]

@@ -103,6 +103,16 @@ def encode_demonstration(
     return encoded.ids, encoded.mask
 
 
+def template_arguments(
+    tokenizer: Tokenizer, messages: Messages, row: Row | None = None
+) -> tuple[Messages, list[Any] | None, dict[str, Any]]:
+    """Return what a library that calls `apply_chat_template` itself must hand to it: messages, tools and the template's
+    settings, the tokenizer's and the row's. It then renders as we do. Raises InputError."""
+    template = _template(tokenizer, row)
+    turns = [rendering.turn_of(message, template.parts) for message in messages]
+    return turns, rendering.schemas_of((row or {}).get("tools")), dict(template.kwargs)
+
+
 def is_trained(message: Mapping[str, Any]) -> bool:
     """Return whether a turn may be trained: it doesn't say ``train: False`` or ``weight: 0``."""
     return message.get("train") is not False and message.get("weight", 1) != 0

@@ -94,8 +94,8 @@ def conversation(
         if name in _NOT_OURS:
             raise InputError(f"chat_template_kwargs: {name!r} is set by the trainer; take it out")
     replaced: dict[str, str] = {}
-    turns = [_turn(message, parts) for message in messages]
-    own = _tools(tools) if tools else None
+    turns = [turn_of(message, parts) for message in messages]
+    own = schemas_of(tools)
     if own is None and not kwargs and _is_plain(turns, tokens.inert):
         return Conversation(turns, None, {}, replaced)
     marked, marked_tools, settings = (inert(value, tokens.inert, replaced) for value in (turns, own, dict(kwargs)))
@@ -108,8 +108,11 @@ def _is_plain(turns: list[dict[str, Any]], pattern: re.Pattern) -> bool:
     return all(type(value) is str for value in values) and not pattern.search("\0".join(values))
 
 
-def _tools(tools: Any) -> list[Any] | None:
-    """Read a row's tools: schemas, or JSON text of them (as a dataset must hold schemas of different fields)."""
+def schemas_of(tools: Any) -> list[Any] | None:
+    """Read a row's tools: schemas, or JSON text of them (as a dataset must hold schemas of different fields); None
+    where there are none. Raises InputError."""
+    if not tools:
+        return None
     try:
         listed = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
         listed = [listed] if isinstance(listed, Mapping) else listed
@@ -121,7 +124,8 @@ def _tools(tools: Any) -> list[Any] | None:
     return schemas or None
 
 
-def _turn(message: Mapping[str, Any], parts: bool) -> dict[str, Any]:
+def turn_of(message: Mapping[str, Any], parts: bool) -> dict[str, Any]:
+    """Return a message as a template reads it: without our own fields, a call's arguments as a mapping."""
     turn = {name: value for name, value in message.items() if name not in ("weight", "train")}
     if parts and isinstance(turn.get("content"), str):
         turn["content"] = [{"type": "text", "text": turn["content"]}]

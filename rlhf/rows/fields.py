@@ -183,15 +183,22 @@ _UNDESIRABLE = (
 )  # fmt: skip
 
 
-def obey_label(row: Row) -> None:
-    """Raise Unusable for a completion that is labelled as one not to imitate. A text that is no truth value is a
-    column like others; a number is refused, since it may be a grade."""
+def label_of(row: Row) -> bool | None:
+    """Return whether a completion is labelled as one to imitate; None: it has no label. A text that is no truth value
+    is a column like others; a number is refused, since it may be a grade."""
     label = row.get("label")
     label = label.strip().lower() if isinstance(label, str) else label
-    if label in _UNDESIRABLE:
-        raise Unusable(NOT_TO_IMITATE)
-    if label not in _DESIRABLE and label is not None and not isinstance(label, str):
+    if label in _DESIRABLE or label in _UNDESIRABLE:
+        return label in _DESIRABLE
+    if label is not None and not isinstance(label, str):
         raise wrong("label", f"got {show(label)}", "write true or false (KTO), or give the column another name")
+    return None
+
+
+def obey_label(row: Row) -> None:
+    """Raise Unusable for a completion that is labelled as one not to imitate."""
+    if label_of(row) is False:
+        raise Unusable(NOT_TO_IMITATE)
 
 
 # --- two responses --------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ __all__ = [
     "check_disjoint",
     "prompt_key",
     "read_demonstrations",
+    "read_judged",
     "read_prompts",
     "read_rankings",
     "split_by_prompt",
@@ -168,7 +169,17 @@ def read_demonstrations(source: Source, split: str = "train", on_bad_row: OnBadR
 def read_rankings(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Ranking]:
     """Read rankings. Identical responses are ties; their thinking is not compared, which the log says. Raises
     InputError, also for a source without a single pair."""
-    rankings = _read(source, split, on_bad_row, "ranking", _to_ranking)
+    return _with_pairs(source, _read(source, split, on_bad_row, "ranking", _to_ranking))
+
+
+def read_judged(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Ranking | Demonstration]:
+    """Read rankings as `read_rankings` does, and rows of KTO (`prompt`, `completion`, `label`) as demonstrations whose
+    column `label` is True or False: desirable or not. Raises InputError."""
+    judged: list[Any] = _read(source, split, on_bad_row, "ranking", _to_judged)
+    return judged if any(isinstance(one, Demonstration) for one in judged) else _with_pairs(source, judged)
+
+
+def _with_pairs(source: Source, rankings: list[Ranking]) -> list[Any]:
     if count := sum(any(ranking.thinking) for ranking in rankings):
         warn_once(f"{name_of(source)}: {count} of {len(rankings)} rankings have thinking; answers alone are compared")
     if not any(ranking.pairs() for ranking in rankings):
@@ -244,6 +255,14 @@ def check_disjoint(
 
 def _to_ranking(row: object, where: str = "") -> Ranking:
     return row if isinstance(row, Ranking) else Ranking(*foreign.read(row, "ranking", fields.ranking_fields), where)
+
+
+def _to_judged(row: Any, where: str) -> Any:
+    labelled = isinstance(row, dict) and row.get("completion") is not None and not fields.is_ranking(row)
+    if not labelled or (label := fields.label_of(row)) is None:
+        return _to_ranking(row, where)
+    read = fields.demonstration_fields({**row, "label": None})
+    return Demonstration(read.messages, read.trained_from, {**read.columns, "label": label}, where)
 
 
 def _to_demonstration(row: object, where: str) -> Demonstration:

@@ -39,6 +39,7 @@ from rlhf.run.checkpoint import (
 from rlhf.run.fingerprint import canonical, data_fingerprint, tokenizer_hash
 
 __all__ = [
+    "POLICIES",
     "Inputs",
     "Manifest",
     "State",
@@ -56,6 +57,9 @@ __all__ = [
 
 Inputs = Mapping[str, Any]
 """A stage's inputs by name: values that have a JSON form (`rlhf.run.checkpoint.plain`)."""
+
+POLICIES = ("base", "sft", "ppo", "dpo", "kto", "grpo", "rloo")
+"""Stages whose folder holds a policy."""
 
 BEGUN = "begun.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "rlhf-recipes")

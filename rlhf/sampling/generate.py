@@ -42,7 +42,7 @@ def generate_alike(
     run: Any = model.generate
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[int]] = [[] for _ in prompts]
-    with _settings(model, settings), _drawing_from(generator, model.device):
+    with generating_by(model, settings), _drawing_from(generator, model.device):
         for length, group in groupby(order, key=lambda i: len(prompts[i])):
             alike = list(group)
             for start in range(0, len(alike), rows_per_batch):
@@ -68,7 +68,7 @@ def generate_agrees(model: PreTrainedModel, pad_id: int) -> bool:
         max_new_tokens=3, do_sample=False, pad_token_id=pad_id, output_logits=True, return_dict_in_generate=True
     )
     try:
-        with _settings(model, settings):
+        with generating_by(model, settings):
             out = run(input_ids=ids, attention_mask=torch.ones_like(ids))
         whole = model(input_ids=out.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -87,7 +87,7 @@ def most_apart(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def _settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
+def generating_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Replace the model's generation_config inside the context, since `generate` adds its values (top-k, penalties)."""
     plain = base_model(model)
     shipped, plain.generation_config = plain.generation_config, settings

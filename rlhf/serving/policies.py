@@ -28,7 +28,7 @@ from rlhf.serving import cache as caches
 from rlhf.serving.text import Decode, Decoding, Writing
 
 STAGES = ("base", "sft", "ppo")
-"""The stages of a run that leave a policy."""
+"""What `run` serves of a run; its baselines are named one by one."""
 
 
 @dataclass(eq=False)

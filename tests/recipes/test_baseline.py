@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from reference import recipe, tiny_chain
 
 from reward_models import RewardModel
 from reward_models.ensemble import RewardEnsemble
+from rlhf import chat
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rows.records import Prompt, Ranking
 from rlhf.run.changes import changes
@@ -116,7 +118,11 @@ def test_every_method_trains_and_leaves_a_stage(tmp_path, base, files, tiny_toke
     calls = [int(line) for line in (tmp_path / "calls").read_text().split()] if method in ("grpo", "rloo") else []
     assert made.outputs["score_calls"] == told["metrics"]["score_calls"]["value"] == sum(calls)
     assert sum(calls) == (16 if calls else 0)
-    steps = {json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"] for line in lines}
+    # Before the first step the policy is its reference: an adapter that is trained on, the frozen copy of itself.
+    name, there = {"dpo": ("loss", math.log(2)), "kto": ("loss", 0.5)}.get(method, ("kl", 0.0))
+    assert lines[0][name] == pytest.approx(there, abs=1e-5)
     assert max(steps) == {"dpo": 2, "kto": 2, "grpo": 4, "rloo": 4}[method]
     assert (out / "report.html").exists()
     for name in ("baseline.json", "report.html"):  # a run that was killed before it wrote them
@@ -126,29 +132,33 @@ def test_every_method_trains_and_leaves_a_stage(tmp_path, base, files, tiny_toke
     assert (out / "report.html").exists()
 
 
-def test_pairs_and_labels_by_hand():
+def test_pairs_and_labels_by_hand(tiny_tokenizer):
     trainers = recipe.load("baseline_trainers")
+    chat.prepare_tokenizer(tiny_tokenizer)
     ranking = Ranking(USER, ("a", "b", "c", "d"), (1, 2, 2, 3))  # a over b, c, d; b and c over d
-    pairs = trainers.pairs([ranking, Ranking(USER, ("x", "y"), (1, 1))], 0)
+    pairs = trainers.pairs([ranking, Ranking(USER, ("x", "y"), (1, 1))], tiny_tokenizer, 0)
     texts = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in pairs]
     assert texts == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
     assert all(row["prompt"] == USER for row in pairs)
-    rows = trainers.labelled([ranking, Ranking(USER, ("x", "y"), (1, 1))], 0)  # b and c won one and lost one
+    rows = trainers.labelled([ranking, Ranking(USER, ("x", "y"), (1, 1))], tiny_tokenizer, 0)
+    # b and c won one and lost one
     assert sorted((row["completion"][0]["content"], row["label"]) for row in rows) == [("a", True), ("d", False)]
     many = [Ranking(USER, (f"a{n}", f"b{n}"), (1, 2)) for n in range(20)]
-    one, two, three = (trainers.labelled(many, seed) for seed in (0, 0, 1))
+    one, two, three = (trainers.labelled(many, tiny_tokenizer, seed) for seed in (0, 0, 1))
     assert one == two != three
 
 
-def test_prompts_come_pass_by_pass():
+def test_prompts_come_pass_by_pass(tiny_tokenizer):
     trainers, configs = recipe.load("baseline_trainers"), recipe.load("baseline_config")
     own = configs.OnlineConfig(updates=5, rollout_size=8, generations=4, batch_size=8)
     config = configs.BaselineConfig(method="rloo", rloo=own, seed=3)
     prompts = [Prompt([{"role": "user", "content": str(n)}]) for n in range(4)]
-    order = [row["row"] for row in trainers.prompt_rows(config, prompts)]
+    chat.prepare_tokenizer(tiny_tokenizer)
+    rows = trainers.prompt_rows(config, prompts, tiny_tokenizer)
+    order = [row["row"] for row in rows]
     assert len(order) == 5 * 8 // 4
     assert sorted(order[:4]) == sorted(order[4:8]) == [0, 1, 2, 3]
-    assert order == [int(row["prompt"][0]["content"]) for row in trainers.prompt_rows(config, prompts)]
+    assert order == [int(row["prompt"][0]["content"]) for row in rows]
 
 
 def test_scores_are_those_of_ppo(tmp_path, base, tiny_tokenizer):

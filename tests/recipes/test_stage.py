@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import shlex
@@ -13,8 +14,9 @@ from reference import recipe
 
 from rlhf.config import load
 from rlhf.errors import InputError
+from rlhf.flags import INHERITED
 from rlhf_recipes.attacking import AttackConfig
-from rlhf_recipes.stage import inputs_of, next_command, open_stage
+from rlhf_recipes.stage import CHAIN, inputs_of, next_command, open_stage
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,25 @@ def test_the_next_command_shares_the_config_or_names_what_is_missing(tmp_path, c
     argv = [word.replace("X/", f"{tmp_path}/") for word in argv]
     next_command("ppo", argv, f"{tmp_path}/rm", train_data="rankings/prompts.jsonl")
     assert shown(capsys) == ["next " + expected.replace("X/", f"{tmp_path}/")]
+
+
+def test_a_config_names_no_command_that_it_does_not_hold(tmp_path, capsys) -> None:
+    held = {
+        "toy.yaml": ["rankings", "evaluate_policy", "chain"],
+        "customer.yaml": [],
+        "toy_baselines.yaml": ["evaluate_policy"],
+        "sentiment_trl.yaml": ["evaluate_policy"],
+        "toy_flywheel.yaml": ["rankings", "evaluate_policy"],  # a chain has no section `flywheel`
+    }
+    for file, expected in held.items():
+        for name in ("rankings", "evaluate_policy", "chain"):
+            next_command(name, ["--config", file], f"{tmp_path}/x")
+        assert shown(capsys) == [f"next rlhf {name} --config {file}" for name in expected]
+
+
+def test_a_chains_sections_are_its_settings() -> None:
+    fields = dataclasses.fields(recipe.load("chain").ChainConfig)
+    assert {field.name for field in fields} - {*INHERITED, "overwrite", "overwrite_from"} == {*CHAIN}
 
 
 def test_what_an_earlier_stage_left_needs_no_flag(tmp_path, capsys) -> None:
@@ -95,6 +116,29 @@ def test_a_function_that_a_nested_setting_names_is_an_input(tmp_path: Path) -> N
         found.append(inputs_of(config, {})["code"])
     assert {*found[0]} == {*found[1]} == {f"{file}:valid", f"{file}:other"}
     assert all(found[0][name] != found[1][name] for name in found[0])
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("run_evals", ["--eval_data", "arithmetic"]),
+        ("red_team", ["--policy", "toy"]),
+        ("sft", ["--train_data", "FILE"]),
+        ("reward_model", ["--train_data", "FILE"]),
+        ("process_reward", ["--train_data", "FILE"]),
+        ("ppo", ["--train_data", "FILE", "--reward_model", "none"]),
+        ("moderation", ["--train_data", "FILE"]),
+    ],
+)
+def test_whatever_takes_a_policy_takes_a_baselines(tmp_path: Path, command, flags) -> None:
+    """The folders hold a manifest and no model: what is refused by its stage is refused before that is missed."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Name a fox.", "chosen": "a fox", "rejected": "no"}\n')
+    flags = [word.replace("FILE", f"{tmp_path}/rows.jsonl") for word in flags]
+    for made_by, refused in {"dpo": False, "rloo": False, "reward_model": True}.items():
+        (tmp_path / "manifest.json").write_text(json.dumps({"stage": made_by, "inputs": {}, "seed": 0}))
+        result = recipe.run(command, "--model", tmp_path, "--output_dir", tmp_path / "out" / command, *flags)
+        assert result.code == 2
+        assert ("made by stage" in result.err) == refused, result.err
 
 
 @pytest.mark.slow

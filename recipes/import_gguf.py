@@ -16,6 +16,7 @@ from pathlib import Path
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
+from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
 
@@ -62,7 +63,9 @@ def import_gguf(config: ImportConfig) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) == 2 and not argv[0].startswith("-"):
         argv = ["--file", argv[0], "--output_dir", argv[1]]
-    import_gguf(configs.load(ImportConfig, argv, description=__doc__ or ""))
+    import_gguf(
+        configs.load(ImportConfig, argv, section="import_gguf", known_sections=SECTIONS, description=__doc__ or "")
+    )
 
 
 if __name__ == "__main__":

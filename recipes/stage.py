@@ -45,27 +45,12 @@ Config = TypeVar("Config")
 SCORERS = ("reward_model", "judge", "ensemble")
 """Stages whose folder scores responses."""
 SECTIONS = (
-    "data",
-    "base",
-    "sft",
-    "reward_model",
-    "process_reward",
-    "ppo",
-    "baseline",
-    "evaluation",
-    "flywheel",
-    "run_evals",
-    "judge_card",
-    "contamination",
-    "system_card",
-    "predict_capability",
-    "ensemble",
-    "best_of_n",
-    "synthetic",
-    "red_team",
-    "moderation",
-    "monitor",
-)
+    "data", "base", "sft", "reward_model", "process_reward", "ppo", "baseline", "evaluation", "flywheel", "run_evals",
+    "judge_card", "contamination", "system_card", "predict_capability", "ensemble", "best_of_n", "synthetic",
+    "red_team", "moderation", "monitor", "label", "collected", "serve_policy", "chat", "evaluate_reward_model",
+    "serve_reward_model", "push_to_hub", "benchmark", "inspect_rollout", "import_gguf", "report",
+)  # fmt: skip
+"""Of a YAML that serves all recipes; each reads its own and leaves the others alone."""
 
 
 @dataclass

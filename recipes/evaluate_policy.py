@@ -26,6 +26,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.settings import require_needed
 from rlhf_recipes import judging, sampled
 from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
 
@@ -111,6 +112,7 @@ class EvaluationConfig:
         for name in ("best_of", "samples", "temperature", "least_probability"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+        require_needed(self, "template", "served_as", "least_probability")
 
 
 def evaluation(config: EvaluationConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.settings import require_needed
 from rlhf.sft.config import SFTConfig
 from rlhf_recipes.stage import SECTIONS, check_kept, check_model, from_siblings, next_command, open_stage, with_columns
 
@@ -74,6 +75,7 @@ class SFTRecipe(SFTConfig):
         for name in ("best_by_prompts", "best_by_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        require_needed(self, "best_by", "best_by_prompts", "best_by_tokens")
 
 
 def sft(config: SFTRecipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlhf.config import require_divides
 from rlhf.errors import InputError
-from rlhf.run.settings import settle
+from rlhf.run.settings import require_needed, settle
 
 log = logging.getLogger("rlhf")
 
@@ -235,6 +235,9 @@ class PPOConfig:
         _require("pretraining_length", self.pretraining_length, self.pretraining_length >= 2, "at least 2")
         _require("rollouts_ahead", self.rollouts_ahead, self.rollouts_ahead in (0, 1), "0 or 1")
         require_divides("minibatch_size", self.minibatch_size, "rollout_size", self.rollout_size)
+        require_needed(self, "kl_target_nats", "kl_horizon")
+        mix = ("pretraining_coef", "pretraining_rows", "pretraining_length", "pretraining_held_out")
+        require_needed(self, "pretraining_data", *mix)
         if self.kl_target_nats is not None:
             _require("kl_coef", self.kl_coef, self.kl_coef > 0, "positive with kl_target_nats, which multiplies it")
             least = 0.2 * self.rollout_size  # at most a fifth off per horizon: from here on kl_coef would fall below 0

@@ -217,6 +217,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, base, files, m
     ("method", "more", "message"),
     [
         ("dpo", ("--reward_functions", "[a.py:b]"), "dpo learns from rankings: leave out reward_functions"),
+        ("kto", ("--reward_weights", "[1]"), "kto learns from rankings: leave out reward_weights"),
         ("grpo", ("--reward_weights", "[1, 2]"), "reward_weights has 2 numbers for 1 scores"),
         ("kto", ("--kto.microbatch_size", 1), "kto.microbatch_size=1 must be at least 2"),
         ("rloo", ("--rloo.generations", 3), "rloo: generations=3 must divide rollout_size=8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ import rlhf.config
 from rlhf.errors import InputError
 from rlhf.hints import hints_of
 from rlhf_recipes.chain import ChainConfig
+from rlhf_recipes.ppo import PPORecipe
 from rlhf_recipes.stage import SECTIONS
 
 RECIPES = recipe.ROOT / "recipes"
@@ -92,3 +94,40 @@ def test_a_mistyped_section_of_another_command_and_its_flags_are_refused_by_the_
     told = recipe.run("chain", "--moderation.epochs", "1")
     assert told.code == 2
     assert "command line: unknown flag --moderation.epochs" in told.err
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "needed"),
+    [
+        ("ppo", "--vllm_folder=f", "vllm_server"),
+        ("ppo", "--vllm_transport=lora", "vllm_server"),
+        ("ppo", "--vllm_colocated", "vllm_server"),
+        ("ppo", "--vllm_wait_seconds=1", "vllm_server"),
+        ("ppo", "--vllm_tolerance_nats=1", "vllm_server"),
+        ("chain", "--ppo.vllm_folder=f", "vllm_server"),
+        ("ppo", "--kl_horizon=900", "kl_target_nats"),
+        ("ppo", "--pretraining_coef=1", "pretraining_data"),
+        ("ppo", "--pretraining_rows=8", "pretraining_data"),
+        ("sft", "--best_by_prompts=8", "best_by"),
+        ("sft", "--best_by_tokens=8", "best_by"),
+        ("evaluate_policy", "--served_as=it", "template"),
+        ("evaluate_policy", "--least_probability=0.5", "template"),
+        ("judge_card", "--output_dir=d --served_as=it", "template"),
+        ("serve_policy", "--model=m --upstream_seconds=9", "upstream"),
+        ("serve_policy", "--model=m --retention_days=9", "store"),
+        ("serve_policy", "--model=m --scrub=f.py:f", "store"),
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(command: str, flags: str, needed: str) -> None:
+    told = recipe.run(command, *flags.split())
+    name = flags.rpartition("--")[2].partition("=")[0].removeprefix("ppo.")
+    assert told.code == 2
+    assert re.search(
+        rf"\b{name}=\S+ does nothing without {needed}; give {needed} too, or leave {name} out\n$", told.err
+    )
+
+
+def test_settings_beside_the_one_that_they_need() -> None:
+    PPORecipe(vllm_server="http://h:1", vllm_folder="f", vllm_colocated=True, kl_target_nats=1.0, kl_horizon=900)
+    PPORecipe(vllm_wait_seconds=300.0, kl_horizon=10000, pretraining_coef=27.8)  # as they are by default
+    PPORecipe(pretraining_data="texts.jsonl", pretraining_coef=0.0)

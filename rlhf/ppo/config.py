@@ -235,9 +235,6 @@ class PPOConfig:
         _require("pretraining_length", self.pretraining_length, self.pretraining_length >= 2, "at least 2")
         _require("rollouts_ahead", self.rollouts_ahead, self.rollouts_ahead in (0, 1), "0 or 1")
         require_divides("minibatch_size", self.minibatch_size, "rollout_size", self.rollout_size)
-        require_needed(self, "kl_target_nats", "kl_horizon")
-        mix = ("pretraining_coef", "pretraining_rows", "pretraining_length", "pretraining_held_out")
-        require_needed(self, "pretraining_data", *mix)
         if self.kl_target_nats is not None:
             _require("kl_coef", self.kl_coef, self.kl_coef > 0, "positive with kl_target_nats, which multiplies it")
             least = 0.2 * self.rollout_size  # at most a fifth off per horizon: from here on kl_coef would fall below 0
@@ -266,6 +263,9 @@ class PPOConfig:
             _require(
                 name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive or null"
             )
+        require_needed(self, "kl_target_nats", "kl_horizon")
+        mix = ("pretraining_coef", "pretraining_rows", "pretraining_length", "pretraining_held_out")
+        require_needed(self, "pretraining_data", *mix)
 
     @property
     def value_lr(self) -> float:

@@ -172,7 +172,7 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     rows = evaluate.side_by_side({"sft": ours, "ppo": theirs, **others}, config.samples)
     write_jsonl(stage.folder / "samples.jsonl", rows)
     write_jsonl(stage.folder / "to_label.jsonl", judging.to_label(theirs, ours, config.seed))
-    write_json_atomic(stage.folder / "evaluation.json", result)
+    write_json_atomic(stage.folder / "evaluation.json", {**result, "metrics": judging.metrics_of(result)})
     outputs = {"evaluation": result, "reward_model": judged.scorer_card}
     stage.finish(outputs)
     return outputs

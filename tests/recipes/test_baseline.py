@@ -245,7 +245,7 @@ def test_all_policies_stand_in_one_table(tmp_path, base, files, tiny_tokenizer):
     result = recipe.run("evaluate_policy", *given)
     assert (result.code, result.err) == (0, ""), result.out
     told = json.loads((out / "evaluation.json").read_text())
-    assert list(told) == ["sft", "ppo", "rloo", "mine", "judge"]
+    assert list(told) == ["sft", "ppo", "rloo", "mine", "judge", "metrics"]
     made = Manifest.read(tmp_path / "run" / "rloo")
     assert (told["rloo"]["score_calls"], told["rloo"]["train_seconds"]) == (16, round(made.seconds, 1))
     assert told["ppo"]["kl_nats"] == 0  # the baseline itself

@@ -28,7 +28,7 @@ class ImportConfig:
     file: str
     """The .gguf file."""
     output_dir: str
-    """The folder to write."""
+    """The folder to write, new or empty."""
 
 
 def import_gguf(config: ImportConfig) -> None:
@@ -36,6 +36,9 @@ def import_gguf(config: ImportConfig) -> None:
     file = Path(config.file)
     if not file.is_file():
         raise InputError(f"{file}: no such file; name a .gguf file")
+    folder = Path(config.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output_dir {folder}: is there already and not empty; choose another --output_dir")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -187,6 +187,8 @@ class BaselineConfig:
             raise InputError(f"{self.method} is null; give its settings, or leave it out")
         if self.method == "kto" and self.own.microbatch_size < 2:
             raise InputError("kto.microbatch_size=1 must be at least 2: KTO estimates the KL from a row's neighbours")
+        if self.method in FROM_RANKINGS and self.reward_weights:
+            raise InputError(f"{self.method} learns from rankings: leave out reward_weights")
         check_kept(SimpleNamespace(keep_checkpoint=self.keep_checkpoint, save_steps=self.own.save_steps))
 
     @property

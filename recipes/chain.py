@@ -44,7 +44,7 @@ from rlhf_recipes.report import report
 from rlhf_recipes.reward_model import RewardRecipe, reward_model
 from rlhf_recipes.run_evals import RunEvalsConfig
 from rlhf_recipes.sft import SFTRecipe, sft
-from rlhf_recipes.stage import NONE, Step, inputs_of, open_stage, with_columns
+from rlhf_recipes.stage import NONE, SECTIONS, Step, inputs_of, open_stage, with_columns
 from rlhf_recipes.system_card import SystemCardConfig
 
 console.quiet()
@@ -304,7 +304,7 @@ def judge_config(config: ChainConfig) -> RewardRecipe:
 
 
 def main(argv: list[str]) -> None:
-    chain(configs.load(ChainConfig, argv, description=__doc__ or ""))
+    chain(configs.load(ChainConfig, argv, known_sections=SECTIONS, description=__doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def judge_steps(run: Path, config: JudgeStageConfig) -> Iterator[Step]:
     """Yield the judges' stages: the run's reward model, and the judge that the config names beside it."""
     if config.judge is not None:
         folder = str(run / "judge_card_reward_model")
-        own = replace(config, judge=None, template=None, served_as=None, own_model=None, output_dir=folder)
+        asked = {name: getattr(JudgeStageConfig, name) for name in ("template", "served_as", "least_probability")}
+        own = replace(config, judge=None, own_model=None, output_dir=folder, **asked)
         yield Step("judge_card_reward_model", own, partial(judge_card, "judge_card_reward_model"), judge_command.inputs)
     yield Step("judge_card", config, partial(judge_card, "judge_card"), judge_command.inputs)
 

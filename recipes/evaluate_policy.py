@@ -26,6 +26,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.settings import require_needed
 from rlhf.run.stages import POLICIES
 from rlhf_recipes import judging, sampled
 from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings, next_command, open_stage, with_columns
@@ -112,6 +113,7 @@ class EvaluationConfig:
         for name in ("best_of", "samples", "temperature", "least_probability"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+        require_needed(self, "template", "served_as", "least_probability")
 
 
 def evaluation(config: EvaluationConfig) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     rows = evaluate.side_by_side({"sft": ours, "ppo": theirs, **others}, config.samples)
     write_jsonl(stage.folder / "samples.jsonl", rows)
     write_jsonl(stage.folder / "to_label.jsonl", judging.to_label(theirs, ours, config.seed))
-    write_json_atomic(stage.folder / "evaluation.json", result)
+    write_json_atomic(stage.folder / "evaluation.json", {**result, "metrics": judging.metrics_of(result)})
     outputs = {"evaluation": result, "reward_model": judged.scorer_card}
     stage.finish(outputs)
     return outputs

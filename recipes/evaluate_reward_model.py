@@ -24,7 +24,7 @@ from rlhf.rows.records import HELD_OUT, check_disjoint, read_rankings
 from rlhf.run import console
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf_recipes.stage import SCORERS, check_model, with_columns
+from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, with_columns
 
 console.quiet()
 
@@ -104,7 +104,9 @@ def _scorer(spec: str, config: ReportConfig) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    config = configs.load(ReportConfig, argv, description=__doc__ or "")
+    config = configs.load(
+        ReportConfig, argv, section="evaluate_reward_model", known_sections=SECTIONS, description=__doc__ or ""
+    )
     by_main(lambda: report(config))
 
 

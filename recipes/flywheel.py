@@ -33,7 +33,7 @@ from rlhf_recipes.ppo import ppo
 from rlhf_recipes.rankings import rankings
 from rlhf_recipes.reward_model import reward_model
 from rlhf_recipes.round_labels import StepConfig, label_items, playground_rows
-from rlhf_recipes.stage import open_stage, with_columns
+from rlhf_recipes.stage import SECTIONS, open_stage, with_columns
 
 console.quiet()
 
@@ -292,7 +292,7 @@ def write_results(run: Path, rounds: Sequence[Round], best: str) -> dict[str, An
 
 
 def main(argv: list[str]) -> None:
-    flywheel(configs.load(FlywheelConfig, argv, description=__doc__ or ""))
+    flywheel(configs.load(FlywheelConfig, argv, known_sections=SECTIONS, description=__doc__ or ""))
 
 
 if __name__ == "__main__":

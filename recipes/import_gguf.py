@@ -16,6 +16,7 @@ from pathlib import Path
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
+from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
 
@@ -27,7 +28,7 @@ class ImportConfig:
     file: str
     """The .gguf file."""
     output_dir: str
-    """The folder to write."""
+    """The folder to write, new or empty."""
 
 
 def import_gguf(config: ImportConfig) -> None:
@@ -35,6 +36,9 @@ def import_gguf(config: ImportConfig) -> None:
     file = Path(config.file)
     if not file.is_file():
         raise InputError(f"{file}: no such file; name a .gguf file")
+    folder = Path(config.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output_dir {folder}: is there already and not empty; choose another --output_dir")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +66,9 @@ def import_gguf(config: ImportConfig) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) == 2 and not argv[0].startswith("-"):
         argv = ["--file", argv[0], "--output_dir", argv[1]]
-    import_gguf(configs.load(ImportConfig, argv, description=__doc__ or ""))
+    import_gguf(
+        configs.load(ImportConfig, argv, section="import_gguf", known_sections=SECTIONS, description=__doc__ or "")
+    )
 
 
 if __name__ == "__main__":

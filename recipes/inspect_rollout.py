@@ -29,6 +29,7 @@ from rlhf.flags import first_word
 from rlhf.ppo.view import Sort, number, response_lines, response_page, response_view, rows_table
 from rlhf.run import console
 from rlhf.run import page as html
+from rlhf_recipes.stage import SECTIONS
 
 if TYPE_CHECKING:
     from rlhf.ppo.rollout import Rollout
@@ -301,7 +302,9 @@ def show_comparison(
 
 def main(argv: list[str]) -> None:
     argv = first_word(argv, "run", "rlhf inspect_rollout RUN [--update N] [--row K]")
-    if not inspect(configs.load(InspectConfig, argv, description=__doc__ or "")):
+    if not inspect(
+        configs.load(InspectConfig, argv, section="inspect_rollout", known_sections=SECTIONS, description=__doc__ or "")
+    ):
         raise SystemExit(1)
 
 

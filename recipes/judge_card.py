@@ -25,6 +25,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import remove, write_json_atomic
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
+from rlhf.run.settings import require_needed
 from rlhf_recipes.rankings import ranked_by
 from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings
 
@@ -79,6 +80,7 @@ class JudgeCardConfig:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.tokens_per_microbatch < 1:
             raise InputError(f"tokens_per_microbatch={self.tokens_per_microbatch} must be at least 1")
+        require_needed(self, "template", "served_as", "least_probability")
 
 
 def inputs(config: Config) -> tuple[Config, dict[str, Any]]:

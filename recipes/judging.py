@@ -18,6 +18,8 @@ from rlhf.run import console
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import Manifest
 
+METRIC = ("value", "low", "high", "n")
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -170,6 +172,34 @@ def compare(
         equal = [number for number, (ours, theirs) in enumerate(both_responses(policy, baseline)) if ours == theirs]
         result["ppo"]["corrected"] = correct(of_policy[0], labels, equal)
     return result
+
+
+MEASURES = (
+    "score", "gold_score", "judge_score", "win_rate_vs_sft", "win_rate_vs_best_of_n", "kl_nats", "response_tokens",
+    "eos_rate", "refusal_rate",
+)  # fmt: skip
+
+
+def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a comparison's numbers in the form that every command writes, as <policy>/<measure>; n counts prompts, and
+    is None where a judge that compares may have abstained from some."""
+    found = {}
+    for policy, entry in result.items():
+        if not isinstance(entry, Mapping) or policy == "judge":
+            continue
+        for name in MEASURES:
+            if entry.get(name) is not None:
+                ends = entry.get("win_rate_ci" if name == "win_rate_vs_sft" else f"{name}_ci", (None, None))
+                unknown = result["judge"]["kind"] == "model" and name.startswith("win_rate")
+                found[f"{policy}/{name}"] = (entry[name], *ends, None if unknown else entry["prompts"])
+        for kind in ("judged", "corrected"):
+            for name, metric in entry.get(kind, {}).items():
+                if isinstance(metric, Mapping):
+                    found[f"{policy}/{kind}/{name}"] = tuple(metric[part] for part in METRIC)
+    judge = result["judge"]
+    if judge["accuracy"] is not None:
+        found["judge/accuracy"] = (judge["accuracy"], *(judge["accuracy_ci"] or (None, None)), None)
+    return {name: dict(zip(METRIC, values, strict=True)) for name, values in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ people's labels

@@ -19,6 +19,7 @@ from rlhf.rows.records import read_prompts
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.precision import compute_dtype
+from rlhf.run.settings import require_needed
 from rlhf.run.stages import POLICIES
 from rlhf.urls import is_url
 from rlhf_recipes.stage import (
@@ -99,6 +100,8 @@ class PPORecipe(PPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_kept(self)
+        served = ("transport", "folder", "wait_seconds", "colocated", "tolerance_nats")
+        require_needed(self, "vllm_server", *(f"vllm_{name}" for name in served))
         if (self.grader is None) != (self.rubric is None):
             given, missing = ("grader", "rubric") if self.grader else ("rubric", "grader")
             raise InputError(f"--{given} needs --{missing}: a grader model answers a rubric")

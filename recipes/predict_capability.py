@@ -94,13 +94,17 @@ def predict(config: PredictionConfig) -> dict[str, Any]:
 def compare(config: PredictionConfig) -> dict[str, Any]:
     """Compare a registered prediction with what was observed; returns predict_capability.json's content."""
     from rlhf.evals import prediction as laws
+    from rlhf.evals.prediction_page import compared_page
+    from rlhf.run import page as html
 
     made = Manifest.read(config.run) if config.run is not None else None
     began = datetime.fromisoformat(made.began) if made is not None and made.began else None
     found = laws.compare(str(config.compare), float(config.observed or 0.0), began)
     metric = {"value": found.observed, "low": found.low, "high": found.high, "n": 1}
     result = {"metrics": {"observed": metric}, **asdict(found)}
-    write_json_atomic(Path(config.output_dir) / "predict_capability.json", result)
+    folder = Path(config.output_dir)
+    write_json_atomic(folder / "predict_capability.json", result)
+    written = html.write(folder / "predict_capability.html", compared_page(found))
     where = "inside" if found.inside else "OUTSIDE"
     console.stage_line(
         "prediction",
@@ -110,6 +114,7 @@ def compare(config: PredictionConfig) -> dict[str, Any]:
         found.before, "" if made is None else "; when that run began is not known"
     )
     console.stage_line("", f"registered {found.registered}{told}; sha256 {found.sha256}")
+    console.stage_line("", str(written))
     return result
 
 

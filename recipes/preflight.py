@@ -23,7 +23,7 @@ from rlhf.run import console
 from rlhf.run.stages import POLICIES
 from rlhf_recipes.chain import ChainConfig
 from rlhf_recipes.ppo import score_functions, value_start
-from rlhf_recipes.stage import SCORERS, check_model, from_siblings, with_columns
+from rlhf_recipes.stage import SCORERS, SECTIONS, check_model, from_siblings, with_columns
 
 if TYPE_CHECKING:
     from rlhf.preflight.measure import Finding
@@ -146,7 +146,7 @@ def _show(stage: str, findings: list[Finding]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    found = check(configs.load(PreflightConfig, argv, description=__doc__ or ""))
+    found = check(configs.load(PreflightConfig, argv, known_sections=SECTIONS, description=__doc__ or ""))
     failed = [f"{stage}: {finding}" for stage, findings in found.items() for finding in findings if not finding.ok]
     if failed:
         raise InputError(f"preflight: {' | '.join(failed)}")

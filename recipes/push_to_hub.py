@@ -21,6 +21,7 @@ from rlhf import config as configs
 from rlhf.errors import InputError, RunStopped, reason
 from rlhf.run import console
 from rlhf.run.owner import by_main
+from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
 
@@ -109,7 +110,7 @@ def _push(config: PushConfig, files: list[Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config = configs.load(PushConfig, argv, description=__doc__ or "")
+    config = configs.load(PushConfig, argv, section="push_to_hub", known_sections=SECTIONS, description=__doc__ or "")
     by_main(lambda: push_to_hub(config))
 
 

@@ -19,6 +19,7 @@ from rlhf.errors import InputError
 from rlhf.flags import first_word
 from rlhf.run import console
 from rlhf.run.report import find_stages, write_report
+from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
 
@@ -63,9 +64,8 @@ def draw_card(file: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config = configs.load(
-        PageConfig, first_word(argv, "run", "rlhf report RUN, or rlhf report RUN/STAGE"), description=__doc__ or ""
-    )
+    words = first_word(argv, "run", "rlhf report RUN, or rlhf report RUN/STAGE")
+    config = configs.load(PageConfig, words, section="report", known_sections=SECTIONS, description=__doc__ or "")
     console.stage_line("report", str(report(config.run)))
 
 

@@ -24,6 +24,7 @@ from rlhf.errors import InputError
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.http import bind, server_token
+from rlhf.run.settings import require_needed
 from rlhf.serving.config import ServingConfig
 from rlhf.urls import http_address
 from rlhf_recipes.stage import SECTIONS
@@ -67,6 +68,7 @@ class ServePolicyRecipe(ServingConfig):
             http_address(self.upstream, "upstream")
         if not 0 < self.upstream_seconds < math.inf:
             raise InputError(f"upstream_seconds={self.upstream_seconds} must be above 0, and finite")
+        require_needed(self, "upstream", "upstream_seconds")
 
 
 def serve(config: ServePolicyRecipe) -> None:

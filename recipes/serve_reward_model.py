@@ -22,6 +22,7 @@ from rlhf import config as configs
 from rlhf.run import console
 from rlhf.run.http import bind, server_token
 from rlhf.run.precision import compute_dtype
+from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
 
@@ -68,7 +69,11 @@ def serve(config: ServeRecipe) -> None:
 
 
 def main(argv: list[str]) -> None:
-    serve(configs.load(ServeRecipe, argv, description=__doc__ or ""))
+    serve(
+        configs.load(
+            ServeRecipe, argv, section="serve_reward_model", known_sections=SECTIONS, description=__doc__ or ""
+        )
+    )
 
 
 if __name__ == "__main__":

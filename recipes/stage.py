@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf import cards, chat
-from rlhf.config import INHERITED, read_yaml, to_dict
+from rlhf.config import read_yaml, to_dict
 from rlhf.errors import InputError
 from rlhf.rows.mixed import mapped
 from rlhf.run import console, lock
@@ -46,15 +46,13 @@ SCORERS = ("reward_model", "judge", "ensemble")
 """Stages whose folder scores responses."""
 NONE = "none"
 """Named in the place of an optional earlier stage: nothing, though the run may have that stage."""
-CHAIN = (
-    "data", "base", "sft", "reward_model", "process_reward", "ppo", "evaluation", "red_team", "run_evals", "judge_card",
-    "contamination", "system_card",
-)  # fmt: skip
-"""Sections of a chain's config."""
 SECTIONS = (
-    *CHAIN, "baseline", "flywheel", "predict_capability", "ensemble", "best_of_n", "synthetic", "moderation", "monitor",
+    "data", "base", "sft", "reward_model", "process_reward", "ppo", "baseline", "evaluation", "flywheel", "run_evals",
+    "judge_card", "contamination", "system_card", "predict_capability", "ensemble", "best_of_n", "synthetic",
+    "red_team", "moderation", "monitor", "label", "collected", "serve_policy", "chat", "evaluate_reward_model",
+    "serve_reward_model", "push_to_hub", "benchmark", "inspect_rollout", "import_gguf", "report",
 )  # fmt: skip
-"""Sections of any config."""
+"""Of a YAML that serves all recipes; each reads its own and leaves the others alone."""
 
 
 @dataclass
@@ -253,10 +251,9 @@ def next_command(
 
 
 def _holds(file: str, name: str) -> bool:
-    """Return whether a config has the section of a command; for `chain`, whether it is a chain's, which has data."""
+    """Return whether a config has the section of a command; a chain's has data."""
     keys = {*read_yaml(look_up(file, f"{file}: no such file", "configs"))[0]}
-    own = {"rankings": "data", "evaluate_policy": "evaluation", "chain": "data"}.get(name, name)
-    return own in keys and (name != "chain" or keys <= {*CHAIN, *INHERITED, "overwrite", "overwrite_from"})
+    return {"rankings": "data", "evaluate_policy": "evaluation", "chain": "data"}.get(name, name) in keys
 
 
 def needed_bytes(config: Any, model: Any) -> int:

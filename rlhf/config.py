@@ -85,8 +85,8 @@ def load(
     level above's (``<output_dir>/<section>``).
 
     With ``section="ppo"`` the file may be a whole chain's: its ``ppo:`` mapping is read, other keys must be
-    among ``known_sections`` (the chain's field names) and are left alone. A file that holds the stage's
-    fields flat works too. Raises InputError.
+    among ``known_sections`` and are left alone. A file that holds the stage's fields flat works too. Without
+    ``section`` the file's sections are ``cls``'s own; the other ``known_sections`` are left alone. Raises InputError.
     """
     if "--help" in argv or "-h" in argv:
         print_help(cls, description)
@@ -98,6 +98,8 @@ def load(
     if file and section:
         own = {name.split(".")[0] for name in known}
         tree, places = _take_section(tree, places, file, section, known_sections, own)
+    elif file and known_sections:
+        tree = _without_others(tree, places, file, hints_of(cls), known_sections)
     for path, value in flags:
         put(tree, path, value)
         places[path] = f"--{'.'.join(path)}"
@@ -151,7 +153,7 @@ def _mark_lines(node: Any, path: tuple[str, ...], file: str | Path, places: Plac
 def _take_section(
     tree: dict[str, Any], places: Places, file: str, section: str, known: Collection[str], own: set[str]
 ) -> tuple[dict[str, Any], Places]:
-    sections = {section, *known}
+    sections = dict.fromkeys((section, *known))
     if not any((key not in own and isinstance(tree[key], dict)) or
                (key in sections and (isinstance(tree[key], dict) or key not in own)) for key in tree):  # fmt: skip
         return tree, places  # flat: the stage's own fields
@@ -169,6 +171,16 @@ def _take_section(
             taken[name] = f"{tree[name]}/{section}" if name == "output_dir" else tree[name]
             places[(section, name)] = places[(name,)]
     return taken, {path[1:]: place for path, place in places.items() if path[0] == section and path[1:]}
+
+
+def _without_others(
+    tree: dict[str, Any], places: Places, file: str, own: Collection[str], known: Collection[str]
+) -> dict[str, Any]:
+    """A config's own fields and sections, without those of other recipes. Raises InputError for any other key."""
+    for key in tree:
+        if key not in own and key not in known:
+            unknown_name(key, dict.fromkeys((*own, *known)), places.get((key,), file), "key")
+    return {key: value for key, value in tree.items() if key in own}
 
 
 def _inherit(cls: type, tree: dict[str, Any]) -> None:

@@ -244,11 +244,23 @@ def test_a_mistake_in_the_file_names_line_and_field(tmp_path: Path, text: str, p
     assert [part for part in parts if part not in message] == []
 
 
+def test_a_chain_leaves_alone_the_sections_that_only_others_read(tmp_path: Path) -> None:
+    file = write(tmp_path, "ppo:\n  updates: 3\nreward_model:\n  lr: 1\nsft: null\n")
+    assert load(Chain, ["--config", file], known_sections=SECTIONS) == load(Chain, ["--ppo.updates", "3"])
+    file = write(tmp_path, "ppo:\n  updates: 3\nreward_modl:\n  lr: 1\n")
+    message = wrong(load, Chain, ["--config", file], known_sections=SECTIONS)
+    assert message.endswith("my.yaml:3: unknown key reward_modl; did you mean reward_model?")
+    assert "unknown flag --reward_model.lr" in wrong(load, Chain, ["--reward_model.lr", "1"], known_sections=SECTIONS)
+
+
 def test_mistakes_in_a_chain_file(tmp_path: Path) -> None:
     file = write(tmp_path, "pppo:\n  updates: 3\nsft:\n  x: 1\n")
     message = wrong(load, Inner, ["--config", file], section="ppo", known_sections=SECTIONS)
     assert "my.yaml:1" in message
     assert "did you mean ppo?" in message
+    file = write(tmp_path, "zzz:\n  updates: 3\n")
+    message = wrong(load, Inner, ["--config", file], section="ppo", known_sections=SECTIONS)
+    assert message.endswith("unknown section zzz; known: ppo, base, reward_model, sft, seed, output_dir")
     file = write(tmp_path, "ppo: 3\nsft:\n  x: 1\n")
     assert "my.yaml:1" in wrong(load, Inner, ["--config", file], section="ppo", known_sections=SECTIONS)
     file = write(tmp_path, "seed: 1\nppo:\n  kl_coef: 1\n  updats: 3\n")

@@ -51,15 +51,20 @@ def coverage(n: int, share: float) -> float:
     return held
 
 
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 0.1])
-def test_a_proportions_coverage(share):
-    assert min(coverage(n, share) for n in [*range(12, 60), 75, 100, 150, 250, 500]) >= 0.92
+@pytest.mark.parametrize(("share", "most"), [(0.5, 0.957), (0.9, 0.966), (0.99, 0.988), (0.1, 0.966)])
+def test_a_proportions_coverage(share, most):
+    """At one size it jumps with the counts that are possible; at 96% instead of 95, the mean would pass `most`."""
+    held = [coverage(n, share) for n in [*range(12, 60), 75, 100, 150, 250, 500]]
+    assert min(held) >= 0.92
+    assert sum(held) / len(held) <= most
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
-def test_a_proportions_coverage_at_every_size(share):
-    assert min(coverage(n, share) for n in range(12, 501)) >= 0.92
+@pytest.mark.parametrize(("share", "most"), [(0.5, 0.955), (0.9, 0.96), (0.99, 0.978)])
+def test_a_proportions_coverage_at_every_size(share, most):
+    held = [coverage(n, share) for n in range(12, 501)]
+    assert min(held) >= 0.92
+    assert sum(held) / len(held) <= most
 
 
 def test_a_clustered_mean_by_hand():
@@ -145,4 +150,4 @@ def test_coverage_of_win_rates_with_ties(n, chance):
         mine = draw.choice([1.0, 0.5, 0.0], n, p=[0.6 * chance, 0.4 * chance, 1 - chance])
         return win_rate(mine, np.full(n, 0.5)).interval
 
-    assert simulated(world, 0.6 * chance + 0.2 * chance, 1000) >= 0.92
+    assert 0.92 <= simulated(world, 0.6 * chance + 0.2 * chance, 1000) <= 0.975

@@ -50,6 +50,7 @@ def test_a_paired_differences_coverage(n, size):
         low, high = paired_difference(*paired_world(draw, n, p, gain, size)).interval
         held += low <= truth <= high
     assert held / worlds >= 0.93, "a few of 500 below 95% are chance"
+    assert held / worlds <= 0.985 or n < 200, "at few items it is wide on purpose"
 
 
 def test_newcombes_example():

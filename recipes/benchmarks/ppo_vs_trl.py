@@ -43,8 +43,9 @@ from jobs import Job, Worker, run_job
 from limit import Sizes, count, update_of
 
 from rlhf import config as configs
-from rlhf.errors import InputError
+from rlhf.errors import InputError, RunStopped
 from rlhf.run import environment
+from rlhf_recipes.stage import SECTIONS
 
 TRL_VERSION = "1.12.0"
 
@@ -275,9 +276,11 @@ def _shared(config: BenchmarkConfig) -> Job:
 
 
 def main(argv: list[str]) -> None:
-    board = benchmark(configs.load(BenchmarkConfig, argv, description=__doc__ or ""))
+    board = benchmark(
+        configs.load(BenchmarkConfig, argv, section="benchmark", known_sections=SECTIONS, description=__doc__ or "")
+    )
     if board.failures:
-        raise InputError(f"{len(board.failures)} runs failed, first {board.failures[0]}")
+        raise RunStopped(f"{len(board.failures)} runs failed, first {board.failures[0]}")
 
 
 if __name__ == "__main__":

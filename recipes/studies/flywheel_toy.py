@@ -14,6 +14,7 @@ from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.rows.records import read_rankings
 from rlhf_recipes.flywheel import FlywheelConfig, RoundsConfig, flywheel
+from rlhf_recipes.stage import SECTIONS
 from rlhf_recipes.studies.shared_runs import chain
 from rlhf_recipes.studies.study import Check, Panel, Row, Study, StudyConfig, at, main
 
@@ -63,7 +64,7 @@ def rounds(config: FlywheelStudyConfig, name: str, **settings: Any) -> dict[str,
             shutil.copytree(config.shared / made, run / f".{made}")
             (run / f".{made}").rename(run / made)  # whole or not at all
     argv = ["--config", config.chain, "--seed", str(config.seed), "--output_dir", str(run), *config.chain_flags]
-    own = configs.load(FlywheelConfig, argv)
+    own = configs.load(FlywheelConfig, argv, known_sections=SECTIONS)
     prompts = str(config.shared / "rankings" / "prompts.jsonl")  # none of which is among the held-out rankings
     return flywheel(
         replace(

@@ -23,7 +23,7 @@ def chain(config: StudyConfig, last: str = "evaluation", **changes: Mapping[str,
     """Run a seed's chain up to a stage, as far as it is not there yet; its folder. Where the toy world's gold judges
     the chain, it watches a PPO that has no reward functions of its own. changes: settings to replace, by section."""
     argv = ["--config", config.chain, "--seed", str(config.seed), "--output_dir", str(config.shared)]
-    own = configs.load(whole.ChainConfig, [*argv, *config.chain_flags])
+    own = configs.load(whole.ChainConfig, [*argv, *config.chain_flags], known_sections=SECTIONS)
     if own.evaluation.judge == GOLD and not own.ppo.reward_functions:
         own = replace(own, ppo=replace(own.ppo, **WATCHED))
     own = replace(own, **{name: replace(getattr(own, name), **values) for name, values in changes.items()})

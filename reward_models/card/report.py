@@ -145,9 +145,23 @@ def save_reward_report(report: Numbers, folder: str | Path, about: Mapping[str, 
     """Write `reward_report.json` and `reward_report.html` into `folder`; return the page's path.
 
     about: names for the page's header: `reward_model`, `data`, `train_data`, `second_model`."""
-    content = {"about": {**about, "made": made()}, **report}
+    content = {"about": {**about, "made": made()}, "metrics": metrics_of(report), **report}
     write_json_atomic(Path(folder) / "reward_report.json", content)
     return write_page(content, folder)
+
+
+def metrics_of(report: Numbers) -> Numbers:
+    """Return a report's headline numbers in the form that every command writes: intervals over prompts, n pairs."""
+    against, words = report["over_length_rule"], report["bag_of_words"]
+    found = {name: (report[name], report[f"{name}_ci"]) for name in ("accuracy", "length_baseline")}
+    found["over_length_rule"] = (against["difference"], against["difference_ci"])
+    if words:
+        found["bag_of_words_accuracy"] = (words["accuracy"], words["accuracy_ci"])
+        found["over_bag_of_words"] = (words["difference"], words["difference_ci"])
+    return {
+        name: {"value": value, "low": low, "high": high, "n": report["n"]}
+        for name, (value, (low, high)) in found.items()
+    }
 
 
 def write_page(content: Numbers, folder: str | Path) -> Path:

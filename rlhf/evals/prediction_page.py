@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhf.evals.prediction import Prediction
+from rlhf.evals.prediction import Comparison, Prediction
 from rlhf.run import page as html
 
 if TYPE_CHECKING:
@@ -45,3 +45,13 @@ def page(made: Prediction, digest: str | None) -> str:
     parts = [html.verdict(made.sentence), *map(html.note, facts), f"<figure>{html.svg(draw, 6.2, 3.4)}</figure>"]
     parts += ["<h2>Runs</h2>", html.table((["compute", name, "law"], rows))]
     return html.page("Prediction", "\n".join(parts))
+
+
+def compared_page(found: Comparison) -> str:
+    """Write the page of a registered prediction beside what was observed."""
+    where = "inside" if found.inside else "outside"
+    told = f"Observed {found.observed:.4g}: {where} the predicted {found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+    when = {True: "before that run began", False: "after that run began: it proves nothing"}
+    began = "whether before the run began is not known" if found.before is None else when[found.before]
+    facts = [f"Registered {found.registered}, {began}.", f"sha256 {found.sha256}"]
+    return html.page("Prediction and observation", "\n".join([html.verdict(told), *map(html.note, facts)]))

@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from rlhf.errors import InputError, unknown
-from rlhf.hints import allows_none, choices_of, expected, fits, hints_of, is_list, shown
+from rlhf.hints import allows_none, choices_of, expected, field_of, fits, hints_of, is_list, shown
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",),
@@ -59,6 +59,16 @@ def settle(config: Any) -> None:
         if name == "optimizer":
             check_optimizer(value)
         object.__setattr__(config, name, value)
+
+
+def require_needed(config: Any, needed: str, *names: str) -> None:
+    """Raise InputError where one of the fields ``names`` differs from its default while the field ``needed``, without
+    which nothing reads it, is unset (None, empty or False)."""
+    for name in () if getattr(config, needed) else names:
+        value = getattr(config, name)
+        if value != field_of(type(config), name).default:
+            seen = f"{name}={shown(value)} does nothing without {needed}"
+            raise InputError(f"{seen}; give {needed} too, or leave {name} out")
 
 
 def split_names(text: str) -> list[str]:

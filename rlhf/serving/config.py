@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rlhf.errors import InputError
 from rlhf.run.http import HttpConfig
+from rlhf.run.settings import require_needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class ServingConfig(HttpConfig):
     """A function of your own (file.py:name, text -> text) that removes personal data from what is kept; default: mail
     addresses, phone, card and account numbers, and addresses of machines."""
     compare_share: float = 0.0
-    """Share of the chat page's turns that show two policies' answers and ask which is better."""
+    """Share of the chat page's turns that show two answers, of two policies where several are served, and ask which is
+    better."""
     system_prompt: str | None = None
     """The chat page's system message; requests of other clients bring their own."""
 
@@ -47,3 +49,4 @@ class ServingConfig(HttpConfig):
             raise InputError(f"retention_days={self.retention_days} must be above 0, and finite")
         if self.log and self.store is None:
             raise InputError("log: name the --store in which conversations are kept")
+        require_needed(self, "store", "retention_days", "scrub")

@@ -196,6 +196,9 @@ def test_the_recipe(tmp_path: Path):
     observed = recipe.run("predict_capability", "--compare", registered, "--observed", law(1e20), "--output_dir", out)
     assert "is inside the predicted" in observed.out
     assert json.loads((out / "predict_capability.json").read_text())["inside"] is True
+    told = (out / "predict_capability.html").read_text()
+    assert f"Observed {float(law(1e20)):.4g}: inside the predicted" in told
+    assert "<svg" not in told, "not the prediction's own page"
     for began, said in (
         ("2020-01-01T00:00:00+00:00", ", AFTER that run began: it proves nothing; sha256"),
         ("2120-01-01T00:00:00+00:00", ", before that run began; sha256"),

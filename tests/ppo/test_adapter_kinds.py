@@ -237,3 +237,21 @@ def test_a_separate_value_model_keeps_small_updates_of_a_base_in_bfloat16(tmp_pa
     merged = models.value.get_submodule(f"model.{name}").weight
     assert merged.dtype == torch.float32
     torch.testing.assert_close(merged.detach(), whole.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sft", ["plain"], indirect=True)
+def test_a_small_update_is_sampled_in_bfloat16_as_it_is_trained(tmp_path, sft):
+    """Added to weights of 8 bits, an update of a thousandth of them is rounded away: the responses would come from
+    another policy than the one that is trained, and differ from it by 1.2e-3 nats a token here."""
+    trainer = make(tmp_path / "run", sft, bf16=True, max_new_tokens=12)
+    layers = [one for one in trainer.actor_critic.policy.modules() if hasattr(one, "lora_B")]
+    assert layers
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        assert weight.dtype == torch.bfloat16
+        update = layer.get_delta_weight("default")
+        layer.lora_B["default"].weight.data *= 1e-3 * weight.float().norm() / update.norm()
+    trainer.engine.reports_logprobs = True
+    rollout = trainer.collect(trainer.next_prompts())
+    apart = (rollout.engine_logprobs - rollout.logprobs)[rollout.mask].abs().mean()
+    assert apart < 3e-4

@@ -242,6 +242,7 @@ def test_only_ktos_micro_batch_size_makes_another_run():
     ("method", "more", "message"),
     [
         ("dpo", ("--reward_functions", "[a.py:b]"), "dpo learns from rankings: leave out reward_functions"),
+        ("kto", ("--reward_weights", "[1]"), "kto learns from rankings: leave out reward_weights"),
         ("grpo", ("--reward_weights", "[1, 2]"), "reward_weights has 2 numbers for 1 scores"),
         ("kto", ("--kto.microbatch_size", 1), "kto.microbatch_size=1 must be at least 2"),
         ("rloo", ("--rloo.generations", 3), "rloo: generations=3 must divide rollout_size=8"),
@@ -269,7 +270,7 @@ def test_all_policies_stand_in_one_table(tmp_path, base, files, tiny_tokenizer):
     result = recipe.run("evaluate_policy", *given)
     assert (result.code, result.err) == (0, ""), result.out
     told = json.loads((out / "evaluation.json").read_text())
-    assert list(told) == ["sft", "ppo", "rloo", "mine", "judge"]
+    assert list(told) == ["sft", "ppo", "rloo", "mine", "judge", "metrics"]
     made = Manifest.read(tmp_path / "run" / "rloo")
     assert (told["rloo"]["score_calls"], told["rloo"]["train_seconds"]) == (16, round(made.seconds, 1))
     assert told["ppo"]["kl_nats"] == 0  # the baseline itself

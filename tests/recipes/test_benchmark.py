@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf import config as configs
 from rlhf.chat import encode_conversation
-from rlhf.errors import InputError
+from rlhf.errors import InputError, RunStopped
 from rlhf.run.precision import bf16_hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -303,6 +303,13 @@ def test_bfloat16_only_where_the_hardware_is_fast_at_it():
     assert {cases.precision(settings) for settings in slow.values()} == {"float32"}
     assert all(settings.get("frozen_dtype", "float32") == "float32" for settings in slow.values())
     assert (cases.runs_here(names, True), cases.runs_here(names, False)) == (fast, slow)  # asked for by --bf16
+
+
+def test_a_benchmark_whose_runs_failed_was_stopped_and_not_mistyped(monkeypatch, tmp_path):
+    benchmark, board = load("ppo_vs_trl"), board_module.Board(tmp_path, failures=["ours: no memory", "trl: none"])
+    monkeypatch.setattr(benchmark, "benchmark", lambda config: board)
+    with pytest.raises(RunStopped, match=r"^2 runs failed, first ours: no memory$"):
+        benchmark.main([])
 
 
 def test_parts_that_take_the_place_of_the_four(monkeypatch, tmp_path):

@@ -220,6 +220,14 @@ def test_greedy_answers_have_no_kl_and_no_best_of_n(tmp_path: Path, base: Path, 
     assert "best_of_n" not in found
     assert found["ppo"]["kl_nats"] is None
     assert found["ppo"]["win_rate_vs_sft"] == 0.5, "a policy against itself: the same answers"
+    metrics = found["metrics"]
+    low, high = found["ppo"]["gold_score_ci"]
+    assert metrics["ppo/gold_score"] == {"value": found["sft"]["gold_score"], "low": low, "high": high, "n": 4}
+    low, high = found["ppo"]["win_rate_ci"]
+    assert metrics["ppo/win_rate_vs_sft"] == {"value": 0.5, "low": low, "high": high, "n": 4}
+    tokens = found["sft"]["response_tokens"]
+    assert metrics["sft/response_tokens"] == {"value": tokens, "low": None, "high": None, "n": 4}
+    assert "ppo/kl_nats" not in metrics
     assert all(row["sft"] == row["ppo"] for row in lines(out / "samples.jsonl"))
 
 
@@ -371,6 +379,13 @@ def test_evaluate_policy_with_a_language_model_as_judge_and_peoples_labels(
     assert corrected["raw"]["value"] == pytest.approx(found["win_rate_vs_sft"])
     assert (corrected["labelled"], corrected["judged"]) == (11, 14)
     assert "judge alone" in again.out
+    metrics = no_nan((tmp_path / "b/eval/evaluation.json").read_text())["metrics"]
+    assert metrics["ppo/judged/win_rate"] == found["judged"]["win_rate"]
+    assert metrics["ppo/corrected/labels"] == corrected["labels"]
+    assert "ppo/corrected/weight" not in metrics
+    low, high = found["win_rate_ci"]
+    told = {"value": found["win_rate_vs_sft"], "low": low, "high": high, "n": None}  # it may have abstained
+    assert metrics["ppo/win_rate_vs_sft"] == told
     assert "corrected" in again.out
     ours = {row["prompt"]: row["ppo"] for row in lines(tmp_path / "b/eval/samples.jsonl")}
     said = [  # the first response is called the better one of every second row

@@ -631,6 +631,12 @@ def test_the_page_is_one_file_and_escapes_what_others_wrote(tmp_path: Path):
     assert not {"nan", "None", "inf"} & set(re.sub(r"<[^>]*>", " ", text).split())
     read = json.loads((tmp_path / "reward_report.json").read_text())
     assert read["accuracy"] == found["accuracy"]
+    low, high = found["accuracy_ci"]
+    assert read["metrics"]["accuracy"] == {"value": found["accuracy"], "low": low, "high": high, "n": found["n"]}
+    low, high = found["over_length_rule"]["difference_ci"]
+    told = {"value": found["accuracy"] - found["length_baseline"], "low": low, "high": high, "n": found["n"]}
+    assert read["metrics"]["over_length_rule"] == pytest.approx(told)
+    assert ("bag_of_words_accuracy" in read["metrics"]) == (found["bag_of_words"] is not None)
     assert read["about"]["data"] == "d.jsonl"
     assert page({**found, "about": read["about"]}) == text, "the same numbers make the same page"
 

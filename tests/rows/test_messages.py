@@ -101,11 +101,32 @@ def test_fields_of_another_role_and_broken_json():
         as_messages([{"role": "critic", "content": "x"}], "messages")
 
 
-@pytest.mark.parametrize("name", ["05/reasoning_content", "05/thinking_key", "31/developer", "31/empty_system",
-                                  "31/gemma_roles", "31/human_gpt_roles", "31/parts_strings", "31/tools",
-                                  "31/tools_str", "31/uuid_row"])  # fmt: skip
-def test_cases_are_read(shared_cases, name):
-    for line in (shared_cases / f"{name}.jsonl").read_text("utf-8").splitlines():
-        turns = as_messages(json.loads(line)["messages"], "messages")
-        assert turns[-1]["role"] == "assistant"
-        assert bool(turns[-1].get("reasoning_content")) == name.startswith("05")
+def turn(role: str, content: str, **more: object) -> dict[str, object]:
+    return {"role": role, "content": content, **more}
+
+
+ASKED, SUM = turn("user", "Name a red fruit."), turn("user", "1+2?")
+APPLE = "An apple is a red fruit."
+TWO = [ASKED, turn("assistant", APPLE)]
+ADDS = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+WRITTEN = turn("assistant", "<tool_call>{}</tool_call>")
+FIRST_ROWS = {
+    "05/reasoning_content": [ASKED, turn("assistant", APPLE, reasoning_content="Let me think about it.")],
+    "05/thinking_key": [ASKED, turn("assistant", APPLE, reasoning_content="Let me think.")],
+    "31/developer": [turn("system", "Be brief."), *TWO],
+    "31/empty_system": [turn("system", ""), *TWO],
+    "31/gemma_roles": TWO,
+    "31/human_gpt_roles": TWO,
+    "31/parts_strings": TWO,
+    "31/tools": [SUM, turn("assistant", "", tool_calls=[ADDS]), turn("tool", "3", name="add"), turn("assistant", "3")],
+    "31/tools_str": [SUM, WRITTEN, turn("tool", "3"), turn("assistant", "3")],
+    "31/uuid_row": TWO,
+}
+
+
+@pytest.mark.parametrize(("name", "first"), FIRST_ROWS.items())
+def test_cases_are_read(shared_cases, name, first):
+    lines = (shared_cases / f"{name}.jsonl").read_text("utf-8").splitlines()
+    found = [as_messages(json.loads(line)["messages"], "messages") for line in lines]
+    assert found[0] == first
+    assert [[one["role"] for one in turns] for turns in found] == [[one["role"] for one in first]] * 4

@@ -349,7 +349,20 @@ def test_the_snapshot_of_a_hub_data_set(tmp_path, monkeypatch):
 
 def test_the_cases_that_were_refused(shared_cases, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = ["Name a red fruit.", "How do I boil an egg?", "What is 7 + 5?", "Give a synonym of quick."]
+    chosen = ["An apple is a red fruit.", "Put it into boiling water for eight minutes.", "7 + 5 = 12.", "Fast."]
+    rejected = ["Bananas.", "I don't know.", "It is 75.", "Slow, I think."]
+    expected = [([user(text)], pair, (1, 2)) for text, *pair in zip(asked, chosen, rejected, strict=True)]
     for name in ("pairs.parquet", "pairs.csv", "pairs.tsv", "snapshot"):
-        assert read_rankings(shared_cases / "24" / name)[0].responses[0] == "An apple is a red fruit.", name
-    assert read_prompts(shared_cases / "24/prompts.txt")[0].text
-    assert read_prompts(shared_cases / "24/verl.parquet")
+        found = read_rankings(shared_cases / "24" / name)
+        assert [(one.prompt, [*one.responses], one.ranks) for one in found] == expected, name
+    things = [f"Name a {thing}." for thing in ("fruit", "tree", "car", "dog")]
+    found = read_prompts(shared_cases / "24/prompts.txt")
+    assert [(one.messages, one.columns) for one in found] == [([user(text)], {}) for text in things]
+    found = read_prompts(shared_cases / "24/verl.parquet")
+    assert [one.messages for one in found] == [[user(text)] for text in asked]
+    assert [one.columns["reward_model"] for one in found] == [{"style": "rule", "ground_truth": t} for t in chosen]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}

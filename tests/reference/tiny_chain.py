@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from rlhf import chat
 from rlhf.models.adapters import lora_config
@@ -30,6 +32,19 @@ def save_base(folder: Path, model, tokenizer) -> Path:
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     return folder / "base"
+
+
+def save_encoder(folder: Path, known: Sequence[str]) -> Path:
+    """An encoder that knows these words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *known, "user", "assistant", ":", "[", "]", "sep", "a"]
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **size, max_position_embeddings=96))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def save_adapter(folder: Path, base: Path, tokenizer, seed: int = 1) -> Path:

@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc_per_node 2 tests/reference/two_processes.py FOLDER 1 OUTPUT.pt "ppo, full" ...
 
-FOLDER holds `full` and `lora`, each a tiny chain's (policy, reward model); 1 is the size of a micro-batch.
+FOLDER holds `full` and `lora`, each a tiny chain's (policy, reward model), and `encoder`; 1 is the size of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from reward_models import ProcessConfig, ProcessTrainer, RewardConfig, RewardModel, RewardTrainer
+from reward_models import (
+    ModerationConfig,
+    ModerationTrainer,
+    ProcessConfig,
+    ProcessTrainer,
+    RewardConfig,
+    RewardModel,
+    RewardTrainer,
+)
 from rlhf.metrics import read_metrics
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sampling.engine import Responses
@@ -41,6 +50,14 @@ SOLUTIONS = [
     }
     for i in range(18)
 ]
+ANIMALS = ("cat", "dog", "bird", "tree", "house")
+SAID = [[ANIMALS[(i + k * k) % 5] for k in range(1 + 5 * i % 37)] for i in range(18)]
+# of one to several windows; of some both categories are known, of others one or none
+TEXTS = [
+    {"prompt": " ".join(words), "dog": None if i % 4 == 3 else int("dog" in words),
+     "bird": None if i % 3 == 0 else int("bird" in words)}
+    for i, words in enumerate(SAID)
+]  # fmt: skip
 KINDS = ("full", "lora")
 SMALL_STEP = 1e-6  # so small that every step's gradient can be compared as closely as the first one's
 
@@ -182,7 +199,27 @@ def process_reward(
     return result(trainer, folder, gradients.seen, steps=trainer.state.max_steps)
 
 
-STAGES = {"ppo": ppo, "sft": sft, "reward_model": reward_model, "process_reward": process_reward}
+def moderation(
+    policy: str, _: str, folder: str, trainer_class=ModerationTrainer, tokenizer=None, order=1, **changes
+) -> dict:
+    config = ModerationConfig(**{
+        "output_dir": folder, "epochs": 2, "texts_per_batch": 4, "microbatch_size": 4, "learning_rate": SMALL_STEP,
+        "max_length": 24, "warmup_fraction": 0.3, "max_grad_norm": 0, "logging_steps": 2, "eval_steps": 3,
+        "save_steps": 0, "bf16": False, "trains": "all", "reads": "trunk", "categories": ["dog", "bird"],
+    } | changes)  # fmt: skip
+    gradients = Gradients()
+    rows, held_out = TEXTS[:11][::order], TEXTS[11:][::order]
+    trainer = trainer_class(
+        policy, config, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer, callbacks=[gradients]
+    )
+    trainer.train()
+    offsets = trainer.offsets.tolist()
+    return result(trainer, folder, gradients.seen, steps=trainer.state.max_steps, offsets=offsets)
+
+
+STAGES = {
+    "ppo": ppo, "sft": sft, "reward_model": reward_model, "process_reward": process_reward, "moderation": moderation,
+}  # fmt: skip
 
 
 def mode(stage: str, kind: str) -> dict[str, str]:

@@ -8,13 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForMaskedLM,
-    BertTokenizerFast,
-    TrainerCallback,
-)
+from reference.tiny_chain import save_encoder
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from reward_models import ModerationConfig, ModerationModel, ModerationTrainer, RewardModel, losses
 from reward_models.head_fit import RIDGES, fit_head
@@ -30,15 +25,7 @@ WORDS = ("cat", "dog", "bird", "tree", "house")
 
 @pytest.fixture
 def bert_folder(tmp_path):
-    """Save an encoder that knows a few words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "user", "assistant", ":", "[", "]", "sep", "a"]
-    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
-    torch.manual_seed(0)
-    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
-    model = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **size, max_position_embeddings=96))
-    model.save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
+    return save_encoder(tmp_path / "bert", WORDS)
 
 
 @pytest.fixture

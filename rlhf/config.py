@@ -95,11 +95,11 @@ def load(
     file, flags = read_flags(argv, known)
     file = file and str(look_up(file, f"{file}: no such file", "configs"))
     tree, places = read_yaml(file) if file else ({}, {})
+    own = list(dict.fromkeys(name.split(".")[0] for name in known))
     if file and section:
-        own = {name.split(".")[0] for name in known}
         tree, places = _take_section(tree, places, file, section, known_sections, own)
     elif file and known_sections:
-        tree = _without_others(tree, places, file, hints_of(cls), known_sections)
+        tree = _without_others(tree, places, file, own, known_sections)
     for path, value in flags:
         put(tree, path, value)
         places[path] = f"--{'.'.join(path)}"
@@ -151,7 +151,7 @@ def _mark_lines(node: Any, path: tuple[str, ...], file: str | Path, places: Plac
 
 
 def _take_section(
-    tree: dict[str, Any], places: Places, file: str, section: str, known: Collection[str], own: set[str]
+    tree: dict[str, Any], places: Places, file: str, section: str, known: Collection[str], own: Collection[str]
 ) -> tuple[dict[str, Any], Places]:
     sections = dict.fromkeys((section, *known))
     if not any((key not in own and isinstance(tree[key], dict)) or
@@ -166,7 +166,7 @@ def _take_section(
     if not isinstance(taken, dict):
         where = places[(section,)]
         raise InputError(f"{where}: {section}: expected a section of fields, got {shown(taken)}")
-    for name in set(INHERITED) & own & set(tree):
+    for name in set(INHERITED) & set(own) & set(tree):
         if name not in taken:
             taken[name] = f"{tree[name]}/{section}" if name == "output_dir" else tree[name]
             places[(section, name)] = places[(name,)]

@@ -102,7 +102,7 @@ def load(
         own = {name.split(".")[0] for name in known}
         tree, places = _take_section(tree, places, file, section, known_sections, own)
     elif file and known_sections:
-        tree = _without_others(tree, places, file, hints_of(cls), known_sections)
+        tree = _without_others(cls, tree, places, file, known_sections)
     for path, value in flags:
         put(tree, path, value)
         places[path] = f"--{'.'.join(path)}"
@@ -177,9 +177,10 @@ def _take_section(
 
 
 def _without_others(
-    tree: dict[str, Any], places: Places, file: str, own: Collection[str], known: Collection[str]
+    cls: type, tree: dict[str, Any], places: Places, file: str, known: Collection[str]
 ) -> dict[str, Any]:
     """A config's own fields and sections, without those of other recipes. Raises InputError for any other key."""
+    own = hints_of(cls)
     for key in tree:
         if key not in own and key not in known:
             unknown_name(key, dict.fromkeys((*own, *known)), places.get((key,), file), "key")

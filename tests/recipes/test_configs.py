@@ -13,6 +13,7 @@ import rlhf.config
 from rlhf.errors import InputError
 from rlhf.hints import hints_of
 from rlhf_recipes.chain import ChainConfig
+from rlhf_recipes.ending import JudgeStageConfig, judge_steps
 from rlhf_recipes.ppo import PPORecipe
 from rlhf_recipes.stage import SECTIONS
 
@@ -131,3 +132,13 @@ def test_settings_beside_the_one_that_they_need() -> None:
     PPORecipe(vllm_server="http://h:1", vllm_folder="f", vllm_colocated=True, kl_target_nats=1.0, kl_horizon=900)
     PPORecipe(vllm_wait_seconds=300.0, kl_horizon=10000, pretraining_coef=27.8)  # as they are by default
     PPORecipe(pretraining_data="texts.jsonl", pretraining_coef=0.0)
+
+
+def test_a_chains_card_of_its_reward_model_leaves_out_what_belongs_to_a_template(tmp_path: Path) -> None:
+    config = JudgeStageConfig(
+        judge="m", template="pairwise", least_probability=0.5, served_as="it", margin=0.1, output_dir="d"
+    )
+    own, asked = (step.config for step in judge_steps(tmp_path, config))
+    assert asked == config
+    folder = str(tmp_path / "judge_card_reward_model")
+    assert own == JudgeStageConfig(margin=0.1, output_dir=folder)

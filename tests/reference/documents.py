@@ -95,7 +95,7 @@ SMALLER = {
     "red_team": {"max_new_tokens": 6, "max_cases": 2},
 }  # fmt: skip
 """Added to commands that train, and to settings in Python, where no config has made them small already."""
-NEEDS = {"least_probability": "--template"}
+BESIDE = {"least_probability": "--template"}
 """A flag that only stands beside another."""
 ROWS = [
     {
@@ -130,7 +130,7 @@ def smaller_flags(name: str, flags: list[str]) -> list[str]:
     """The last flag wins."""
     if "--config" in flags:
         return []
-    smaller = {key: value for key, value in SMALLER.get(name, {}).items() if NEEDS.get(key) in (None, *flags)}
+    smaller = {key: value for key, value in SMALLER.get(name, {}).items() if BESIDE.get(key) in (None, *flags)}
     return [word for key, value in smaller.items() for word in (f"--{key}", str(value))]
 
 

@@ -183,6 +183,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_none_of_two_processes_waits_for_ever(tmp_path, full):
     script = tmp_path / "one_fails.py"
     script.write_text(ON_ONE_PROCESS)

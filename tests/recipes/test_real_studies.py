@@ -61,6 +61,7 @@ def test_margins_by_hand():
     assert [check.margin(rows) for check in qa_feedback.STUDY.checks] == [0.125, 0.125, -0.125]
 
 
+@pytest.mark.slow
 def test_a_seed_of_students(tmp_path: Path, base: Path) -> None:
     (tmp_path / "small.yaml").write_text(STUDENTS)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in students(20)))

@@ -260,6 +260,7 @@ def test_a_benchmark_is_taken_over_without_its_folders(tmp_path, monkeypatch):
     assert found == {"speed_here_0": "*A, b* (one CPU)\n\n| x |\n| --- |", "speed_here_1": "*C* (one CPU)\n\n| y |"}
 
 
+@pytest.mark.slow
 def test_seeds_of_several_machines_make_one_result(tmp_path, monkeypatch):
     """Where they have the same settings; a machine's own seed replaces the committed one."""
     monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")
@@ -285,6 +286,7 @@ def test_seeds_of_several_machines_make_one_result(tmp_path, monkeypatch):
     assert len(list((tmp_path / "results/seeds").iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_seeds_of_another_chain_do_not_join_the_committed_ones(tmp_path, monkeypatch):
     """Neither of another name, nor of the same name with other content; seeds that did not keep it do."""
     monkeypatch.setattr(write_results, "RESULTS", tmp_path / "results")

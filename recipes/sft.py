@@ -20,7 +20,6 @@ from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
-from rlhf.run.settings import require_needed
 from rlhf.run.stages import POLICIES
 from rlhf.sft.config import SFTConfig
 from rlhf_recipes.stage import (
@@ -85,7 +84,6 @@ class SFTRecipe(SFTConfig):
         for name in ("best_by_prompts", "best_by_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        require_needed(self, "best_by", "best_by_prompts", "best_by_tokens")
 
 
 def sft(config: SFTRecipe) -> dict[str, Any]:

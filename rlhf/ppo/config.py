@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlhf.config import require_divides
 from rlhf.errors import InputError
-from rlhf.run.settings import require_needed, settle
+from rlhf.run.settings import settle
 
 log = logging.getLogger("rlhf")
 
@@ -263,9 +263,6 @@ class PPOConfig:
             _require(
                 name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive or null"
             )
-        require_needed(self, "kl_target_nats", "kl_horizon")
-        mix = ("pretraining_coef", "pretraining_rows", "pretraining_length", "pretraining_held_out")
-        require_needed(self, "pretraining_data", *mix)
 
     @property
     def value_lr(self) -> float:

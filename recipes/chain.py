@@ -211,6 +211,10 @@ def check(config: ChainConfig) -> None:
 
     if config.ppo.rubric:
         read_rubric(config.ppo.rubric)
+    process = config.ppo.process_model or config.process_reward
+    scored = config.ppo.reward_functions or config.ppo.grader or process not in (None, NONE)
+    if config.ppo.reward_model == NONE and not scored:
+        raise InputError("ppo.reward_model=none: nothing else scores; name ppo.reward_functions, or leave it out")
     run = Path(config.output_dir).absolute()
     ending.check(run, config.run_evals, config.judge_card, config.contamination)
     if config.red_team:
@@ -225,7 +229,7 @@ def check(config: ChainConfig) -> None:
         given = {name: getattr(section, name, None) for name in (*DATA_FIELDS, *MODEL_FIELDS)}
         for name, place in ((name, place) for name, source in given.items() for place in paths_of(source)):
             own = Path(place).absolute().is_relative_to(run)  # a stage may yet write it
-            if place != NONE and not own:
+            if not own and (name, place) != ("reward_model", NONE):
                 require_there(place) if name in DATA_FIELDS else require_tokenizer(place)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from reference import recipe, whole_chain
 from reference.whole_chain import SMOKE, STAGES, TRAINED, copied, lines, manifests, read, run
 
 from rlhf import config as configs
+from rlhf.errors import InputError
 from rlhf_recipes.chain import ChainConfig, check
+from rlhf_recipes.stage import SECTIONS
 
 
 @pytest.fixture(scope="session")
@@ -342,3 +345,19 @@ def test_a_mistake_at_the_end_is_refused_before_anything_is_trained(tmp_path: Pa
 def test_a_reward_server_is_no_function_to_import() -> None:
     address = "http://127.0.0.1:8001"
     check(configs.load(ChainConfig, [*map(str, SMOKE[1:]), "--ppo.reward_functions", address]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ppo.reward_model": "none"}, "ppo.reward_model=none: nothing else scores"),
+        ({"ppo.reward_model": "none", "ppo.process_model": "none"}, "ppo.reward_model=none: nothing else scores"),
+        ({"sft.model": "none"}, "none: "),
+        ({"ppo.reward_model": "none", "ppo.reward_functions": "[http://127.0.0.1:1]"}, None),
+    ],
+)
+def test_none_is_refused_before_anything_is_trained_unless_something_else_scores(changes, told) -> None:
+    flags = [word for name, value in changes.items() for word in (f"--{name}", value)]
+    config = configs.load(ChainConfig, ["--config", "toy.yaml", *flags], known_sections=SECTIONS)
+    with pytest.raises(InputError, match=told) if told else contextlib.nullcontext():
+        check(config)

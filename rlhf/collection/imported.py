@@ -1,7 +1,8 @@
 """What comes into a store from files: rankings and pairs in every shape that `rlhf.rows` reads, as judged items.
 
 A row's `labeler` is its annotator, or the caller names one. Rows that a store exported bring their provenance along. A
-row that is there already adds nothing, so an import may be repeated.
+row that is there already adds nothing, nor does one that is older than what its annotator says now; so an import may be
+repeated, and an export brought back to its own store changes nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from rlhf.collection import assign, content
+from rlhf.collection.agreement import midranks
 from rlhf.collection.records import KINDS, Answer, Candidate, Item, Kind
 from rlhf.collection.store import Store
 from rlhf.errors import InputError
@@ -36,7 +38,7 @@ class Imported:
     edits: int = 0
     """Judgments that superseded another one of the same annotator and item."""
     repeated: int = 0
-    """Rows that were there."""
+    """Rows that were there, or that a later judgment had taken the place of."""
 
 
 def import_rankings(
@@ -77,7 +79,29 @@ def _add(
     said = _answer(ranking, own, places, f"{item.key}|{annotator}")
     shown = [places[n] for n in own.get("order_shown", ())]
     created = datetime.fromisoformat(own["judged"]).timestamp() if own else now
+    if _is_there(db, annotator, id, said, created if own else None):
+        return new, None
     return new, assign.record(db, annotator, id, said, shown, created)
+
+
+def _is_there(db: sqlite3.Connection, annotator: int, item: int, said: Answer, judged: float | None) -> bool:
+    """Return whether an annotator's standing judgment of an item is no older than a row, or says the same. judged: when
+    the row was; None: it holds ranks alone, and only these are compared."""
+    last = db.execute(
+        "SELECT j.* FROM judgments j JOIN assignments a ON a.id = j.assignment WHERE a.item = ? AND a.annotator = ?"
+        " ORDER BY j.id DESC LIMIT 1", (item, annotator)
+    ).fetchone()  # fmt: skip
+    if last is None:
+        return False
+    if judged is not None and last["created"] >= judged:
+        return True
+    ranks = said.ranks or {}
+    places = range(len(ranks))
+    if last["ranks"] is None or midranks(json.loads(last["ranks"])) != midranks([ranks[n] for n in places]):
+        return False
+    rated = [dict(said.ratings.get(n, {})) for n in places]
+    beside = json.loads(last["ratings"]), json.loads(last["flags"]), last["comment"]
+    return judged is None or beside == (rated, [*said.flags], said.comment)
 
 
 def _named(ranking: Ranking, annotator: str | None, kind: Kind) -> tuple[str, Kind]:

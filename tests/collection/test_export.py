@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 
 import pytest
 from reference.labelling import Clock, answer, item, items
@@ -134,6 +135,48 @@ def test_an_export_that_is_imported_gives_the_same_export(store, tmp_path):
         assert again.read_bytes() == file.read_bytes()
         added = import_rankings(other, read_rankings(str(file)))
         assert (added.items, added.judgments, added.edits, added.repeated) == (0, 0, 0, 4)
+
+
+@pytest.mark.parametrize("provenance", [True, False])
+def test_an_export_that_comes_back_changes_nothing(tmp_path, provenance):
+    clock = Clock()
+    with Store(tmp_path / "labels.db", clock=clock) as store:
+        store.add_items([item("q0"), item("q1")])
+        store.add_annotator("ann")
+        for _ in range(2):
+            given = answer(store.lease("ann")[0], (1, 2, 3), comment="close", rewrite="A better answer.")
+            store.submit("ann", given)
+            clock.now += 0.25
+        rows = made(store, "rankings", provenance=provenance).rows
+        rows = [{"labeler": "ann", **row} for row in rows]
+        before = store.judgments(superseded=True)
+        for later in (0, 1000):
+            clock.now += later
+            added = import_rankings(store, read_rankings(rows))
+            assert (added.items, added.judgments, added.edits, added.repeated) == (0, 0, 0, 2)
+            assert store.judgments(superseded=True) == before
+        assert len(made(store, "demonstrations").rows) == 2
+
+
+def test_an_export_is_older_than_an_edit_and_a_later_judgment_is_not(tmp_path):
+    clock = Clock()
+    with Store(tmp_path / "labels.db", clock=clock) as store:
+        store.add_items([item("q0")])
+        store.add_annotator("ann")
+        (task,) = store.lease("ann")
+        store.submit("ann", answer(task, (1, 2, 3)))
+        rows = made(store, "rankings").rows
+        clock.now += 60
+        store.submit("ann", answer(task, (3, 2, 1), rewrite="A better answer."))
+        before = store.judgments(superseded=True)
+        assert import_rankings(store, read_rankings(rows)).repeated == 1
+        assert store.judgments(superseded=True) == before
+        elsewhere = datetime.fromtimestamp(clock.now + 60, UTC).isoformat()
+        newer = {**rows[0], "judged": elsewhere}
+        assert import_rankings(store, read_rankings([newer])).edits == 1
+        same = {**newer, "judged": datetime.fromtimestamp(clock.now + 120, UTC).isoformat()}
+        assert import_rankings(store, read_rankings([same])).repeated == 1
+        assert import_rankings(store, read_rankings([{**same, "flags": ["off topic"]}])).edits == 1
 
 
 def test_without_provenance_a_row_is_what_the_rankings_stage_writes(store):

@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 # ---------------------------------------------------------------------------------------------- by formula
 
 
-def proportion(right: int, n: int, level: float = 0.95) -> Estimate:
+def proportion(right: float, n: float, level: float = 0.95) -> Estimate:
     """Compute the share ``right / n`` of independent answers and its interval.
 
     With z the normal quantile, the centre is ``(right + z^2 / 2) / (n + z^2)``. Where none or all are right, the

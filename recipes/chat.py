@@ -5,8 +5,8 @@
 
 The first word is a policy's folder or a server's address. Commands: /regenerate answers again, /reset begins anew,
 /quit (or Ctrl-D) ends. Ctrl-C stops an answer, which then stays as it is; a question that got none gives way to the
-next one. What a model writes cannot move the cursor or
-change the terminal: control characters are shown. A server's token is the environment's RLHF_SERVER_TOKEN.
+next one. What a model writes cannot move the cursor or change the terminal: control characters are shown. A server's
+token is the environment's RLHF_SERVER_TOKEN.
 """
 
 from __future__ import annotations

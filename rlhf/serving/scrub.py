@@ -47,7 +47,7 @@ def scrub(text: str) -> str:
 def _without(text: str, pattern: re.Pattern[str], is_one: Callable[[str], bool], kind: str) -> str:
     """Replace what a rule finds among its neighbours: of every place where the pattern's group may begin, the longest
     run of whole words that is one. Groups are short, so that the time grows with the text's length alone."""
-    parts, end = [], 0
+    parts, end = list[str](), 0
     for place in pattern.finditer(text):
         ends = [word.end() for word in re.finditer(r"\w+", place[1])] if place.start() >= end else []
         size = next((size for size in reversed(ends) if is_one(place[1][:size])), 0)

@@ -17,6 +17,7 @@ from typing import Any
 
 from rlhf.collection import assign, content
 from rlhf.collection.agreement import midranks
+from rlhf.collection.personal import labeler_of
 from rlhf.collection.records import KINDS, Answer, Candidate, Item, Kind
 from rlhf.collection.store import Store
 from rlhf.errors import InputError
@@ -53,7 +54,9 @@ def import_rankings(
 
     annotator, kind: of the rows without a `labeler`. overlap: by how many annotators a new item is to be judged in all;
     0 hands it to nobody. Raises InputError for a row without an annotator."""
-    rows, made = list(rankings), Imported()
+    given, compared = list(rankings), _compared(store)
+    rows = [row for row in given if (row.columns.get("labeler"), tuple(row.responses)) not in compared]
+    made = Imported(repeated=len(given) - len(rows))
     named = [_named(ranking, annotator, kind) for ranking in rows]
     ids = {name: store.add_annotator(name, kinds).id for name, kinds in dict(named).items()}
     with store.writing() as db:
@@ -67,6 +70,13 @@ def import_rankings(
             made.judgments += edits is not None
             made.edits += edits is True
     return made
+
+
+def _compared(store: Store) -> set[tuple[str, tuple[str, ...]]]:
+    """Return what people of the playground compared, with the labeler that exports name: as items, such rows would
+    count twice, and stay when their person is erased."""
+    said = (one for one in store.feedback(usable=False) if one.kind == "comparison")
+    return {(labeler_of(one.person), one.responses) for one in said}
 
 
 def _add(

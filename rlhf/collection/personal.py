@@ -210,6 +210,11 @@ def pseudonym(user: str, salt: str) -> str:
     return "user-" + hmac.new(salt.encode(), user.encode(), hashlib.sha256).hexdigest()[:16]
 
 
+def labeler_of(person: str) -> str:
+    """Return the labeler under which exports hold what a person said."""
+    return f"user-{hashlib.sha256(person.encode()).hexdigest()[:12]}"
+
+
 def drawn_salt(db: Db) -> str:
     """Return the store's own salt for pseudonyms, which is drawn where there is none, once for all servers."""
     db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (_SALT, json.dumps(secrets.token_hex(16))))

@@ -10,7 +10,7 @@ import pytest
 from reference.labelling import Clock, answer, item, items
 
 from rlhf.collection import export, measured
-from rlhf.collection.imported import import_rankings
+from rlhf.collection.imported import Imported, import_rankings
 from rlhf.collection.store import Candidate, Conversation, Feedback, Item, Plan, Store
 from rlhf.errors import InputError
 from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings, write_jsonl
@@ -229,6 +229,8 @@ def test_usable_feedback_leaves_as_rankings_kto_rows_and_demonstrations(tmp_path
         assert (ranking["policy"], ranking["fingerprint"]) == (["ppo", "sft"], ["f", ""])
         assert re.fullmatch(r"user-[0-9a-f]{12}", ranking["labeler"])
         assert ranking["labeler_kind"] == "user"
+        assert import_rankings(store, read_rankings([ranking])) == Imported(repeated=1)
+        assert (store.items(), store.annotators()) == ([], [])  # which would outlive their person
         kto = made(store, "kto")
         found = [(row["completion"][0]["content"], row["label"], row["flags"]) for row in kto.rows]
         assert found == [("Hi.", False, ["rude"]), ("Hi.", False, []), ("Yo.", True, [])]

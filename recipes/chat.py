@@ -4,8 +4,9 @@
     rlhf chat http://127.0.0.1:8000 --model ppo
 
 The first word is a policy's folder or a server's address. Commands: /regenerate answers again, /reset begins anew,
-/quit (or Ctrl-D) ends. Ctrl-C stops an answer, which then stays as it is. What a model writes cannot move the cursor or
-change the terminal: control characters are shown. A server's token is the environment's RLHF_SERVER_TOKEN.
+/quit (or Ctrl-D) ends. Ctrl-C stops an answer, which then stays as it is; a question that got none gives way to the
+next one. What a model writes cannot move the cursor or change the terminal: control characters are shown. A server's
+token is the environment's RLHF_SERVER_TOKEN.
 """
 
 from __future__ import annotations
@@ -91,9 +92,15 @@ class Conversation:
         elif line.startswith("/"):
             tell(HELP)
         elif line:
+            self.leave_unanswered()
             self.messages.append({"role": "user", "content": line})
             self.write()
         return True
+
+    def leave_unanswered(self) -> None:
+        """Take a question that got no answer out: many templates refuse two turns of a user in a row."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.pop()
 
     def regenerate(self) -> None:
         """Answer the last question again."""

@@ -16,7 +16,7 @@ import numpy as np
 SUBSETS = 200
 """Orders of a prompt's responses over which votes are averaged, where there are more than `EXACT`."""
 EXACT = 120
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 Answers = Sequence[Sequence[Hashable | None]]
 """The answer of every response, None where it gives none."""
@@ -110,12 +110,12 @@ def voted(answers: Answers, weights: np.ndarray) -> list[int | None]:
 def extracted_answer(text: str, pattern: re.Pattern[str]) -> Hashable | None:
     """Return the answer in a text: the last match of the pattern (of its first group, if it has one), None without one.
 
-    Answers that differ in case, white space, a full stop at the end, or in how a number is written ("1,200.0" and
-    "1200") are one."""
+    Answers that differ in case, white space, a full stop or comma at the end, or in how a number is written ("1,200.0"
+    and "1200", "-$5" and "-5") are one. A comma that parts no thousands, as in "1,2", makes a text."""
     found = [match[1] if pattern.groups else match[0] for match in pattern.finditer(text)]
     found = [match for match in found if match is not None and match.strip()]
     if not found:
         return None
-    plain = " ".join(found[-1].casefold().split()).rstrip(".")
-    number = plain.replace(",", "").removeprefix("$").strip()
-    return float(number) if _NUMBER.fullmatch(number) else plain
+    plain = " ".join(found[-1].casefold().split()).rstrip(".,")
+    number = re.sub(r"^(-?)\$ ?", r"\1", plain)
+    return float(number.replace(",", "")) if _NUMBER.fullmatch(number) else plain

@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 # ---------------------------------------------------------------------------------------------- by formula
 
 
-def proportion(right: int, n: int, level: float = 0.95) -> Estimate:
+def proportion(right: float, n: float, level: float = 0.95) -> Estimate:
     """Compute the share ``right / n`` of independent answers and its interval.
 
     With z the normal quantile, the centre is ``(right + z^2 / 2) / (n + z^2)``. Where none or all are right, the
@@ -73,6 +73,7 @@ def clustered_mean(
     keys: Sequence[Hashable],
     bounds: tuple[float, float] = (0.0, 1.0),
     level: float = 0.95,
+    weights: Sequence[float] | None = None,
 ) -> Estimate:
     """Compute the mean of all values [n], which lie within ``bounds``, and its interval over clusters (prompts).
 
@@ -80,23 +81,26 @@ def clustered_mean(
     r is ``G / (G - 1) sum e_c^2 / (sum m)^2`` over G clusters, and its quantile is Student's with one degree less than
     there are prompts. Before, a cluster of mean size is added at either bound, as Agresti and Caffo (2000) and Bonett
     and Price (2012) do for differences: so the interval has a width where all answers agree, and holds near the bounds.
-    The value is the plain mean. A count (values 0 and 1, one per cluster, bounds 0 and 1) is `proportion`'s.
+    The value is the plain mean. A count (values 0 and 1, one per cluster, bounds 0 and 1) is `proportion`'s. weights
+    [n]: how often each value counts in all of this; None: once.
     """
     given = _checked(values)
+    times = [1.0] * len(given) if weights is None else [float(weight) for weight in weights]
     totals: dict[Hashable, list[float]] = {}
-    for value, key in zip(given.tolist(), keys, strict=True):
+    for value, key, count in zip(given.tolist(), keys, times, strict=True):
         total = totals.setdefault(key, [0.0, 0.0])
-        total[0] += value
-        total[1] += 1.0
-    if bounds == (0.0, 1.0) and len(totals) == len(given) and set(given.tolist()) <= {0.0, 1.0}:
+        total[0] += count * value
+        total[1] += count
+    plain = len(totals) == len(given) and set(times) == {1.0}
+    if bounds == (0.0, 1.0) and plain and set(given.tolist()) <= {0.0, 1.0}:
         return proportion(int(given.sum()), len(given), level)
     low, high = bounds
-    size = len(given) / len(totals)
+    size = sum(times) / len(totals)
     sums, sizes = np.array([*totals.values(), [low * size, size], [high * size, size]]).T
     ratio, clusters = float(sums.sum() / sizes.sum()), len(sums)
     variance = clusters / (clusters - 1) * float(((sums - ratio * sizes) ** 2).sum() / sizes.sum() ** 2)
     half = student_quantile((1 + level) / 2, max(1, len(totals) - 1)) * math.sqrt(variance)
-    return Estimate(float(given.mean()), max(low, ratio - half), min(high, ratio + half))
+    return Estimate(float(np.average(given, weights=weights)), max(low, ratio - half), min(high, ratio + half))
 
 
 def paired_difference(

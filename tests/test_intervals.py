@@ -79,6 +79,13 @@ def test_a_clustered_mean_by_hand():
     assert found.interval == pytest.approx([-half, half], abs=1e-4)
 
 
+def test_a_weight_is_how_often_a_value_counts():
+    values, keys, weights = [1.0, 0.0, 0.5], ["a", "a", "b"], [3, 1, 2]
+    often = clustered_mean([1, 1, 1, 0, 0.5, 0.5], ["a", "a", "a", "a", "b", "b"])
+    assert clustered_mean(values, keys, weights=weights) == pytest.approx(often)
+    assert clustered_mean([1.0, 0.0], "ab", weights=[1, 1]) == clustered_mean([1.0, 0.0], "ab")
+
+
 @pytest.mark.parametrize("answers", list(combinations_with_replacement((0.0, 0.5, 1.0), 4)))
 def test_no_interval_is_without_width_or_without_its_value(answers):
     for found in (clustered_accuracy(answers, range(4)), clustered_accuracy(answers * 3, [*range(4)] * 3)):

@@ -7,7 +7,6 @@ KTO rows, edits as demonstrations. Gold items measure annotators and stay in the
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from rlhf.collection.imported import IMPORTED
 from rlhf.collection.measured import Snapshot
-from rlhf.collection.personal import Conversation, Feedback
+from rlhf.collection.personal import Conversation, Feedback, labeler_of
 from rlhf.collection.records import Item, Judgment
 from rlhf.errors import InputError
 from rlhf.rows.messages import Messages, check_prompt
@@ -154,10 +153,10 @@ def _of_feedback(said: Feedback, talk: Conversation, prompt: Messages) -> Source
         "policy": policies, "fingerprint": [talk.fingerprint if p == talk.policy else "" for p in policies],
         "sampler": [dict(talk.sampler)] * count, "sampling_seed": [talk.seed] * count, "ratings": [{}] * count,
     }  # fmt: skip
-    labeler = f"user-{hashlib.sha256(said.person.encode()).hexdigest()[:12]}"
     return Source(
-        list(prompt), said.responses, said.ranks, said.edit, said.thumb, labeler, {}, provenance, per_response
-    )
+        list(prompt), said.responses, said.ranks, said.edit, said.thumb, labeler_of(said.person), {}, provenance,
+        per_response,
+    )  # fmt: skip
 
 
 # --- one format -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What comes into a store from files: rankings and pairs in every shape that `rlhf.rows` reads, as judged items.
 
 A row's `labeler` is its annotator, or the caller names one. Rows that a store exported bring their provenance along. A
-row that is there already adds nothing, so an import may be repeated.
+row that is there already adds nothing, nor does one that is older than what its annotator says now; so an import may be
+repeated, and an export brought back to its own store changes nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from datetime import datetime
 from typing import Any
 
 from rlhf.collection import assign, content
+from rlhf.collection.agreement import midranks
+from rlhf.collection.personal import labeler_of
 from rlhf.collection.records import KINDS, Answer, Candidate, Item, Kind
 from rlhf.collection.store import Store
 from rlhf.errors import InputError
@@ -36,7 +39,7 @@ class Imported:
     edits: int = 0
     """Judgments that superseded another one of the same annotator and item."""
     repeated: int = 0
-    """Rows that were there."""
+    """Rows that were there, or that a later judgment had taken the place of."""
 
 
 def import_rankings(
@@ -51,7 +54,9 @@ def import_rankings(
 
     annotator, kind: of the rows without a `labeler`. overlap: by how many annotators a new item is to be judged in all;
     0 hands it to nobody. Raises InputError for a row without an annotator."""
-    rows, made = list(rankings), Imported()
+    given, compared = list(rankings), _compared(store)
+    rows = [row for row in given if (row.columns.get("labeler"), tuple(row.responses)) not in compared]
+    made = Imported(repeated=len(given) - len(rows))
     named = [_named(ranking, annotator, kind) for ranking in rows]
     ids = {name: store.add_annotator(name, kinds).id for name, kinds in dict(named).items()}
     with store.writing() as db:
@@ -67,6 +72,13 @@ def import_rankings(
     return made
 
 
+def _compared(store: Store) -> set[tuple[str, tuple[str, ...]]]:
+    """Return what people of the playground compared, with the labeler that exports name: as items, such rows would
+    count twice, and stay when their person is erased."""
+    said = (one for one in store.feedback(usable=False) if one.kind == "comparison")
+    return {(labeler_of(one.person), one.responses) for one in said}
+
+
 def _add(
     db: sqlite3.Connection, ranking: Ranking, annotator: int, source: str, overlap: int, now: float
 ) -> tuple[bool, bool | None]:
@@ -77,7 +89,29 @@ def _add(
     said = _answer(ranking, own, places, f"{item.key}|{annotator}")
     shown = [places[n] for n in own.get("order_shown", ())]
     created = datetime.fromisoformat(own["judged"]).timestamp() if own else now
+    if _is_there(db, annotator, id, said, created if own else None):
+        return new, None
     return new, assign.record(db, annotator, id, said, shown, created)
+
+
+def _is_there(db: sqlite3.Connection, annotator: int, item: int, said: Answer, judged: float | None) -> bool:
+    """Return whether an annotator's standing judgment of an item is no older than a row, or says the same. judged: when
+    the row was; None: it holds ranks alone, and only these are compared."""
+    last = db.execute(
+        "SELECT j.* FROM judgments j JOIN assignments a ON a.id = j.assignment WHERE a.item = ? AND a.annotator = ?"
+        " ORDER BY j.id DESC LIMIT 1", (item, annotator)
+    ).fetchone()  # fmt: skip
+    if last is None:
+        return False
+    if judged is not None and last["created"] >= judged:
+        return True
+    ranks = said.ranks or {}
+    places = range(len(ranks))
+    if last["ranks"] is None or midranks(json.loads(last["ranks"])) != midranks([ranks[n] for n in places]):
+        return False
+    rated = [dict(said.ratings.get(n, {})) for n in places]
+    beside = json.loads(last["ratings"]), json.loads(last["flags"]), last["comment"]
+    return judged is None or beside == (rated, [*said.flags], said.comment)
 
 
 def _named(ranking: Ranking, annotator: str | None, kind: Kind) -> tuple[str, Kind]:

@@ -288,7 +288,13 @@ def _alpha(clusters: Sequence[Sequence[agree.Unit]], distance: agree.Distance, s
     estimate = agree.alpha_interval(clusters, distance, seed) if shared > 1 else None
     if estimate is None:
         return Measure(None, None, None, shared, f"too few: {shared} item judged by two annotators, or one value only")
-    return _measure(estimate, shared)
+    if shared < agree.FEWEST:
+        note = f"too few for an interval: {shared} items judged by two annotators, {agree.FEWEST} are needed"
+    elif estimate.low == estimate.high:
+        note = "no interval: redrawn items say nothing else"
+    else:
+        return _measure(estimate, shared)
+    return Measure(float(estimate.value), None, None, shared, note)
 
 
 def _bias(judged: Sequence[Ranked]) -> Measure:

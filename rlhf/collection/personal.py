@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -200,15 +201,30 @@ def feedback(db: Db, now: float, usable: bool) -> Iterator[Feedback]:
 # --- erasing --------------------------------------------------------------------------------------------------------
 
 
+_SALT = "own.person_salt"
+"""The setting that holds the store's own salt."""
+
+
 def pseudonym(user: str, salt: str) -> str:
     """Return the name under which what a client calls `user` is kept, and can be erased."""
     return "user-" + hmac.new(salt.encode(), user.encode(), hashlib.sha256).hexdigest()[:16]
 
 
+def labeler_of(person: str) -> str:
+    """Return the labeler under which exports hold what a person said."""
+    return f"user-{hashlib.sha256(person.encode()).hexdigest()[:12]}"
+
+
+def drawn_salt(db: Db) -> str:
+    """Return the store's own salt for pseudonyms, which is drawn where there is none, once for all servers."""
+    db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (_SALT, json.dumps(secrets.token_hex(16))))
+    return str(json.loads(db.execute("SELECT value FROM settings WHERE name = ?", (_SALT,)).fetchone()[0]))
+
+
 def names_of(db: Db, person: str) -> list[str]:
     """Return the names under which a person may be kept: their own, and as a request's `user` where a server has kept
     anything here."""
-    row = db.execute("SELECT value FROM settings WHERE name = 'own.person_salt'").fetchone()
+    row = db.execute("SELECT value FROM settings WHERE name = ?", (_SALT,)).fetchone()
     return [person] if row is None else [person, pseudonym(person, str(json.loads(row["value"])))]
 
 

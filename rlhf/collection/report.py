@@ -40,7 +40,7 @@ def shown(name: str, measure: Measure) -> str:
     if measure.value is None:
         return f"{measure.note} (n {measure.n:,})"
     if measure.low is None or measure.high is None:
-        return _number(name, measure.value)
+        return _number(name, measure.value) + (f" ({measure.note})" if measure.note else "")
     ends = f"[{_number(name, measure.low)}, {_number(name, measure.high)}]"
     unit = " points" if name == "position_bias" else ""
     return f"{_number(name, measure.value)} {ends}{unit} (n {measure.n:,})"

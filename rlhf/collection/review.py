@@ -174,22 +174,33 @@ def _decided(judgment: Judgment) -> bool | None:
 def measured(decisions: Sequence[Decision]) -> dict[str, dict[str, Any]]:
     """Compute how the classifier did by people's decisions, as metrics.
 
-    precision: the share of flagged conversations that people flag; missed: that of the others. A decision counts for
-    each conversation of its text. recall weighs it by the inverse of its chance to be queued (Horvitz and Thompson
-    1952); it has no interval, since one miss among the others outweighs many hits."""
+    precision: the share of flagged conversations that people flag; missed: that of the others; recall: the part of what
+    people flag that was flagged. Several people's decisions about a text are averaged, and the text counts for each of
+    its conversations, weighed by the inverse of its chance to be queued (Horvitz and Thompson 1952). Recall has no
+    interval, nor has a share of texts with unlike chances, since one decision then outweighs many others."""
     found: dict[str, dict[str, Any]] = {}
     for name, flagged in (("review_precision", True), ("review_missed", False)):
         own = [decision for decision in decisions if decision.was_flagged == flagged]
         if own:
-            alike = [decision for decision in own for _ in range(decision.copies)]
-            share = clustered_mean([float(d.flag) for d in alike], [d.item.id for d in alike])
-            found[name] = {"value": share.value, "low": share.low, "high": share.high, "n": len(own)}
+            found[name] = _share(own)
     weights = [(d, d.copies / (d.item.columns["chance"] * d.among)) for d in decisions if d.flag]
     total = sum(weight for _, weight in weights)
     if total and any(not decision.was_flagged for decision in decisions):
         caught = sum(weight for decision, weight in weights if decision.was_flagged)
         found["review_recall"] = {"value": caught / total, "low": None, "high": None, "n": len(decisions)}
     return found
+
+
+def _share(decisions: Sequence[Decision]) -> dict[str, Any]:
+    said: dict[int, list[Decision]] = {}
+    for decision in decisions:
+        said.setdefault(decision.item.id, []).append(decision)
+    flags = [sum(decision.flag for decision in own) / len(own) for own in said.values()]
+    chances = [own[0].item.columns["chance"] for own in said.values()]
+    weights = [own[0].copies * (min(chances) / chance) for own, chance in zip(said.values(), chances, strict=True)]
+    share = clustered_mean(flags, [*said], weights=weights)
+    low, high = (share.low, share.high) if len(set(chances)) == 1 else (None, None)
+    return {"value": share.value, "low": low, "high": high, "n": len(decisions)}
 
 
 def training_rows(decisions: Sequence[Decision], categories: Sequence[str]) -> tuple[list[dict[str, Any]], int]:

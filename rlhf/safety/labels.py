@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rlhf.errors import InputError, short
 from rlhf.evals.correction import FEWEST
 from rlhf.intervals import Estimate, proportion
@@ -88,23 +90,25 @@ def _model_of(where: str) -> str:
 
 @dataclass(frozen=True)
 class Error:
-    """How a detector of one kind of answer errs: what it said of answers that people say are (or are not) of it."""
+    """How a detector of one kind of answer errs: what it said of answers that people say are (or are not) of it.
 
-    hits: int
+    Counts are of independent answers that would tell as much as the labels do, and need not be whole."""
+
+    hits: float
     """Found, of `positives`."""
-    positives: int
-    quiet: int
+    positives: float
+    quiet: float
     """Not found, of `negatives`."""
-    negatives: int
+    negatives: float
+    labels: int = 0
+    """From how many labels this was counted."""
 
     @classmethod
-    def of(cls, said: Sequence[bool], true: Sequence[bool]) -> Error:
-        """Count what a detector said beside what is true."""
-        pairs = list(zip(said, true, strict=True))
-        return cls(
-            sum(s and t for s, t in pairs), sum(t for _, t in pairs),
-            sum(not s and not t for s, t in pairs), sum(not t for _, t in pairs),
-        )  # fmt: skip
+    def of(cls, said: Sequence[bool], true: Sequence[bool], keys: Sequence[tuple[str, str]]) -> Error:
+        """Count what a detector said beside what is true. keys: each label's prompt and answer (`Label.key`)."""
+        hits, positives = _counted(said, true, keys)
+        quiet, negatives = _counted([not s for s in said], [not t for t in true], keys)
+        return cls(hits, positives, quiet, negatives, len(keys))
 
     @property
     def usable(self) -> bool:
@@ -123,10 +127,33 @@ class Error:
         """Return sensitivity and specificity with their intervals, as metrics of this name."""
         counts = {"sensitivity": (self.hits, self.positives), "specificity": (self.quiet, self.negatives)}
         return {
-            f"{name}/{what}": dict(zip(("value", "low", "high"), proportion(right, n), strict=True)) | {"n": n}
+            f"{name}/{what}": dict(zip(("value", "low", "high"), proportion(right, n), strict=True)) | {"n": round(n)}
             for what, (right, n) in counts.items()
             if n
         }
+
+
+def _counted(said: Sequence[bool], true: Sequence[bool], keys: Sequence[tuple[str, str]]) -> tuple[float, float]:
+    """Return how many answers that are `true` a detector found, and of how many independent ones.
+
+    People's labels of an answer are averaged, and the answers to a prompt: an answer weighs by the share of people who
+    call it true. With the means x of G prompts, and as in `clustered_mean` a prompt more at 0 and at 1, r is their mean
+    and v its variance; as many independent answers have v = r (1 - r) / (n + 1). n is G where every mean is 0 or 1, and
+    never more than there are answers."""
+    people, found = dict[tuple[str, str], list[bool]](), dict(zip(keys, said, strict=True))
+    for key, one in zip(keys, true, strict=True):
+        people.setdefault(key, []).append(one)
+    prompts: dict[str, list[tuple[float, bool]]] = {}
+    for key, votes in people.items():
+        if any(votes):
+            prompts.setdefault(key[0], []).append((sum(votes) / len(votes), found[key]))
+    if not prompts:
+        return 0.0, 0.0
+    means = [sum(w * f for w, f in own) / sum(w for w, _ in own) for own in prompts.values()]
+    x = np.array([*means, 0.0, 1.0])
+    spread = float(((x - x.mean()) ** 2).mean()) / (len(x) - 1)
+    n = min(float(x.mean() * (1 - x.mean())) / spread - 1, float(sum(len(own) for own in prompts.values())))
+    return n * float(np.mean(means)), n
 
 
 def prevalence(found: int, n: int, error: Error, z: float = 1.959964) -> Estimate:
@@ -166,6 +193,7 @@ class HeldOut(NamedTuple):
 
     model: str
     n: int
+    """Its labelled answers."""
     labels: float
     """The share that people say."""
     raw: float
@@ -190,14 +218,17 @@ def leave_one_out(labels: Sequence[Label], said: Sequence[Kind], kind: Kind) -> 
     found = []
     for model, own in rows_of.items():
         others = [n for n in range(len(labels)) if labels[n].model != model]
-        error = Error.of([said[n] == kind for n in others], [labels[n].kind == kind for n in others])
-        claimed, true = sum(said[n] == kind for n in own), sum(labels[n].kind == kind for n in own)
-        corrected = prevalence(claimed, len(own), error) if error.usable else None
+        is_kind, keys = [labels[n].kind == kind for n in others], [labels[n].key for n in others]
+        error = Error.of([said[n] == kind for n in others], is_kind, keys)
+        claimed, people = {labels[n].key: said[n] == kind for n in own}, dict[tuple[str, str], list[bool]]()
+        for n in own:
+            people.setdefault(labels[n].key, []).append(labels[n].kind == kind)
+        count, raw = len(people), sum(claimed.values())
+        true = sum(sum(votes) / len(votes) for votes in people.values()) / count
+        corrected = prevalence(raw, count, error) if error.usable else None
         pairs = [(said[n] == kind, labels[n].kind == kind) for n in own]
         agreed = sum(s == t for s, t in pairs) / len(own)
-        found.append(
-            HeldOut(model, len(own), true / len(own), claimed / len(own), corrected, agreed, _kappa(agreed, pairs))
-        )
+        found.append(HeldOut(model, count, true, raw / count, corrected, agreed, _kappa(agreed, pairs)))
     return found
 
 

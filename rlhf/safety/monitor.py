@@ -161,6 +161,7 @@ class Alarm:
     """The number of the answer (or thumb), counted from 1 behind the reference, at which it was told."""
     when: float
     value: float
+    """Of a rate: since its chart was last at 0."""
     line: str
 
 
@@ -199,14 +200,15 @@ def _watch(
 ) -> Watched:
     factor = rules.factor if direction == "rise" else 1 / rules.factor
     chart = rate_chart(reference, factor, rules.each, rules.horizon, rules.seed)
-    at, alarm = chart.first_alarm(happened), None
+    path, at, alarm = chart.path(happened), chart.first_alarm(happened), None
     if at is not None:
-        value = float(happened[max(0, at + 1 - rules.window) : at + 1].mean())
-        beyond = "above" if direction == "rise" else "below"
-        counted = reference.happened / reference.n
+        since = int(np.flatnonzero(path[:at] == 0).max(initial=-1)) + 1  # what the alarm rests on
+        value = float(happened[since : at + 1].mean())
+        lower, higher = sorted((reference.happened / reference.n, chart.before))  # which a small reference has apart
+        beyond, counted = ("above", lower) if direction == "rise" else ("below", higher)
         line = f"{signal}={value:.3g} is {beyond} {counted:.3g}, the reference's: {SIGNALS[signal].advice}"
         alarm = Alarm(signal, at + 1, when[at], value, line)
-    return Watched(signal, direction, chart, chart.path(happened), alarm)
+    return Watched(signal, direction, chart, path, alarm)
 
 
 def windows(log: Log, reference: Reference, rules: Rules) -> tuple[list[Numbers], list[Alarm]]:

@@ -118,7 +118,7 @@ def _policies(report: Numbers) -> str:
 def _review(metrics: Mapping[str, Any]) -> str:
     meaning = {
         "review_precision": "of the flagged conversations, those that people flag",
-        "review_missed": "of the others that were drawn, those that people flag",
+        "review_missed": "of the others, those that people flag, as far as the drawn ones tell",
         "review_recall": "of what people would flag, the part that was flagged",
     }
     rows = [[meaning[name], _shown(metrics[name]), f"{metrics[name]['n']:,}"] for name in meaning if name in metrics]

@@ -146,7 +146,8 @@ def measure(results: Sequence[Result], detector: Detector, labels: Sequence[Labe
     errors: dict[Kind, Error] = {}
     for kind in ("none", "full"):
         if foreign:
-            errors[kind] = Error.of([one == kind for one in said], [label.kind == kind for label in foreign])
+            keys = [label.key for label in foreign]
+            errors[kind] = Error.of([one == kind for one in said], [label.kind == kind for label in foreign], keys)
             outcome.metrics |= errors[kind].metrics(f"detector/{kind}")
         if len({label.model for label in foreign} - {""}) > 1:
             outcome.held_out[kind] = table(leave_one_out(foreign, said, kind))
@@ -211,8 +212,7 @@ def _correct(
             error = errors[kind]
             estimate = prevalence(sum(counts(result) for result in cases.values()), len(cases), error)
             outcome.metrics[metric] = as_metric(estimate, len(cases))
-            labelled = error.positives + error.negatives
-            outcome.corrections[metric] = f"the detector's error on {labelled:,} labels of other answers"
+            outcome.corrections[metric] = f"the detector's error on {error.labels:,} labels of other answers"
 
 
 def success_by(

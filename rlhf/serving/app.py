@@ -124,17 +124,22 @@ class Service:
             self.answered += 1
 
     async def _stream(self, asked: Chat | Completion, send: Send) -> None:
-        """Send an answer as server-sent events. A refusal before the first one is a plain answer."""
+        """Send an answer as server-sent events. A refusal before the first one is a plain answer.
+
+        What was written is logged, also where the client hangs up or the engine fails before the end."""
         async with contextlib.aclosing(self.engine.stream(asked)) as chunks:
-            received = [await anext(chunks)]
+            received, cut = [await anext(chunks)], True
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await _event(send, received[0])
             try:
-                async for chunk in chunks:
-                    received.append(chunk)
-                    await _event(send, chunk)
-                await self._log(asked, received)
+                try:
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    await _event(send, received[0])
+                    async for chunk in chunks:
+                        received.append(chunk)
+                        await _event(send, chunk)
+                    cut = False
+                finally:
+                    await asyncio.shield(self._log(asked, received, cut))
                 self.answered += 1
             except Refused as problem:  # the status is out already
                 await _event(send, error_body(problem.status, str(problem)))
@@ -142,13 +147,13 @@ class Service:
                 await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _log(self, asked: Chat | Completion, answers: list[dict[str, Any]]) -> None:
+    async def _log(self, asked: Chat | Completion, answers: list[dict[str, Any]], cut: bool = False) -> None:
         if self.keeper is None or not self.config.log:
             return
         from rlhf.serving.keeping import texts_of
 
         first = answers[0]
-        await self.keeper.logged(asked, first["id"], first["seed"], first["model"], texts_of(answers))
+        await self.keeper.logged(asked, first["id"], first["seed"], first["model"], texts_of(answers), cut)
 
     async def moderation(self, request: Request, send: Send) -> None:
         """Answer /v1/moderations."""

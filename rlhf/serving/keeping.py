@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rlhf.collection.personal import pseudonym
+from rlhf.collection.personal import drawn_salt, pseudonym
 from rlhf.collection.store import Conversation, Feedback, Store
 from rlhf.errors import InputError, RunStopped
 from rlhf.run.http import Refused
@@ -37,11 +36,8 @@ class Keeper:
         if config.store is None:
             raise InputError("store: name the file in which feedback is kept")
         self.store, self.config, self.models, self.rule = Store(config.store), config, models, rule
-        salt = self.store.setting("person_salt")
-        if salt is None:
-            salt = secrets.token_hex(16)
-            self.store.put_setting("person_salt", salt)
-        self._salt = str(salt)
+        with self.store.writing() as db:
+            self._salt = drawn_salt(db)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="keeping")
 
     def close(self) -> None:
@@ -58,12 +54,14 @@ class Keeper:
         while True:
             try:
                 await self._write(self.store.expire)
-            except (InputError, RunStopped) as error:
-                log.error("expired conversations could not be erased: %s", error)
+            except Exception as error:  # whatever it is: retention must not end with it
+                log.error("expired conversations could not be erased: %s: %s", type(error).__name__, error)
             await asyncio.sleep(3600)
 
-    async def logged(self, request: Chat | Completion, answer_id: str, seed: int, model: str, texts: list[str]) -> None:
-        """Keep a request with its answers, where `log` says so."""
+    async def logged(
+        self, request: Chat | Completion, answer_id: str, seed: int, model: str, texts: list[str], cut: bool = False
+    ) -> None:
+        """Keep a request with its answers, where `log` says so. cut: they were given up before their end."""
         if not self.config.log:
             return
         if isinstance(request, Chat):
@@ -76,11 +74,13 @@ class Keeper:
                 for place, prompt in enumerate(prompts)
             ]
         for name, messages, answers in kept:
+            answers = answers or [""]  # of several prompts, one whose answer had not begun
+            columns = {"other_answers": self._clean(answers[1:])} if answers[1:] else {}
             conversation = Conversation(
                 id=name, messages=self._clean([*messages, {"role": "assistant", "content": answers[0]}]),
                 person=self.pseudonym(request.user), source="log", scrubbed=True, expires=self._expires(), policy=model,
                 fingerprint=self.models.get(model, ""), sampler=sampler_of(request.sampling), seed=seed,
-                columns={"other_answers": self._clean(answers[1:])} if answers[1:] else {},
+                columns=columns | ({"cut": True} if cut else {}),
             )  # fmt: skip
             await self._write(self.store.add_conversation, conversation)
 
@@ -147,11 +147,11 @@ def sampler_of(sampling: Sampling) -> dict[str, Any]:
 
 
 def texts_of(answers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the texts of an answer's choices: of a whole one, or of a stream's chunks."""
+    """Return the texts of an answer's choices, "" of one that has not begun: of a whole one, or a stream's chunks."""
     texts: dict[int, str] = {}
     for answer in answers:
         for choice in answer.get("choices") or ():
             part = choice.get("message") or choice.get("delta") or choice
             piece = part.get("content") if part is not choice else choice.get("text")
             texts[choice["index"]] = texts.get(choice["index"], "") + (piece or "")
-    return [texts[index] for index in sorted(texts)]
+    return [texts.get(index, "") for index in range(max(texts, default=-1) + 1)]

@@ -11,9 +11,9 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from rlhf.client import Client
 from rlhf.errors import InputError, RunStopped, short
@@ -22,6 +22,8 @@ from rlhf.run.http import Refused
 from rlhf.serving.wire import Chat, Completion, Wrong
 
 log = logging.getLogger("rlhf")
+
+Value = TypeVar("Value")
 
 TOKEN_VARIABLE = "RLHF_UPSTREAM_TOKEN"
 """The environment variable with the token that the other server wants: clients of this one never send theirs there."""
@@ -33,8 +35,8 @@ class Upstream:
     def __init__(self, client: Client, at_once: int) -> None:
         self.client = client
         self.models = {name: f"{client.url} {name}" for name in client.models()}
+        self._at_once, self._passing = at_once, set[Future[Any]]()
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="upstream")
-        self._busy = 0
 
     def start(self) -> None:
         """Do nothing: the other server runs already."""
@@ -45,17 +47,17 @@ class Upstream:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return how many requests have been passed on and are not answered."""
-        return {"writing": self._busy, "waiting": 0}
+        """Return how many requests have been passed on and are not answered, whether or not their clients wait."""
+        self._passing = {passing for passing in self._passing if not passing.done()}
+        return {"writing": len(self._passing), "waiting": 0}
 
     async def whole(self, request: Chat | Completion) -> dict[str, Any]:
         """Pass a request on and return its answer."""
         path, body = self._passed_on(request)
-        with self._counted():
-            try:
-                answer = await asyncio.get_running_loop().run_in_executor(self._threads, self.client.asked, path, body)
-            except (InputError, RunStopped) as error:
-                raise _refusal(error) from None
+        try:
+            answer: dict[str, Any] = await asyncio.wrap_future(self._begin(self.client.asked, path, body))
+        except (InputError, RunStopped) as error:
+            raise _refusal(error) from None
         return {"seed": body["seed"]} | answer
 
     async def stream(self, request: Chat | Completion) -> AsyncGenerator[dict[str, Any]]:
@@ -69,25 +71,33 @@ class Upstream:
                 loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
         def read() -> None:
-            try:
-                with contextlib.closing(self.client.events(path, body)) as events:
-                    for event in events:
-                        if gone:
-                            return
-                        hand_over(event)
-                hand_over(None)
-            except Exception as error:
-                hand_over(_refusal(error))
+            with contextlib.closing(self.client.events(path, body)) as events:
+                for event in events:
+                    if gone:
+                        return
+                    hand_over(event)
 
-        with self._counted():
-            self._threads.submit(read)
-            try:
-                while (chunk := await chunks.get()) is not None:
-                    if isinstance(chunk, Refused):
-                        raise chunk
-                    yield {"seed": body["seed"]} | chunk
-            finally:
-                gone = True
+        def ended(reading: Future[None]) -> None:
+            error = None if reading.cancelled() else reading.exception()
+            hand_over(None if error is None else _refusal(error))
+
+        self._begin(read).add_done_callback(ended)
+        try:
+            while (chunk := await chunks.get()) is not None:
+                if isinstance(chunk, Refused):
+                    raise chunk
+                yield {"seed": body["seed"]} | chunk
+        finally:
+            gone = True
+
+    def _begin(self, work: Callable[..., Value], *values: Any) -> Future[Value]:
+        """Start a thread that passes a request on. The other server's work goes on when a client hangs up, so the
+        thread counts until it ends. Raises Refused where there are as many as may be."""
+        if self.counts["writing"] >= self._at_once:
+            raise Refused(429, f"the other server is still at work on {self._at_once} requests; try again")
+        passing = self._threads.submit(work, *values)
+        self._passing.add(passing)
+        return passing
 
     def _passed_on(self, request: Chat | Completion) -> tuple[str, dict[str, Any]]:
         """Return the path and the body of a request, with a seed of ours where it has none."""
@@ -111,14 +121,6 @@ class Upstream:
         body |= {} if request.logprobs is None else {"logprobs": request.logprobs}
         return "/v1/completions", body
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-
 
 def openai_messages(messages: Messages) -> Messages:
     """Write messages as OpenAI's HTTP has them: the arguments of tool calls as JSON text."""
@@ -137,7 +139,7 @@ def openai_messages(messages: Messages) -> Messages:
     ]
 
 
-def _refusal(error: Exception) -> Refused:
+def _refusal(error: BaseException) -> Refused:
     if isinstance(error, InputError):
         return Wrong(f"upstream: {error}")
     if not isinstance(error, RunStopped):

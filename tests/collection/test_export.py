@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 
 import pytest
 from reference.labelling import Clock, answer, item, items
 
 from rlhf.collection import export, measured
-from rlhf.collection.imported import import_rankings
+from rlhf.collection.imported import Imported, import_rankings
 from rlhf.collection.store import Candidate, Conversation, Feedback, Item, Plan, Store
 from rlhf.errors import InputError
 from rlhf.rows.records import read_demonstrations, read_prompts, read_rankings, write_jsonl
@@ -136,6 +137,48 @@ def test_an_export_that_is_imported_gives_the_same_export(store, tmp_path):
         assert (added.items, added.judgments, added.edits, added.repeated) == (0, 0, 0, 4)
 
 
+@pytest.mark.parametrize("provenance", [True, False])
+def test_an_export_that_comes_back_changes_nothing(tmp_path, provenance):
+    clock = Clock()
+    with Store(tmp_path / "labels.db", clock=clock) as store:
+        store.add_items([item("q0"), item("q1")])
+        store.add_annotator("ann")
+        for _ in range(2):
+            given = answer(store.lease("ann")[0], (1, 2, 3), comment="close", rewrite="A better answer.")
+            store.submit("ann", given)
+            clock.now += 0.25
+        rows = made(store, "rankings", provenance=provenance).rows
+        rows = [{"labeler": "ann", **row} for row in rows]
+        before = store.judgments(superseded=True)
+        for later in (0, 1000):
+            clock.now += later
+            added = import_rankings(store, read_rankings(rows))
+            assert (added.items, added.judgments, added.edits, added.repeated) == (0, 0, 0, 2)
+            assert store.judgments(superseded=True) == before
+        assert len(made(store, "demonstrations").rows) == 2
+
+
+def test_an_export_is_older_than_an_edit_and_a_later_judgment_is_not(tmp_path):
+    clock = Clock()
+    with Store(tmp_path / "labels.db", clock=clock) as store:
+        store.add_items([item("q0")])
+        store.add_annotator("ann")
+        (task,) = store.lease("ann")
+        store.submit("ann", answer(task, (1, 2, 3)))
+        rows = made(store, "rankings").rows
+        clock.now += 60
+        store.submit("ann", answer(task, (3, 2, 1), rewrite="A better answer."))
+        before = store.judgments(superseded=True)
+        assert import_rankings(store, read_rankings(rows)).repeated == 1
+        assert store.judgments(superseded=True) == before
+        elsewhere = datetime.fromtimestamp(clock.now + 60, UTC).isoformat()
+        newer = {**rows[0], "judged": elsewhere}
+        assert import_rankings(store, read_rankings([newer])).edits == 1
+        same = {**newer, "judged": datetime.fromtimestamp(clock.now + 120, UTC).isoformat()}
+        assert import_rankings(store, read_rankings([same])).repeated == 1
+        assert import_rankings(store, read_rankings([{**same, "flags": ["off topic"]}])).edits == 1
+
+
 def test_without_provenance_a_row_is_what_the_rankings_stage_writes(store):
     rows = made(store, "rankings", provenance=False).rows
     assert rows[0] == {"prompt": [USER], "responses": [f"q0: answer {n}" for n in range(3)], "ranks": [1.0, 2.0, 3.0],
@@ -186,6 +229,8 @@ def test_usable_feedback_leaves_as_rankings_kto_rows_and_demonstrations(tmp_path
         assert (ranking["policy"], ranking["fingerprint"]) == (["ppo", "sft"], ["f", ""])
         assert re.fullmatch(r"user-[0-9a-f]{12}", ranking["labeler"])
         assert ranking["labeler_kind"] == "user"
+        assert import_rankings(store, read_rankings([ranking])) == Imported(repeated=1)
+        assert (store.items(), store.annotators()) == ([], [])  # which would outlive their person
         kto = made(store, "kto")
         found = [(row["completion"][0]["content"], row["label"], row["flags"]) for row in kto.rows]
         assert found == [("Hi.", False, ["rude"]), ("Hi.", False, []), ("Yo.", True, [])]

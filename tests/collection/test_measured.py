@@ -8,6 +8,7 @@ import pytest
 from reference.labelling import answer, item, items
 
 from rlhf.collection import measured
+from rlhf.collection.report import shown
 from rlhf.collection.store import Plan, Store
 
 KRIPPENDORFF = {"A": "123321412...", "B": "1233224125.3", "C": ".3332342251.", "D": "12332441251."}
@@ -95,6 +96,20 @@ def test_ratings_of_krippendorffs_example_have_his_alphas(store):
     assert [round(alpha.value, 3) for alpha in alphas] == [0.743, 0.815, 0.849]
     assert {alpha.n for alpha in alphas} == {11}  # the twelfth has one rating
     assert all(alpha.low < alpha.value < alpha.high for alpha in alphas)
+
+
+@pytest.mark.parametrize(("count", "turned", "note"), [
+    (9, 3, "too few for an interval: 9 items judged by two annotators, 10 are needed"),
+    (12, 0, "no interval: redrawn items say nothing else"),
+])  # fmt: skip
+def test_alpha_of_few_items_or_of_perfect_agreement_has_no_interval(store, count, turned, note):
+    store.add_items(items(count, 2), overlap=2)
+    judge(store, "ann", lambda at: (1, 2))
+    judge(store, "bob", lambda at: (2, 1) if int(at[1:]) < turned else (1, 2))
+    alpha = measured.measure(measured.snapshot(store)).metrics["alpha_nominal"]
+    assert alpha.value is not None
+    assert (alpha.low, alpha.high, alpha.n, alpha.note) == (None, None, count, note)
+    assert shown("alpha_nominal", alpha) == f"{alpha.value:.3f} ({note})"
 
 
 def test_gold_items_measure_annotators_and_nothing_else(store):

@@ -12,6 +12,7 @@ from rlhf.collection.project import Project, check_ratings
 from rlhf.collection.store import Answer, Conversation, Item, Store
 from rlhf.collection.store import Candidate as StoredCandidate
 from rlhf.errors import InputError
+from rlhf.intervals import clustered_mean
 
 CATEGORIES = ("hate", "insult")
 
@@ -122,6 +123,29 @@ def test_precision_counts_conversations_of_one_text(store):
     review.queue(store, talks, [["hate"]] * 4, 0.1, seed=0)
     decide(store, {"question 0": (2, ("hate",)), "question 1": (1, ())})
     assert review.measured(review.decisions_in(store)[0])["review_precision"]["value"] == pytest.approx(3 / 4)
+
+
+def decided(id: int, flag: bool, chance: float, copies: int = 1, annotator: str = "ann", among: int = 1):
+    columns = {"flagged": [], "chance": chance, "copies": copies}
+    about = Item([{"role": "user", "content": f"{id}"}], (StoredCandidate("a"),), columns, id=id)
+    return review.Decision(about, annotator, flag, (), among)
+
+
+def test_what_was_missed_weighs_what_was_drawn():
+    """20 that an earlier moderator flagged, half of them rightly, beside 50 of 5,000 others: 10 of 5,020."""
+    formerly = [decided(n, n < 10, 1.0) for n in range(20)]
+    found = review.measured(formerly + [decided(100 + n, False, 0.01) for n in range(50)])["review_missed"]
+    assert found["value"] == pytest.approx(10 / (20 + 50 / 0.01))
+    assert (found["low"], found["high"], found["n"]) == (None, None, 70)
+
+
+def test_people_share_a_decision_and_a_text_counts_for_its_copies():
+    """Of four conversations, three of one text that one of two people flags: 3/2 of 4."""
+    two = [decided(1, flag, 0.1, 3, name, 2) for flag, name in ((True, "ann"), (False, "bob"))]
+    found = review.measured([*two, decided(2, False, 0.1)])["review_missed"]
+    assert found["value"] == pytest.approx(1.5 / 4)
+    alike = clustered_mean([0.5, 0.5, 0.5, 0.0], [1, 1, 1, 2])
+    assert (found["low"], found["high"]) == pytest.approx(alike.interval)
 
 
 def test_an_unflagged_text_is_drawn_once_however_often_it_was_logged(store):

@@ -102,6 +102,25 @@ def test_a_server_that_refuses_is_told_and_the_chat_goes_on(typed):
     assert "an empty answer" not in result.out
 
 
+def test_a_question_without_an_answer_gives_way_to_the_next_one(typed):
+    """Templates that want turns of user and assistant by turns refuse two questions in a row."""
+    asked = []
+
+    def speak(policy, question, seed):
+        asked.append(question)
+        if len(asked) < 3:
+            raise ZeroDivisionError
+        return "Yes."
+
+    engine = ScriptedEngine(("ppo",), speak)
+    with serving(Service(engine, ServingConfig())) as url:
+        typed("Hello", "/regenerate", "Why?", "So?")
+        result = recipe.run("chat", url, "--timeout", 5, "--system", "Be kind.")
+    assert result.code == 0
+    assert asked == ["Hello", "Hello", "Why?", "So?"]
+    assert [message["content"] for message in engine.asked[-1].messages] == ["Be kind.", "Why?", "Yes.", "So?"]
+
+
 def test_mistakes(tmp_path):
     with serving(Service(ScriptedEngine(), ServingConfig())) as url:
         for words, line in [

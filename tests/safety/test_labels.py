@@ -64,6 +64,39 @@ def test_mistakes(tmp_path, row, told):
     assert told in str(caught.value)
 
 
+def test_labels_of_one_prompt_count_once():
+    """Ten prompts, eight found: the same labels given five times, by people or of five models' answers, tell no more
+    than once."""
+    once = [(f"p{n}", "a") for n in range(10)]
+    said, true = [n < 8 for n in range(10)] * 2, [True] * 10 + [False] * 10
+    alone = Error.of(said, true, once + [(f"q{n}", "a") for n in range(10)])
+    assert (alone.hits, alone.positives, alone.quiet, alone.negatives) == pytest.approx((8, 10, 2, 10))
+    for answers in (["a"] * 5, "abcde"):
+        keys = [(prompt, answer) for answer in answers for prompt, _ in once]
+        often = Error.of(
+            said[:10] * 5 + said[:10], true[:10] * 5 + true[10:], keys + [(f"q{n}", "a") for n in range(10)]
+        )
+        assert often.metrics("d")["d/sensitivity"] == pytest.approx(alone.metrics("d")["d/sensitivity"])
+        assert (often.positives, often.labels) == (pytest.approx(10), 60)
+
+
+def test_answers_to_one_prompt_that_differ_tell_more_than_one():
+    """Means of two answers: 1, 1/2, 1/2 and 0; with 0 and 1 more, r = 1/2 and v = (4 / 4 + 0) / 6 / 5: n = 6.5."""
+    said = [True, True, True, False, True, False, False, False]
+    keys = [(f"p{n // 2}", f"a{n}") for n in range(8)]
+    error = Error.of(said, [True] * 8, keys)
+    assert (error.hits, error.positives) == pytest.approx((3.25, 6.5))
+    assert Error.of([True, False] * 2, [True] * 4, keys[:4]).positives == 4  # never more than the answers
+
+
+def test_people_who_differ_are_averaged():
+    """An answer that two of three call true weighs 2/3 beside one of 1: (2/3 * 1 + 0) / (5/3) of its prompt."""
+    keys = [("p", "a")] * 3 + [("p", "b"), ("q", "c")]
+    error = Error.of([True] * 3 + [False, True], [True, True, False, True, True], keys)
+    assert error.sensitivity == pytest.approx((0.4 + 1) / 2)
+    assert error.specificity == 0
+
+
 def test_rogan_and_gladen_by_hand():
     """40 of 100 found, sensitivity 45/50, specificity 40/50: (.4 + .8 - 1) / (.9 + .8 - 1) = 2/7."""
     found = prevalence(40, 100, Error(45, 50, 40, 50))
@@ -108,7 +141,9 @@ def test_one_model_left_out():
     for model, refusals in (("a", 20), ("b", 12)):
         for n in range(40):
             refuses = n < refusals
-            labels.append(Label(PROMPT, f"{model}{n}", "full" if refuses else "none", model))
+            labels.append(
+                Label([{"role": "user", "content": f"{n}"}], f"{model}{n}", "full" if refuses else "none", model)
+            )
             said.append("full" if refuses and n % 4 else "none")
     first, second = leave_one_out(labels, said, "full")
     assert (first.model, first.n, first.labels, first.raw) == ("a", 40, 0.5, 0.375)
@@ -118,3 +153,5 @@ def test_one_model_left_out():
     assert second.corrected.value == pytest.approx((9 / 40) / 0.75)
     assert first.agreement == 0.875
     assert first.kappa == pytest.approx((0.875 - 0.5) / 0.5)
+    again = leave_one_out(labels * 2, said * 2, "full")  # by a second person, who says the same
+    assert [one.corrected for one in again] == [first.corrected, second.corrected]

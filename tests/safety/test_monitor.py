@@ -9,8 +9,9 @@ import pytest
 
 from rlhf.collection.store import Conversation, Feedback, Store
 from rlhf.errors import InputError
-from rlhf.safety.logged import read_log
-from rlhf.safety.monitor import Reference, Rules, after, metrics_of, monitor_report, reference_of
+from rlhf.safety.drift import Counted
+from rlhf.safety.logged import Log, Request, read_log
+from rlhf.safety.monitor import Reference, Rules, after, metrics_of, monitor_report, reference_of, watched
 from rlhf.safety.monitor_page import page
 
 HOSTILE = "<script>alert(1)</script>"
@@ -208,3 +209,21 @@ def test_no_text_leaves_the_log_and_names_are_inert(store):
         assert "secret" not in written
         assert "question" not in written
     assert "<script" not in page(report, HOSTILE, {})
+
+
+@pytest.mark.parametrize(("signal", "direction", "line"), [
+    ("refusal_rate", "rise", "refusal_rate=1 is above 0.5, "),  # though of the last 200 answers no more than 0.15
+    ("refusal_rate", "fall", "refusal_rate=0 is below 0.5, "),
+    ("thumbs_up_rate", "fall", "thumbs_up_rate=0 is below 0.167, "),  # none of 2, half a case of either kind added
+])  # fmt: skip
+def test_an_alarm_tells_the_rate_since_its_chart_left_zero(signal, direction, line):
+    happened = [direction == "fall"] * 170 + [direction == "rise"] * 400
+    requests = tuple(Request(f"{n:03}", n, "ppo", "f", "{}", 0, 1, up) for n, up in enumerate(happened))
+    log = Log(requests, tuple((float(n), up) for n, up in enumerate(happened)))
+    reference = Reference(
+        until=-1.0, last="", flagged=None, refused=Counted(250, 500), thumbs_up=Counted(0, 2), lengths=[1.0]
+    )
+    charts = {(one.signal, one.direction): one for one in watched(log, reference, Rules(horizon=50))}
+    alarm = charts[signal, direction].alarm
+    assert alarm.at > 171
+    assert alarm.line.startswith(line)

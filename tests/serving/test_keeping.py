@@ -8,16 +8,17 @@ import sqlite3
 import time
 
 import pytest
-from reference.policy_server import ScriptedEngine, serving
+from reference.policy_server import ScriptedEngine, serving, wait_for
 
 from rlhf.client import Client
-from rlhf.collection.store import Candidate, Item
-from rlhf.errors import InputError
+from rlhf.collection.store import Candidate, Conversation, Item, Store
+from rlhf.errors import InputError, RunStopped
+from rlhf.run.http import Refused
 from rlhf.serving.app import Service
 from rlhf.serving.config import ServingConfig
 from rlhf.serving.feedback import read_feedback
-from rlhf.serving.keeping import Keeper
-from rlhf.serving.wire import Wrong, read_chat
+from rlhf.serving.keeping import Keeper, texts_of
+from rlhf.serving.wire import Wrong, read_chat, read_completion
 
 MODELS = {"sft": "f1", "ppo": "f2"}
 ASKED = {"role": "user", "content": "I am jo@mail.example. Why?"}
@@ -171,6 +172,89 @@ def test_a_users_name_is_kept_as_a_pseudonym(tmp_path):
     assert name != kept.pseudonym("ann@mail.example")
     kept.close()
     assert "jo@mail" not in texts_on_disk(tmp_path)
+
+
+class Failing(ScriptedEngine):
+    """Fails after two words."""
+
+    async def stream(self, request):
+        yield (await anext(words := super().stream(request)))
+        yield (await anext(words))
+        raise Refused(500, "decoding failed")
+
+
+@pytest.mark.parametrize("engine", [ScriptedEngine(pause=0.05), Failing()], ids=["hung up", "failed"])
+def test_an_answer_that_is_given_up_is_kept_as_far_as_it_was_written(tmp_path, engine):
+    config = ServingConfig(store=str(tmp_path / "store.db"), log=True)
+    service = Service(engine, config, Keeper(config, engine.models))
+    with serving(service) as url:
+        pieces = Client(url, model="ppo").stream([ASKED])
+        assert [next(pieces), next(pieces)] == ["ppo", " heard:"]
+        if isinstance(engine, Failing):
+            with pytest.raises(RunStopped, match="decoding failed"):
+                next(pieces)
+        pieces.close()
+        wait_for(lambda: service.slots.taken == 0)
+        assert service.answered == 0
+    (talk,) = Keeper(config, engine.models).store.conversations(usable=False)
+    assert talk.messages[0]["content"] == "I am [mail]. Why?"
+    assert talk.messages[1]["content"].startswith("ppo heard:")
+    assert talk.columns == {"cut": True}
+
+
+def test_of_several_prompts_each_keeps_what_was_written(tmp_path):
+    kept = keeper(tmp_path, log=True)
+    asked = read_completion(b'{"prompt": ["One", "Two", "Three"], "n": 2}')
+    chunks = [{"choices": [{"index": index, "text": text}]} for index, text in ((1, "b"), (2, "c"))]
+    assert texts_of(chunks) == ["", "b", "c"]
+    asyncio.run(kept.logged(asked, "cmpl", 1, "sft", texts_of(chunks), cut=True))
+    rows = [(talk.messages[1]["content"], talk.columns) for talk in kept.store.conversations(usable=False)]
+    assert rows == [("", {"other_answers": ["b"], "cut": True}), ("c", {"cut": True}), ("", {"cut": True})]
+    kept.close()
+
+
+def test_servers_that_start_at_once_share_a_salt(tmp_path, monkeypatch):
+    first = []
+
+    def both_look(self, name, default=None):
+        """The second server starts where the first one has read the settings, and not yet written."""
+        found = setting(self, name, default)
+        if not first:
+            first.append("second")
+            first.append(keeper(tmp_path).pseudonym("ann"))
+        return found
+
+    setting = Store.setting
+    monkeypatch.setattr(Store, "setting", both_look)
+    name = keeper(tmp_path).pseudonym("ann")
+    assert first[1:] in ([], [name])
+    assert keeper(tmp_path).pseudonym("ann") == name
+
+
+def test_a_failed_expiry_is_told_and_tried_again(tmp_path, monkeypatch, caplog):
+    kept = keeper(tmp_path)
+    past = {"person": "p", "scrubbed": True, "expires": time.time() - 1}
+    kept.store.add_conversation(Conversation(id="talk-0001", messages=TALK, **past))
+    turns, expire = [], kept.store.expire
+
+    def busy_once():
+        turns.append(1)
+        if len(turns) == 1:
+            raise RunStopped("store.db: another process holds it")
+        return expire()
+
+    async def hours(seconds):
+        assert seconds == 3600
+        if len(turns) == 2:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(kept.store, "expire", busy_once)
+    monkeypatch.setattr("rlhf.serving.keeping.asyncio.sleep", hours)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(kept.expire())
+    assert kept.store.conversations(usable=False) == []
+    assert "could not be erased: Refused: store.db: another process holds it" in caplog.text
+    kept.close()
 
 
 def test_a_user_is_erased_by_the_name_that_the_client_sends(tmp_path):

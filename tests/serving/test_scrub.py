@@ -22,6 +22,19 @@ from rlhf.serving.scrub import is_card, is_iban, scrub, scrubbed
         ("(030) 123-4567 or 030/1234567", "[phone] or [phone]"),
         ("555-123-4567, 1-800-555-1234, +1 (555) 123-4567", "[phone], [phone], [phone]"),
         ("06 12 34 56 78", "[phone]"),
+        ("card 4111 1111 1111 1111 12/27 cvc 123", "card [card] 12/27 cvc 123"),
+        ("4111-1111-1111-1111 737", "[card] 737"),
+        ("order 7 4111 1111 1111 1111", "order 7 [card]"),
+        ("Visa no.4111111111111111 2027", "Visa no.[card] 2027"),
+        ("4111\u00a01111\u00a01111\u00a01111, 5555.5555.5555.4444", "[card], [card]"),
+        ("4111 1111 1111 1111 5555 5555 5555 4444 1", "[card] [card] 1"),
+        ("IBAN DE89 3704 0044 0532 0130 00 BIC COBADEFFXXX", "IBAN [account] BIC COBADEFFXXX"),
+        ("DE89370400440532013000 EUR 50", "[account] EUR 50"),
+        ("RE24 DE89 3704 0044 0532 0130 00", "RE24 [account]"),
+        ("my iban is de89\u00a03704\u00a00044\u00a00532\u00a00130\u00a000", "my iban is [account]"),
+        ("(10.0.0.1:80) and 192.168.0.1: refused", "([address]:80) and [address]: refused"),
+        ("ip:10.0.0.1 or ::ffff:10.0.0.1", "ip:[address] or [address]"),
+        ("call 555-123-4567 24/7", "call [phone]"),
         ("from 192.168.0.1 and 2001:db8::8a2e:370:7334", "from [address] and [address]"),
     ],
 )
@@ -33,6 +46,9 @@ def test_what_is_taken_out(text, kept):
     "text",
     [
         "4111 1111 1111 1112 fails the Luhn check",
+        "7 4111 1111 1111 1112 12/27",
+        "2016 2017 2018 2019 2020 2021 2022 2023 2024 2025",
+        "in12 hours we meet and then go home by the next train",
         "DE88 3704 0044 0532 0130 00",
         "2024-01-02, 12.03.2024, 2026 11 28",
         "version 1.2.3, 12:30:45, pi 3.14159265358979",
@@ -63,14 +79,16 @@ def test_values_are_scrubbed_everywhere_but_in_keys():
 
 
 def test_long_texts_take_no_long_time():
-    before = time.monotonic()
+    before = time.process_time()
     for text in (
         "a" * 200_000,
         "1-" * 100_000,
+        "1" * 100_000,
+        "4111 1111 1111 1112 " * 5_000,
         "a@" * 100_000,
         "a.@b." * 50_000,
         ":" * 100_000,
         "AB12 " + "A1 " * 60_000,
     ):
         scrub(text)
-    assert time.monotonic() - before < 3
+    assert time.process_time() - before < 3

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +15,7 @@ from reference.tiny_chain import save_adapter, save_base, shake
 from rlhf import chat
 from rlhf.client import Client
 from rlhf.errors import InputError
+from rlhf.run.http import Refused
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import RowGenerator
 from rlhf.serving.app import Service
@@ -19,6 +23,7 @@ from rlhf.serving.config import ServingConfig
 from rlhf.serving.engine import LocalEngine
 from rlhf.serving.policies import fingerprint_of, load_policies, policies_of_run
 from rlhf.serving.upstream import Upstream
+from rlhf.serving.wire import read_chat
 
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -255,6 +260,32 @@ def test_a_server_behind_is_sent_what_it_would_fill_in_by_itself():
         Client(url, model="m").complete([1, 2], max_tokens=3, temperature=0.5)
     (body,) = bodies
     assert (body["top_k"], body["repetition_penalty"], body["temperature"], body["max_tokens"]) == (0, 1.0, 0.5, 3)
+
+
+def test_a_request_counts_until_the_server_behind_has_answered_it():
+    client, free, asked = Client("http://127.0.0.1:1", model="m"), threading.Event(), []
+    client.models = lambda: ["m"]
+    client.full_softmax = {}
+    client.asked = lambda path, body: asked.append(path) or (free.wait(10) and {"choices": []})
+    upstream, request = Upstream(client, 1), read_chat(json.dumps({"messages": ASKED}).encode())
+
+    async def hang_up_and_ask_again():
+        first = asyncio.create_task(upstream.whole(request))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert upstream.counts == {"writing": 1, "waiting": 0}
+        for again in (upstream.whole(request), anext(upstream.stream(request))):
+            with pytest.raises(Refused, match="still at work on 1 requests"):
+                await again
+        free.set()
+        while upstream.counts["writing"]:
+            await asyncio.sleep(0.001)
+        assert (await upstream.whole(request))["choices"] == []
+
+    asyncio.run(hang_up_and_ask_again())
+    assert len(asked) == 2
+    upstream.close()
 
 
 def test_policies_share_the_weights_of_their_base(policies):

@@ -183,23 +183,26 @@ def test_evaluate_policy_of_any_two_folders(
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(6)])
     held_out, out = write(tmp_path / "held_out.jsonl", pairs(12)), tmp_path / "my" / "comparison"
-    judge = (
-        judge_file if judged_by == "function" else tiny_chain.save_reward_model(tmp_path / "rm", base, tiny_tokenizer)
-    )
-    result = run("evaluate_policy", "--policy", tmp_path / "other", "--baseline", base, "--judge", judge,
+    model = tiny_chain.save_reward_model(tmp_path / "rm", base, tiny_tokenizer)
+    picked = judged_by == "function"  # the judge alone picks nothing: it would judge its own pick
+    judge = ("--judge", judge_file, "--reward_model", model) if picked else ("--judge", model)
+    result = run("evaluate_policy", "--policy", tmp_path / "other", "--baseline", base, *judge,
                  "--eval_data", prompts, "--rankings", held_out, "--output_dir", out, "--max_new_tokens", 6,
                  "--best_of", 3)  # fmt: skip
-    outcome = manifest(out)["outputs"]["evaluation"]
+    outcome, samples = manifest(out)["outputs"]["evaluation"], out / "samples.jsonl"
     ppo = outcome["ppo"]
     assert ppo["prompts"] == 6
     assert ppo["win_rate_ci"][0] <= ppo["win_rate_vs_sft"] <= ppo["win_rate_ci"][1]
     assert (ppo["gold_score"] is None) == (judged_by == "reward model")
     assert math.isfinite(ppo["kl_nats"])
-    assert outcome["best_of_n"]["kl_nats"] == pytest.approx(math.log(3) - 2 / 3)
+    assert ("best_of_n" in outcome) == picked == (ppo["score"] is not None) == ("score_ppo" in lines(samples)[0])
+    assert ("no reward model: no score, and no best-of-n" in result.out) != picked
+    if picked:
+        assert outcome["best_of_n"]["kl_nats"] == pytest.approx(math.log(3) - 2 / 3)
     assert outcome["judge"]["kind"] == ("gold" if judged_by == "function" else "reward_model")
     assert 0 <= outcome["judge"]["accuracy"] <= 1
     assert "Judge:" in result.out
-    assert len(lines(out / "samples.jsonl")) == 6
+    assert len(lines(samples)) == 6
 
 
 def no_nan(text: str) -> Any:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf.errors import InputError
-from rlhf.intervals import Estimate, clustered_mean, student_quantile
+from rlhf.intervals import Estimate, clustered_mean
+from rlhf.quantiles import student_quantile
 
 FEWEST = 10
 """Labelled prompts below which nothing is corrected: the tuning has nothing to go by."""

@@ -22,7 +22,8 @@ from rlhf.errors import InputError, RunStopped, reason
 from rlhf.evals.answers import LITTLE, Answered, NoAnswer, Spent
 from rlhf.evals.asks import Asks
 from rlhf.evals.questions import PairTemplate
-from rlhf.intervals import Estimate, clustered_mean, student_quantile
+from rlhf.intervals import Estimate, clustered_mean
+from rlhf.quantiles import student_quantile
 from rlhf.rows.messages import Messages
 from rlhf.rows.records import Prompt, split_key
 

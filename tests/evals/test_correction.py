@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.errors import InputError
 from rlhf.evals.correction import corrected, ppi_mean
-from rlhf.intervals import student_quantile
+from rlhf.quantiles import student_quantile
 
 
 def test_by_hand():

@@ -23,7 +23,7 @@ from rlhf.evals.prediction import (
     prediction,
     register,
 )
-from rlhf.intervals import student_quantile
+from rlhf.quantiles import student_quantile
 from rlhf.run.stages import Manifest
 
 COMPUTE = np.geomspace(1e15, 1e19, 12)

@@ -356,6 +356,20 @@ def test_the_gold_score_never_trains(tmp_path: Path, base: Path) -> None:
     assert known == set()
 
 
+def test_the_first_rows_to_label_are_a_random_part() -> None:
+    """Whoever stops early has labelled the first rows, and the prompts' file may hold one family after the other."""
+    from rlhf.evaluate import PolicySamples
+    from rlhf.rows.records import Prompt
+    from rlhf_recipes.judging import to_label
+
+    asked = tuple(Prompt([{"role": "user", "content": f"{'ab'[n // 50]} {n}"}], {}) for n in range(100))
+    one, other = (PolicySamples(asked, (text,) * 100, ((1,),) * 100, (True,) * 100) for text in ("yes", "no"))
+    rows = to_label(one, other, 0)
+    assert rows == to_label(one, other, 0) != to_label(one, other, 1)
+    assert {row["prompt"][0]["content"] for row in rows} == {prompt.messages[0]["content"] for prompt in asked}
+    assert {row["prompt"][0]["content"][0] for row in rows[:20]} == {"a", "b"}
+
+
 def test_evaluate_policy_with_a_language_model_as_judge_and_peoples_labels(
     tmp_path: Path, base: Path, tiny_tokenizer
 ) -> None:

@@ -133,6 +133,15 @@ def test_all_labels_agree_and_the_interval_has_a_width():
     assert found.estimate.high == 1.0
 
 
+def test_a_win_rate_lies_between_0_and_1_with_ties_that_are_certain():
+    for lost in (0.0, 1.0):
+        verdicts, labels = dict.fromkeys(range(100), lost), dict.fromkeys(range(30), lost)
+        found = corrected(verdicts, labels, certain={99: 0.5})
+        for estimate in (found.labels, found.corrected):
+            assert 0.0 <= estimate.low < estimate.value < estimate.high <= 1.0
+            assert estimate.value == pytest.approx(0.99 * lost + 0.01 * 0.5)
+
+
 def test_what_cannot_be_corrected():
     verdicts = dict.fromkeys(range(30), 1.0)
     with pytest.raises(InputError, match="9 prompts are labelled; a correction needs 10"):

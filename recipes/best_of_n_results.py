@@ -80,7 +80,9 @@ def measure(
     import numpy as np
 
     from reward_models import best_of_n as ways
+    from rlhf.rows.records import split_key
 
+    keys = [split_key(prompt) for prompt in samples.prompts]
     judged_by = config.judge or "each scorer's own score"
     if config.answer_column and answers is not None:
         quality = right_answers(config, samples.prompts, answers)
@@ -90,11 +92,11 @@ def measure(
         votes = {"majority": np.ones_like(quality)}
         votes |= {f"weighted_{name}": ways.vote_weights(own) for name, own in scores.items()}
         curves |= {name: ways.vote_curves(answers, own, quality, config.seed) for name, own in votes.items()}
-    metrics = {} if quality is None else {"policy": number(quality.mean(axis=1), config.seed)}
+    metrics = {} if quality is None else {"policy": number(quality.mean(axis=1), keys, config.seed)}
     for name, curve in curves.items():
-        metrics[f"{name}_at_{samples.n}"] = number(curve[:, -1], config.seed)
-        metrics[f"{name}_gain"] = number(curve[:, -1] - curve[:, 0], config.seed)
-    points = {name: curve_points(curve, config.seed, name in scores) for name, curve in curves.items()}
+        metrics[f"{name}_at_{samples.n}"] = number(curve[:, -1], keys, config.seed)
+        metrics[f"{name}_gain"] = gain(curve, keys, config.seed)
+    points = {name: curve_points(curve, keys, config.seed, name in scores) for name, curve in curves.items()}
     return {"metrics": metrics, "curves": points, "judged_by": judged_by}
 
 
@@ -114,21 +116,30 @@ def right_answers(config: Asked, prompts: Sequence[Prompt], answers: list[list[A
     return right
 
 
-def number(values: np.ndarray, seed: int) -> dict[str, float]:
-    """A mean over prompts with its interval."""
+def number(
+    values: np.ndarray, keys: Sequence[str], seed: int, bounds: tuple[float, float] | None = (0.0, 1.0)
+) -> dict[str, float]:
+    """A mean over prompts with its interval, which goes by the keys."""
     from rlhf.intervals import bootstrap_interval
 
-    found = bootstrap_interval(values, seed)
+    found = bootstrap_interval(values, seed, bounds=bounds, keys=keys)
     return {"value": found.value, "low": found.low, "high": found.high, "n": len(values)}
 
 
-def curve_points(curve: np.ndarray, seed: int, ranked: bool) -> list[dict[str, Any]]:
+def gain(curve: np.ndarray, keys: Sequence[str], seed: int) -> dict[str, float]:
+    """How much the last point of a curve [prompts, n] is above the first, with its interval: a difference of shares
+    lies between -1 and 1, one of scores anywhere."""
+    shares = curve.min() >= 0 and curve.max() <= 1
+    return number(curve[:, -1] - curve[:, 0], keys, seed, (-1.0, 1.0) if shares else None)
+
+
+def curve_points(curve: np.ndarray, keys: Sequence[str], seed: int, ranked: bool) -> list[dict[str, Any]]:
     """A curve's points: n, the mean over prompts with its interval, and of best-of-n by a score the KL bound."""
     from rlhf.intervals import best_of_n_kl
 
     found = []
     for n in range(1, curve.shape[1] + 1):
-        mean = number(curve[:, n - 1], seed)
+        mean = number(curve[:, n - 1], keys, seed)
         ends = {name: mean[name] for name in ("value", "low", "high")}
         found.append({"n": n, **ends, "kl_nats": best_of_n_kl(n) if ranked else None})
     return found

@@ -122,7 +122,7 @@ def searched(config: ContaminationConfig) -> tuple[dict[str, Any], list[dict[str
 
     names = ("chars", "samples", "words", "coverage", "min_chars", "seed")
     rules = methods.Rules(**{name: getattr(config, name) for name in names})
-    found = methods.search(stream(), [item.text for item in items], rules)
+    found = methods.search(stream(), [item.text for item in items], rules, [item.eval for item in items])
     evals = methods.summary(items, found)
     metrics = {
         f"{name}/{measure}": entry[measure]["share"]

@@ -124,7 +124,8 @@ def measure(
         by_prompt: dict[str, list[float]] = {}
         for talk, spread in zip(responses, scorer.spread(responses), strict=True):
             by_prompt.setdefault(prompt_key(talk[:-1]), []).append(spread)
-        std = bootstrap_interval(np.array([float(np.mean(spreads)) for spreads in by_prompt.values()]), config.seed)
+        means = np.array([float(np.mean(spreads)) for spreads in by_prompt.values()])
+        std = bootstrap_interval(means, config.seed, bounds=None)
         metrics["ensemble_std"] = {"value": std.value, "low": std.low, "high": std.high, "n": len(by_prompt)}
     if held_out:
         report = reward_report(scorer, held_out, seed=config.seed, sensitivity_pairs=0)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 console.quiet()
 
 GREEDY = "temperature 0: each policy's most likely answer; no KL, and no best-of-n (all n would be the same)"
+UNSCORED = "no reward model: no score, and no best-of-n (a judge that picked it would judge its own pick)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ class EvaluationConfig:
     policies: list[str] | None = None
     """Further policies in the same table: folders, or names of the run's stages, such as dpo,kto,grpo,rloo."""
     reward_model: str | None = None
-    """The reward model it was trained on: gives the scores and picks best-of-n; default: the run's."""
+    """The reward model it was trained on: gives the scores and picks best-of-n; default: the run's. Without one there
+    is neither."""
     judge: str | None = None
     """Who decides win rates: a gold score as file.py:name, or an unseen reward model; with a template, a language
     model's folder, hub id or http address. Default: the run's `judge`."""
@@ -86,7 +88,7 @@ class EvaluationConfig:
     max_prompts: int = 400
     """Evaluate on the first so many."""
     best_of: int = 4
-    """n of best-of-n; 0 leaves it out."""
+    """n of best-of-n, which the reward model picks; 0 leaves it out."""
     max_prompt_tokens: int = 512
     """Longer prompts are left out, counted and named in the log."""
     max_new_tokens: int = 128
@@ -148,7 +150,9 @@ def evaluate_alone(config: EvaluationConfig) -> dict[str, Any]:
     greedy = config.temperature == 0
     if greedy:
         console.stage_line("evaluation", GREEDY)
-    scorer = judging.reward_model(config.reward_model, config) if config.reward_model else judged.score
+    scorer = judging.reward_model(config.reward_model, config) if config.reward_model else None
+    if scorer is None:
+        console.stage_line("evaluation", UNSCORED)
     n = 0 if greedy or scorer is None else config.best_of
     bar = console.StageBar("evaluation", 3 if n else 2)
     ours = sampled.sample(config, prompts, baseline_lm, tokenizer, seed=config.seed)

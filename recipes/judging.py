@@ -211,13 +211,15 @@ def both_responses(policy: PolicySamples, baseline: PolicySamples) -> list[tuple
 
 
 def to_label(policy: PolicySamples, baseline: PolicySamples, seed: int) -> list[dict[str, Any]]:
-    """Return the rows that people may compare, the two responses in random order; equal ones are left out."""
+    """Return the rows that people may compare, in random order, since whoever stops early has labelled the first; the
+    two responses of each are in random order too, and equal ones are left out."""
     draw, rows = random.Random(seed), []
     for prompt, two in zip(policy.prompts, both_responses(policy, baseline), strict=True):
         pair = list(two)
         draw.shuffle(pair)
         if pair[0] != pair[1]:
             rows.append({"prompt": prompt.messages, "responses": pair})
+    draw.shuffle(rows)
     return rows
 
 

@@ -122,7 +122,7 @@ def _runs(config: PredictionConfig) -> tuple[list[float], list[float]]:
     """Return compute and quantity of every row. Raises InputError."""
     from rlhf.evals.prediction import mean_log_pass_rate
 
-    compute, values, problems = [], [], None
+    compute, values, before = list[float](), list[float](), None
     for where, row in rows(str(config.data), "train"):
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with compute and {config.quantity}")
@@ -131,10 +131,14 @@ def _runs(config: PredictionConfig) -> tuple[list[float], list[float]]:
             passes, samples = row["passes"], _number(row, "samples", where)
             if not isinstance(passes, list) or not all(type(count) is int for count in passes):
                 raise InputError(f"{where}: passes: write a list of whole numbers, one per problem")
-            problems = len(passes) if problems is None else problems
-            if len(passes) != problems:
-                seen = f"{len(passes)} problems, and {problems} in the rows before"
+            counted = (len(passes), samples)
+            before = before or counted
+            if len(passes) != before[0]:
+                seen = f"{len(passes)} problems, and {before[0]} in the rows before"
                 raise InputError(f"{where}: passes: {seen}; count the same ones at every size")
+            if samples != before[1]:  # the lowest rate that so many can show would look like a trend
+                seen = f"{samples:g} per problem, and {before[1]:g} in the rows before"
+                raise InputError(f"{where}: samples: {seen}; draw as many at every size")
             values.append(mean_log_pass_rate(passes, int(samples)))
         else:
             values.append(_number(row, config.quantity, where))

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.chat import decode_response, encode_prompt, parse_response
 from rlhf.intervals import (
+    Estimate,
     best_of_n,
     best_of_n_kl,
     bootstrap_interval,
@@ -24,7 +25,7 @@ from rlhf.intervals import (
     win_rate,
     wins,
 )
-from rlhf.rows.records import Prompt
+from rlhf.rows.records import Prompt, split_key
 from rlhf.sampling.engine import Engine
 from rlhf.scores import RewardFunction, score_responses
 
@@ -201,6 +202,14 @@ def win_shares(first: PolicySamples, second: PolicySamples, kind: str) -> np.nda
     return wins(_verdicts(first, kind), _verdicts(second, kind))
 
 
+def _interval(prompts: Sequence[Prompt], values: np.ndarray, seed: int) -> Estimate:
+    """Compute the mean over prompts of values [P] or [P, n], NaN left out, and its interval over what splits go by:
+    prompts, or their `split_group`s."""
+    there = ~np.isnan(values).reshape(len(prompts), -1).any(axis=1)
+    keys = [split_key(prompt) for prompt, known in zip(prompts, there, strict=True) if known]
+    return bootstrap_interval(values[there], seed, keys=keys)
+
+
 def _families(samples: PolicySamples, won: np.ndarray | None, seed: int) -> dict[str, Entry]:
     """Compute means by family; ``n`` counts prompts. Empty when the prompts have no ``family`` column."""
     members: dict[str, list[int]] = {}
@@ -210,21 +219,23 @@ def _families(samples: PolicySamples, won: np.ndarray | None, seed: int) -> dict
     table: dict[str, Entry] = {}
     for family, indices in sorted(members.items()):
         rows = [index * samples.n + k for index in indices for k in range(samples.n)]
-        judged = np.empty(0) if won is None else won[indices][~np.isnan(won[indices])]
+        rate = None
+        if won is not None and not np.isnan(won[indices]).all():
+            rate = _interval([samples.prompts[index] for index in indices], won[indices], seed)
         table[family] = {
             "n": len(indices),
             "score": _average(samples.scores, rows),
             "gold_score": _average(samples.gold_scores, rows),
-            "win_rate_vs_sft": float(judged.mean()) if len(judged) else None,
+            "win_rate_vs_sft": None if rate is None else rate.value,
             "refusal_rate": _average(samples.refused, rows),
         }
-        if len(judged):
-            table[family]["win_rate_ci"] = bootstrap_interval(judged, seed).interval
+        if rate is not None:
+            table[family]["win_rate_ci"] = rate.interval
     return table
 
 
 def summarize(samples: PolicySamples, won: np.ndarray | None = None, seed: int = 0) -> Entry:
-    """Make one policy's entry in ``summary["evaluation"]``, without win rates; intervals are over prompts."""
+    """Make one policy's entry in ``summary["evaluation"]``, without win rates; intervals are as `compare`'s."""
     entry: Entry = {
         "prompts": len(samples.prompts),
         "score": _average(samples.scores),
@@ -237,7 +248,7 @@ def summarize(samples: PolicySamples, won: np.ndarray | None = None, seed: int =
         entry["judge_score"] = _average(samples.judge_scores)
     for name, values in (("gold_score", samples.gold_scores), ("judge_score", samples.judge_scores)):
         if values is not None:
-            entry[f"{name}_ci"] = bootstrap_interval(samples.by_prompt(values), seed).interval
+            entry[f"{name}_ci"] = _interval(samples.prompts, samples.by_prompt(values), seed).interval
     if samples.scores is not None:
         entry["score_length_correlation"] = score_length_correlation(samples.scores, samples.response_tokens)
     if samples.refused is not None:
@@ -264,9 +275,9 @@ def compare(
     ``policies`` maps names to samples (``{"ppo": ...}``). ``candidates`` are n > 1 fresh SFT samples per prompt with
     scores: the entry ``best_of_n`` is about those with the highest scores, its ``kl_nats`` is the analytic bound, and
     every policy is compared with it too. Win rates use the gold scores (judge kind "gold") or ``judge_scores``, those
-    of a reward model that PPO never saw; ties count half; intervals are over prompts. ``won`` decides instead, where a
-    judge compares responses: per prompt 1 where the first policy's is better, 0 the second's, NaN for an abstention,
-    which is left out.
+    of a reward model that PPO never saw; ties count half; intervals are over prompts, or their `split_group`s. ``won``
+    decides instead, where a judge compares responses: per prompt 1 where the first policy's is better, 0 the second's,
+    NaN for an abstention, which is left out.
     """
     entrants, best = dict(policies), None
     beats = won or (lambda first, second: win_shares(first, second, judge.kind))
@@ -278,11 +289,10 @@ def compare(
         if [prompt.messages for prompt in samples.prompts] != [prompt.messages for prompt in sft.prompts]:
             raise ValueError(f"{name} and sft answered different prompts; sample both on the same list")
         ours = beats(samples, sft)
-        rate = bootstrap_interval(ours[~np.isnan(ours)], seed)
+        rate = _interval(sft.prompts, ours, seed)
         entry = {**summarize(samples, ours, seed), "win_rate_vs_sft": rate.value, "win_rate_ci": rate.interval}
         if best is not None and samples is not best:
-            theirs = beats(samples, best)
-            rate = bootstrap_interval(theirs[~np.isnan(theirs)], seed)
+            rate = _interval(sft.prompts, beats(samples, best), seed)
             entry |= {"win_rate_vs_best_of_n": rate.value, "win_rate_vs_best_of_n_ci": rate.interval}
         if candidates is not None and samples is best:
             entry |= {"n": candidates.n, "kl_nats": best_of_n_kl(candidates.n)}

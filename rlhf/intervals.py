@@ -11,6 +11,7 @@ prompts, and have no width where all answers are right):
 | two systems on the same items | `paired_difference`: `clustered_mean` of the items' differences |
 | a judge, corrected by a few human labels | `rlhf.evals.correction` |
 | a mean without bounds | `bootstrap_interval`: Student's t below 100 prompts, then a studentized bootstrap |
+| a calibration error | `reflected`, of the quantiles on redrawn sets |
 
 `too_few` says how many prompts an undecided comparison would take, `holm` what remains of several comparisons.
 """
@@ -23,6 +24,8 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+
+from rlhf.quantiles import student_quantile
 
 Scores = Sequence[float] | Sequence[Sequence[float]] | np.ndarray
 FEW = 100
@@ -85,21 +88,18 @@ def clustered_mean(
     [n]: how often each value counts in all of this; None: once.
     """
     given = _checked(values)
-    times = [1.0] * len(given) if weights is None else [float(weight) for weight in weights]
-    totals: dict[Hashable, list[float]] = {}
-    for value, key, count in zip(given.tolist(), keys, times, strict=True):
-        total = totals.setdefault(key, [0.0, 0.0])
-        total[0] += count * value
-        total[1] += count
-    plain = len(totals) == len(given) and set(times) == {1.0}
+    of, times = _numbered(keys), np.ones(len(given)) if weights is None else np.asarray(weights, dtype=np.float64)
+    sums, sizes = _totals(given, of, times)
+    there = len(sums)
+    plain = there == len(given) and bool((times == 1).all())
     if bounds == (0.0, 1.0) and plain and set(given.tolist()) <= {0.0, 1.0}:
         return proportion(int(given.sum()), len(given), level)
     low, high = bounds
-    size = sum(times) / len(totals)
-    sums, sizes = np.array([*totals.values(), [low * size, size], [high * size, size]]).T
+    size = float(times.sum()) / there
+    sums, sizes = np.append(sums, [low * size, high * size]), np.append(sizes, [size, size])
     ratio, clusters = float(sums.sum() / sizes.sum()), len(sums)
     variance = clusters / (clusters - 1) * float(((sums - ratio * sizes) ** 2).sum() / sizes.sum() ** 2)
-    half = student_quantile((1 + level) / 2, max(1, len(totals) - 1)) * math.sqrt(variance)
+    half = student_quantile((1 + level) / 2, max(1, there - 1)) * math.sqrt(variance)
     return Estimate(float(np.average(given, weights=weights)), max(low, ratio - half), min(high, ratio + half))
 
 
@@ -140,39 +140,6 @@ def student_mean(values: Sequence[float] | np.ndarray, level: float = 0.95) -> E
         return Estimate(float(given[0]), -math.inf, math.inf)
     half = student_quantile((1 + level) / 2, len(given) - 1) * _standard_error(given)
     return Estimate(float(given.mean()), float(given.mean()) - half, float(given.mean()) + half)
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Compute the quantile of Student's t with whole degrees of freedom, for probabilities from 0.5 to 1.
-
-    Below 30 degrees by bisection of its distribution (Abramowitz and Stegun 26.7.3 and 26.7.4), from there on by the
-    expansion 26.7.5, which is exact to six digits there.
-    """
-    if degrees < 30:
-        low, high = 0.0, 1e6
-        for _ in range(100):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _student_distribution(middle, degrees) < probability else (low, middle)
-        return (low + high) / 2
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, 1))
-
-
-def _student_distribution(t: float, degrees: int) -> float:
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, squared = math.sin(angle), math.cos(angle) ** 2
-    odd = degrees % 2
-    term, series = (math.cos(angle), 0.0) if odd else (1.0, 0.0)
-    for k in range(1 + odd, degrees, 2):  # cos + 2/3 cos^3 + 2/3 4/5 cos^5 ..., or 1 + 1/2 cos^2 + 1/2 3/4 cos^4 ...
-        series += term
-        term *= squared * k / (k + 1)
-    within = 2 / math.pi * (angle + sine * series) if odd else sine * series
-    return 0.5 + within / 2
 
 
 # ---------------------------------------------------------------------------------- too few, or too many
@@ -243,33 +210,62 @@ def bootstrap_interval(
     level: float = 0.95,
     samples: int = 2000,
     statistic: Callable[[np.ndarray], float] = mean,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    keys: Sequence[Hashable] | None = None,
 ) -> Estimate:
     """Compute the interval of a statistic over prompts; of the mean, the one that the module's table names.
 
-    ``values [P, ...]`` has one row per prompt, with everything of that prompt: prompts are redrawn, not responses.
-    A mean of values that all lie in [0, 1] is `clustered_mean`'s, any other mean of fewer than 100 prompts
-    `student_mean`'s. From 100 prompts on, the mean is studentized (Efron and Tibshirani 1993, chapter 12.5): the
-    quantiles of ``(mean* - mean) / error*`` on ``samples`` redrawn sets take the place of Student's. Of any other
-    statistic the interval runs from the (1 - level) / 2 to the (1 + level) / 2 quantile on the redrawn sets, which is
-    too narrow below 100 prompts. Raises ValueError on no values, or on NaN or infinity.
+    ``values [P, ...]`` has one row per prompt, with everything of that prompt: prompts are redrawn, not responses; with
+    keys [P], the clusters that they are of. A mean of values that all lie in ``bounds`` is `clustered_mean`'s: name
+    them for differences, and None for a spread, which has no upper one. Any other mean of fewer than 100 clusters is
+    `student_mean`'s. From 100 on, it is studentized (Efron and Tibshirani 1993, chapter 12.5): the quantiles of
+    ``(mean* - mean) / error*`` on ``samples`` redrawn sets take the place of Student's. Of any other statistic the
+    interval runs from the (1 - level) / 2 to the (1 + level) / 2 quantile on the redrawn sets, which is too narrow
+    below 100 clusters. Raises ValueError on no values, or on NaN or infinity.
     """
     values = _checked(values)
     draw = np.random.default_rng(seed)
     tails = [(1 - level) / 2, (1 + level) / 2]
+    of = np.arange(len(values)) if keys is None else _numbered(keys)
     if statistic is not mean:
-        redrawn = [statistic(values[draw.integers(0, len(values), len(values))]) for _ in range(samples)]
+        members = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1])
+        again = (draw.integers(0, len(members), len(members)) for _ in range(samples))
+        redrawn = [statistic(values[np.concatenate([members[cluster] for cluster in drawn])]) for drawn in again]
         low, high = np.quantile(redrawn, tails)
         return Estimate(float(statistic(values)), float(low), float(high))
     rows = values.reshape(len(values), -1).mean(axis=1)
-    if values.min() >= 0 and values.max() <= 1:
-        return clustered_mean(rows, range(len(rows)), level=level)
+    if bounds is not None and values.min() >= bounds[0] and values.max() <= bounds[1]:
+        return clustered_mean(rows, of.tolist(), bounds, level)
+    sums, sizes = _totals(rows, of, np.ones(len(rows)))
+    if len(sums) < len(rows):  # a number per cluster, with the rows' mean and its standard error over clusters
+        rows = rows.mean() + (sums - rows.mean() * sizes) * len(sizes) / len(rows)
     if len(rows) < FEW or np.ptp(rows) == 0:
         return student_mean(rows, level)
     centre, error = float(rows.mean()), _standard_error(rows)
-    again = (rows[draw.integers(0, len(rows), len(rows))] for _ in range(samples))
-    apart = [(float(drawn.mean()) - centre) / _standard_error(drawn) for drawn in again if np.ptp(drawn) > 0]
+    sets = (rows[draw.integers(0, len(rows), len(rows))] for _ in range(samples))
+    apart = [(float(drawn.mean()) - centre) / _standard_error(drawn) for drawn in sets if np.ptp(drawn) > 0]
     below, above = np.quantile(apart, tails)
     return Estimate(centre, centre - float(above) * error, centre - float(below) * error)
+
+
+def reflected(found: Estimate) -> Estimate:
+    """Return the reversed bootstrap's interval (Davison and Hinkley 1997, chapter 5.2.1) of a number that is 0 or more
+    and that redrawing makes larger, as a calibration error: from the quantiles' ``[low, high]``, both above the truth,
+    ``[2 value - high, 2 value - low]``, cut at 0, and widened to hold the value. It holds the truth in 65 to 90% of
+    simulated worlds (calibration errors of 0 to 0.1, 100 or 400 items), not in 95%."""
+    low, high = (2 * found.value - end for end in (found.high, found.low))
+    return Estimate(found.value, min(found.value, max(0.0, low)), max(found.value, high))
+
+
+def _numbered(keys: Sequence[Hashable]) -> np.ndarray:
+    """Return each key's number, in the order in which they come first."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def _totals(values: np.ndarray, of: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each cluster's sum and number of values, of which each counts so many times."""
+    return np.bincount(of, weights=times * values), np.bincount(of, weights=times)
 
 
 def _standard_error(values: np.ndarray) -> float:

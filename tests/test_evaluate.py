@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlhf.errors import InputError
+from rlhf.evals.judge import Pair, Verdict, compared
 from rlhf.evaluate import JudgeCard, PolicySamples, choose_best, compare, judge_samples, sample_policy, side_by_side
 from rlhf.intervals import (
     best_of_n,
@@ -19,6 +20,7 @@ from rlhf.intervals import (
     bootstrap_interval,
     clustered_accuracy,
     score_length_correlation,
+    student_mean,
     win_rate,
     wins,
 )
@@ -282,6 +284,28 @@ def test_compare_by_an_unseen_reward_model():
     assert (result["ppo"]["win_rate_vs_sft"], result["ppo"]["judge_score"]) == (0.75, 0.5)
     assert "best_of_n" not in result
     assert result["judge"]["accuracy_ci"] == [0.6, 0.72]
+
+
+def test_intervals_go_by_the_groups_that_splits_go_by():
+    """Four groups of 25 prompts, alike within each: 75% of prompts, and as little as four answers tell."""
+    asked = tuple(Prompt([{"role": "user", "content": f"q{n}"}], {"split_group": n // 25, "family": "f"})
+                  for n in range(100))  # fmt: skip
+    for won in (1.0, 8.0):  # a share; a score without bounds
+        gold = np.repeat([won, won, won, 0.0], 25)
+        sft, ppo = (samples(asked, [1] * 100, gold_scores=tuple(own)) for own in (np.full(100, 0.5), gold))
+        entry = compare(sft, {"ppo": ppo}, JudgeCard("gold", "toy"))["ppo"]
+        assert (entry["win_rate_vs_sft"], entry["win_rate_ci"]) == (0.75, [0.0, 1.0])
+        assert entry["families"]["f"]["win_rate_ci"] == [0.0, 1.0]
+        low, high = entry["gold_score_ci"]
+        assert high - low >= 0.5 * won
+    assert (low, high) == pytest.approx(student_mean(gold[::25]).interval)
+    won_by = [1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0, 0.5, 1.0, 0.0]
+    asked = tuple(Prompt([{"role": "user", "content": "q"}], {"split_group": n // 3}) for n in range(10))
+    pairs = [Pair(prompt.messages, "one", "two", prompt.columns) for prompt in asked]
+    judged = compared(pairs, [Verdict(win, win) for win in won_by])["win_rate"]
+    same = samples(asked, [1] * 10)
+    entry = compare(same, {"ppo": same}, JudgeCard("model", "m"), won=lambda first, second: np.array(won_by))["ppo"]
+    assert entry["win_rate_ci"] == pytest.approx([judged["low"], judged["high"]])
 
 
 def test_compare_refuses_different_prompts():

@@ -13,10 +13,11 @@ from rlhf.intervals import (
     clustered_accuracy,
     clustered_mean,
     proportion,
+    reflected,
     student_mean,
-    student_quantile,
     win_rate,
 )
+from rlhf.quantiles import student_quantile
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,38 @@ def test_coverage_over_clusters(beta):
         held = simulated(lambda draw, _: of_clusters(draw, clusters, beta), truth, 1000)  # noqa: B023
         assert held >= 0.92, clusters
         assert held <= 0.985 or clusters < 100, clusters
+
+
+def calibration_error(rows: np.ndarray) -> float:
+    """Of rows (right, confidence), in ten bins."""
+    gaps = np.bincount(np.minimum((10 * rows[:, 1]).astype(int), 9), weights=rows[:, 0] - rows[:, 1])
+    return float(np.abs(gaps).sum() / len(rows))
+
+
+def answered(draw: np.random.Generator, n: int, error: float) -> np.ndarray:
+    confidence = draw.uniform(0.2, 1, n)
+    return np.column_stack([draw.random(n) < confidence - error, confidence])
+
+
+def test_a_calibration_errors_interval_holds_its_own_value_and_often_the_truth():
+    """Redrawn sets are worse calibrated than the items: their quantiles alone hold a truth of 0.05 in no world here."""
+    draw, held = np.random.default_rng(0), 0
+    for world in range(200):
+        rows = answered(draw, 100, 0.05)
+        found = reflected(bootstrap_interval(rows, world, samples=40, statistic=calibration_error))
+        assert 0 <= found.low <= found.value <= found.high
+        assert found.value == calibration_error(rows)
+        held += found.low <= 0.05 <= found.high
+    assert 0.65 < held / 200 < 0.92
+
+
+def test_a_redrawn_statistic_of_clusters_knows_no_copies():
+    rows = answered(np.random.default_rng(1), 30, 0.0)
+    alone = bootstrap_interval(rows, 0, samples=50, statistic=calibration_error)
+    assert bootstrap_interval(rows, 0, samples=50, statistic=calibration_error, keys=range(30)) == alone
+    copies = np.repeat(rows, 5, axis=0)
+    found = bootstrap_interval(copies, 0, samples=50, statistic=calibration_error, keys=np.repeat(range(30), 5))
+    assert found == pytest.approx(alone)
 
 
 @pytest.mark.long

@@ -93,7 +93,7 @@ def of_texts(config: SentimentConfig, folder: Path, table: Path) -> Iterator[Row
         if name not in ("SFT", "human"):
             won = win_rate(liked[name], liked["SFT"])
             yield Row(name, won.value, None, won.low, won.high, len(own), LEXICON)
-        found = bootstrap_interval(nats[name], config.seed)
+        found = bootstrap_interval(nats[name], config.seed, bounds=None)
         yield Row(name, found.value, None, found.low, found.high, len(own), FLUENCY)
         yield Row(name, distinct(own, 2), n=len(own), panel=VARIETY)
 

@@ -23,7 +23,7 @@ def disagreement(pairs: ScoredPairs, members: np.ndarray, names: Sequence[str], 
     """
     spread = members.std(axis=0)
     by_prompt = np.bincount(pairs.prompt_of, weights=spread) / np.bincount(pairs.prompt_of)
-    std = bootstrap_interval(by_prompt, seed)
+    std = bootstrap_interval(by_prompt, seed, bounds=None)
     differences = members[:, pairs.better] - members[:, pairs.worse]
     apart, right = differences.std(axis=0), pairs.right
     third = np.searchsorted(np.quantile(apart, [1 / 3, 2 / 3]), apart, side="left")

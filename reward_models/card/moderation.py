@@ -1,7 +1,8 @@
 """A moderation model's report card in numbers: each category beside a bag of words, calibration, thresholds, groups.
 
-Intervals are over distinct texts. Those of AUPRC and of the calibration error redraw texts and take quantiles, which is
-too narrow where a category has few positives; rates have the intervals of `rlhf.intervals`.
+Intervals are over distinct texts. Those of AUPRC redraw texts and take quantiles, which is too narrow where a category
+has few positives; the calibration error's reflect these quantiles, and are too narrow everywhere
+(`rlhf.intervals.reflected`); rates have the intervals of `rlhf.intervals`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from reward_models.card.pairs import GROUP_COLUMNS, Numbers
 from reward_models.labelled_texts import LabelledText
 from reward_models.moderation import Category
 from reward_models.thresholds import average_precision, true_positive_rate_at
-from rlhf.intervals import clustered_mean
+from rlhf.intervals import Estimate, clustered_mean, reflected
 from rlhf.rows.records import prompt_key
 
 BINS, REDRAWN, WORST, MOST_GROUPS = 10, 500, 12, 12
@@ -53,7 +54,7 @@ def moderation_report(judged: JudgedTexts, wanted: float | None, seed: int = 0) 
         "texts": len(judged.records), "distinct_texts": len(set(judged.texts.tolist())),
         "wanted_false_positive_rate": wanted,
         "categories": [_category(judged, n, redrawn, category) for n, category in enumerate(judged.categories)],
-        "mean": {name: _estimate(*mean) for name, mean in redrawn.means.items()},
+        "mean": {name: _estimate(name, *mean) for name, mean in redrawn.means.items()},
         "calibration": _reliability(judged), "flagged": _flagged(judged),
         "by_length": _by_length(judged), "by_source": _by_source(judged), "most_wrong": most_wrong(judged),
     }  # fmt: skip
@@ -119,12 +120,12 @@ def _known(scores: np.ndarray, labels: np.ndarray, rows: np.ndarray, n: int, com
     return np.nan if value is None else value
 
 
-def _estimate(value: float, redrawn: np.ndarray) -> Numbers | None:
-    """Return a value with its interval; None where there is no value."""
+def _estimate(name: str, value: float, redrawn: np.ndarray) -> Numbers | None:
+    """Return a statistic's value with its interval; None where there is no value."""
     if np.isnan(value):
         return None
-    low, high = np.nanquantile(redrawn, [0.025, 0.975])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    found = Estimate(float(value), *np.nanquantile(redrawn, [0.025, 0.975]).tolist())
+    return (reflected(found) if name == "calibration_error" else found)._asdict()
 
 
 def _category(judged: JudgedTexts, n: int, redrawn: _Redrawn, category: Category) -> Numbers:
@@ -138,7 +139,7 @@ def _category(judged: JudgedTexts, n: int, redrawn: _Redrawn, category: Category
         "false_positive_rate": _rate(flagged[~labels], texts[~labels]),
         "true_positive_rate": _rate(flagged[labels], texts[labels]),
     }  # fmt: skip
-    return found | {name: _estimate(table[0, n], table[1:, n]) for name, table in redrawn.values.items()}
+    return found | {name: _estimate(name, table[0, n], table[1:, n]) for name, table in redrawn.values.items()}
 
 
 def _rate(flagged: np.ndarray, texts: np.ndarray) -> Numbers | None:

@@ -17,7 +17,7 @@ from reward_models.card.pairs import Numbers, accuracy, difference
 from reward_models.process import ProcessModel, solution_score
 from reward_models.steps import conversation_of, first_error, outcome
 from rlhf.errors import InputError
-from rlhf.intervals import bootstrap_interval
+from rlhf.intervals import bootstrap_interval, reflected
 from rlhf.rows.records import Ranking, StepLabels, prompt_key, split_key
 
 BINS, LAST_POSITION, WORST, REDRAWN = 10, 8, 12, 500
@@ -95,15 +95,12 @@ def calibration(judged: JudgedSteps, seed: int) -> Numbers:
     """Compute `ece` with its interval, `brier`, `nll` and the reliability `curve` of step probabilities.
 
     ece: mean over steps of |share right - mean probability| per bin, of ten of equal width (Guo et al. 1706.04599); its
-    interval redraws problems. nll: mean of -log of the probability that the label has, in nats."""
-    members = [np.flatnonzero(judged.problem == problem) for problem in np.unique(judged.problem)]
-
-    def drawn(problems: np.ndarray) -> float:
-        chosen = np.concatenate([members[int(problem)] for problem in problems])
-        return _ece(judged.probability[chosen], judged.right[chosen])[0]
-
-    ece, curve = _ece(judged.probability, judged.right)
-    _, low, high = bootstrap_interval(np.arange(len(members)), seed, samples=REDRAWN, statistic=drawn)
+    interval redraws problems and is too narrow (`rlhf.intervals.reflected`). nll: mean of -log of the probability that
+    the label has, in nats."""
+    steps = np.column_stack([judged.probability, judged.right])
+    problems, error = judged.problem.tolist(), lambda rows: _ece(rows[:, 0], rows[:, 1])[0]
+    found = bootstrap_interval(steps, seed, samples=REDRAWN, statistic=error, keys=problems)
+    (ece, low, high), curve = reflected(found), _ece(judged.probability, judged.right)[1]
     own = np.where(judged.right, judged.probability, 1 - judged.probability)
     return {
         "ece": ece, "ece_ci": [low, high], "n": len(own), "curve": curve, "brier": float(((1 - own) ** 2).mean()),

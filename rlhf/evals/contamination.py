@@ -6,7 +6,7 @@
 | `windows` | any substring of 50 letters and digits is |
 | `words` | 70% of its words lie in a run of 8 words that is in the training data, in small letters (after PaLM) |
 
-Boilerplate, what many items share, is neither sought nor counted among an item's letters and words.
+Boilerplate, what many items of an eval share, is neither sought nor counted among an item's letters and words.
 
 What none of them finds: a paraphrase, a translation, the same numbers in other words. Clean by these means that nobody
 copied the text, not that nobody taught to the test.
@@ -57,7 +57,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found of a text; None: too short to tell, or nothing but what many items share."""
+    """What was found of a text; None: too short to tell, or nothing but what many items of its eval share."""
 
     sampled: bool | None = None
     windows: bool | None = None
@@ -122,14 +122,18 @@ def _score(row: Mapping[str, Any], where: str) -> float | None:
 # ------------------------------------------------------------------------------------------------- the search
 
 
-def search(stream: Iterable[tuple[str, str]], texts: Sequence[str], rules: Rules) -> list[Found]:
-    """Look for `texts` in a stream of (where, text), which is read once; equal texts are looked for once.
+def search(
+    stream: Iterable[tuple[str, str]], texts: Sequence[str], rules: Rules, evals: Sequence[str] | None = None
+) -> list[Found]:
+    """Look for `texts` in a stream of (where, text), which is read once; equal texts of an eval are looked for once.
 
-    A window that more than a twentieth of the texts share (and more than ten) is boilerplate, such as an eval's
-    instructions, and neither sought nor sampled. Raises InputError where the texts are too many for memory.
+    evals: the name of each text's eval; None: all are of one. A window that more than a twentieth of an eval's texts
+    share (and more than ten) is boilerplate there, such as its instructions, and neither sought nor sampled: so what is
+    found of an eval does not depend on the others. Raises InputError where the texts are too many for memory.
     """
-    distinct = list(dict.fromkeys(texts))
-    if sum(map(len, distinct)) > MOST_LETTERS:
+    given = list(zip(["" for _ in texts] if evals is None else evals, texts, strict=True))
+    distinct = list(dict.fromkeys(given))
+    if sum(len(text) for _, text in distinct) > MOST_LETTERS:
         raise InputError(f"eval data: more than {MOST_LETTERS:,} letters; check fewer evals at a time")
     letters = _sought(distinct, letters_of, rules.chars, rules.min_chars)
     long = {text for one in letters for text in np.unique(one.owner).tolist()}
@@ -143,10 +147,9 @@ def search(stream: Iterable[tuple[str, str]], texts: Sequence[str], rules: Rules
     by_letters = {text: (one, rows) for one in letters for text, rows in _windows_of(one)}
     by_words = {text: (one, rows) for one in words for text, rows in _windows_of(one)}
     found = {
-        text: _found(text, by_letters.get(number), by_words.get(number), rules)
-        for number, text in enumerate(distinct)
-    }  # fmt: skip
-    return [found[text] for text in texts]
+        one: _found(one[1], by_letters.get(number), by_words.get(number), rules) for number, one in enumerate(distinct)
+    }
+    return [found[one] for one in given]
 
 
 def holding(texts: Sequence[str], items: Sequence[str], rules: Rules) -> set[int]:
@@ -164,23 +167,25 @@ def holding(texts: Sequence[str], items: Sequence[str], rules: Rules) -> set[int
 
 
 def _sought(
-    texts: Sequence[str], symbols_of: Any, size: int, fewest: int, allowed: set[int] | None = None
+    given: Sequence[tuple[str, str]], symbols_of: Any, size: int, fewest: int, allowed: set[int] | None = None
 ) -> list[Sought]:
-    """Return the windows of all texts: of `size` symbols, or of as many as a shorter text has; those with less than
-    `fewest` are left out."""
-    if not texts:
+    """Return the windows of all (eval, text): of `size` symbols, or of as many as a shorter text has; those with less
+    than `fewest` are left out."""
+    if not given:
         return []
+    texts = [text for _, text in given]
+    _, group, items = np.unique([name for name, _ in given], return_inverse=True, return_counts=True)
     symbols = symbols_of(join(texts))
     owner = owners(symbols, np.arange(len(texts)))
     counts = np.bincount(owner[owner >= 0], minlength=len(texts))
     sizes = np.where(counts >= size, size, counts)
-    most = max(10, len(texts) // 20)
+    most = np.maximum(10, items // 20)
     found = []
     for one in np.unique(sizes[sizes >= min(fewest, size)]).tolist():
         numbers = [n for n in np.flatnonzero(sizes == one).tolist() if allowed is None or n in allowed]
         if numbers:
             own = symbols_of(join([texts[n] for n in numbers]))
-            found.append(Sought(own, owners(own, np.array(numbers)), int(one), most))
+            found.append(Sought(own, owners(own, np.array(numbers)), int(one), group, most))
     return found
 
 
@@ -198,7 +203,7 @@ def _found(text: str, letters: Windows | None, words: Windows | None, rules: Rul
     if letters is None:
         return Found()
     sought, rows = letters
-    place = sought.place[sought.number[rows]]
+    place = sought.place_of(rows)
     own = np.flatnonzero(place != -2)
     if not len(own):
         return Found()
@@ -207,7 +212,7 @@ def _found(text: str, letters: Windows | None, words: Windows | None, rules: Rul
     first = sought.places[int(place[np.argmax(hits)])] if hits.any() else None
     covered, by_words = _covered(place, sought.size), None
     if words is not None:
-        seen = words[0].place[words[0].number[words[1]]]
+        seen = words[0].place_of(words[1])
         if (seen != -2).any():
             by_words = _covered(seen, words[0].size)
             hit = np.argmax(seen >= 0)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf.errors import InputError
-from rlhf.intervals import Estimate, clustered_mean, student_quantile
+from rlhf.intervals import Estimate, clustered_mean
+from rlhf.quantiles import student_quantile
 
 FEWEST = 10
 """Labelled prompts below which nothing is corrected: the tuning has nothing to go by."""
@@ -80,7 +81,7 @@ def corrected(
     raw = clustered_mean([*given.values()], [*given], _spanned(bounds, [*given.values()]), level)
     worth = (alone.half / both.half) ** 2
     known, asked = np.array([*certain.values()], dtype=np.float64), len(human) + len(rest)
-    labels_alone, together = (_joined(one.estimate, asked, known, level) for one in (alone, both))
+    labels_alone, together = (_joined(one.estimate, asked, known, bounds, level) for one in (alone, both))
     return Corrected(raw, labels_alone, together, both.weight, len(human), len(given), worth)
 
 
@@ -131,19 +132,19 @@ def ppi_mean(
     return Powered(Estimate(value, *interval), weight, half)
 
 
-def _joined(found: Estimate, asked: int, known: np.ndarray, level: float) -> Estimate:
+def _joined(found: Estimate, asked: int, known: np.ndarray, bounds: tuple[float, float], level: float) -> Estimate:
     """Return the mean over all prompts: `found` over those that people may be asked about, and the `known` ones.
 
     To the square of each end's distance comes that of the share and of the known values, which another sample of
-    prompts would have otherwise."""
+    prompts would have otherwise; the ends are cut at the bounds."""
     if not len(known):
         return found
     total, share = asked + len(known), len(known) / (asked + len(known))
     value = share * float(known.mean()) + (1 - share) * found.value
     variance = share * (float(known.var()) + (1 - share) * (float(known.mean()) - found.value) ** 2) / total
     chance = student_quantile((1 + level) / 2, total - 1) * math.sqrt(variance)
-    low, high = (math.hypot((1 - share) * (end - found.value), chance) for end in (found.low, found.high))
-    return Estimate(value, value - low, value + high)
+    below, above = (math.hypot((1 - share) * (end - found.value), chance) for end in (found.low, found.high))
+    return Estimate(value, max(bounds[0], value - below), min(bounds[1], value + above))
 
 
 def _spanned(bounds: tuple[float, float], values: list[float]) -> tuple[float, float]:

@@ -22,7 +22,8 @@ from rlhf.errors import InputError, RunStopped, reason
 from rlhf.evals.answers import LITTLE, Answered, NoAnswer, Spent
 from rlhf.evals.asks import Asks
 from rlhf.evals.questions import PairTemplate
-from rlhf.intervals import Estimate, clustered_mean, student_quantile
+from rlhf.intervals import Estimate, clustered_mean
+from rlhf.quantiles import student_quantile
 from rlhf.rows.messages import Messages
 from rlhf.rows.records import Prompt, split_key
 
@@ -201,8 +202,8 @@ def compared(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> Metrics:
     """Compute what verdicts on pairs (a policy's response first, the baseline's second) come to, over prompts.
 
     `win_rate` is the mean of both orders' decisions, ties counting half; `length_controlled_win_rate` what it would be
-    between answers of the same length. `abstentions` are a share of all pairs, the rest of those with a verdict; flips
-    and position are left out for a judge of single responses, which has no order.
+    between answers of the same length, from the same decisions. `abstentions` are a share of all pairs, the rest of
+    those with a verdict; flips and position are left out for a judge of single responses, which has no order.
     Raises InputError where the judge abstains from every pair.
     """
     there = [(pair, verdict) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.win is not None]
@@ -210,12 +211,11 @@ def compared(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> Metrics:
         raise InputError(f"judge: abstains from all {len(pairs)} pairs; does the model answer with a letter?")
     keys = [pair.key for pair, _ in there]
     wins = [float(verdict.win or 0.0) for _, verdict in there]
-    shares = [wins[n] if verdict.share is None else verdict.share for n, (_, verdict) in enumerate(there)]
     lengths = [(len(pair.first), len(pair.second)) for pair, _ in there]
     everywhere = [pair.key for pair in pairs]
     found = {
         "win_rate": clustered_mean(wins, keys),
-        "length_controlled_win_rate": length_controlled(shares, lengths, keys),
+        "length_controlled_win_rate": length_controlled(wins, lengths, keys),
         "ties": clustered_mean([float(v.decision == 0.5) for _, v in there], keys),
         "longer_preferred": clustered_mean(longer(wins, lengths), keys),
     }
@@ -250,8 +250,9 @@ def length_controlled(
 ) -> Estimate:
     """Compute the win rate that a judge would give between responses of the same length, after AlpacaEval 2.
 
-    Dubois et al. (2404.04475) fit a logistic regression to a judge's preferences p (in [0, 1], from its probabilities)
-    and predict them with the length term at 0. Here, with l the lengths in characters::
+    Dubois et al. (2404.04475) fit a logistic regression to a judge's preferences (from its probabilities) and predict
+    them with the length term at 0. Here shares in [0, 1] are fitted, decisions or probabilities: the rate is of what
+    they are. With l the lengths in characters::
 
         logit p = theta + phi tanh((l_first - l_second) / sd(l_first - l_second))        the rate is sigmoid(theta)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf.evals.modelgraded import ModelBasedClassify
 from rlhf.evals.run import Result
-from rlhf.intervals import Estimate, bootstrap_interval, clustered_mean
+from rlhf.intervals import Estimate, bootstrap_interval, clustered_mean, reflected
 
 Metric = dict[str, Any]
 """value, low, high and n: the number of items, over which the interval is."""
@@ -38,7 +38,8 @@ def metrics_of(result: Result, ks: Sequence[int] = ()) -> dict[str, Metric]:
     """Compute an eval's metrics, each named <eval>/<metric>: the means of what its verdicts count, and pass@k.
 
     An interval is over items: several answers to one item, and items that are asked twice, are one cluster
-    (`rlhf.intervals.clustered_mean`, which is Wilson's for one answer per item).
+    (`rlhf.intervals.clustered_mean`, which is Wilson's for one answer per item). The calibration error's, of the first
+    answer to each item, redraws items and is too narrow (`rlhf.intervals.reflected`).
     """
     items, name = result.items, result.eval.name
     if not items:
@@ -52,8 +53,9 @@ def metrics_of(result: Result, ks: Sequence[int] = ()) -> dict[str, Metric]:
         found[f"{name}/{metric}"] = as_metric(clustered_mean(values, keys, bounds), len(set(keys)))
     if "confidence" in items[0].trials[0].verdict.numbers:
         pairs = [[item.trials[0].verdict.numbers[part] for part in ("accuracy", "confidence")] for item in items]
-        error = bootstrap_interval(np.array(pairs), seed=0, statistic=calibration_error)
-        found[f"{name}/calibration_error"] = as_metric(error, len(items))
+        keys = [item.sample.key for item in items]
+        error = reflected(bootstrap_interval(np.array(pairs), seed=0, statistic=calibration_error, keys=keys))
+        found[f"{name}/calibration_error"] = as_metric(error, len(set(keys)))
     if "accuracy" in items[0].trials[0].verdict.numbers:
         for k in ks:
             shares = [

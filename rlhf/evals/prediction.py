@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf.errors import InputError
-from rlhf.intervals import Estimate, student_quantile
+from rlhf.intervals import Estimate
+from rlhf.quantiles import student_quantile
 from rlhf.rows.jsonl import read_object
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.fingerprint import canonical

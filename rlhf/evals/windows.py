@@ -99,9 +99,10 @@ def window_hashes(sums: np.ndarray, size: int) -> np.ndarray:
 class Sought:
     """All windows of one size of some texts, and which of them have been found."""
 
-    def __init__(self, symbols: Symbols, owner: np.ndarray, size: int, most_owners: int) -> None:
+    def __init__(self, symbols: Symbols, owner: np.ndarray, size: int, group: np.ndarray, most: np.ndarray) -> None:
         """symbols: the texts one after another, with an END between. owner [n]: the number of each symbol's text, -1 at
-        an END. A window that more than `most_owners` texts have is boilerplate, and not sought."""
+        an END. group [texts]: the number of each text's group. A window that more than `most` [groups] texts of a group
+        have is boilerplate there, and not sought for them."""
         self.symbols, self.size = symbols, size
         hashes = window_hashes(prefix_sums(symbols.values), size)
         starts = np.flatnonzero((owner[: len(hashes)] == owner[size - 1 :]) & (owner[: len(hashes)] >= 0))
@@ -112,14 +113,21 @@ class Sought:
         """[W] where every window begins; `number` [W] says which of the U different ones it is."""
         self.owner = owner[starts]
         count = int(self.owner.max(initial=0)) + 1
-        owned = np.unique(self.number.astype(np.int64) * count + self.owner) // count
-        self.boilerplate = np.bincount(owned, minlength=len(self.hashes)) > most_owners
-        self.place = np.where(self.boilerplate, -2, -1)
+        of_group = self.number.astype(np.int64) * len(most) + group[self.owner]
+        having, texts = np.unique(np.unique(of_group * count + self.owner) // count, return_counts=True)
+        self.boilerplate = np.isin(of_group, having[texts > most[having % len(most)]])
+        """[W] whether many texts of a window's own group have it."""
+        self.place = np.full(len(self.hashes), -2)
+        self.place[self.number[~self.boilerplate]] = -1
         """[U] where a window was found first, as an index of `places`; -1: nowhere, -2: not sought."""
         self.places: list[str] = []
         self.bits = int(min(27, max(16, np.ceil(np.log2(16 * max(1, len(self.hashes)))))))
         self.table = np.zeros(2**self.bits, dtype=bool)
-        self.table[self._upper(self.hashes[~self.boilerplate])] = True
+        self.table[self._upper(self.hashes[self.place == -1])] = True
+
+    def place_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return [k] where these windows were found first, as in `place`; -2 also for a group's own boilerplate."""
+        return np.where(self.boilerplate[rows], -2, self.place[self.number[rows]])
 
     def _upper(self, hashes: np.ndarray) -> np.ndarray:
         return (hashes >> np.uint64(64 - self.bits)).astype(np.intp)

@@ -278,6 +278,9 @@ def test_likelihood_by_hand(answers):
     ]
     error = metrics_of(result)["e/calibration_error"]
     assert error["value"] == pytest.approx(math.e / (1 + math.e) - 0.5)
+    assert error["low"] <= error["value"] <= error["high"]
+    twice = run_by_likelihood(Eval("e", Match(), items * 8, "e"), Asker(Counting(), answers, 4))
+    assert metrics_of(twice)["e/calibration_error"] == pytest.approx(error), "asked again, it is the same item"
     with pytest.raises(InputError, match="a judge reads its answers"):
         run_by_likelihood(Eval("e", graded("classify"), items, "e"), Asker(Counting(), answers, 4))
 

@@ -122,14 +122,14 @@ def test_no_false_hit_in_a_million_windows():
 def test_a_collision_of_hashes_is_no_hit(monkeypatch):
     """With all hashes equal every window passes the table; the letters decide."""
     monkeypatch.setattr(windows, "window_hashes", lambda sums, size: np.zeros(max(0, len(sums) - size), np.uint64))
-    item = letters_of("abcdefgh")
-    sought = Sought(item, owners(item, np.arange(1)), 4, 10)
+    item, alone = letters_of("abcdefgh"), (np.array([0]), np.array([10]))
+    sought = Sought(item, owners(item, np.arange(1)), 4, *alone)
     stream = letters_of("efghxabcd")
     sought.look(stream, prefix_sums(stream.values), owners(stream, np.arange(1)), ["t"])
     # one number for all windows of the item; its first is "abcd", which stands at the end of the stream
     assert sought.places == ["t"]
     other = letters_of("xxxxxxxxx")
-    sought = Sought(item, owners(item, np.arange(1)), 4, 10)
+    sought = Sought(item, owners(item, np.arange(1)), 4, *alone)
     sought.look(other, prefix_sums(other.values), owners(other, np.arange(1)), ["t"])
     assert sought.places == []
 
@@ -166,6 +166,22 @@ def test_boilerplate_is_neither_sought_nor_sampled():
     assert [one.windows for one in found[:-1]] == [False] * 30
     assert found[-1].windows is None, "nothing of it is its own"
     assert search([("t", items[3])], items, Rules())[3].sampled is True
+
+
+def test_what_is_found_of_an_eval_does_not_depend_on_another():
+    """40 items share instructions that the training data hold; a tenth of them are copied. Beside it a larger eval,
+    which has its own boilerplate, and three of the items."""
+    draw = random.Random(0)
+    words = lambda n: " ".join("".join(draw.choices("abcdefghij", k=6)) for _ in range(n))  # noqa: E731
+    head, other = words(12), words(12)
+    small = [f"{head} {words(12)}" for _ in range(40)]
+    large = [f"{other} {words(12)}" for _ in range(800)] + small[:3]
+    stream = [("t:0", f"{head} {words(30)}"), ("t:1", other), *((f"t:{n}", small[n]) for n in (2, 5, 6, 9))]
+    alone, beside = search(stream, small, Rules()), search(stream, large, Rules())
+    assert [n for n, one in enumerate(alone) if one.windows and one.words] == [2, 5, 6, 9]
+    assert [one.windows for one in beside[-3:]] == [True] * 3, "rare there, and in the training data"
+    together = search(stream, [*small, *large], Rules(), ["small"] * 40 + ["large"] * 803)
+    assert together == alone + beside
 
 
 # --------------------------------------------------------------------------------------------- items and scores

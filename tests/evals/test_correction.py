@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.errors import InputError
 from rlhf.evals.correction import corrected, ppi_mean
-from rlhf.intervals import student_quantile
+from rlhf.quantiles import student_quantile
 
 
 def test_by_hand():
@@ -131,6 +131,15 @@ def test_all_labels_agree_and_the_interval_has_a_width():
     assert found.estimate.value == 1.0
     assert found.estimate.low < 0.85
     assert found.estimate.high == 1.0
+
+
+def test_a_win_rate_lies_between_0_and_1_with_ties_that_are_certain():
+    for lost in (0.0, 1.0):
+        verdicts, labels = dict.fromkeys(range(100), lost), dict.fromkeys(range(30), lost)
+        found = corrected(verdicts, labels, certain={99: 0.5})
+        for estimate in (found.labels, found.corrected):
+            assert 0.0 <= estimate.low < estimate.value < estimate.high <= 1.0
+            assert estimate.value == pytest.approx(0.99 * lost + 0.01 * 0.5)
 
 
 def test_what_cannot_be_corrected():

@@ -190,6 +190,14 @@ def test_length_control_exists_where_all_is_won_or_length_decides(won):
     assert decided.low < 0.5 < decided.high
 
 
+def test_at_equal_length_both_win_rates_say_the_same():
+    """A judge that is never surer than 60%, and always of the first: it decides for it all the same."""
+    pairs = [Pair(asked(f"Q{n}"), "four", "five") for n in range(100)]
+    found = compared(pairs, [Verdict(1.0, 1.0, 0.6, 1.0)] * 100)
+    assert found["win_rate"]["value"] == 1.0
+    assert found["length_controlled_win_rate"]["value"] == pytest.approx((100 + 1) / (100 + 2)), "four halves are added"
+
+
 # -------------------------------------------------------------------------------------------------- the card
 
 

@@ -23,7 +23,7 @@ from rlhf.evals.prediction import (
     prediction,
     register,
 )
-from rlhf.intervals import student_quantile
+from rlhf.quantiles import student_quantile
 from rlhf.run.stages import Manifest
 
 COMPUTE = np.geomspace(1e15, 1e19, 12)
@@ -217,6 +217,8 @@ def test_the_recipe(tmp_path: Path):
     assert "mean log pass rate -" in rates.out
     uneven = tmp_path / "uneven.jsonl"
     uneven.write_text("".join(json.dumps({"compute": n, "passes": [1] * n, "samples": 20}) + "\n" for n in range(2, 7)))
+    unlike = tmp_path / "unlike.jsonl"
+    unlike.write_text("".join(json.dumps({"compute": n, "passes": [0], "samples": 10 * n}) + "\n" for n in range(2, 7)))
     for flags, told in (
         ((), "give --data and --at to predict, or --compare"),
         (("--data", data), "at is missing"),
@@ -227,6 +229,10 @@ def test_the_recipe(tmp_path: Path):
         (
             ("--data", uneven, "--at", 3, "--quantity", "mean_log_pass_rate"),
             "uneven.jsonl:2: passes: 3 problems, and 2 in the rows before; count the same ones at every size",
+        ),
+        (
+            ("--data", unlike, "--at", 3, "--quantity", "mean_log_pass_rate"),
+            "unlike.jsonl:2: samples: 30 per problem, and 20 in the rows before; draw as many at every size",
         ),
     ):
         refused = recipe.run("predict_capability", *flags)

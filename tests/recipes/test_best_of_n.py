@@ -99,6 +99,19 @@ def test_votes_are_measured_by_a_column(tmp_path, folders):
     assert found["curves"]["majority"][0]["kl_nats"] is None
 
 
+def test_a_gains_interval_knows_that_it_may_be_a_loss():
+    """3 of 20 prompts gain 3/4: of shares as likely 0 by chance; with the signs turned round, the mirror image."""
+    from rlhf_recipes.best_of_n_results import gain
+
+    ends, keys = np.r_[np.full(3, 0.75), np.zeros(17)], [f"q{n}" for n in range(20)]
+    for scale in (1.0, 8.0):  # shares; scores without bounds
+        curve = scale * np.column_stack([np.zeros(20), ends])
+        up, down = gain(curve, keys, 0), gain(curve[:, ::-1], keys, 0)
+        assert (down["low"], down["high"]) == pytest.approx((-up["high"], -up["low"]))
+        assert up["low"] < 0 < up["value"] == pytest.approx(scale * 0.1125)
+    assert gain(curve, ["one"] * 10 + ["other"] * 10, 0)["high"] > up["high"], "two groups tell less than 20 prompts"
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -183,23 +183,26 @@ def test_evaluate_policy_of_any_two_folders(
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"Say {i}."} for i in range(6)])
     held_out, out = write(tmp_path / "held_out.jsonl", pairs(12)), tmp_path / "my" / "comparison"
-    judge = (
-        judge_file if judged_by == "function" else tiny_chain.save_reward_model(tmp_path / "rm", base, tiny_tokenizer)
-    )
-    result = run("evaluate_policy", "--policy", tmp_path / "other", "--baseline", base, "--judge", judge,
+    model = tiny_chain.save_reward_model(tmp_path / "rm", base, tiny_tokenizer)
+    picked = judged_by == "function"  # the judge alone picks nothing: it would judge its own pick
+    judge = ("--judge", judge_file, "--reward_model", model) if picked else ("--judge", model)
+    result = run("evaluate_policy", "--policy", tmp_path / "other", "--baseline", base, *judge,
                  "--eval_data", prompts, "--rankings", held_out, "--output_dir", out, "--max_new_tokens", 6,
                  "--best_of", 3)  # fmt: skip
-    outcome = manifest(out)["outputs"]["evaluation"]
+    outcome, samples = manifest(out)["outputs"]["evaluation"], out / "samples.jsonl"
     ppo = outcome["ppo"]
     assert ppo["prompts"] == 6
     assert ppo["win_rate_ci"][0] <= ppo["win_rate_vs_sft"] <= ppo["win_rate_ci"][1]
     assert (ppo["gold_score"] is None) == (judged_by == "reward model")
     assert math.isfinite(ppo["kl_nats"])
-    assert outcome["best_of_n"]["kl_nats"] == pytest.approx(math.log(3) - 2 / 3)
+    assert ("best_of_n" in outcome) == picked == (ppo["score"] is not None) == ("score_ppo" in lines(samples)[0])
+    assert ("no reward model: no score, and no best-of-n" in result.out) != picked
+    if picked:
+        assert outcome["best_of_n"]["kl_nats"] == pytest.approx(math.log(3) - 2 / 3)
     assert outcome["judge"]["kind"] == ("gold" if judged_by == "function" else "reward_model")
     assert 0 <= outcome["judge"]["accuracy"] <= 1
     assert "Judge:" in result.out
-    assert len(lines(out / "samples.jsonl")) == 6
+    assert len(lines(samples)) == 6
 
 
 def no_nan(text: str) -> Any:
@@ -351,6 +354,20 @@ def test_the_gold_score_never_trains(tmp_path: Path, base: Path) -> None:
     assert result.err.startswith("error: --reward_model is missing, and no earlier stage left")
     known = {name for name in recipe.load("ppo").PPORecipe.__dataclass_fields__ if "judge" in name or "gold" in name}
     assert known == set()
+
+
+def test_the_first_rows_to_label_are_a_random_part() -> None:
+    """Whoever stops early has labelled the first rows, and the prompts' file may hold one family after the other."""
+    from rlhf.evaluate import PolicySamples
+    from rlhf.rows.records import Prompt
+    from rlhf_recipes.judging import to_label
+
+    asked = tuple(Prompt([{"role": "user", "content": f"{'ab'[n // 50]} {n}"}], {}) for n in range(100))
+    one, other = (PolicySamples(asked, (text,) * 100, ((1,),) * 100, (True,) * 100) for text in ("yes", "no"))
+    rows = to_label(one, other, 0)
+    assert rows == to_label(one, other, 0) != to_label(one, other, 1)
+    assert {row["prompt"][0]["content"] for row in rows} == {prompt.messages[0]["content"] for prompt in asked}
+    assert {row["prompt"][0]["content"][0] for row in rows[:20]} == {"a", "b"}
 
 
 def test_evaluate_policy_with_a_language_model_as_judge_and_peoples_labels(

@@ -182,6 +182,15 @@ def test_the_cards_numbers_by_hand():
     assert card["wrong_auc"] == 1.0
 
 
+def test_the_spreads_interval_is_as_narrow_as_the_prompts_agree():
+    """Spreads of 0.05 with a deviation of 0.005 over 20 prompts: half the width is 2.09 * 0.005 / sqrt(20)."""
+    rankings = [Ranking([{"role": "user", "content": str(n)}], ("good", "bad"), (1, 2)) for n in range(20)]
+    apart = 0.05 + 0.005 * np.sqrt(19 / 20) * np.resize([1.0, -1.0], 20)
+    members = np.stack([np.repeat(apart, 2), -np.repeat(apart, 2)])
+    card = disagreement(scored_pairs(rankings, [(1.0, 0.0)] * 20), members, ["a", "b"], seed=0)
+    assert card["std_ci"] == pytest.approx([0.05 - 0.00234, 0.05 + 0.00234], abs=1e-5)
+
+
 def test_the_recipe_makes_a_folder_that_evaluation_and_ppo_take(tmp_path, full):
     data = tmp_path / "rankings.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in RANKINGS))

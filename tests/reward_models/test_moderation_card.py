@@ -85,6 +85,17 @@ def test_the_calibration_error_by_hand():
     assert calibration_error(probabilities, labels) == pytest.approx((0.05 + 2 * 0.35 + 0.05) / 4)
 
 
+def test_a_calibrated_models_error_may_be_none():
+    """Its value is above 0 by chance alone, and redrawn texts put it higher still."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.random((80, 1))
+    labels = (rng.random((80, 1)) < probabilities).astype(float)
+    records = [LabelledText([{"role": "user", "content": f"text {n}"}], {}, {}) for n in range(80)]
+    report = moderation_report(JudgedTexts(records, (Category(name="bad"),), labels, probabilities), None)
+    found = report["categories"][0]["calibration_error"]
+    assert found["low"] < 0.02 < found["value"] < found["high"]
+
+
 def test_repeated_texts_are_one_in_the_intervals():
     one = judged(20)
     twice = JudgedTexts(

@@ -118,19 +118,22 @@ class RewardModel:
         completion_ids: Sequence[Sequence[int]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         stop_ids: Sequence[int] | None = None,
+        parsed_completions: Messages | None = None,
         **columns: object,
     ) -> list[float]:
         """Return normalised scores. A plain-text prompt is one user turn.
 
         processing_class: the policy's tokenizer. Where it is this model's, too, an answer without thinking is read as
-        the ids that were sampled, up to one of `stop_ids` (default: the tokenizer's). columns: `scored_prompt` and
-        `scored_prefix` change what is read (`talks_of`)."""
+        the ids that were sampled, up to one of `stop_ids` (default: the tokenizer's). parsed_completions: the
+        responses as messages, which hold the thinking that a plain-text completion leaves out; default: as the sampled
+        ids say. columns: `scored_prompt` and `scored_prefix` change what is read (`talks_of`)."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
-        talks = talks_of(prompts, completions, columns)
-        rows = rows_of(columns, len(talks))
+        rows = rows_of(columns, len(completions))
         written = None if SCORED_PREFIX in columns else completion_ids
         sampled = self.sampled_ids(written, processing_class, stop_ids)
+        completions = self.with_thinking(completions, parsed_completions, sampled, rows)
+        talks = talks_of(prompts, completions, columns)
         sequences = [
             self._encoded(talk, row, number, None if sampled is None else sampled[number - 1])
             for number, (talk, row) in enumerate(zip(talks, rows, strict=True), start=1)
@@ -186,6 +189,28 @@ class RewardModel:
             return None
         stops = chat.stop_ids(self.tokenizer) if stop_ids is None else stop_ids
         return [list(ids[:-1] if ids and ids[-1] in stops else ids) for ids in responses]
+
+    def with_thinking(
+        self,
+        completions: Texts,
+        parsed: Messages | None,
+        sampled: Sequence[Sequence[int]] | None,
+        rows: Sequence[Mapping[str, object]],
+    ) -> Texts:
+        """Return completions, with the whole message in place of a text that was written with thinking.
+
+        parsed: the responses as messages; with None they are parsed from `sampled`, as of `sampled_ids`. rows: what
+        each one's chat template reads."""
+        if parsed is None and sampled is not None:
+            end = chat.end_of_turn_id(self.tokenizer)
+            texts = [chat.decode_response(self.tokenizer, [*ids, end], [end]) for ids in sampled]
+            parsed = [chat.parse_response(self.tokenizer, t, row) for t, row in zip(texts, rows, strict=True)]
+        if parsed is None:
+            return completions
+        return [
+            [message] if isinstance(text, str) and "reasoning_content" in message else text
+            for text, message in zip(completions, parsed, strict=True)
+        ]
 
     def same_tokenizer(self, other: PreTrainedTokenizerBase | None) -> bool:
         """Return whether another tokenizer gives every conversation the ids that this model's gives."""

@@ -93,7 +93,7 @@ class PPOTrainer:
         self.given = by_main(lambda: of_run(tokenizer, self.prompts, self.reward_funcs, peft_config, **models_given))
         self.peft_config, self.reference_given = peft_config, ref_model is not None  # else step 0's KL must be 0
         self.actor_critic = models = build.models_for(args, model, ref_model, start, peft_config, dtype).to(self.device)
-        inputs.check_positions(models, self.prompt_ids + self.eval_prompt_ids, args)
+        inputs.check_positions(self)
         for function in self.reward_funcs:  # a reward model's adapter over the same base
             adapters.share_base(models.policy, getattr(function, "model", None))
         cpu.prepare(models)

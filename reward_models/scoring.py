@@ -26,6 +26,7 @@ from rlhf.models.positions import positions_of
 from rlhf.models.pretrained import check_folder
 from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, last_token_scores, load_scalar_model
 from rlhf.padding import pad
+from rlhf.preflight.measure import embedding_rows
 from rlhf.rows.messages import Messages
 from rlhf.run import stages
 
@@ -181,20 +182,21 @@ class RewardModel:
         responses: Sequence[Sequence[int]] | None,
         processing_class: PreTrainedTokenizerBase | None,
         stop_ids: Sequence[int] | None,
-    ) -> list[list[int]] | None:
+    ) -> list[list[int] | None] | None:
         """Return sampled responses' ids without the stop token that ends them; None where a text is to be encoded
-        anew, since another tokenizer gave the ids. stop_ids: those that sampling stopped at (default: the
-        tokenizer's)."""
+        anew, since another tokenizer gave the ids, or a policy with more embeddings one that this model has none for.
+        stop_ids: those that sampling stopped at (default: the tokenizer's)."""
         if responses is None or not self.same_tokenizer(processing_class):
             return None
-        stops = chat.stop_ids(self.tokenizer) if stop_ids is None else stop_ids
-        return [list(ids[:-1] if ids and ids[-1] in stops else ids) for ids in responses]
+        stops, rows = chat.stop_ids(self.tokenizer) if stop_ids is None else stop_ids, embedding_rows(self.model)
+        found = [list(ids[:-1] if ids and ids[-1] in stops else ids) for ids in responses]
+        return [ids if max(ids, default=0) < rows else None for ids in found]
 
     def with_thinking(
         self,
         completions: Texts,
         parsed: Messages | None,
-        sampled: Sequence[Sequence[int]] | None,
+        sampled: Sequence[Sequence[int] | None] | None,
         rows: Sequence[Mapping[str, object]],
     ) -> Texts:
         """Return completions, with the whole message in place of a text that was written with thinking.
@@ -203,7 +205,7 @@ class RewardModel:
         each one's chat template reads."""
         if parsed is None and sampled is not None:
             end = chat.end_of_turn_id(self.tokenizer)
-            texts = [chat.decode_response(self.tokenizer, [*ids, end], [end]) for ids in sampled]
+            texts = [chat.decode_response(self.tokenizer, [*(ids or []), end], [end]) for ids in sampled]
             parsed = [chat.parse_response(self.tokenizer, t, row) for t, row in zip(texts, rows, strict=True)]
         if parsed is None:
             return completions

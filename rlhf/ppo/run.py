@@ -137,12 +137,14 @@ class Run:
     def kept_on_failure(self, tell: Callable[[], None] | None = None) -> Iterator[None]:
         """Write a checkpoint before an error of a reward function inside ends the run, so no update is lost.
 
-        tell: is called first, and logs an update that is done."""
+        None is written of weights that are no numbers, with which sampling fails. tell: is called first, and logs an
+        update that is done."""
         try:
             yield
         except Exception:
-            trainer = self.trainer
-            if trainer.args.save_steps and trainer.update_index and trainer.accelerator.num_processes == 1:
+            trainer, alone = self.trainer, self.trainer.accelerator.num_processes == 1
+            trained = (p for p in trainer.actor_critic.parameters() if p.requires_grad)
+            if trainer.args.save_steps and trainer.update_index and alone and all(p.isfinite().all() for p in trained):
                 if tell is not None:
                     tell()
                 self.settings.pop("reward_funcs", None)  # a resumed run may have mended them

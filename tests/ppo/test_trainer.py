@@ -514,6 +514,19 @@ def test_a_function_that_fails_in_an_evaluation_costs_no_update(tmp_path, full):
     assert [(row["step"], "eval_score" in row) for row in logged] == [(1, False), (2, False), (3, True)]
 
 
+def test_an_evaluation_that_fails_on_broken_weights_leaves_no_checkpoint(tmp_path, full):
+    trainer = make(tmp_path, full[0], eval_rows=[{"prompt": "Held out"}], eval_steps=1, save_steps=2)
+
+    def broken():
+        next(trainer.actor_critic.policy.parameters()).data.fill_(math.nan)
+        raise RunStopped("a probability is not a number")
+
+    trainer.evaluate = broken
+    with pytest.raises(RunStopped, match="not a number"):
+        trainer.train()
+    assert list((tmp_path / "run").glob("checkpoint-*")) == []
+
+
 def test_resume_without_a_checkpoint_begins_and_with_other_settings_refuses(tmp_path, full):
     trainer = make(tmp_path, full[0], updates=1, save_steps=1)
     trainer.train(resume_from_checkpoint=True)

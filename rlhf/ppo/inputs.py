@@ -92,11 +92,17 @@ def check_positions(trainer: Trainer) -> None:
     own = [ids for prompt, ids in prompts if prompt.columns.get("scored_prompt") is None]  # else another one is read
     for function in trainer.reward_funcs:
         for scorer in getattr(function, "members", [function]):  # an ensemble's
-            if not hasattr(scorer, "model") or not hasattr(scorer, "tokenizer"):
-                continue
-            if same_tokenizer(trainer.processing_class, scorer.tokenizer):
-                by_steps = getattr(getattr(scorer, "about", None), "kind", "") == "process"  # up to the last one's end
-                check_responses(scorer.model, own, longest, function_name(scorer), 1 - by_steps)
+            behind = _read_behind(scorer)
+            if behind is not None and same_tokenizer(trainer.processing_class, scorer.tokenizer):
+                check_responses(scorer.model, own, longest, function_name(scorer), behind)
+
+
+def _read_behind(scorer: Any) -> int | None:
+    """Return how many tokens a reward, process or outcome model, known by its attributes, reads behind a response: the
+    end of turn, or, up to the last step, none. None for another function."""
+    if all(hasattr(scorer, name) for name in ("model", "tokenizer", "normalizer")):
+        return 1
+    return {"process": 0, "outcome": 1}.get(getattr(getattr(scorer, "about", None), "kind", ""))
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -144,6 +144,8 @@ class RewardConfig:
         for name in ("weight_decay", "max_grad_norm", "lora_rank", "eval_steps", "save_steps", "normalizer_samples"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.normalizer_samples == 1:
+            raise InputError("normalizer_samples=1: one score has no spread; take more, or 0 for raw scores")
         for name, limit in (("label_smoothing", 0.5), ("warmup_fraction", 1), ("lora_dropout", 1)):
             if not 0 <= getattr(self, name) < limit:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 0 and below {limit}")

@@ -20,6 +20,7 @@ Texts = Sequence[str | Messages]
 
 NOT_COLUMNS = (
     "completion_ids",
+    "parsed_completions",
     "raw_completions",
     "processing_class",
     "stop_ids",

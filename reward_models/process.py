@@ -255,19 +255,23 @@ class ProcessModel:
         processing_class: PreTrainedTokenizerBase | None = None,
         give_step_scores: Callable[[list[list[float]]], None] | None = None,
         stop_ids: Sequence[int] | None = None,
+        parsed_completions: Messages | None = None,
         **columns: object,
     ) -> list[float]:
         """Return solution scores, from 0 to 1. A plain-text prompt is one user turn.
 
         processing_class: the policy's tokenizer. Where it is this model's, too, a solution is read as the ids that were
-        sampled, up to one of `stop_ids` (default: the tokenizer's); step scores are placed by its tokens."""
+        sampled, up to one of `stop_ids` (default: the tokenizer's); step scores are placed by its tokens.
+        parsed_completions: as for `RewardModel`."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
+        rows = rows_of(columns, len(completions))
+        ids = self._scorer.sampled_ids(completion_ids, processing_class, stop_ids)
+        completions = self._scorer.with_thinking(completions, parsed_completions, ids, rows)
         talks = [_plain(conversation(p, c)) for p, c in zip(prompts, completions, strict=True)]
         messages = [talk for talk, _ in talks]
-        ids = self._scorer.sampled_ids(completion_ids, processing_class, stop_ids)
         sampled = [None if ids is None or thought else ids[number] for number, (_, thought) in enumerate(talks)]
-        steps = self._steps(messages, rows_of(columns, len(talks)), sampled)
+        steps = self._steps(messages, rows, sampled)
         scores = [solution_score(own, self.solution) for own in steps]
         if give_step_scores is None or completion_ids is None or processing_class is None:
             return scores

@@ -26,6 +26,7 @@ from rlhf.models.positions import positions_of
 from rlhf.models.pretrained import check_folder
 from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, last_token_scores, load_scalar_model
 from rlhf.padding import pad
+from rlhf.preflight.measure import embedding_rows
 from rlhf.rows.messages import Messages
 from rlhf.run import stages
 
@@ -118,19 +119,22 @@ class RewardModel:
         completion_ids: Sequence[Sequence[int]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         stop_ids: Sequence[int] | None = None,
+        parsed_completions: Messages | None = None,
         **columns: object,
     ) -> list[float]:
         """Return normalised scores. A plain-text prompt is one user turn.
 
         processing_class: the policy's tokenizer. Where it is this model's, too, an answer without thinking is read as
-        the ids that were sampled, up to one of `stop_ids` (default: the tokenizer's). columns: `scored_prompt` and
-        `scored_prefix` change what is read (`talks_of`)."""
+        the ids that were sampled, up to one of `stop_ids` (default: the tokenizer's). parsed_completions: the
+        responses as messages, which hold the thinking that a plain-text completion leaves out; default: as the sampled
+        ids say. columns: `scored_prompt` and `scored_prefix` change what is read (`talks_of`)."""
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one of each per score")
-        talks = talks_of(prompts, completions, columns)
-        rows = rows_of(columns, len(talks))
+        rows = rows_of(columns, len(completions))
         written = None if SCORED_PREFIX in columns else completion_ids
         sampled = self.sampled_ids(written, processing_class, stop_ids)
+        completions = self.with_thinking(completions, parsed_completions, sampled, rows)
+        talks = talks_of(prompts, completions, columns)
         sequences = [
             self._encoded(talk, row, number, None if sampled is None else sampled[number - 1])
             for number, (talk, row) in enumerate(zip(talks, rows, strict=True), start=1)
@@ -178,14 +182,37 @@ class RewardModel:
         responses: Sequence[Sequence[int]] | None,
         processing_class: PreTrainedTokenizerBase | None,
         stop_ids: Sequence[int] | None,
-    ) -> list[list[int]] | None:
+    ) -> list[list[int] | None] | None:
         """Return sampled responses' ids without the stop token that ends them; None where a text is to be encoded
-        anew, since another tokenizer gave the ids. stop_ids: those that sampling stopped at (default: the
-        tokenizer's)."""
+        anew, since another tokenizer gave the ids, or a policy with more embeddings one that this model has none for.
+        stop_ids: those that sampling stopped at (default: the tokenizer's)."""
         if responses is None or not self.same_tokenizer(processing_class):
             return None
-        stops = chat.stop_ids(self.tokenizer) if stop_ids is None else stop_ids
-        return [list(ids[:-1] if ids and ids[-1] in stops else ids) for ids in responses]
+        stops, rows = chat.stop_ids(self.tokenizer) if stop_ids is None else stop_ids, embedding_rows(self.model)
+        found = [list(ids[:-1] if ids and ids[-1] in stops else ids) for ids in responses]
+        return [ids if max(ids, default=0) < rows else None for ids in found]
+
+    def with_thinking(
+        self,
+        completions: Texts,
+        parsed: Messages | None,
+        sampled: Sequence[Sequence[int] | None] | None,
+        rows: Sequence[Mapping[str, object]],
+    ) -> Texts:
+        """Return completions, with the whole message in place of a text that was written with thinking.
+
+        parsed: the responses as messages; with None they are parsed from `sampled`, as of `sampled_ids`. rows: what
+        each one's chat template reads."""
+        if parsed is None and sampled is not None:
+            end = chat.end_of_turn_id(self.tokenizer)
+            texts = [chat.decode_response(self.tokenizer, [*(ids or []), end], [end]) for ids in sampled]
+            parsed = [chat.parse_response(self.tokenizer, t, row) for t, row in zip(texts, rows, strict=True)]
+        if parsed is None:
+            return completions
+        return [
+            [message] if isinstance(text, str) and "reasoning_content" in message else text
+            for text, message in zip(completions, parsed, strict=True)
+        ]
 
     def same_tokenizer(self, other: PreTrainedTokenizerBase | None) -> bool:
         """Return whether another tokenizer gives every conversation the ids that this model's gives."""

@@ -18,8 +18,8 @@ from typing import Any
 from rlhf.errors import InputError, short
 
 TRAINERS = (
-    "prompts", "completions", "raw_completions", "completion_ids", "processing_class", "stop_ids", "trainer_state",
-    "log_metric", "log_extra", "give_step_scores",
+    "prompts", "completions", "parsed_completions", "raw_completions", "completion_ids", "processing_class", "stop_ids",
+    "trainer_state", "log_metric", "log_extra", "give_step_scores",
 )  # fmt: skip
 """Arguments that come from a trainer; all others are columns of the data."""
 

@@ -103,9 +103,10 @@ def score_responses(
     Functions are called as by trl's GRPOTrainer: ``f(prompts=, completions=, completion_ids=, **columns)``, with
     strings where the prompt was a string and message lists where it was one. Each gets copies of its own, and only what
     its signature names. columns: names of the dataset's columns, None for prompts that lack one. answers: the
-    responses as parsed messages (content, reasoning_content), beside which the raw texts are ``raw_completions``. A
-    function returns a number per response, or an awaitable of them. None means "not applicable" and leaves the sum (NaN
-    in the function's own scores); a response for which every function returns None is an error, or dropped.
+    responses as parsed messages (content, reasoning_content), which functions also get as ``parsed_completions``, and
+    the raw texts as ``raw_completions``. A function returns a number per response, or an awaitable of them. None means
+    "not applicable" and leaves the sum (NaN in the function's own scores); a response for which every function returns
+    None is an error, or dropped.
 
     A function fails on a response where its score is not a finite float32, or is an exception (as from
     ``asyncio.gather(..., return_exceptions=True)``). It fails on all responses where it raises one or is not done after
@@ -124,7 +125,8 @@ def score_responses(
         "completions": [a["content"] if p.text else [dict(a)] for p, a in zip(prompts, parsed, strict=True)],
         "completion_ids": list(response_ids),
     }
-    inputs |= {} if answers is None else {"raw_completions": list(texts)}
+    if answers is not None:
+        inputs |= {"parsed_completions": [dict(answer) for answer in answers], "raw_completions": list(texts)}
     named = {name: [p.columns.get(name) for p in prompts] for name in {*columns, *columns_of(prompts)}}
     table = torch.full((len(prompts), len(functions)), math.nan)
     dropped = torch.zeros(len(prompts), dtype=torch.bool)

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import InputError, reason
-from rlhf.models.adapters import base_name
+from rlhf.models.adapters import backbone, base_name
 
 HEADS = ("lm_head", "embed_out")
 """The names of the language head in transformers' families."""
@@ -168,8 +168,8 @@ def layers_named(targets: str | Collection[str], model: PeftModel) -> set[str]:
     plain = model.get_base_model()
     named = [(name, module) for name, module in plain.named_modules() if "lora_" not in name]
     if targets == "all-linear":
-        trunk = f"{plain.base_model_prefix}."
-        linear = [n for n, module in named if isinstance(module, nn.Linear | Conv1D) and n.startswith(trunk)]
+        trunk = set(backbone(plain).modules())
+        linear = [name for name, module in named if isinstance(module, nn.Linear | Conv1D) and module in trunk]
         return {base_name(name) for name in linear}
     names = {base_name(name) for name, module in named if not isinstance(module, nn.ModuleList)}
     if isinstance(targets, str):

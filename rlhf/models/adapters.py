@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from rlhf.errors import InputError
+
 
 def base_model(model: nn.Module) -> Any:
     """Return the transformers model under a peft model's adapters; a model without adapters is returned as it is."""
@@ -22,9 +24,14 @@ def base_model(model: nn.Module) -> Any:
 
 
 def backbone(model: nn.Module) -> Any:
-    """Return the transformer under a causal or scalar head: input ids in, hidden states out."""
+    """Return the transformer under a causal or scalar head: input ids in, hidden states out.
+
+    Llama 4's text model calls it otherwise than its family's prefix says. Raises InputError where there is none."""
     plain = base_model(model)
-    return getattr(plain, plain.base_model_prefix)
+    trunk = getattr(plain, plain.base_model_prefix, None) or getattr(plain, "model", None)
+    if trunk is None:
+        raise InputError(f"{type(plain).__name__}: no transformer under its head is known; take another family")
+    return trunk
 
 
 def adapter_of(name: str) -> str | None:

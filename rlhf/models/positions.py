@@ -54,13 +54,16 @@ def positions_of(model: Any) -> Positions | None:
     return Positions(limit, f"{family} has positions for")
 
 
-def check_responses(model: Any, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, name: str = "") -> None:
+def check_responses(
+    model: Any, prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, name: str = "", ends: int = 0
+) -> None:
     """Raise InputError where a prompt and its longest response have more tokens than a model has positions for.
 
-    name: of the model, for the error."""
+    name: of the model, for the error. ends: tokens that it reads behind such a response, which has no end of turn."""
     positions = positions_of(model)
     if positions is None or not prompt_ids:
         return
     longest = max(map(len, prompt_ids))
-    what = f"{name}{': ' * bool(name)}the longest prompt ({longest} tokens) and {max_new_tokens=} make"
-    positions.check(longest + max_new_tokens, what, "lower max_new_tokens, or leave out such prompts")
+    parts = f"the longest prompt ({longest} tokens) and {max_new_tokens=}{', with an end of turn,' * ends}"
+    what = f"{name}{': ' * bool(name)}{parts} make"
+    positions.check(longest + max_new_tokens + ends, what, "lower max_new_tokens, or leave out such prompts")

@@ -303,8 +303,9 @@ def _with_scalar_head(model: PreTrainedModel, labels: int, dtype: torch.dtype | 
     config.num_labels = labels
     _provide_scalar_class(config)
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=dtype or torch.float32).to(model.device)
+    trunk = model.base_model if model.get_output_embeddings() is None else backbone(model)
     # not strict for an encoder: a masked language model may have no pooler, which is drawn
-    backbone(scalar).load_state_dict(model.base_model.state_dict(), strict=not encoders.is_encoder(config))
+    backbone(scalar).load_state_dict(trunk.state_dict(), strict=not encoders.is_encoder(config))
     return scalar
 
 

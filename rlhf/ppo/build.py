@@ -29,10 +29,12 @@ from rlhf.models.adapters import (
 )
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import clone, disable_dropout, held_in_4_bits, in_float32, is_quantized, load_policy
+from rlhf.models.pretrained import fit_embeddings
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.ppo import role_adapters
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.config import PPOConfig
+from rlhf.preflight.measure import embedding_rows, vocabulary_rows
 from rlhf.run.precision import compute_dtype
 
 log = logging.getLogger("rlhf")
@@ -127,6 +129,10 @@ def _build_reference(
         reference = load_policy(ref_model, dtype=dtype, how=how)
         if not isinstance(policy, PeftModel):
             in_float32(reference)  # what it shares with the policy is to be equal at step 0
+        rows, written = vocabulary_rows(reference), vocabulary_rows(policy)
+        if rows < written:
+            seen = f"it has embeddings for {rows} tokens, and the policy writes {written}"
+            raise InputError(f"ref_model: {seen}; leave it out, or grow its embeddings (resize_token_embeddings)")
         return reference
     if isinstance(policy, PeftModel):
         role_adapters.copy_adapter(policy, "reference")
@@ -152,30 +158,29 @@ def _build_value(
         _drop_head(value)
         return value, _zero_head(policy)
     scalar: Any
-    if isinstance(source, str | Path):
-        adapter = str(source) if is_adapter(source) else None
-        scalar, normalizer = load_scalar_model(source, dtype if adapted and adapter else None)  # else trained in full
+    own = isinstance(source, str | Path)
+    adapter = str(source) if own and is_adapter(source) else None
+    if own:
+        scalar, normalizer = load_scalar_model(source, dtype if adapted and adapter else None)
     elif isinstance(source, nn.Module):
-        scalar, normalizer, adapter = source, ScoreNormalizer(), None
+        scalar, normalizer = source, ScoreNormalizer()
     else:
-        scalar, normalizer, adapter = source.model, source.normalizer, None
-        in_full = not (adapted and isinstance(scalar, PeftModel))
-        if in_full and scalar.dtype != torch.float32 and (folder := getattr(source, "folder", None)):
-            scalar = load_scalar_model(folder)[0]  # what is trained in full does not start from rounded weights
+        scalar, normalizer = source.model, source.normalizer
+    joins = adapted and isinstance(scalar, PeftModel) and _same_base(policy, scalar)
+    if kind == "adapter" and not joins:
+        what = "over the policy's own base; set separate, or train both over one base with lora_rank"
+        raise InputError(f"value_model=adapter needs a LoRA reward model {what}")
+    folder = source if own else getattr(source, "folder", None)
+    if not joins and scalar.dtype != torch.float32 and folder:
+        scalar = load_scalar_model(folder)[0]  # what is trained in full does not start from rounded weights
     head = _normalised_head(score_head(scalar), normalizer).to(device)
-    if adapted and isinstance(scalar, PeftModel) and _same_base(policy, scalar):
+    if joins:
         role_adapters.take_adapter(policy, scalar, adapter)
         return None, head
-    if adapted and isinstance(scalar, PeftModel):
-        raise InputError(
-            "value model: a LoRA reward model over another base than the policy's; train both over one base"
-        )
-    if kind == "adapter":
-        raise InputError("value_model=adapter needs a LoRA reward model; set separate, or train it with lora_rank")
     if adapted:
-        log.info("value model: a model of its own, trained in full, since the reward model is no adapter")
-    own = isinstance(source, str | Path)
+        log.info("value model: a model of its own, trained in full: the reward model is no adapter on this base")
     trunk = _merged_copy(scalar) if isinstance(scalar, PeftModel) else scalar if own else clone(scalar)
+    fit_embeddings(trunk, embedding_rows(policy))  # of one tokenizer, bases may hold more rows than it has tokens
     trunk.float().requires_grad_(True)
     trunk.score.requires_grad_(False)  # replaced by `head`, which also carries the normaliser
     return trunk.to(device), head

@@ -104,7 +104,8 @@ class PPOConfig:
     kl_coef: float = 0.05
     """beta: the cost of one nat of KL to the reference, in units of the normalised score."""
     kl_target_nats: float | None = None
-    """Adapt kl_coef, from its value above 0, towards this KL per response (Ziegler et al. 2019); null: it is fixed."""
+    """Adapt kl_coef, from its value above 0, towards this KL per response (Ziegler et al. 2019), once
+    value_warmup_updates are over; null: it is fixed."""
     kl_horizon: int = 10000
     """Time scale of the adaptive kl_coef, in responses; larger is slower. Above a fifth of rollout_size."""
     gamma: float = 1.0

@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import chat
+from rlhf.calls import function_name
 from rlhf.errors import InputError
 from rlhf.models.loading import load_tokenizer, needs_new_pad
 from rlhf.models.positions import check_responses
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.protocol import Trainer
 from rlhf.rows.records import HELD_OUT, BadRows, OnBadRow, Prompt, check_disjoint, read_prompts
 from rlhf.scores import RewardFunction, check_columns
 
@@ -79,12 +80,29 @@ def check_prompts(functions: Sequence[RewardFunction], train: Sequence[Prompt], 
             log.warning("%s", error)
 
 
-def check_positions(models: ActorCritic, prompt_ids: Sequence[Sequence[int]], args: PPOConfig) -> None:
-    """Raise InputError where one of the models lacks positions: a run would fail, or go on with garbage, as soon as a
-    response gets that long."""
+def check_positions(trainer: Trainer) -> None:
+    """Raise InputError where one of the models, reward models that read the policy's tokens among them, lacks
+    positions: a run would fail, or go on with garbage, as soon as a response gets that long."""
+    prompt_ids, models = trainer.prompt_ids + trainer.eval_prompt_ids, trainer.actor_critic
+    longest = trainer.args.max_new_tokens
     for role, model in (("policy", models.policy), ("reference", models.reference), ("value model", models.value)):
         if model is not None:
-            check_responses(model, prompt_ids, args.max_new_tokens, role)
+            check_responses(model, prompt_ids, longest, role)
+    prompts = zip(trainer.prompts + trainer.eval_prompts, prompt_ids, strict=True)
+    own = [ids for prompt, ids in prompts if prompt.columns.get("scored_prompt") is None]  # else another one is read
+    for function in trainer.reward_funcs:
+        for scorer in getattr(function, "members", [function]):  # an ensemble's
+            behind = _read_behind(scorer)
+            if behind is not None and same_tokenizer(trainer.processing_class, scorer.tokenizer):
+                check_responses(scorer.model, own, longest, function_name(scorer), behind)
+
+
+def _read_behind(scorer: Any) -> int | None:
+    """Return how many tokens a reward, process or outcome model, known by its attributes, reads behind a response: the
+    end of turn, or, up to the last step, none. None for another function."""
+    if all(hasattr(scorer, name) for name in ("model", "tokenizer", "normalizer")):
+        return 1
+    return {"process": 0, "outcome": 1}.get(getattr(getattr(scorer, "about", None), "kind", ""))
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peft import PeftModel
+
 from rlhf.errors import InputError
 from rlhf.ppo import preflight_checks as on_models
 from rlhf.ppo.actor_critic import ActorCritic
@@ -11,6 +13,7 @@ from rlhf.ppo.preflight_rewards import check_functions, reward_model_checks
 from rlhf.ppo.preflight_trial import sample_trial, score_trial
 from rlhf.ppo.protocol import Trainer
 from rlhf.preflight import text as on_text
+from rlhf.preflight.base import check_base
 from rlhf.preflight.measure import Finding, vocabulary_rows
 from rlhf.preflight.run import broken, conclude, run_checks, untouched
 
@@ -42,6 +45,8 @@ def _ppo_statics(trainer: Trainer, own: ActorCritic) -> list[Finding]:
         tokenizer, rows = trainer.processing_class, vocabulary_rows(own.policy)
     texts = [p.messages[-1]["content"] for p in trainer.prompts[:8]]
     talks = [[*p.messages, {"role": "assistant", "content": t}] for p, t in zip(trainer.prompts, texts, strict=False)]
+    policy = own.policy
+    in_memory = trainer.origin.model is None and isinstance(policy, PeftModel)
     return run_checks(
         ("vocabulary", lambda: on_text.check_vocabulary(tokenizer, rows)),
         ("template", lambda: on_text.check_template(tokenizer, talks)),
@@ -49,6 +54,7 @@ def _ppo_statics(trainer: Trainer, own: ActorCritic) -> list[Finding]:
         ("stop token", lambda: on_models.check_stop(trainer, own)),
         ("frozen reference", lambda: on_models.check_reference(own)),
         ("optimizer", lambda: on_models.check_optimizer(own, trainer.optimizer.param_groups)),
+        *([("base", lambda: check_base(trainer.accelerator, policy))] if in_memory else []),
     )
 
 

@@ -5,6 +5,7 @@ A reward model is recognised by its attributes (`model`, `tokenizer`, `normalize
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -57,16 +58,18 @@ def check_spread(trainer: Trainer, trial: Trial, function: Any) -> Finding:
 
 
 def check_reload(trainer: Trainer, trial: Trial, function: Any) -> Finding:
-    """Check that a reward model scores like its folder loaded again, so that head and normaliser were loaded."""
-    folder = getattr(function, "folder", None) or ("" if hasattr(function.model, "peft_config") else
-                                                   getattr(function.model, "name_or_path", ""))  # fmt: skip
+    """Check that a reward model scores like the weights in its folder, so that trunk and head were loaded.
+
+    How it reads and normalises may have been set anew in memory."""
+    folder = getattr(function, "folder", None)
     if not folder or not Path(folder).is_dir() or not hasattr(type(function), "load"):
         return Finding("reload", "not measured: the reward model's folder is not known", True)
     if sum(p.numel() for p in function.model.parameters()) > COPIED:
         return Finding("reload", "not measured: the reward model is too large to load twice", True)
     weight = next(function.model.parameters())
     torch.seed()  # weights that are missing in the folder are drawn at random: let them differ from the first load's
-    fresh = type(function).load(folder, device=weight.device, dtype=weight.dtype)
+    fresh = copy.copy(function)
+    fresh.model = type(function).load(folder, device=weight.device, dtype=weight.dtype).model
     before, after = (_scores(trainer, trial, [f], [1.0])[0] for f in (function, fresh))
     return same_after_reload(before, after, str(folder))
 

@@ -9,7 +9,7 @@ minibatches follow from seed and update.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -113,13 +113,13 @@ class Run:
         self.metrics = metrics | trainer.clock.metrics(tokens)
         trainer.loop.step_end(trainer.update_index)
         evaluates = self._due(args.eval_steps) or trainer.loop.should_evaluate
-        evaluated = trainer.evaluate() if evaluates and trainer.eval_prompts else {}
+        shown = samples(rollout, trainer.update_index, args.samples_logged)
+        with self.kept_on_failure(lambda: trainer.loop.log(trainer.update_index, self.metrics, shown)):
+            evaluated = trainer.evaluate() if evaluates and trainer.eval_prompts else {}
         self.metrics |= evaluated
         if evaluates or self._finished() or trainer.loop.should_stop:
             self.metrics |= trainer.pretraining.alignment_tax(trainer.module)
-        trainer.loop.log(
-            trainer.update_index, self.metrics, samples(rollout, trainer.update_index, args.samples_logged)
-        )
+        trainer.loop.log(trainer.update_index, self.metrics, shown)
         if evaluated:
             trainer.loop.evaluated(evaluated)
         if self._save is not None:
@@ -134,13 +134,19 @@ class Run:
         self.termination.leave()
 
     @contextmanager
-    def kept_on_failure(self) -> Iterator[None]:
-        """Write a checkpoint before an error of a reward function inside ends the run, so no update is lost."""
+    def kept_on_failure(self, tell: Callable[[], None] | None = None) -> Iterator[None]:
+        """Write a checkpoint before an error of a reward function inside ends the run, so no update is lost.
+
+        None is written of weights that are no numbers, with which sampling fails. tell: is called first, and logs an
+        update that is done."""
         try:
             yield
         except Exception:
-            trainer = self.trainer
-            if trainer.args.save_steps and trainer.update_index and trainer.accelerator.num_processes == 1:
+            trainer, alone = self.trainer, self.trainer.accelerator.num_processes == 1
+            trained = (p for p in trainer.actor_critic.parameters() if p.requires_grad)
+            if trainer.args.save_steps and trainer.update_index and alone and all(p.isfinite().all() for p in trained):
+                if tell is not None:
+                    tell()
                 self.settings.pop("reward_funcs", None)  # a resumed run may have mended them
                 self.save_checkpoint()
             raise

@@ -93,7 +93,7 @@ class PPOTrainer:
         self.given = by_main(lambda: of_run(tokenizer, self.prompts, self.reward_funcs, peft_config, **models_given))
         self.peft_config, self.reference_given = peft_config, ref_model is not None  # else step 0's KL must be 0
         self.actor_critic = models = build.models_for(args, model, ref_model, start, peft_config, dtype).to(self.device)
-        inputs.check_positions(models, self.prompt_ids + self.eval_prompt_ids, args)
+        inputs.check_positions(self)
         for function in self.reward_funcs:  # a reward model's adapter over the same base
             adapters.share_base(models.policy, getattr(function, "model", None))
         cpu.prepare(models)
@@ -223,7 +223,7 @@ class PPOTrainer:
 
         Each loss is a mean over the minibatch's real tokens on all processes: every micro-batch divides by that total
         `count`, and the factor `num_processes` undoes DDP's averaging, so no split of the rows changes a gradient.
-        In the first `value_warmup_updates` updates only the value model is trained.
+        In the first `value_warmup_updates` updates only the value model is trained, and `kl_coef` stays.
         """
         if not isinstance(rollout, ReadyRollout):
             raise TypeError("update: the rollout has no advantages; call advantages(rollout) first")
@@ -264,7 +264,7 @@ class PPOTrainer:
             metrics |= engine_metrics(rollout, accelerator, args.importance_cap)
             metrics |= {"kl_coef": self.kl_coef, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             metrics |= update_metrics(steps)
-        if args.kl_target_nats is not None:
+        if args.kl_target_nats is not None and rollout.update >= args.value_warmup_updates:
             kl, responses = metrics["kl_nats"], int(distributed.total(accelerator, rollout.used.sum()))
             self.kl_coef = ppo_math.adapt_kl_coef(self.kl_coef, kl, args.kl_target_nats, responses, args.kl_horizon)
         self.update_index += 1

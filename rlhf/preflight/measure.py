@@ -176,7 +176,7 @@ def same_after_reload(before: Tensor, after: Tensor, folder: str) -> Finding:
         "reload",
         f"{len(before)} scores differ by {apart:.3g} after loading {folder} again",
         apart <= 1e-5 * max(1.0, float(before.abs().max())),
-        "its folder lacks the trained head or normaliser, or the model was changed after loading",
+        "its folder lacks the trained head, or the model was changed after loading",
         "save it with RewardTrainer.save_model (an adapter needs modules_to_save=['score'])",
     )
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf.models import packing
 from rlhf.padding import IGNORED
 from rlhf.preflight import text as on_text
+from rlhf.preflight.base import check_base
 from rlhf.preflight.measure import (
     PROMPT_TOKENS,
     Finding,
@@ -36,6 +38,8 @@ class CheckedTrainer(Checked, Protocol):
 
     config: SFTConfig
     first_demonstrations: list[Demonstration]
+    given_object: bool
+    """Whether the model was passed as an object, not as a folder or hub id."""
 
 
 def check_padding(trainer: CheckedTrainer) -> Finding:
@@ -107,6 +111,7 @@ def sft_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
     """Yield the findings on texts, then those on the model, measured on a few demonstrations."""
     model, tokenizer, first = trainer.model, trainer.processing_class, trainer.first_demonstrations
     most = trainer.config.max_length
+    in_memory = trainer.given_object and isinstance(model, PeftModel)
     yield run_checks(
         ("vocabulary", lambda: on_text.check_vocabulary(tokenizer, vocabulary_rows(model))),
         ("template", lambda: on_text.check_template(tokenizer, [d.messages for d in first])),
@@ -120,5 +125,6 @@ def sft_findings(trainer: CheckedTrainer) -> Iterator[list[Finding]]:
             ("padding", lambda: check_padding(trainer)),
             ("gradients", lambda: check_gradients(trainer)),
             ("precision", lambda: check_precision(trainer)),
+            *([("base", lambda: check_base(trainer.accelerator, model))] if in_memory else []),
         )
     yield findings

@@ -89,6 +89,7 @@ class SFTTrainer(trl.SFTTrainer):
         if held_out is not None:
             check_disjoint(train, held_out, ("train_dataset", "eval_dataset"))
         given = by_main(lambda: of_run(tokenizer, train, peft_config=peft_config, model=model))
+        self.given_object = isinstance(model, nn.Module)
         model, peft_config = prepare_model(model, tokenizer, config, peft_config)
         config = with_learning_rate(config, adapter=peft_config is not None or isinstance(model, PeftModel))
         log_choice(config.bf16)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from reference.families import new_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from rlhf.errors import InputError
+from rlhf.models.adapter_check import check_same
 from rlhf.models.adapters import adapter_of, backbone, base_model, base_name
+from rlhf.models.scalar import new_scalar_model
 
 
 def llama():
@@ -55,3 +59,15 @@ def test_the_model_under_its_adapters():
     assert isinstance(adapted, PeftModel)
     assert base_model(adapted) is plain
     assert backbone(adapted) is backbone(plain) is trunk
+
+
+def test_a_family_whose_prefix_names_nothing():
+    """Llama 4's says language_model, and holds the transformer as `model`."""
+    plain = new_model("llama4_text")
+    assert backbone(plain) is plain.model
+    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    check_same(LoraConfig(r=2, target_modules="all-linear"), adapted, "the model")
+    scalar = new_scalar_model(new_model("llama4_text"), seed=0)
+    assert torch.equal(backbone(scalar).norm.weight, new_model("llama4_text").model.norm.weight)
+    with pytest.raises(InputError, match="LlamaModel: no transformer under its head is known; take another family"):
+        backbone(llama().model)

@@ -195,6 +195,8 @@ def ppo(model: Path, folder: Path, score: Any, lora: bool) -> PPOTrainer:
 def test_a_ppo_step(family, tmp_path, tiny_tokenizer, lora, start):
     """From exact zero KL and ratio 1 (dropout is in every config), every trained weight moves, and what is saved
     is what was trained."""
+    if lora and "llama4" in family.name:
+        pytest.skip("peft cannot adapt its router, a linear layer that returns two tensors")
     score: Any = low_share
     if start == "reward model":
         chat.prepare_tokenizer(tiny_tokenizer)

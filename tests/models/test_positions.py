@@ -22,7 +22,8 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from reward_models import RewardConfig, RewardModel, RewardTrainer
+from reward_models import ProcessModel, RewardConfig, RewardEnsemble, RewardModel, RewardTrainer
+from reward_models.process import About
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.forward import response_logprobs
@@ -108,6 +109,25 @@ def test_ppo_asks_its_reference_too(tmp_path, tiny_tokenizer):
             wide, lambda prompts, completions, **_: [0.0] * len(prompts), PPOConfig(max_new_tokens=64, bf16=False),
             [{"prompt": "Go"}], processing_class=tiny_tokenizer, ref_model=narrow,
         )  # fmt: skip
+
+
+def test_ppo_asks_its_reward_models_too(tmp_path, tiny_tokenizer):
+    """They read the longest response and an end of turn; a process model reads no further than the last step."""
+    wide = gpt2(tiny_tokenizer, 200)
+    longest = len(chat.encode_prompt(tiny_tokenizer, [{"role": "user", "content": "Go"}])) + 8
+    exact, tight = (new_scalar_model(gpt2(tiny_tokenizer, longest + more), seed=0) for more in (1, 0))
+    given = {"rows": [{"prompt": "Go"}] * 12, "tokenizer": tiny_tokenizer, "value_kind": "shared_trunk"}
+    make(tmp_path, copy.deepcopy(wide), RewardModel(exact, tiny_tokenizer), **given, missing_eos="off").train()
+    make(tmp_path, copy.deepcopy(wide), ProcessModel(tight, tiny_tokenizer, About()), **given)
+    what = (
+        rf"the longest prompt \({longest - 8} tokens\) and max_new_tokens=8, with an end of turn, make {longest + 1} "
+    )
+    pair = [RewardModel(exact, tiny_tokenizer), RewardModel(tight, tiny_tokenizer)]
+    for function in (pair[1], RewardEnsemble(pair), ProcessModel(tight, tiny_tokenizer, About(kind="outcome"))):
+        with pytest.raises(InputError, match=r"(reward|process)_model: " + what):
+            make(tmp_path, wide, function, **given)
+    given["rows"] = [{"prompt": "Go", "scored_prompt": "G"}] * 12
+    make(tmp_path, wide, pair[1], **given)
 
 
 def test_sft_and_reward_models_name_the_row(tmp_path, tiny_tokenizer):

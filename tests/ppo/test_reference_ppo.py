@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora shared_trunk": {"missing_eos": "off", "value_loss_coef": 0.5},
     "full normalised": {"missing_eos": "off", "normalize_scores": True, "clip_scores": 1.0, "rescale_rewards": True},
     "lora warmup": {"missing_eos": "replace", "value_warmup_updates": 1, "kl_target_nats": None},
+    "lora warmup with a target": {"missing_eos": "replace", "value_warmup_updates": 1},
 }
 
 

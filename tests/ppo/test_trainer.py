@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from reward_models import RewardModel
 from rlhf import chat
-from rlhf.errors import InputError
+from rlhf.errors import InputError, RunStopped
 from rlhf.models import packing
 from rlhf.padding import make_batch
 from rlhf.ppo.trainer import PPOConfig
@@ -492,6 +492,39 @@ def test_resume_is_exact_and_logs_every_update_once(tmp_path, tiny_model, tiny_t
         assert [drop(row) for row in lines(tmp_path / "a", name)] == [drop(row) for row in lines(tmp_path / "b", name)]
     assert [row["step"] for row in lines(tmp_path / "b", "metrics.jsonl")] == [1, 2, 3, 4]
     assert [row["step"] for row in lines(tmp_path / "b", "samples.jsonl")] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_function_that_fails_in_an_evaluation_costs_no_update(tmp_path, full):
+    """Mended, the run goes on from there, with the update before the evaluation in its log."""
+
+    def share(completion_ids, number, **columns):
+        return [len(ids) / number for ids, number in zip(completion_ids, number, strict=True)]
+
+    def mended(completion_ids, number, **columns):
+        return [len(ids) / (number or 1) for ids, number in zip(completion_ids, number, strict=True)]
+
+    given = {"rows": ROWS[1:], "eval_rows": [{"prompt": "Held out", "number": 0}], "updates": 3, "save_steps": 3}
+    with pytest.raises(RunStopped, match="share failed on 1 of 1 responses"):
+        make(tmp_path, full[0], share, **given, eval_steps=2).train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    mended.__name__, mended.__qualname__ = share.__name__, share.__qualname__
+    metrics = make(tmp_path, full[0], mended, **given, eval_steps=2).train(resume_from_checkpoint=True)
+    assert metrics["eval_score"] > 0
+    logged = lines(tmp_path, "metrics.jsonl")
+    assert [(row["step"], "eval_score" in row) for row in logged] == [(1, False), (2, False), (3, True)]
+
+
+def test_an_evaluation_that_fails_on_broken_weights_leaves_no_checkpoint(tmp_path, full):
+    trainer = make(tmp_path, full[0], eval_rows=[{"prompt": "Held out"}], eval_steps=1, save_steps=2)
+
+    def broken():
+        next(trainer.actor_critic.policy.parameters()).data.fill_(math.nan)
+        raise RunStopped("a probability is not a number")
+
+    trainer.evaluate = broken
+    with pytest.raises(RunStopped, match="not a number"):
+        trainer.train()
+    assert list((tmp_path / "run").glob("checkpoint-*")) == []
 
 
 def test_resume_without_a_checkpoint_begins_and_with_other_settings_refuses(tmp_path, full):

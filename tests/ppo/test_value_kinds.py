@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -15,10 +16,12 @@ from reference.prepared import prepared_models
 from reference.tiny_chain import NORMALIZER, chain, shake
 from transformers import AutoModelForCausalLM
 
-from reward_models import RewardModel
+from reward_models import ProcessModel, RewardModel
+from reward_models.process import About
+from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.models.adapters import backbone, lora_config
-from rlhf.models.scalar import last_token_scores, load_scalar_model
+from rlhf.models.scalar import last_token_scores, load_scalar_model, new_scalar_model
 from rlhf.ppo.trainer import PPOConfig
 
 BOTH = pytest.mark.parametrize("folders", ["full", "lora"], indirect=True)
@@ -124,16 +127,20 @@ def test_elsewhere_the_coefficient_has_nothing_to_weigh(tmp_path, tiny_model, ti
 
 @BOTH
 def test_warming_up_moves_the_head_alone(tmp_path, folders):
-    trainer = make(tmp_path, folders[0], value_kind="shared_trunk", value_warmup_updates=1, weight_decay=0.1)
+    """And kl_coef stays: the KL that it would follow is that of a policy that cannot move."""
+    settings = {"value_warmup_updates": 1, "weight_decay": 0.1, "kl_target_nats": 5.0, "kl_horizon": 100}
+    trainer = make(tmp_path, folders[0], value_kind="shared_trunk", **settings)
     start = weights(trainer)
     trainer.update(prepared(trainer))
     warm = weights(trainer)
+    assert trainer.kl_coef == trainer.args.kl_coef
     assert [name for name in start if not torch.equal(start[name], warm[name])] == [
         "value_head.weight",
         "value_head.bias",
     ]
     trainer.update(prepared(trainer))
     assert not any(torch.equal(warm[name], tensor) for name, tensor in weights(trainer).items())
+    assert trainer.kl_coef < trainer.args.kl_coef
 
 
 @pytest.mark.slow
@@ -237,6 +244,43 @@ def test_beside_a_full_reward_model_it_is_one_of_its_own_and_not_rounded(tmp_pat
     with pytest.raises(InputError) as error:
         prepared_models(folders[0], value_model=source, lora=lora_config(2, 4.0), value_kind="adapter")
     one_line(error, "value_model=adapter needs a LoRA reward model", "set separate", "lora_rank")
+
+
+def test_beside_an_adapter_over_another_base_it_is_one_of_its_own(tmp_path, tiny_model, tiny_tokenizer, caplog):
+    policy, _ = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
+    (tmp_path / "other").mkdir()
+    shake(tiny_model, 7)
+    _, reward = chain(tmp_path / "other", tiny_model, tiny_tokenizer, lora=True)
+    with caplog.at_level(logging.INFO, "rlhf"):
+        for source in (str(reward), RewardModel.load(reward, dtype=torch.bfloat16)):
+            models = prepared_models(policy, value_model=source, dtype=torch.bfloat16)
+            plain = load_scalar_model(reward)[0].merge_and_unload()
+            for name, parameter in models.value.model.named_parameters():
+                assert torch.equal(parameter, plain.model.get_parameter(name)), name
+    assert len([line for line in caplog.messages if "trained in full: the reward model is no adapter" in line]) == 2
+    with pytest.raises(InputError) as error:
+        prepared_models(policy, value_model=str(reward), value_kind="adapter")
+    one_line(error, "value_model=adapter needs a LoRA reward model over the policy's own base", "set separate")
+
+
+@pytest.mark.parametrize("kind", ["separate", "shared_trunk"])
+def test_a_policy_of_more_embeddings_than_its_reward_models_tokenizer_has(tmp_path, tiny_model, tiny_tokenizer, kind):
+    """As Qwen's larger models have, of one tokenizer; a random one samples such tokens."""
+    chat.prepare_tokenizer(tiny_tokenizer)
+    scalar, narrow, rows = new_scalar_model(tiny_model, seed=0), copy.deepcopy(tiny_model), len(tiny_tokenizer)
+    tiny_model.resize_token_embeddings(rows + 100)
+    functions = [RewardModel(scalar, tiny_tokenizer), ProcessModel(scalar, tiny_tokenizer, About())]
+    trainer = make(tmp_path, tiny_model, functions, tokenizer=tiny_tokenizer, value_kind=kind)
+    for _ in range(2):
+        rollout = prepared(trainer)
+        assert max(map(max, rollout.response_ids)) >= rows
+        trainer.update(rollout)
+    if kind == "separate":
+        assert torch.equal(make(tmp_path, tiny_model, functions, tokenizer=tiny_tokenizer).actor_critic.value.model
+                           .embed_tokens.weight[:rows], scalar.model.embed_tokens.weight)  # fmt: skip
+    with pytest.raises(InputError) as error:
+        make(tmp_path, tiny_model, functions, tokenizer=tiny_tokenizer, ref_model=narrow)
+    one_line(error, f"ref_model: it has embeddings for {rows} tokens, and the policy writes {rows + 100}; leave it out")
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------

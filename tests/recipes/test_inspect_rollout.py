@@ -457,6 +457,7 @@ def test_a_run_from_objects_asks_for_folders(tmp_path, tiny_model, tiny_tokenize
     )  # fmt: skip
     score = lambda completions, **columns: [float(len(text)) for text in completions]  # noqa: E731
     adapter = lora_config(3, 6.0, target_modules=["q_proj"])
+    tiny_model.name_or_path = str(policy)
     rows = [{"prompt": f"Say {i}"} for i in range(4)]
     PPOTrainer(tiny_model, [score, score], config, rows, processing_class=tiny_tokenizer, peft_config=adapter).train()
     run = tmp_path / "run"

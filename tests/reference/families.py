@@ -80,6 +80,8 @@ EXPERTS = {  # mixtures of experts, and hybrids with a recurrent state
     "qwen3_moe": HEAD | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "olmoe": ROPE | {"num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": HEAD | MIXED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": HEAD  # its prefix is none of its attributes
+    | {"attention_chunk_size": 8, "num_local_experts": 2, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 48},
     "bamba": ROPE | MAMBA | {"attn_layer_indices": [1]},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -210,7 +210,7 @@ def train(
             optimizers[1].step((args.value_learning_rate or args.learning_rate) * factor)
             for p in (*groups[0], *groups[1]):
                 p.grad = None
-        if args.kl_target_nats is not None:
+        if args.kl_target_nats is not None and number >= args.value_warmup_updates:
             step = min(max(kl_nats / args.kl_target_nats - 1, -0.2), 0.2)
             kl_coef *= 1 + step * len(rows) / args.kl_horizon
     return log

@@ -13,7 +13,9 @@ from rlhf.errors import InputError
 from rlhf.models import packing
 from rlhf.models.scalar import ScoreNormalizer, last_token_scores, new_scalar_model
 from rlhf.padding import pad
+from rlhf.rows.records import Prompt
 from rlhf.run.stages import Manifest
+from rlhf.scores import score_responses
 
 PROMPTS = ["What is the capital of France?", "Count to ten", "Hello?", "Say something long, please, and then more"]
 COMPLETIONS = ["Paris", "one two three four five six seven eight nine ten", "Hi", "word " * 30 + "end"]
@@ -269,6 +271,39 @@ def test_thinking_is_scored_on_request_only(tiny_model):
     with_thinking = RewardModel(model, tokenizer, score_reasoning=True)([PROMPTS[0]] * 2, [answer, thought])
     assert with_thinking[0] == pytest.approx(scores[0], abs=1e-5)
     assert abs(with_thinking[1] - scores[1]) > 1e-3
+
+
+THOUGHT, OTHER = "They want one.\n</think>\n\nA pear.\nA fig.", "Hm.\n</think>\n\nA pear.\nA fig."
+
+
+@pytest.mark.parametrize("other_policy", [False, True])
+@pytest.mark.parametrize("kind", ["default", "score_reasoning", "process"])
+def test_the_kind_of_a_prompt_does_not_change_what_is_scored(tiny_model, kind, other_policy):
+    """The completion of a text prompt is the answer alone, whatever was thought before it."""
+    tokenizer = tokenizer_for("qwen3_6")
+    policys = tokenizer_for("qwen3") if other_policy else tokenizer
+    tiny_model.resize_token_embeddings(len(tokenizer))
+    model = RewardModel(new_scalar_model(tiny_model, seed=0), tokenizer, score_reasoning=kind == "score_reasoning")
+    scorer = ProcessModel(model.model, tokenizer, About()) if kind == "process" else model
+    opened = "<think>\n" if other_policy else ""
+    texts = [opened + THOUGHT, opened + OTHER, "A plum."]
+    ids = [[*policys.encode(text), chat.end_of_turn_id(policys)] for text in texts[: 2 + other_policy]]
+    asked = [{"role": "user", "content": "Name a fruit."}]
+    answers = [chat.parse_response(policys, text) for text in texts[: len(ids)]]
+    told = [{"processing_class": policys, "stop_ids": chat.stop_ids(policys)}, {}]  # by a trainer, by an evaluation
+    found = [
+        score_responses([scorer], [1.0], [Prompt(asked, {}, text)] * len(ids), texts[: len(ids)], ids, answers=answers,
+                        **more)[0].tolist()
+        for text in (False, True) for more in told
+    ]  # fmt: skip
+    assert found[0] == found[2]
+    assert found[1] == found[3]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    if kind != "process":
+        assert found[0] == pytest.approx(model.score([[*asked, answer] for answer in answers]).tolist(), abs=1e-5)
+    assert (found[0][0] == found[0][1]) == (kind != "score_reasoning")
+    by_ids = scorer(["Name a fruit."] * len(ids), [a["content"] for a in answers], ids, policys)
+    assert by_ids == found[0] or (other_policy and kind == "score_reasoning")
 
 
 def test_sampled_ids_are_not_encoded_anew(reward_folder):

@@ -394,6 +394,7 @@ def test_jsonl_in_trls_format(tmp_path, model_folder):
         ({"microbatch_size": 3}, "microbatch_size=3 must divide prompts_per_batch=4"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"normalizer_samples": 1}, "normalizer_samples=1: one score has no spread; take more, or 0"),
         ({"lora_rank": -1}, "lora_rank=-1"),
     ],
 )

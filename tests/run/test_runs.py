@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from reference import ppo_runs, resume_worker
 from reference.resume_worker import make, weights
-from reference.tiny_chain import TARGETS, chain
+from reference.tiny_chain import TARGETS, chain, save_base
 from transformers import TrainerCallback
 
 from rlhf.errors import InputError
@@ -256,6 +256,7 @@ def test_the_users_model_is_as_before_after_ppo_and_a_second_trainer_takes_it(tm
 
 
 def test_an_adapter_object_takes_a_second_trainer_and_its_base_is_refused(tmp_path, tiny_model, tiny_tokenizer):
+    tiny_model.name_or_path = str(save_base(tmp_path, tiny_model, tiny_tokenizer))
     adapter = get_peft_model(tiny_model, lora_config(2, 4.0, target_modules=TARGETS))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -27,7 +27,7 @@ from rlhf.rows.mixed import mapped
 from rlhf.run import console, lock
 from rlhf.run.changes import no_effect
 from rlhf.run.checkpoint import full_disk_explained, require_disk
-from rlhf.run.fingerprint import data_fingerprint, tokenizer_hash
+from rlhf.run.fingerprint import data_fingerprint, placed, tokenizer_hash
 from rlhf.run.lookup import look_up
 from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.stages import (
@@ -271,19 +271,19 @@ def needed_bytes(config: Any, model: Any) -> int:
 
 
 def fingerprint_of(source: Any) -> Any:
-    """What identifies an input: the content of a file or folder (with an earlier stage's manifest), else its name; of
-    several sources, each one's, with its weight and columns."""
+    """What identifies an input: the content of a file or folder (with an earlier stage's manifest, and the part or
+    split that is named), else its name; of several sources, each one's, with its weight and columns."""
     if isinstance(source, list):
         return [fingerprint_of(item) for item in source]
     if isinstance(source, dict):
         return {**source, "path": fingerprint_of(source["path"])}
-    path = Path(str(source)).expanduser()
-    if not path.exists():
+    path, part = placed(str(source))
+    if path is None:
         return str(source)
     content = data_fingerprint(path)
-    if not (path / "manifest.json").is_file():
-        return content
-    return {"manifest": Manifest.read(path).fingerprint, "content": content}
+    found = {"manifest": Manifest.read(path).fingerprint} if (path / "manifest.json").is_file() else {}
+    found |= {"part": part} if part else {}
+    return {**found, "content": content} if found else content
 
 
 def from_siblings(config: Config, **places: str) -> Config:

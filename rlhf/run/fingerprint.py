@@ -21,6 +21,7 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+from rlhf.rows.sources import path_of
 from rlhf.run.checkpoint import plain, write_json_atomic
 
 if TYPE_CHECKING:
@@ -80,8 +81,20 @@ def of_path(path: str | Path) -> str:
 
 
 def data_fingerprint(source: str | Path | Iterable[object]) -> str:
-    """Compute the fingerprint of a dataset: of a path's content, or of every row of an iterable."""
-    return of_path(source) if isinstance(source, str | Path) else of_rows(source)
+    """Compute the fingerprint of a dataset: of a path's content, with the part and split of a folder that the source
+    names behind it, or of every row of an iterable."""
+    if not isinstance(source, str | Path):
+        return of_rows(source)
+    path, part = placed(source)
+    return f"{of_path(path or source)}{part}"
+
+
+def placed(source: str | Path) -> tuple[Path | None, str]:
+    """Return the file or folder that a source of data names, and what it names of that folder (":part@split", or "");
+    None where it is not on this machine."""
+    path = path_of(source)
+    part = "" if path is None else str(Path(source).expanduser()).removeprefix(str(path))
+    return (None, "") if path is None or (part and not path.is_dir()) else (path, part)
 
 
 def files_of(path: Path) -> list[Path]:

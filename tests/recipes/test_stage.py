@@ -13,6 +13,7 @@ from reference import recipe
 
 from rlhf.config import load
 from rlhf.errors import InputError
+from rlhf.run.changes import changes
 from rlhf_recipes.attacking import AttackConfig
 from rlhf_recipes.stage import fingerprint_of, inputs_of, next_command, open_stage
 
@@ -109,6 +110,23 @@ def test_a_function_that_a_nested_setting_names_is_an_input(tmp_path: Path) -> N
         found.append(inputs_of(config, {})["code"])
     assert {*found[0]} == {*found[1]} == {f"{file}:valid", f"{file}:other"}
     assert all(found[0][name] != found[1][name] for name in found[0])
+
+
+def test_a_function_of_a_module_is_an_input_too_and_a_run_begun_before_that_goes_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "own_package" / "rewards.py"
+    module.parent.mkdir()
+    texts = ["own_package.rewards:f", "own_package:f", "no_such.module:f", "json.tool", "rlhf.scores:f", "a text: b"]
+    config = AttackConfig(attacker="x", method="sft", train={"lists": texts})
+    found = []
+    for text in ("one", "two"):
+        module.write_text(text)
+        found.append(inputs_of(config, {}))
+    one, two = (inputs["code"] for inputs in found)
+    assert [*one] == [*two] == texts[:1]
+    assert one != two
+    assert [change.name for change in changes(*found)] == [f"code.{texts[0]}"]
+    assert not changes({"config": found[0]["config"]}, found[1])
 
 
 @pytest.mark.parametrize("part", ["@train", "@dev", ":sub", ":sub@train"])

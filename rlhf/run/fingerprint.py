@@ -55,10 +55,10 @@ def of_path(path: str | Path) -> str:
     """
     digest, path = hashlib.sha256(), Path(path)
     if not path.exists():
-        return hashlib.sha256(f"hub:{path}".encode()).hexdigest()
+        return hashlib.sha256(f"hub:{path}".encode(errors="surrogatepass")).hexdigest()
     for file in files_of(path):
         if path.is_dir():
-            digest.update(f"{file.relative_to(path).as_posix()}\n".encode())
+            digest.update(f"{file.relative_to(path).as_posix()}\n".encode(errors="surrogatepass"))
         digest.update(_digest_of_file(file))
     adapter = path / "adapter_config.json"
     if adapter.is_file():
@@ -119,7 +119,7 @@ def _digest_of_file(file: Path) -> bytes:
         parts = pool.map(functools.partial(_digest_of_part, file), range(0, stat.st_size, PART))
         digest = hashlib.sha256(b"".join(parts)).digest()
     if begun - stat.st_ctime_ns > 2e9:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
             write_json_atomic(_cache(), _known() | {key: [state, digest.hex()]})
     return digest
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,6 +57,20 @@ def test_a_stage_folder_is_its_model_and_not_its_logs(tmp_path: Path) -> None:
     assert data_fingerprint(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"Weights")
     assert data_fingerprint(tmp_path) != before
+
+
+def test_a_name_that_is_not_utf8_and_a_user_without_a_home(tmp_path: Path, monkeypatch) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    with contextlib.suppress(OSError):  # a file system that takes no such name
+        odd.write_bytes(b"0123456789")
+    (tmp_path / "large").write_bytes(b"0123456789")
+    monkeypatch.setattr(fingerprint, "PART", 4)
+    before = data_fingerprint(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError))
+    monkeypatch.setattr(fingerprint.time, "time_ns", lambda: odd.parent.stat().st_ctime_ns + 9_000_000_000)
+    assert data_fingerprint(tmp_path) == before
+    assert len(data_fingerprint(f"{odd}-not-there")) == 64
 
 
 def test_an_adapter_counts_its_base(tmp_path: Path) -> None:

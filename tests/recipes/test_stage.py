@@ -129,6 +129,19 @@ def test_a_function_of_a_module_is_an_input_too_and_a_run_begun_before_that_goes
     assert not changes({"config": found[0]["config"]}, found[1])
 
 
+def test_task_files_of_lm_eval_are_an_input(tmp_path: Path) -> None:
+    module, file = recipe.load("run_evals"), tmp_path / "tasks" / "own.yaml"
+    file.parent.mkdir()
+    found = []
+    for name, text in (("tasks", "one"), ("tasks", "two"), ("moved", "two")):
+        (tmp_path / "tasks").rename(tmp_path / name)
+        (tmp_path / name / "own.yaml").write_text(text)
+        asked = module.RunEvalsConfig(model="m", lm_eval=["own"], lm_eval_path=str(tmp_path / name))
+        found.append(inputs_of(*module.inputs(asked)))
+    assert changes(found[0], found[1])
+    assert not changes(found[1], found[2]), "where they lie may change"
+
+
 @pytest.mark.parametrize("part", ["@train", "@dev", ":sub", ":sub@train"])
 def test_a_folder_counts_by_its_content_also_where_its_split_or_part_is_named(tmp_path: Path, part) -> None:
     folder = tmp_path / "d"

@@ -16,6 +16,7 @@ from pathlib import Path
 from rlhf import config as configs
 from rlhf.errors import InputError
 from rlhf.run import console
+from rlhf.run.checkpoint import atomic_folder
 from rlhf_recipes.stage import SECTIONS
 
 console.quiet()
@@ -54,10 +55,10 @@ def import_gguf(config: ImportConfig) -> None:
     settings = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     plain = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)  # the loaded one calls itself quantized
     plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(config.output_dir)
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False).save_pretrained(
-        config.output_dir
-    )
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+    with atomic_folder(folder.resolve()) as whole:  # killed while it saves, it leaves nothing in the way of another try
+        plain.save_pretrained(str(whole))
+        tokenizer.save_pretrained(str(whole))
     console.stage_line(
         "import", f"{sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters in {config.output_dir}"
     )

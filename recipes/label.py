@@ -33,7 +33,7 @@ from rlhf.errors import InputError
 from rlhf.rows.records import read_prompts
 from rlhf.run import console
 from rlhf.run.checkpoint import write_json_atomic
-from rlhf.run.fingerprint import canonical, of_path
+from rlhf.run.fingerprint import canonical, data_fingerprint, of_path
 from rlhf.run.http import HttpConfig, bind, server_token
 from rlhf.urls import http_address, is_url
 from rlhf_recipes.stage import SECTIONS
@@ -214,7 +214,7 @@ def _add_gold(store: Store, gold: list[Item]) -> None:
 def asked_for(config: LabelRecipe) -> dict[str, Any]:
     """Return what decides the items that are added: the files' contents, the policies, the settings."""
     sources = {name: getattr(config, name) for name in ("prompts", "candidates", "gold")}
-    files = {name: of_path(path) for name, path in sources.items() if path is not None}
+    files = {name: data_fingerprint(path) for name, path in sources.items() if path is not None}
     policies = [policy if is_url(policy) else of_path(policy) for policy in config.policies]
     sampling = configs.to_dict(config.sampling, without=("batch_size",)) if config.prompts else {}
     names = ("max_prompts", "overlap", "calibration", "seed")

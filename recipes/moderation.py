@@ -75,7 +75,6 @@ def moderation(config: ModerationRecipe, name: str = "moderation") -> dict[str, 
     if trainer.best is not None:
         outputs |= {"best_step": trainer.best.step, "best_eval_loss": trainer.best.eval_loss}
     stage.finish(outputs, trainer.processing_class, config.model)
-    by_main(lambda: (stage.folder / "best.safetensors").unlink(missing_ok=True))
     return outputs
 
 

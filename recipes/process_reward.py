@@ -94,7 +94,6 @@ def process_reward(config: ProcessRecipe, name: str = "process_reward") -> dict[
     if trainer.best is not None:
         outputs |= {"best_step": trainer.best.step, "best_eval_loss": trainer.best.eval_loss}
     stage.finish(outputs, trainer.processing_class, str(config.model))
-    by_main(lambda: (stage.folder / "best.safetensors").unlink(missing_ok=True))
     return outputs
 
 

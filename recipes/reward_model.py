@@ -26,7 +26,7 @@ from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained, write_json_atomic
 from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.precision import compute_dtype
-from rlhf.run.stages import POLICIES, drop_checkpoints
+from rlhf.run.stages import BEST, POLICIES, drop_checkpoints
 from rlhf_recipes.splits import Splits, read_splits
 from rlhf_recipes.stage import (
     SECTIONS,
@@ -93,7 +93,6 @@ class RewardRecipe(RewardConfig):
             raise InputError("keep_seeds needs seeds, such as [0, 1, 2]")
 
 
-BEST = "best.safetensors"  # reward_models.best.BEST_FILE, whose module takes seconds to import
 EXAMPLES = {"seeds": "[0, 1, 2]", "sizes": "[500, 1000, 2000]"}
 
 
@@ -138,9 +137,7 @@ def inputs(config: RewardRecipe) -> tuple[RewardRecipe, dict[str, Any]]:
 
 
 def clean(stage: Stage, keep_seeds: bool) -> None:
-    """Delete what a complete stage needs no more: the best weights are in the model now, the seeds' in its manifest."""
-    if not stage.keep_checkpoint:
-        (stage.folder / BEST).unlink(missing_ok=True)
+    """Delete the folders of seeds and sizes, which a complete stage needs no more: its manifest has their numbers."""
     for folder in [*([] if keep_seeds else stage.folder.glob("seed-*")), *stage.folder.glob("size-*")]:
         shutil.rmtree(folder)
 

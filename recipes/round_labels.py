@@ -39,23 +39,29 @@ class StepConfig:
 def label_items(config: Any, number: int, round_folder: Path) -> int:
     """Have a round's items judged and write the rankings of all rounds so far; returns how many there are.
 
-    Only this run's items count: a store may hold other items and judgments, and an overwritten run's."""
+    Only this run's items count: a store may hold other items. What an overwritten run's labeler or grader said of the
+    same items is deleted first."""
+    from rlhf.collection import assign
     from rlhf.collection.export import export
     from rlhf.collection.incoming import read_candidates
     from rlhf.collection.measured import snapshot
     from rlhf.collection.store import Store
 
     turn, folder, source = config.flywheel, round_folder / "labels", f"round {number}"
-    settings = {"labels": turn.labels, "overlap": turn.overlap, "labeler": config.data.labeler, "grader": turn.grader}
+    settings = {"labels": turn.labels, "overlap": turn.overlap, "labeler": config.data.labeler, "grader": None}
     step = StepConfig(output_dir=str(folder), seed=config.data.seed, settings=settings, overwrite=config.overwrite)
     earlier = Path(config.output_dir) / f"round_{number - 1}" / "labels" / "rankings.jsonl" if number > 1 else None
-    stage = open_stage("labels", step, {"items": round_folder / "items", "earlier": earlier, "rubric": turn.rubric})
+    sources = {"items": round_folder / "items", "earlier": earlier, "rubric": turn.rubric, "grader": turn.grader}
+    stage = open_stage("labels", step, sources)
     if stage.complete:
         return int(stage.outputs["labels"])
-    stage.begin()
     with Store(turn.store or Path(config.output_dir) / "labels.db") as store:
         items = [replace(item, source=source) for item in read_candidates(round_folder / "items" / "items.jsonl")]
         numbers = store.add_items(items, turn.overlap)
+        if not stage.resuming:
+            with store.writing() as db:
+                assign.take_back(db, numbers)
+        stage.begin()  # only now: killed before it, the stage begins anew again
         judge_items(config, store, numbers)
         own = [row for row in export(snapshot(store), "rankings").rows if row["item"] in set(numbers)]
     rows = [*(row for _, row in (read_rows(earlier) if earlier else ())), *own]
@@ -141,9 +147,10 @@ def _drop_gone(file: Path, model: Path, now: Sequence[dict[str, Any]]) -> None:
     gone = f"{len(began) - len(kept):,} comparisons were erased or have expired"
     console.stage_line("feedback", f"{gone}: the reward model is trained without them")
     remove(model)
-    remove(file)
     if kept:
         write_jsonl(file, kept)
+    else:
+        remove(file)
 
 
 def held_out_prompts(config: Any, round_folder: Path) -> set[str]:

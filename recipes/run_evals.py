@@ -152,7 +152,7 @@ def inputs(config: RunEvalsConfig) -> tuple[RunEvalsConfig, dict[str, Any]]:
 
 
 def _sources(config: RunEvalsConfig, evals: Sequence[Eval]) -> dict[str, Any]:
-    named = {name: getattr(config, name) for name in ("model", "judge", "compare")}
+    named = {name: getattr(config, name) for name in ("model", "judge", "compare", "lm_eval_path")}
     return named | {f"eval {one.name}": one.fingerprint for one in evals}
 
 

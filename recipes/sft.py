@@ -18,7 +18,6 @@ from rlhf.rows.mixed import Sources
 from rlhf.rows.records import HELD_OUT, Demonstration, Prompt, prompt_key, read_demonstrations, split_by_prompt
 from rlhf.run import console
 from rlhf.run.checkpoint import full_disk_explained
-from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import POLICIES
 from rlhf.sft.config import SFTConfig
@@ -113,11 +112,7 @@ def sft(config: SFTRecipe) -> dict[str, Any]:
     with full_disk_explained(stage.folder):
         trainer.save_model(str(stage.folder))
     stage.finish(outputs, trainer.processing_class, str(config.model))
-    by_main(lambda: (stage.folder / BEST).unlink(missing_ok=True))
     return outputs
-
-
-BEST = "best.safetensors"  # reward_models.best.BEST_FILE, whose module takes seconds to import
 
 
 def load_scorer(config: SFTRecipe) -> RewardFunction:

@@ -10,12 +10,13 @@ seconds, and `--help`, a mistyped flag and a stage that is complete need none of
 from __future__ import annotations
 
 import gc
-import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,8 +28,9 @@ from rlhf.rows.mixed import mapped
 from rlhf.run import console, lock
 from rlhf.run.changes import no_effect
 from rlhf.run.checkpoint import full_disk_explained, require_disk
-from rlhf.run.fingerprint import data_fingerprint, tokenizer_hash
+from rlhf.run.fingerprint import data_fingerprint, placed, tokenizer_hash
 from rlhf.run.lookup import look_up
+from rlhf.run.objects import OURS
 from rlhf.run.owner import by_main, wait_for_all
 from rlhf.run.stages import (
     Manifest,
@@ -219,12 +221,19 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def function_file(spec: str) -> Path | None:
-    """Return the file of a function written as file.py:name; one that isn't there is named where it is imported."""
-    found = re.fullmatch(r"(.+\.py):\w+", spec)
-    try:
-        return look_up(found[1], spec) if found else None
-    except InputError:
+    """Return the file of a function written as file.py:name or package.module:name, but for this library's modules,
+    whose next versions a run goes on with; one that isn't there is named where it is imported."""
+    place, _, name = spec.rpartition(":")
+    if not name.isidentifier():
         return None
+    if place.endswith(".py"):
+        with suppress(InputError):
+            return look_up(place, spec)
+    elif all(map(str.isidentifier, place.split("."))) and place.partition(".")[0] not in OURS:
+        with suppress(Exception):  # what a package that holds the module raises
+            found = find_spec(place)
+            return Path(found.origin) if found and found.origin and found.has_location else None
+    return None
 
 
 def next_command(
@@ -271,19 +280,19 @@ def needed_bytes(config: Any, model: Any) -> int:
 
 
 def fingerprint_of(source: Any) -> Any:
-    """What identifies an input: the content of a file or folder (with an earlier stage's manifest), else its name; of
-    several sources, each one's, with its weight and columns."""
+    """What identifies an input: the content of a file or folder (with an earlier stage's manifest, and the part or
+    split that is named), else its name; of several sources, each one's, with its weight and columns."""
     if isinstance(source, list):
         return [fingerprint_of(item) for item in source]
     if isinstance(source, dict):
         return {**source, "path": fingerprint_of(source["path"])}
-    path = Path(str(source)).expanduser()
-    if not path.exists():
+    path, part = placed(str(source))
+    if path is None:
         return str(source)
     content = data_fingerprint(path)
-    if not (path / "manifest.json").is_file():
-        return content
-    return {"manifest": Manifest.read(path).fingerprint, "content": content}
+    found = {"manifest": Manifest.read(path).fingerprint} if (path / "manifest.json").is_file() else {}
+    found |= {"part": part} if part else {}
+    return {**found, "content": content} if found else content
 
 
 def from_siblings(config: Config, **places: str) -> Config:

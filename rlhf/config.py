@@ -19,16 +19,15 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf.errors import InputError, require_divides, run, unknown
-from rlhf.flags import INHERITED, all_flags, print_help, put, read_flags, unknown_name
+from rlhf.errors import InputError, reason, require_divides, run, unknown
+from rlhf.flags import INHERITED, OF_THE_CHAIN, all_flags, print_help, put, read_flags, unknown_name
 from rlhf.hints import (
     allows_none,
+    as_written,
     choices_of,
     expected,
     field_of,
@@ -118,8 +117,8 @@ def read_yaml(file: str | Path) -> tuple[dict[str, Any], Places]:
 
     try:
         text = Path(file).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = _parsed(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; name a YAML file") from None
     except OSError as error:
@@ -158,7 +157,7 @@ def _take_section(
                (key in sections and (isinstance(tree[key], dict) or key not in own)) for key in tree):  # fmt: skip
         return tree, places  # flat: the stage's own fields
     for key in tree:
-        if key not in sections and key not in INHERITED:
+        if key not in sections and key not in INHERITED + OF_THE_CHAIN:
             unknown(key, (*sections, *INHERITED), places.get((key,), file), "section")
     taken = tree.get(section)
     if taken is None:
@@ -167,7 +166,7 @@ def _take_section(
         where = places[(section,)]
         raise InputError(f"{where}: {section}: expected a section of fields, got {shown(taken)}")
     for name in set(INHERITED) & set(own) & set(tree):
-        if name not in taken:
+        if name not in taken and tree[name] is not None:
             taken[name] = f"{tree[name]}/{section}" if name == "output_dir" else tree[name]
             places[(section, name)] = places[(name,)]
     return taken, {path[1:]: place for path, place in places.items() if path[0] == section and path[1:]}
@@ -255,30 +254,16 @@ def _convert(hint: Any, value: Any, label: str) -> Any:
             converted = parser.parse_object({"value": given}).value
         if isinstance(converted, float) and math.isnan(converted):
             raise ValueError
-    except (jsonargparse.ArgumentError, ValueError, TypeError):
+    except (jsonargparse.ArgumentError, ValueError, TypeError, OverflowError, RecursionError):
         raise InputError(f"{label}: expected {expected(hint)}, got {shown(value)}") from None
     require_no_secret(converted, label)
     return converted
 
 
 def _of_any_type(value: Any) -> dict[str, Any] | None:
-    """Return a mapping whose values may be of any type as it was written, with text that stays text, except for numbers
-    that YAML takes for text (1e-3), and so do dates; None for what is no mapping."""
+    """Return a mapping whose values may be of any type as it was written (`as_written`); None for what is none."""
     tree = _read(value) if isinstance(value, str) else value
-    if not isinstance(tree, Mapping):
-        return None
-    return _as_written(tree)
-
-
-def _as_written(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _as_written(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_as_written(item) for item in value]
-    if isinstance(value, date):
-        return value.isoformat()
-    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if number else value
+    return as_written(tree) if isinstance(tree, Mapping) else None
 
 
 def _read(text: str) -> Any:
@@ -301,7 +286,18 @@ def _parsed(text: str) -> Any:
                 key.tag = "tag:yaml.org,2002:str" if key.id == "scalar" else key.tag
             return super().construct_mapping(node, deep)
 
-    return yaml.load(text, Loader)
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep=True)  # deep: what holds itself is refused
+            except yaml.YAMLError:
+                raise
+            except Exception as error:  # what int, float and date raise
+                raise yaml.constructor.ConstructorError(None, None, reason(error), node.start_mark) from None
+
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 # ---------------------------------------------------------------- writing

@@ -26,6 +26,9 @@ _LEFT = re.compile(
 )
 """What gloo, NCCL and torch's store say of a process that is no longer there."""
 
+_NO_WAY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+"""What a path is answered with that is no file's or folder's, or may not be read or written."""
+
 
 def visible(text: str) -> str:
     """Return a text with its control characters escaped, but for tabs and line breaks.
@@ -99,8 +102,9 @@ def reason(error: BaseException, limit: int = 160) -> str:
 def run(main: Callable[[list[str]], Any]) -> None:
     """Call ``main`` with the command-line arguments.
 
-    InputError becomes one line on stderr and exit code 2; RunStopped and a full disk, one line and exit code 1; so does
-    the end of another process of the same run, whose own line is the one to read."""
+    InputError, and a path that may not be read or written, become one line on stderr and exit code 2; RunStopped and a
+    full disk, one line and exit code 1; so does the end of another process of the same run, whose own line is the one
+    to read."""
     try:
         try:
             main(sys.argv[1:])
@@ -118,6 +122,9 @@ def run(main: Callable[[list[str]], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `rlhf list | head` has read enough
         raise SystemExit(1) from None
     except OSError as error:
+        if error.errno in _NO_WAY and error.filename:
+            _tell(f"error: {visible(str(error.filename))}: {error.strerror}; check the path and its permissions")
+            raise SystemExit(2) from None
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         of = f" of {visible(str(error.filename))}" if error.filename else ""

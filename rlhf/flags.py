@@ -87,6 +87,8 @@ def read_flags(argv: Sequence[str], known: dict[str, Any]) -> tuple[str | None, 
         if name != "config":
             listed = len(words) > 1 and not words[0].startswith("[")
             flags.append((tuple(name.split(".")), words if listed else " ".join(words)))
+        elif not words[0].strip():
+            raise InputError("command line: --config is empty; name a YAML file")
         elif file:
             raise InputError(f"command line: --config is given twice: {file} and {words[0]}")
         else:
@@ -155,6 +157,9 @@ def print_help(cls: type, description: str) -> None:
 
 INHERITED = ("seed", "output_dir")
 """Fields that a section takes from the level above it when it has no value of its own."""
+
+OF_THE_CHAIN = ("overwrite", "overwrite_from")
+"""Fields of a chain beside its sections, which say nothing to a stage that is run alone."""
 
 
 def _entries(cls: type, path: tuple[str, ...], title: str, above: Collection[str] = ()) -> Iterator[Entry]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Mapping
+from datetime import date
 from functools import cache
 from typing import Any
 
@@ -90,6 +92,19 @@ def shown(value: Any) -> str:
     """Write a value in at most 80 characters; None as null."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def as_written(value: Any) -> Any:
+    """Return what YAML read as it was written: text and dates are text, but for numbers that YAML takes for text
+    (1e-3)."""
+    if isinstance(value, Mapping):
+        return {str(key): as_written(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_written(item) for item in value]
+    if isinstance(value, date):
+        return value.isoformat()
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if number else value
 
 
 def one_line(text: str) -> str:

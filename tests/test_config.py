@@ -206,6 +206,8 @@ def test_a_stage_reads_its_section_of_a_chain_file(tmp_path: Path) -> None:
     flat = write(tmp_path, "updates: 3\nreward_model: folder\noutput_dir: runs/mine\n")
     config = load(Inner, ["--config", flat], section="ppo", known_sections=SECTIONS)
     assert config == Inner(updates=3, reward_model="folder", output_dir="runs/mine")
+    of_all = write(tmp_path, "output_dir:\nseed:\noverwrite: true\noverwrite_from: sft\nppo:\n  updates: 3\n")
+    assert load(Inner, ["--config", of_all], section="ppo", known_sections=SECTIONS) == Inner(updates=3)
     only_others = write(tmp_path, "reward_model:\n  lr: 1\n")
     assert load(Inner, ["--config", only_others], section="ppo", known_sections=SECTIONS) == Inner()
 
@@ -237,6 +239,14 @@ def test_stage_and_chain_resolve_one_file_alike(tmp_path: Path) -> None:
         ("", ["my.yaml", "is empty"]),
         ("# nothing\n", ["my.yaml", "is empty"]),
         ("updates: 0\n", ["updates=0 must be at least 1"]),
+        ("seed: 1\nreward_model: 2026-02-30\n", ["my.yaml:2", "broken YAML: day is out of range"]),
+        ("updates: !!int abc\n", ["my.yaml:1", "broken YAML: invalid literal for int"]),
+        ("updates: !!timestamp abc\n", ["my.yaml:1", "broken YAML"]),
+        (f"updates: {'9' * 5000}\n", ["my.yaml:1", "broken YAML: Exceeds the limit"]),
+        (f"kl_coef: {'9' * 400}\n", ["my.yaml:1: kl_coef: expected a number", "999"]),
+        ("weights: &all [1, *all]\n", ["my.yaml:1", "recursive"]),
+        ("seed: 1\nbase: &all\n  again: *all\n", ["my.yaml:2", "recursive"]),
+        ("weights: " + "[" * 3000, ["my.yaml: broken YAML: it is nested too deeply"]),
     ],
 )
 def test_a_mistake_in_the_file_names_line_and_field(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -292,6 +302,10 @@ def test_mistakes_in_a_chain_file(tmp_path: Path) -> None:
         (["--config", "smokes.yaml"], ["smokes.yaml", "did you mean smoke.yaml?"]),
         (["--config", "a.yaml", "--config", "b.yaml"], ["given twice"]),
         (["--config", "/"], ["/", "cannot be read"]),
+        (["--config", ""], ["--config is empty; name a YAML file"]),
+        (["--config="], ["--config is empty"]),
+        (["--weights", "[" * 3000], ["--weights: expected a list of a number"]),
+        (["--kl_coef", "9" * 400], ["--kl_coef: expected a number"]),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], parts: list[str]) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import pickle
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from reference import recipe
 
 from rlhf import errors
 from rlhf.errors import InputError, RunStopped, hidden, short, visible
-from rlhf.run import console
+from rlhf.run import console, lock
+from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.stages import Manifest
 from rlhf.urls import http_address, require_no_secret
 
@@ -49,6 +52,27 @@ def test_what_a_recipe_prints(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         errors.run(fails)
     assert capsys.readouterr().err == f"error: {SHOWN}: http://***@h:1/x?api_key=*** is wrong\n"
+
+
+@pytest.mark.parametrize("way", ["file/run", "read-only/run", "read-only/run/a.json"])
+def test_a_folder_that_nothing_can_be_written_to_is_told_in_one_line(monkeypatch, capsys, tmp_path, way):
+    (tmp_path / "file").touch()
+    made = Path.mkdir
+
+    def refuses(path, *given, **named):  # a superuser may write everywhere
+        if path.name == "run" and path.parent.name == "read-only":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        made(path, *given, **named)
+
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    write = write_json_atomic if way.endswith("json") else lambda path, _: lock.hold(path)
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    with pytest.raises(SystemExit, match="2"):
+        errors.run(lambda argv: write(tmp_path / way, {}))
+    seen = (
+        f"{tmp_path}/file/run: Not a directory" if way == "file/run" else f"{tmp_path}/read-only/run: Permission denied"
+    )
+    assert capsys.readouterr().err == f"error: {seen}; check the path and its permissions\n"
 
 
 @pytest.mark.parametrize(

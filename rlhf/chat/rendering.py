@@ -117,7 +117,7 @@ def schemas_of(tools: Any) -> list[Any] | None:
         listed = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None
         listed = [listed] if isinstance(listed, Mapping) else listed
         schemas = [json.loads(tool) if isinstance(tool, str) else tool for tool in listed or ()]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"tools: {reason(error)}; write a list of tools' JSON schemas") from None
     if not all(isinstance(schema, Mapping) for schema in schemas):
         raise InputError(f"tools: got {short(repr(tools), 40)}; write a list of tools' JSON schemas")
@@ -195,7 +195,7 @@ def parsed(arguments: Any) -> Any:
     """Return a call's arguments as a mapping, where they are JSON text (OpenAI's rows) of one."""
     try:
         value = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, Mapping) else arguments
 

@@ -64,7 +64,7 @@ def _as_json(value: Any, where: Any, decoded: bool, filled: bool) -> Any:
 def _loaded(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -264,7 +264,7 @@ def _texts(value: Any, name: str) -> list[str]:
     """Return a list of texts, also from its JSON; a plain text alone is a list of one."""
     try:
         value = json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(name, f"{error} in {show(value)}", "write a JSON list of texts") from None
     return list(value) if isinstance(value, list | tuple) else [value]
 

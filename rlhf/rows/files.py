@@ -76,7 +76,7 @@ _TEXT = {
     "solution", "target", "text",
 }  # fmt: skip
 _ONE_OF_SEVERAL = re.compile(r"(response|answer|completion|output|human_ref)[_ ]?[0-9a-k]", re.IGNORECASE)
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,999})(\.[0-9]+)?([eE][-+]?[0-9]+)?")  # JSON's, none of thousands of digits
 
 
 def kind_of(name: str) -> tuple[str, str]:

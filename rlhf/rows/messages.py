@@ -182,7 +182,7 @@ def _trained(message: Mapping[str, Any], name: str) -> bool:
 def _json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise wrong(name, f"{error} in {show(text)}", "write a list, or JSON text of one") from None
 
 

@@ -55,7 +55,8 @@ def no_effect(config: Any) -> tuple[str, ...]:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Return the differences that matter, in the order of ``now``: what a run began with, what it is given now.
 
-    A setting that only one of them has is none of the other's version, and not compared; an input is.
+    A setting that only one of them has is none of the other's version, and not compared; an input is, but for the file
+    of a function that the run's version did not look at.
     """
     return [change for change in _differences(before, now, "") if not _alike(change)]
 
@@ -65,6 +66,7 @@ def _alike(change: Change) -> bool:
     if field in PRESENCE:
         return (change.before is None) == (change.now is None)
     older = re.fullmatch(r"config\.\w+", change.name) and (change.before is MISSING or change.now is MISSING)
+    older = older or (re.match(r"code\b", change.name) and change.before is MISSING)
     return bool(older) or (field in NO_EFFECT and change.now is MISSING)
 
 

@@ -72,7 +72,7 @@ def write_json_atomic(path: str | Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = _beside(path, "writing")
     remove(writing)  # of a killed run; or a link that somebody left there
-    with writing.open("x", encoding="utf-8") as file:
+    with writing.open("x", encoding="utf-8", errors="backslashreplace") as file:  # of a path's odd bytes JSON's escapes
         file.write(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import dis
 import fnmatch
 import functools
 import hashlib
-import inspect
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
+from rlhf.rows.sources import path_of
 from rlhf.run.checkpoint import plain, write_json_atomic
+from rlhf.run.objects import of_function, of_weights
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 PART = 2**26
@@ -39,14 +37,6 @@ WRITTEN_BESIDE = (
     "*.html", "*.md", "*.png",
 )  # fmt: skip
 """What a stage writes beside its model or data: logs and reports, some of which tell the time."""
-
-
-SETS = ("STORE_DEREF", "STORE_GLOBAL")
-"""Instructions by which a function keeps a count of its own: such a name is no constant."""
-
-
-SPEED = ("tokens_per_microbatch", "timeout", "retries", "at_once", "name")
-"""Arguments of an object that scores which change no score."""
 
 
 def canonical(value: object) -> bytes:
@@ -65,10 +55,10 @@ def of_path(path: str | Path) -> str:
     """
     digest, path = hashlib.sha256(), Path(path)
     if not path.exists():
-        return hashlib.sha256(f"hub:{path}".encode()).hexdigest()
+        return hashlib.sha256(f"hub:{path}".encode(errors="surrogatepass")).hexdigest()
     for file in files_of(path):
         if path.is_dir():
-            digest.update(f"{file.relative_to(path).as_posix()}\n".encode())
+            digest.update(f"{file.relative_to(path).as_posix()}\n".encode(errors="surrogatepass"))
         digest.update(_digest_of_file(file))
     adapter = path / "adapter_config.json"
     if adapter.is_file():
@@ -80,8 +70,20 @@ def of_path(path: str | Path) -> str:
 
 
 def data_fingerprint(source: str | Path | Iterable[object]) -> str:
-    """Compute the fingerprint of a dataset: of a path's content, or of every row of an iterable."""
-    return of_path(source) if isinstance(source, str | Path) else of_rows(source)
+    """Compute the fingerprint of a dataset: of a path's content, with the part and split of a folder that the source
+    names behind it, or of every row of an iterable."""
+    if not isinstance(source, str | Path):
+        return of_rows(source)
+    path, part = placed(source)
+    return f"{of_path(path or source)}{part}"
+
+
+def placed(source: str | Path) -> tuple[Path | None, str]:
+    """Return the file or folder that a source of data names, and what it names of that folder (":part@split", or "");
+    None where it is not on this machine."""
+    path = path_of(source)
+    part = "" if path is None else str(Path(source).expanduser()).removeprefix(str(path))
+    return (None, "") if path is None or (part and not path.is_dir()) else (path, part)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -117,7 +119,7 @@ def _digest_of_file(file: Path) -> bytes:
         parts = pool.map(functools.partial(_digest_of_part, file), range(0, stat.st_size, PART))
         digest = hashlib.sha256(b"".join(parts)).digest()
     if begun - stat.st_ctime_ns > 2e9:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
             write_json_atomic(_cache(), _known() | {key: [state, digest.hex()]})
     return digest
 
@@ -144,7 +146,7 @@ def _known() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# ---------------------------------------------------------------- rows, models, functions, tokenizers
+# ---------------------------------------------------------------- rows, models, tokenizers, runs
 
 
 def of_rows(rows: Iterable[object]) -> str:
@@ -172,114 +174,6 @@ def of_model(source: Any) -> str | None:
         return of_path(source)
     inner = getattr(source, "model", None)
     return of_weights(source if hasattr(source, "named_parameters") or inner is None else inner)
-
-
-def of_weights(module: nn.Module) -> str:
-    """Compute the fingerprint of a model's parameters where they are: sums of their bits, exact on every device."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        if "original_module" in name:  # peft's unused original of a saved module, such as a head drawn at random
-            continue
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {_checksum(parameter)}\n".encode())
-    return digest.hexdigest()
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Sum a tensor's bits, each word multiplied by an odd number of its own, modulo 2^64."""
-    import torch
-
-    if tensor.device.type == "meta":
-        return 0
-    bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    words = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
-    total = 0
-    for start in range(0, words.numel(), 2**22):
-        part = words[start : start + 2**22].long()
-        odd = torch.arange(start, start + len(part), device=part.device) * 0x9E3779B1 * 2 + 1
-        total += int((part * odd).sum())
-    return total % 2**64
-
-
-def of_function(function: Any, depth: int = 0) -> str:
-    """Return a reward function's name and the sha256 of what it computes: its code, its helpers in the same file, its
-    constants; of an object the class, its arguments and the weights that it holds. No value appears in it: one may be a
-    password."""
-    if hasattr(function, "named_parameters"):
-        name, content = type(function).__qualname__, of_weights(function)
-    elif isinstance(function, functools.partial):
-        inner = of_function(function.func, depth)
-        name, content = inner.split()[0], repr([inner, _value(function.args), _constant(function.keywords)])
-    elif inspect.ismethod(function):
-        name = function.__func__.__qualname__
-        content = repr([of_function(function.__func__, depth), of_function(function.__self__, depth + 1)])
-    elif inspect.isfunction(function):
-        name, content = function.__qualname__, _code(function, depth)
-    else:
-        kind, own = type(function), getattr(function, "__dict__", {})
-        call = inspect.getattr_static(kind, "__call__", None)
-        given = {name for name in inspect.signature(kind.__init__).parameters if name in own} - {*SPEED}
-        described = {name: _value(own[name], depth) for name in sorted(given)}
-        code = of_function(call, depth) if inspect.isfunction(call) else ""
-        name, content = kind.__qualname__, repr([code, described])
-    return f"{name.rpartition('.')[2]} {hashlib.sha256(content.encode()).hexdigest()}"
-
-
-def _value(value: Any, depth: int = 0) -> Any:
-    """Return the JSON form of a value that stays as it is; of others the weights, the code, or only the type: a list
-    may be where a function keeps what it has seen."""
-    if isinstance(value, str | int | float | bool | tuple | Path) or value is None or dataclasses.is_dataclass(value):
-        with contextlib.suppress(TypeError):
-            return plain(value)
-    if isinstance(value, tuple):
-        return [_value(item, depth) for item in value]
-    known = hasattr(value, "named_parameters") or (callable(value) and not isinstance(value, type))
-    return of_function(value, depth + 1) if known and depth < 3 else type(value).__name__
-
-
-def _code(function: Any, depth: int) -> str:
-    """Return a function's instructions, constants, defaults, closure, and the helpers and constants of its file that
-    it names; neither comments nor line numbers."""
-    code: CodeType = function.__code__
-    named = {name for inner in _inner(code) for name in inner.co_names}
-    around = {name: function.__globals__[name] for name in sorted(named) if name in function.__globals__}
-    helpers = [
-        of_function(value, depth + 1)
-        for value in around.values()
-        if inspect.isfunction(value) and value.__module__ == function.__module__ and depth < 3 and value is not function
-    ]
-    set_here = {step.argval for inner in _inner(code) for step in dis.get_instructions(inner) if step.opname in SETS}
-    constants = {name: _constant(value) for name, value in around.items() if name.isupper() and name not in set_here}
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    closure = [_value(cell.cell_contents, depth) for name, cell in cells if name not in set_here and _filled(cell)]
-    steps = [(inner.co_code.hex(), _constants(inner, function.__doc__), inner.co_names) for inner in _inner(code)]
-    return repr((steps, function.__defaults__ and _value(function.__defaults__), closure, helpers, constants))
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that is not bound yet
-        return False
-
-
-def _inner(code: CodeType) -> list[CodeType]:
-    found = [code]
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            found += _inner(constant)
-    return found
-
-
-def _constant(value: Any) -> Any:
-    try:
-        return plain(value)
-    except TypeError:
-        return _value(value)
-
-
-def _constants(code: CodeType, doc: str | None) -> list[str]:
-    plain_ones = [value for value in code.co_consts if not isinstance(value, CodeType) and value != doc]
-    return [repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value) for value in plain_ones]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

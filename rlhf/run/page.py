@@ -43,7 +43,7 @@ def write(path: str | Path, content: str) -> Path:
     path = Path(path)
     writing = path.with_name(f".{path.name}.writing")
     writing.unlink(missing_ok=True)
-    with writing.open("x", encoding="utf-8") as file:  # never through a link that somebody left there
+    with writing.open("x", encoding="utf-8", errors="backslashreplace") as file:  # never through a link that is there
         file.write(content)
     return writing.replace(path)
 

@@ -62,6 +62,7 @@ POLICIES = ("base", "sft", "ppo", "dpo", "kto", "grpo", "rloo")
 """Stages whose folder holds a policy."""
 
 BEGUN = "begun.json"
+BEST = "best.safetensors"  # reward_models.best.BEST_FILE: the weights that a training chose so far
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "rlhf-recipes")
 
 
@@ -243,12 +244,13 @@ def finish_stage(folder: str | Path, manifest: Manifest, keep_checkpoints: bool 
 
 
 def drop_checkpoints(folder: str | Path, keep: int = 0) -> None:
-    """Delete what a complete stage needs no more, also where a killed run left it: begun.json, and checkpoints but the
-    newest ``keep``."""
+    """Delete what a complete stage needs no more, also where a killed run left it: begun.json, checkpoints but the
+    newest ``keep``, and where none is kept the best weights, which the model has."""
     remove(Path(folder) / BEGUN)
     if keep:
         prune(folder, keep)
     else:
+        remove(Path(folder) / BEST)
         for checkpoint in checkpoints_in(folder):
             remove(checkpoint)
 

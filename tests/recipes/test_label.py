@@ -83,6 +83,18 @@ def test_the_same_command_adds_nothing_twice_and_another_file_adds_to_it(tmp_pat
         assert len(store.items()) == 6
 
 
+@pytest.mark.parametrize("named", ["d@train", "d:sub", "~/d"])
+def test_new_rows_in_a_folder_are_added_however_it_is_named(tmp_path, write, monkeypatch, named):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d" / "sub").mkdir(parents=True)
+    config = asked(tmp_path, candidates=named if named.startswith("~") else str(tmp_path / named))
+    with Store(config.store) as store:
+        for count in (5, 6):
+            write("d/sub/train.jsonl" if ":" in named else "d/train.jsonl", rows(count))
+            add_items(store, config)
+            assert len(store.items()) == count
+
+
 def test_a_corrected_gold_file_corrects_the_store_and_back(tmp_path, write, capsys):
     known = [{**row, "ranks": [1, 2, 3]} for row in rows(3, start=100)]
     mended = [known[0], *({**row, "responses": row["responses"][::-1], "ranks": [1, 2, 2]} for row in known[1:])]

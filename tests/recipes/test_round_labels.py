@@ -1,14 +1,17 @@
-"""The playground's comparisons in a round: a folder as the flywheel leaves it, and what is erased between two runs."""
+"""A round's labels where a run is overwritten; the playground's comparisons, and what is erased between two runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from reference import recipe
 
+from reward_models.grader import RubricGrader
+from rlhf.collection.desk import StoreDesk, label
 from rlhf.collection.store import Conversation, Feedback, Store
 from rlhf.errors import InputError
 from rlhf.rows.jsonl import read_rows
@@ -16,6 +19,73 @@ from rlhf.rows.records import write_jsonl
 from rlhf.run.stages import Manifest
 
 round_labels = recipe.load("round_labels")
+
+
+def labelled(run: Path, overwrite: bool = False, labeler: str = "", **turn: Any) -> list[list[float]]:
+    """Have three items of two responses judged; returns the ranks of the rankings that are written."""
+    items = [{"prompt": f"Label {n}?", "responses": ["a", "b"]} for n in range(3)]
+    write_jsonl(run / "round_1" / "items" / "items.jsonl", items)
+    settings = {"labels": "simulated", "overlap": 1, "grader": None, "rubric": None, "store": None, **turn}
+    asked = SimpleNamespace(
+        flywheel=SimpleNamespace(**settings), data=SimpleNamespace(labeler=labeler, seed=0), output_dir=str(run),
+        overwrite=overwrite,
+    )  # fmt: skip
+    round_labels.label_items(asked, 1, run / "round_1")
+    return [row["ranks"] for _, row in read_rows(run / "round_1" / "labels" / "rankings.jsonl")]
+
+
+@pytest.fixture
+def labelers(tmp_path: Path) -> list[str]:
+    """Two that disagree."""
+    for name, ranks in (("up", [1, 2]), ("down", [2, 1])):
+        (tmp_path / f"{name}.py").write_text(f"def rank(prompts, responses, seed): return [{ranks}] * len(prompts)")
+    return [f"{tmp_path}/{name}.py:rank" for name in ("up", "down")]
+
+
+def test_another_labeler_judges_the_same_items_anew(tmp_path, labelers):
+    run, (up, down) = tmp_path / "run", labelers
+    assert labelled(run, labeler=up) == [[1, 2]] * 3
+    with pytest.raises(InputError, match=r"config\.settings\.labeler was"):
+        labelled(run, labeler=down)
+    assert labelled(run, labeler=down, overwrite=True) == [[2, 1]] * 3
+
+
+def test_what_people_and_invited_models_said_stays(tmp_path, labelers):
+    run = tmp_path / "run"
+    labelled(run, labeler=labelers[0], overlap=3)
+    with Store(run / "labels.db") as store:
+        store.erase(annotator="simulated-3")
+        store.invite("judge", "model")
+        label(StoreDesk(store, "judge", "model"), lambda prompts, responses, seed: [[5, 5]] * len(prompts), 0, batch=3)
+        store.erase(annotator="simulated-2")
+        label(StoreDesk(store, "ann", "person"), lambda prompts, responses, seed: [[7, 7]] * len(prompts), 0, batch=3)
+    ranks = labelled(run, labeler=labelers[1], overlap=3, overwrite=True)
+    assert sorted(ranks) == [[2, 1]] * 3 + [[5, 5]] * 3 + [[7, 7]] * 3
+
+
+def test_another_grader_judges_anew_and_one_that_moved_does_not(tmp_path, monkeypatch):
+    run, grader = tmp_path / "run", tmp_path / "grader"
+    grader.mkdir()
+    (tmp_path / "rubric.yaml").write_text("question")
+    asked = []
+
+    def load(model: str, rubric: str) -> Any:
+        asked.append(model)
+        sign = float(Path(model, "weights").read_text())
+        return lambda prompts, texts: [sign * ord(text) for text in texts]
+
+    monkeypatch.setattr(RubricGrader, "load", load)
+    turn = {"labels": "grader", "rubric": str(tmp_path / "rubric.yaml")}
+    (grader / "weights").write_text("1")
+    assert labelled(run, grader=str(grader), **turn) == [[2, 1]] * 3
+    grader.rename(tmp_path / "moved")
+    grader = tmp_path / "moved"
+    labelled(run, grader=str(grader), **turn)
+    assert len(asked) == 1, "the stage is complete"
+    (grader / "weights").write_text("-1")
+    with pytest.raises(InputError, match="belongs to another run: grader was"):
+        labelled(run, grader=str(grader), **turn)
+    assert labelled(run, grader=str(grader), overwrite=True, **turn) == [[1, 2]] * 3
 
 
 def say(store: Store, name: str, person: str, question: str) -> None:
@@ -95,6 +165,20 @@ def test_what_is_erased_before_the_training_ends_is_not_trained_on(run):
         store.erase(person="p-two")
     assert round_labels.playground_rows(config(run), 1, run / "round_1") is None
     assert not file.exists()
+
+
+def test_one_killed_while_it_takes_out_what_was_erased_keeps_the_others(run, monkeypatch):
+    file = round_labels.playground_rows(config(run), 1, run / "round_1")
+    model = begin_training(run, complete=False)
+    with Store(run.parent / "playground.db") as store:
+        store.erase(person="p-much")
+    monkeypatch.setattr(round_labels, "write_jsonl", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        round_labels.playground_rows(config(run), 1, run / "round_1")
+    monkeypatch.undo()
+    assert not model.exists()
+    assert round_labels.playground_rows(config(run), 1, run / "round_1") == file
+    assert questions(file) == ["One?", "Two?"]
 
 
 def test_a_complete_reward_model_keeps_what_it_learned(run):

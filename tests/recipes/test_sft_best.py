@@ -16,6 +16,7 @@ from rlhf.rows.records import read_prompts
 from rlhf.run.stages import Manifest
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import model_stop_ids
+from rlhf_recipes.best_by import BestByScore
 
 ANSWERS = ("the fox", "a dog", "no way", "yes it is")
 
@@ -54,6 +55,23 @@ def test_the_weights_of_the_highest_score_are_saved(tmp_path, tiny_model, tiny_t
     samples = evaluate.sample_policy(read_prompts(held_out), tokenizer, engine, max_new_tokens=6, generator=generator)
     again = evaluate.judge_samples(samples, RewardModel.load(scorer))
     assert sum(again) / len(again) == pytest.approx(outputs["best_score"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_one_that_is_trained_longer_still_knows_its_best(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    base = tiny_chain.save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer)
+    scorer = tiny_chain.save_reward_model(tmp_path / "scorer", base, tiny_tokenizer)
+    given = {1: 5.0, 2: 3.0, 3: 4.0}
+    monkeypatch.setattr(BestByScore, "score", lambda self: given[self.trainer.state.global_step])
+    sft = recipe.load("sft")
+    for epochs in (1, 3):
+        asked = sft.SFTRecipe(
+            model=str(base), train_data=str(rows(tmp_path / "a.jsonl", 0, 8)), best_by=str(scorer), epochs=epochs,
+            eval_data=str(rows(tmp_path / "b.jsonl", 50, 2)), batch_size=8, microbatch_size=8, lr_schedule="constant",
+            save_steps=1, keep_checkpoint=True, preflight=False, bf16=False, output_dir=str(tmp_path / "run" / "sft"),
+        )  # fmt: skip
+        outputs = sft.sft(asked)
+        assert (outputs["best_step"], outputs["best_score"]) == (1, 5.0)
 
 
 def test_what_cannot_choose_is_refused(tmp_path, tiny_model, tiny_tokenizer):

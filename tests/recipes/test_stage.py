@@ -13,8 +13,9 @@ from reference import recipe
 
 from rlhf.config import load
 from rlhf.errors import InputError
+from rlhf.run.changes import changes
 from rlhf_recipes.attacking import AttackConfig
-from rlhf_recipes.stage import inputs_of, next_command, open_stage
+from rlhf_recipes.stage import fingerprint_of, inputs_of, next_command, open_stage
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,58 @@ def test_a_function_that_a_nested_setting_names_is_an_input(tmp_path: Path) -> N
         found.append(inputs_of(config, {})["code"])
     assert {*found[0]} == {*found[1]} == {f"{file}:valid", f"{file}:other"}
     assert all(found[0][name] != found[1][name] for name in found[0])
+
+
+def test_a_function_of_a_module_is_an_input_too_and_a_run_begun_before_that_goes_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "own_package" / "rewards.py"
+    module.parent.mkdir()
+    texts = ["own_package.rewards:f", "own_package:f", "no_such.module:f", "json.tool", "rlhf.scores:f", "a text: b"]
+    config = AttackConfig(attacker="x", method="sft", train={"lists": texts})
+    found = []
+    for text in ("one", "two"):
+        module.write_text(text)
+        found.append(inputs_of(config, {}))
+    one, two = (inputs["code"] for inputs in found)
+    assert [*one] == [*two] == texts[:1]
+    assert one != two
+    assert [change.name for change in changes(*found)] == [f"code.{texts[0]}"]
+    assert not changes({"config": found[0]["config"]}, found[1])
+
+
+def test_task_files_of_lm_eval_are_an_input(tmp_path: Path) -> None:
+    module, file = recipe.load("run_evals"), tmp_path / "tasks" / "own.yaml"
+    file.parent.mkdir()
+    found = []
+    for name, text in (("tasks", "one"), ("tasks", "two"), ("moved", "two")):
+        (tmp_path / "tasks").rename(tmp_path / name)
+        (tmp_path / name / "own.yaml").write_text(text)
+        asked = module.RunEvalsConfig(model="m", lm_eval=["own"], lm_eval_path=str(tmp_path / name))
+        found.append(inputs_of(*module.inputs(asked)))
+    assert changes(found[0], found[1])
+    assert not changes(found[1], found[2]), "where they lie may change"
+
+
+@pytest.mark.parametrize("part", ["@train", "@dev", ":sub", ":sub@train"])
+def test_a_folder_counts_by_its_content_also_where_its_split_or_part_is_named(tmp_path: Path, part) -> None:
+    folder = tmp_path / "d"
+    files = [folder / "train.jsonl", folder / "dev.jsonl", folder / "sub" / "train.jsonl"]
+    (folder / "sub").mkdir(parents=True)
+    for file in files:
+        file.write_text('{"prompt": "a"}')
+    before = fingerprint_of(f"{folder}{part}")
+    assert before == {"part": part, "content": fingerprint_of(folder)}
+    folder.rename(tmp_path / "moved")
+    assert fingerprint_of([{"path": f"{tmp_path}/moved{part}", "weight": 2}]) == [{"path": before, "weight": 2}]
+    (tmp_path / "moved").rename(folder)
+    for file in files:
+        file.write_text('{"prompt": "b"}')
+        assert fingerprint_of(f"{folder}{part}") != before, file
+        file.write_text('{"prompt": "a"}')
+    (folder / "manifest.json").write_text('{"stage": "rankings", "inputs": {}, "seed": 0}')
+    assert set(fingerprint_of(f"{folder}{part}")) == {"manifest", "part", "content"}
+    names = [f"{tmp_path}/e{part}", f"{files[0]}:function", "owner/name", "http://host:1", f"owner/name{part}"]
+    assert [fingerprint_of(name) for name in names] == names, "what is no folder here counts by its name"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from reward_models.scoring import RewardModel
 from rlhf.errors import InputError
 from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, new_scalar_model
 from rlhf.rows.records import Ranking
-from rlhf.run.fingerprint import of_function
+from rlhf.run.objects import of_function
 
 PROMPTS = ["What is the capital of France?", "Count to ten", "Hello?"]
 COMPLETIONS = ["Paris", "one two three four five", "Hi"]

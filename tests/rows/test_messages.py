@@ -6,7 +6,10 @@ import json
 
 import pytest
 
+from rlhf.chat.rendering import parsed, schemas_of
 from rlhf.errors import InputError
+from rlhf.rows.arrow import _loaded
+from rlhf.rows.comparisons import _texts
 from rlhf.rows.messages import as_messages, as_prompt
 
 USER, ANSWER = {"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."}
@@ -99,6 +102,17 @@ def test_fields_of_another_role_and_broken_json():
         as_messages('[{"role": "user"', "messages")
     with pytest.raises(InputError, match="use one of system, user, assistant, tool"):
         as_messages([{"role": "critic", "content": "x"}], "messages")
+
+
+def test_brackets_a_thousand_deep_are_a_mistake_or_text():
+    deep = "[" * 100_000
+    with pytest.raises(InputError, match=r"messages\[0\].tool_calls: .*recursion.*write a list"):
+        as_messages([ANSWER | {"tool_calls": deep}], "messages")
+    with pytest.raises(InputError, match=r"generations: .*recursion.*write a JSON list"):
+        _texts(deep, "generations")
+    with pytest.raises(InputError, match=r"tools: .*recursion.*write a list"):
+        schemas_of(deep)
+    assert parsed(deep) == deep == _loaded(deep)
 
 
 def turn(role: str, content: str, **more: object) -> dict[str, object]:

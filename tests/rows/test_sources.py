@@ -138,6 +138,8 @@ def test_messages_in_a_table_are_json(tmp_path):
         writer = csv.writer(file)
         writer.writerows([["messages"], [json.dumps(turns)]])
     assert read_demonstrations(tmp_path / "a.csv")[0].messages == turns
+    (tmp_path / "c.csv").write_text(f"prompt,n,other,long\nq,12,1\u0662,{'9' * 5000}\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "c.csv")[0].columns == {"n": 12, "other": "1\u0662", "long": "9" * 5000}
     (tmp_path / "b.csv").write_text('prompt,responses,ranks\nq,"[""a"", ""b""]","[2, 1]"\n')
     assert read_rankings(tmp_path / "b.csv")[0].pairs() == [(1, 0)]
     text = [{"prompt": "[1, 2] sorted?", "chosen": "[1, 2]", "rejected": "[2, 1]"}]

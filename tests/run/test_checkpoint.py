@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import random
 import re
 from pathlib import Path
@@ -108,6 +109,10 @@ def test_json_is_written_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json_atomic(path, {"bad": object()})
     assert json.loads(path.read_text())["n"] == 0.5
+    odd = {"path": os.fsdecode(b"caf\xe9"), "text": 'no\u00e9l \ud83d "\\"'}
+    write_json_atomic(path, odd)
+    assert json.loads(path.read_text(encoding="utf-8")) == odd
+    assert "no\u00e9l" in path.read_text(encoding="utf-8")
 
 
 def test_a_full_disk_is_refused_in_one_line(tmp_path: Path) -> None:

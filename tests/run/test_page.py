@@ -15,4 +15,5 @@ def test_a_link_of_a_pages_name_is_replaced_and_its_target_stays(tmp_path: Path)
     assert page.write(report, "new") == report
     assert not report.is_symlink()
     assert (report.read_text(), other.read_text()) == ("new", "precious")
+    assert page.write(report, "caf\udce9").read_text() == r"caf\udce9"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["other.txt", "report.html"]

@@ -20,6 +20,7 @@ from rlhf.run.stages import (
     Manifest,
     begin_stage,
     data_fingerprint,
+    drop_checkpoints,
     finish_stage,
     reopen_stage,
     stage_state,
@@ -164,6 +165,20 @@ def worked(folder: Path, began: float, until: float) -> None:
         os.utime(file, (until, until))
     for later in (".lock", "report.html"):  # of who looks at it, or takes it, in between
         (folder / later).touch()
+
+
+def test_the_best_weights_stay_as_long_as_a_checkpoint_does(tmp_path: Path) -> None:
+    """Else a complete stage that is trained longer would have forgotten what it chose from."""
+    best = tmp_path / "best.safetensors"
+    begin_stage(tmp_path, {})
+    for kept in (True, False):
+        best.touch()
+        save_checkpoint(tmp_path, 1, lambda path: (path / "x").touch(), {})
+        finish_stage(tmp_path, manifest(), keep_checkpoints=kept)
+        assert (best.exists(), (tmp_path / "checkpoint-1").exists()) == (kept, kept)
+    best.touch()  # killed after the manifest
+    drop_checkpoints(tmp_path)
+    assert not best.exists()
 
 
 def test_seconds_are_those_of_all_processes_and_the_first_one_began_it(tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ def check_base(accelerator: Accelerator, model: PeftModel) -> Finding:
         return Finding("base", "not measured: weights are sharded", True)
     if sum(p.numel() for p in model.parameters()) > COPIED:
         return Finding("base", "not measured: the base is too large to load twice", True)
-    weights = {base_name(name): p for name, p in model.get_base_model().named_parameters() if adapter_of(name) is None}
+    base: Any = model.get_base_model()
+    weights = {base_name(name): p for name, p in base.named_parameters() if adapter_of(name) is None}
     revision = {"revision": settings.revision} if settings.revision else {}
-    files = from_pretrained(AutoModelForCausalLM, path, model.get_base_model().dtype, **revision)
+    files = from_pretrained(AutoModelForCausalLM, path, base.dtype, **revision)
     pairs = [(name, weights[name], file) for name, file in files.named_parameters() if name in weights]
     other = [name for name, weight, file in pairs if _differs(weight, file)]
     return Finding(

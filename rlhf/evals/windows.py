@@ -7,7 +7,7 @@ them, and looked up. With s_i the symbols (letters, or hashes of words) and B an
 
 so that a window of any length costs one subtraction and one product. A byte table of the hashes' upper bits answers for
 most windows; what passes it is looked up in the sorted table, and the symbols themselves are compared before a window
-counts as found. Memory: about 30 bytes per sought symbol, and some megabytes for the stream.
+counts as found. Memory: about 110 bytes per sought symbol, 200 while they are built, and some megabytes for the stream.
 """
 
 from __future__ import annotations

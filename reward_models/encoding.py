@@ -102,6 +102,7 @@ def encode_rankings(
         if positions is not None:
             what, remedy = f"{name}: ranking {number + 1} has", f"max_length={positions.limit} leaves such out"
             positions.check(longest, what, remedy)
+        places = {rank: float(n) for n, rank in enumerate(sorted(set(ranking.ranks)))}  # which float32 tells apart
         order = [*pairs[0], *(i for i in range(len(encoded)) if i not in pairs[0])]
         ids = [compact(encoded[i]) for i in order]
         rows.append(
@@ -109,7 +110,7 @@ def encode_rankings(
                 "chosen_ids": ids[0],
                 "rejected_ids": ids[1],
                 "other_ids": ids[2:],
-                "ranks": [float(ranking.ranks[i]) for i in order],
+                "ranks": [places[ranking.ranks[i]] for i in order],
                 "texts": [ranking.responses.index(ranking.responses[i]) for i in order],
                 "margin": _margin(ranking, f"{name}: ranking {number + 1}"),
                 "weight": weight_of(ranking, labeler_weights, f"{name}: ranking {number + 1}"),

@@ -25,14 +25,14 @@ from reward_models.talks import TEXTS, conversations_in
 from rlhf.errors import InputError, short
 from rlhf.rows.messages import Messages, check_messages, text_of
 from rlhf.rows.mixed import parts_of, renamed, weighed
-from rlhf.rows.records import BadRows, OnBadRow, prompt_key
+from rlhf.rows.records import BadRows, OnBadRow, Prompt, prompt_key, split_key
 from rlhf.rows.sources import Source, name_of, rows, show, wrong
 
 logger = logging.getLogger("rlhf")
 
 ANSWERS = ("response", "completion")
 """Columns that are no labels, whatever they hold, as TEXTS."""
-NO_CATEGORY = ("weight", "seed", "id", "index", "turn", "row", "train")
+NO_CATEGORY = ("weight", "margin", "labeler", "split_group", "seed", "id", "index", "turn", "row", "train")
 """Columns of 0 and 1 that are no labels."""
 
 
@@ -99,16 +99,20 @@ def labels_of(records: Sequence[LabelledText], categories: Sequence[str]) -> np.
 
 
 def apart_from(records: Sequence[LabelledText], others: Sequence[LabelledText], name: str) -> list[LabelledText]:
-    """Leave out the records whose text is also among `others`, and count them in the log: a text that is trained on
-    measures nothing. Raises InputError where nothing remains."""
-    there = {prompt_key(record.prompt) for record in others}
-    kept = [record for record in records if prompt_key(record.prompt) not in there]
+    """Leave out the records whose text or `split_group` is also among `others`, and count them in the log: a text that
+    is trained on measures nothing. Raises InputError where nothing remains."""
+    there = {key for record in others for key in _keys(record)}
+    kept = [record for record in records if there.isdisjoint(_keys(record))]
     if len(kept) < len(records):
         left = len(records) - len(kept)
         logger.warning("%s: left out %d of %d texts that are held out, too", name, left, len(records))
     if not kept:
         raise InputError(f"{name}: every text is held out, too; hand in others")
     return kept
+
+
+def _keys(record: LabelledText) -> set[str]:
+    return {prompt_key(record.prompt), split_key(Prompt(record.prompt, dict(record.columns)))}
 
 
 # ------------------------------------------------------------------------------------------------ one row

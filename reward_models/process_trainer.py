@@ -97,6 +97,10 @@ def encode_solutions(
         except InputError as error:
             refused.add(record.where, error)
             continue
+        if about.kind == "process" and sum(map(len, read.ends)) != len(labels):
+            seen = f"{len(labels)} steps, of which {sum(map(len, read.ends))} are not blank"
+            refused.add(record.where, InputError(f"steps: {seen}; leave out steps that hold the separator alone"))
+            continue
         joined += sum(about.separator in step.strip() for step in record.steps)
         row = _labelled(read.sequences, read.ends, labels)
         longest = max(map(len, row["sequences"]))

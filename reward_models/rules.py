@@ -110,7 +110,8 @@ class Forbidden:
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: object) -> list[float]:
         patterns = [_compiled("Forbidden", pattern) for pattern in self.patterns]
-        return [float(not any(p.search(text) for p in patterns)) for text in map(_plain, map(_text, completions))]
+        both = [(text, _plain(text)) for text in map(_text, completions)]  # a pattern may hold what `_plain` replaces
+        return [float(not any(p.search(text) for p in patterns for text in texts)) for texts in both]
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,9 @@ def summaries(row: Row) -> Row:
     """Read a comparison of summaries; the prompt is the post as Stiennon et al. (2020) gave it to their models."""
     info = row["info"]
     one, two = (part.get("text") for part in row["summaries"])
-    if "post" in info:
+    if not (info.get("post") or info.get("article")):
+        raise wrong("info", "neither a post nor an article", "summaries are compared beside what they are of")
+    if info.get("post"):
         lines = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post")]
     else:
         lines = [("TITLE: ", "title"), ("ARTICLE: ", "article")]

@@ -96,6 +96,25 @@ def test_held_out_texts_are_left_out_of_training(caplog):
         apart_from(own[:1], own, "train_data")
 
 
+def test_texts_of_a_held_out_group_are_left_out_of_training():
+    def text(name: str, group: int | None) -> LabelledText:
+        columns = {} if group is None else {"split_group": group}
+        return LabelledText([{"role": "user", "content": name}], {"S": True}, columns)
+
+    own = [text("a", 7), text("c", 8), text("d", None)]
+    assert [record.text for record in apart_from(own, [text("b", 7)], "train_data")] == ["c", "d"]
+
+
+def test_who_labelled_and_the_group_are_no_categories():
+    rows = [
+        {"text": "a", "S": 1, "labeler": 0, "split_group": 0},
+        {"text": "b", "S": 0, "labeler": 1, "split_group": 1},
+    ]
+    records = read_labelled(rows)
+    assert categories_of(records) == ["S"]
+    assert [(record.columns["labeler"], record.columns["split_group"]) for record in records] == [(0, 0), (1, 1)]
+
+
 def test_the_real_rows(shared_data):
     records = read_labelled(str(shared_data / "moderation.jsonl.gz"))
     assert len(records) == 1200

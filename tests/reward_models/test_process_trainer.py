@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from reward_models import ProcessConfig, ProcessModel, ProcessTrainer, RewardConfig
+from reward_models.process import About
+from reward_models.process_trainer import encode_solutions
 from rlhf import chat
 from rlhf.errors import InputError
 from rlhf.rows.records import StepLabels
@@ -354,6 +357,14 @@ def test_long_solutions_are_left_out_counted_and_named(tmp_path, model_folder, c
         assert part in message
     with pytest.raises(InputError, match="nothing is left: raise max_length to"):
         ProcessTrainer(model_folder, args=config(tmp_path / "out", max_length=200), train_dataset=[long])
+
+
+def test_a_step_of_the_separator_alone_is_refused(tiny_tokenizer):
+    chat.prepare_tokenizer(tiny_tokenizer)
+    about, record = About(separator="###"), solutions(1)[0]
+    blank = replace(record, steps=("one", "###", "two"), labels=(1, 0, -1))
+    with pytest.raises(InputError, match="steps: 3 steps, of which 2 are not blank"):
+        encode_solutions(tiny_tokenizer, [blank], about, False, 200, "train_dataset")
 
 
 def test_a_separator_within_a_step_is_told_of(tmp_path, model_folder, caplog):

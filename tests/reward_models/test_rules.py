@@ -51,6 +51,11 @@ def test_forbidden_sees_through_disguises():
     assert of(rule, *texts) == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("text", ["…", "™", "№", "²", "½", "ﬁ", "e\u0301", "👨\u200d👩\u200d👧"])
+def test_forbidden_finds_what_a_plainer_text_lacks(text):
+    assert of(Forbidden([text]), f"so {text} it is", "so it is") == [0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("response", "answer", "expected"),
     [

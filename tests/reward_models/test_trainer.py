@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from reward_models import losses
 from reward_models.encoding import RankingCollator, encode_rankings
 from reward_models.scoring import RewardModel
 from reward_models.trainer import RewardConfig, RewardTrainer
@@ -295,6 +296,16 @@ def test_ties_are_left_out_and_counted(tmp_path, tiny_tokenizer, caplog):
     assert "left out 2 of 3 rankings, all ties or identical texts" in caplog.text
     with pytest.raises(InputError, match="ties or identical"):
         encode_rankings(tiny_tokenizer, [tie, same], 200, "train_dataset")
+
+
+def test_ranks_that_float32_cannot_tell_apart_are_pairs(tiny_tokenizer):
+    chat.prepare_tokenizer(tiny_tokenizer)
+    prompt = [{"role": "user", "content": "Hello?"}]
+    for ranks in ((1_700_000_000, 1_700_000_001), (1e39, 1e40), (1, 2), (-2.5, -2.5 + 1e-9)):
+        data = encode_rankings(tiny_tokenizer, [Ranking(prompt, ("a", "b"), ranks)], 200, "train_dataset")
+        batch = RankingCollator(0)(list(data))
+        better, worse = losses.ranked_pairs(batch["ranks"], batch["prompts"], batch["texts"])
+        assert (better.tolist(), worse.tolist()) == ([0], [1])
 
 
 def test_chosen_equal_to_rejected_everywhere_is_refused(tmp_path, model_folder):

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from rlhf.errors import InputError
 from rlhf.rows import bad_rows, foreign
@@ -210,6 +211,19 @@ def test_what_a_shape_does_not_use_stays_a_column():
 
 
 # -- ties, and what people called bad ----------------------------------------------------------------------
+
+
+def test_summaries_of_posts_and_articles_in_one_table():
+    """A table fills the fields of a struct that a row lacks with null, so every row has a post."""
+    both = [{"text": WRONG}, {"text": RIGHT}]
+    article = {"title": "Gas", "article": "Plants take in gas."}
+    table = [{"info": info, "summaries": both, "choice": 1} for info in (POST, article)]
+    posts, articles = (record.prompt[0]["content"] for record in read_rankings(Dataset.from_list(table)))
+    assert posts == SUMMED
+    assert articles == "TITLE: Gas\n\nARTICLE: Plants take in gas.\n\nTL;DR:"
+    neither = [{"info": {"title": "Gas"} | dict.fromkeys(("post", "article")), "summaries": both, "choice": 1}]
+    with pytest.raises(InputError, match="info: neither a post nor an article"):
+        read_rankings(neither)
 
 
 @pytest.mark.parametrize("winner", ["both_bad", "tie (bothbad)"])

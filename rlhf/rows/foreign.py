@@ -192,7 +192,8 @@ def _ours(shape: Shape, rows: list[tuple[str, Row]], wanted: str) -> Iterator[tu
 
 def _by_label(rows: Iterable[tuple[str, Row]]) -> tuple[list[tuple[str, Row]], list[tuple[str, Exception]]]:
     """Return the rows that may be imitated, and why the others may not: their label is false, or can't be read."""
-    good, flawed = [], []
+    good: list[tuple[str, Row]] = []
+    flawed: list[tuple[str, Exception]] = []
     for where, row in rows:
         try:
             fields.obey_label(row)

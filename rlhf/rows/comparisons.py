@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.rows.fields import Row, Unusable
+from rlhf.rows.asked import CONTEXT, QUESTIONS, SYSTEM
+from rlhf.rows.fields import FIELDS, Row, Unusable
 from rlhf.rows.messages import Messages, as_messages
 from rlhf.rows.sources import show, wrong
 
@@ -32,6 +33,9 @@ WINNERS: dict[Any, Row] = {
     "tie (bothbad)": BOTH_BAD, "tie (both_bad)": BOTH_BAD,
 }  # fmt: skip
 LETTERS: dict[Any, Row] = {"A>B": FIRST, "B>A": SECOND, "A=B": TIE}
+
+_ASKED = ("prompt", *QUESTIONS, *CONTEXT, *SYSTEM, "tools", "chat_template_kwargs")
+"""Columns that say what is asked: responses are ranked against each other where all of them are the same."""
 
 
 def pair(prompt: Any, one: Any, two: Any, outcome: Mapping[str, Any]) -> Row:
@@ -184,23 +188,47 @@ def marked_prompt(row: Row) -> Row:
     return {"prompt": marked_turns(row["prompt"])}
 
 
-def rated(rows: Sequence[tuple[str, Row]], score: str) -> Iterator[tuple[str, Row | Unusable | InputError]]:
-    """Yield a ranking for every prompt, by a score: the responses of consecutive rows with that prompt."""
-    for _, group in groupby(rows, key=lambda pair: json.dumps(pair[1]["prompt"])):
-        members = list(group)
-        where, first = members[0]
+def rated(rows: Sequence[tuple[str, Row]], score: str) -> Iterator[tuple[str, Row | InputError]]:
+    """Yield a ranking for every prompt, by a score: the responses of consecutive rows that ask the same, with the
+    columns in which all of them agree. A row without a score, or with another labeler, weight or split_group than the
+    first of them, gives an InputError."""
+    for _, group in groupby(rows, key=lambda pair: _content(pair[1], *_ASKED)):
+        members: list[tuple[str, Row]] = []
         ranks: list[float] = []
-        for where, row in members:
+        for where, row in group:
             try:
+                if members:
+                    _check_agreement(row, *members[0])
                 ranks.append(-number(row, score))
+                members.append((where, row))
             except InputError as error:
                 yield where, error
-        if len(ranks) == len(members):
+        if members:
+            where, first = members[0]
+            further = [name for name in first if name not in (*FIELDS, "response", score)]
+            agreed = {
+                name: first[name]
+                for name in further
+                if all(_content(row, name) == _content(first, name) for _, row in members[1:])
+            }
             responses = [row["response"] for _, row in members]
-            yield members[0][0], {"prompt": marked_turns(first["prompt"]), "responses": responses, "ranks": ranks}
+            yield where, {**agreed, "prompt": marked_turns(first["prompt"]), "responses": responses, "ranks": ranks}
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _content(row: Row, *names: str) -> str:
+    """Return what columns hold, in a form to compare; a column that is not there is like null."""
+    return json.dumps([row.get(name) for name in names], default=str)
+
+
+def _check_agreement(row: Row, where: str, first: Row) -> None:
+    """Raise InputError where rows of one ranking differ in what is said of the ranking."""
+    for name in ("labeler", "weight", "split_group"):
+        if _content(row, name) != _content(first, name):
+            seen = f"got {show(row.get(name))}, and {show(first.get(name))} in {where}, which has the same prompt"
+            raise wrong(name, seen, "write one value for all, or prompt, responses and ranks for each ranking")
 
 
 def marked_turns(prompt: Any) -> Any:

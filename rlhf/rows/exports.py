@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf.errors import InputError
+from rlhf.rows.asked import SYSTEM, with_system
 from rlhf.rows.comparisons import FIRST, SECOND, number, pair
 from rlhf.rows.fields import Row, Unusable
-from rlhf.rows.messages import Messages
+from rlhf.rows.messages import Messages, as_prompt
 from rlhf.rows.sources import show, wrong
 
 Found = Row | Unusable | InputError
@@ -147,15 +148,16 @@ _RESULTS = {"pairwise": _choice, "ranker": _order, "textarea": _text}
 
 
 def _asked(data: Mapping[str, Any]) -> Any:
-    """Return the prompt of a task's data: text, or turns (role or author, and content or text)."""
+    """Return the prompt of a task's data: text, or turns (role or author, and content or text). A system text beside it
+    is the first turn."""
     names = ("prompt", "question", "instruction", "query", "dialogue", "messages")
     asked = next((data[name] for name in names if data.get(name)), None)
     if isinstance(asked, list):
-        return [
+        asked = [
             {"role": str(turn.get("role", turn.get("author"))), "content": turn.get("content", turn.get("text"))}
             for turn in asked
         ]
-    return asked
+    return with_system(as_prompt(asked), data) if asked and any(data.get(name) for name in SYSTEM) else asked
 
 
 # --- a chat front end -----------------------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ def _shape_of(row: Row, wanted: str) -> Shape | None:
     imitated = any(row.get(name) is not None for name in ("messages", "completion"))
     if wanted == "demonstration" and imitated and not sides:
         return None
+    if wanted == "ranking" and row.get("completion") is not None and not sides and fields.label_of(row) is not None:
+        return None  # KTO's
     try:
         return recognised(row)
     except InputError:
@@ -165,6 +167,9 @@ def _has_prompt(row: Row) -> bool:
 def _ours(shape: Shape, rows: list[tuple[str, Row]], wanted: str) -> Iterator[tuple[str, Any]]:
     """Yield what rows of a shape give: our fields, with the columns that it doesn't use."""
     if shape.gather is not None and (wanted != "prompt" or shape.read is None):
+        if wanted == "demonstration":
+            rows, flawed = _by_label(rows)
+            yield from flawed
         try:
             for where, found in shape.gather(rows):
                 yield where, _as_wanted(found, {}, wanted, shape)
@@ -183,6 +188,19 @@ def _ours(shape: Shape, rows: list[tuple[str, Row]], wanted: str) -> Iterator[tu
             yield where, flaw
         except _BROKEN as error:
             yield where, _not_as_usual(error, shape)
+
+
+def _by_label(rows: Iterable[tuple[str, Row]]) -> tuple[list[tuple[str, Row]], list[tuple[str, Exception]]]:
+    """Return the rows that may be imitated, and why the others may not: their label is false, or can't be read."""
+    good: list[tuple[str, Row]] = []
+    flawed: list[tuple[str, Exception]] = []
+    for where, row in rows:
+        try:
+            fields.obey_label(row)
+            good.append((where, row))
+        except (InputError, Unusable) as flaw:
+            flawed.append((where, flaw))
+    return good, flawed
 
 
 _BROKEN = (KeyError, TypeError, AttributeError, IndexError, ValueError)
@@ -209,7 +227,8 @@ def _as_wanted(found: Any, further: Row, wanted: str, shape: Shape) -> Any:
     if wanted == "demonstration" and responses is not None and len(responses) < 2:
         if not responses:
             return Unusable(EMPTY)
-        found = {"prompt": found["prompt"], "completion": responses[0]}
+        kept = {key: value for key, value in found.items() if key not in ("responses", "ranks")}
+        found = {**kept, "completion": responses[0]}
     return {**further, **found}
 
 

@@ -12,7 +12,16 @@ from datasets import Dataset
 
 from rlhf.errors import InputError
 from rlhf.rows import bad_rows, foreign
-from rlhf.rows.records import Ranking, read_demonstrations, read_prompts, read_rankings, write_jsonl
+from rlhf.rows.conversations import ANSWERS
+from rlhf.rows.records import (
+    Ranking,
+    read_demonstrations,
+    read_judged,
+    read_prompts,
+    read_rankings,
+    split_key,
+    write_jsonl,
+)
 from rlhf.rows.shapes import SHAPES
 
 
@@ -44,6 +53,8 @@ def rated(response, **scores):
     return {"prompt": ASKED, "response": response, **scores}
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+ABOUT = {"system": "Be brief.", "weight": 0, "labeler": "ann", "split_group": "g", "tools": None}
 POST = {"id": "t3", "subreddit": "plants", "title": "Gas?", "post": ASKED}
 SUMMED = f"SUBREDDIT: r/plants\n\nTITLE: Gas?\n\nPOST: {ASKED}\n\nTL;DR:"
 
@@ -119,6 +130,15 @@ COMPARED = [
         {"completed_by": {"id": 5, "email": "ann@x"},
          "result": [{"type": "ranker", "value": {"ranker": {"rank": ["y", "z", "x"]}}}]}]}],
      Q, (RIGHT, HALF, WRONG), (1, 2, 3)),
+    ("Label Studio", [{"data": {"prompt": ASKED, "system": "Be brief.", "answer1": WRONG, "answer2": RIGHT},
+                       "annotations": [{"result": [{"type": "pairwise", "value": {"selected": "right"}}]}]}],
+     [SYSTEM, *Q], (WRONG, RIGHT), (2, 1)),
+    ("HelpSteer2", [rated(WRONG, helpfulness=1, **ABOUT), rated(RIGHT, helpfulness=4, **ABOUT)],
+     [SYSTEM, *Q], (WRONG, RIGHT), (-1, -4)),
+    ("rated responses", [rated(WRONG, score=1, **ABOUT), rated(RIGHT, score=2, **ABOUT)],
+     [SYSTEM, *Q], (WRONG, RIGHT), (-1, -2)),
+    ("PPE", [{"prompt": ASKED, "response_1": WRONG, "response_2": RIGHT, "winner": "model_b", **ABOUT}],
+     [SYSTEM, *Q], (WRONG, RIGHT), (2, 1)),
 ]  # fmt: skip
 
 # One row: the shape's name, the row, the whole conversation, and the first turn that is trained.
@@ -178,6 +198,9 @@ def test_comparisons(tmp_path, told, name, rows, prompt, responses, ranks):
     best = responses[ranks.index(min(ranks))]
     assert [d.messages for d in read_demonstrations(file)] == [[*prompt, bot(best)]]
     assert read_prompts(file)[0].messages == prompt
+    assert split_key(read_prompts(file)[0]) == split_key(ranking)
+    if ABOUT.items() <= rows[0].items():
+        assert ranking.columns == ABOUT
     write_jsonl(tmp_path / "ours.jsonl", [ranking])
     if len(set(ranks)) > 1:
         assert read_rankings(tmp_path / "ours.jsonl") == [ranking]
@@ -288,6 +311,55 @@ def test_ratings_of_one_prompt_stand_together():
         read_rankings(rows)
     marked = f"Hello<extra_id_1>Assistant\nYes?\n<extra_id_1>User\n{ASKED}"
     assert read_prompts([{**rated(RIGHT, helpfulness=4), "prompt": marked}])[0].messages[1:] == [bot("Yes?"), *Q]
+
+
+def test_ratings_keep_what_their_rows_agree_in():
+    rows = [rated(RIGHT, score=2, model="x", section="s"), rated(WRONG, score=1, model="y", section="s")]
+    assert read_rankings(rows)[0].columns == {"section": "s"}
+    alone = read_demonstrations([rated(RIGHT, score=1, **ABOUT)])[0]
+    assert (alone.messages, alone.trained_from, alone.columns) == ([SYSTEM, *Q, bot(RIGHT)], 2, ABOUT)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        *((name, "Be brief.", "Be long.") for name in ("system", "system_prompt", "system_message")),
+        ("tools", [{"type": "function", "function": {"name": "add"}}], None),
+        ("chat_template_kwargs", {"enable_thinking": True}, {"enable_thinking": False}),
+        ("question", "gas", "plants"),  # both stand in the prompt
+        ("context", "gas", "plants"),
+    ],
+)
+def test_ratings_are_compared_where_they_answer_the_same(name, one, other):
+    rows = [rated(text, score=n, **{name: value}) for value in (one, other) for n, text in enumerate((WRONG, RIGHT))]
+    rankings = read_rankings(rows)
+    assert [(r.ranks, r.columns[name]) for r in rankings] == [((0, -1), one), ((0, -1), other)]
+    assert {split_key(ranking) for ranking in rankings} == {split_key(prompt) for prompt in read_prompts(rows)}
+    with pytest.raises(InputError, match="left out 2 of 2 rows for a response without a second one"):
+        read_rankings(rows[1:3])
+
+
+@pytest.mark.parametrize(("name", "one", "other"), [("weight", 0, 1), ("labeler", "ann", None), ("split_group", 1, 2)])
+def test_ratings_that_disagree_on_their_ranking_are_refused(told, name, one, other):
+    rows = [rated(text, score=n, **{name: one}) for n, text in enumerate((WRONG, RIGHT))]
+    rows.append(rated(HALF, score=5, **{name: other}))
+    for read in (read_rankings, read_demonstrations):
+        with pytest.raises(InputError, match=f"row 2: {name}: got {other!r}, and {one!r} in row 0, which has the same"):
+            read(rows)
+    (ranking,) = read_rankings(rows, on_bad_row="drop")
+    assert (ranking.responses, ranking.columns) == ((WRONG, RIGHT), {name: one})
+    assert "left out: 1 of 2 rows can't be used, the first row 2" in told.text
+
+
+def test_ratings_with_a_false_label_are_no_demonstrations(told):
+    rows = [rated(WRONG, score=9, label=False), rated(RIGHT, score=2, label=True), rated(HALF, score=1, label=True)]
+    assert [d.response for d in read_demonstrations(rows)] == [RIGHT]
+    assert "left out 1 of 2 rows for label false, which says not to imitate it:" in told.text
+    assert read_rankings(rows)[0].ranks == (-9, -2, -1)
+    with pytest.raises(InputError, match="left out 1 of 1 rows for label false"):
+        read_demonstrations(rows[:1])
+    with pytest.raises(InputError, match="row 0: label: got 3; write true or false"):
+        read_demonstrations([rated(RIGHT, score=1, label=3)])
 
 
 # -- trees and exports -------------------------------------------------------------------------------------
@@ -410,6 +482,15 @@ def test_ambiguous_rows_are_refused_with_the_candidates(row, message):
         assert "\n" not in str(caught.value)
     if "prompt" in row or "problem" in row:
         assert read_prompts([row])[0].text
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_row_of_kto_may_have_a_reference_beside_it(name):
+    rows = [{"prompt": ASKED, "completion": text, "label": text == RIGHT, name: "4"} for text in (RIGHT, WRONG)]
+    judged = [(one.messages, one.columns) for one in read_judged(rows)]
+    assert judged == [([*Q, bot(text)], {"label": text == RIGHT, name: "4"}) for text in (RIGHT, WRONG)]
+    with pytest.raises(InputError, match="prompt, completion, label: a KTO row; write prompt, chosen"):
+        read_rankings(rows)
 
 
 def test_the_rows_of_a_file_are_of_one_shape(tmp_path):

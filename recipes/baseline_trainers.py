@@ -24,8 +24,7 @@ from rlhf.models import loading as models
 from rlhf.models.adapters import drop_input_hooks, is_adapter, lora_config
 from rlhf.models.positions import check_responses
 from rlhf.ppo.inputs import prompts_of
-from rlhf.rows.messages import Messages
-from rlhf.rows.records import BadRows, Demonstration, Prompt, Ranking, read_judged, read_rankings
+from rlhf.rows.records import BadRows, Prompt, read_judged, read_rankings
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype, log_choice
@@ -34,6 +33,7 @@ from rlhf.sampling.engine import model_stop_ids
 from rlhf.sampling.generate import generating_by
 from rlhf.urls import is_url
 from rlhf_recipes.baseline_config import FROM_RANKINGS, BaselineConfig
+from rlhf_recipes.baseline_rows import fitting, labelled, pairs, weighing
 from rlhf_recipes.stage import Stage
 
 if TYPE_CHECKING:
@@ -51,10 +51,6 @@ SHOWN = {
     "dpo": ("loss", "rewards/accuracies", "rewards/margins"), "kto": ("loss", "rewards/margins"),
     "grpo": ("reward", "kl", "completions/mean_length"), "rloo": ("reward", "kl", "completions/mean_length"),
 }  # fmt: skip
-
-
-Judged = Ranking | Demonstration
-"""What KTO learns from; DPO from rankings alone."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,8 @@ def build(config: BaselineConfig, stage: Stage) -> Watched:
     settings = merged(config)
     if config.method in FROM_RANKINGS:
         read, make = (read_rankings, pairs) if config.method == "dpo" else (read_judged, labelled)
-        judged = fitting(read(config.train_data, on_bad_row=config.on_bad_row), tokenizer, config)
+        judged = weighing(read(config.train_data, on_bad_row=config.on_bad_row))
+        judged = fitting(judged, tokenizer, config)
         given |= {"train_dataset": dataset(make(judged, tokenizer, config.seed))}
         arguments = training_arguments(settings, arguments_class, max_length=None, beta=config.own.beta)
     else:
@@ -164,81 +161,6 @@ def save(trainer: Any, folder: Path) -> None:
     chosen = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
     by_main(lambda: model.save_pretrained(str(folder), **chosen))
     by_main(lambda: trainer.processing_class.save_pretrained(str(folder)))
-
-
-# --- from rankings --------------------------------------------------------------------------------------------------
-
-
-def fitting(judged: Sequence[Judged], tokenizer: PreTrainedTokenizerBase, config: BaselineConfig) -> list[Any]:
-    """Return the rows whose prompt fits max_length with each of their responses; the others are counted, as are those
-    that the chat template refuses."""
-    kept, refused, long = [], BadRows("train_data", config.on_bad_row), 0
-    for row in judged:
-        if isinstance(row, Demonstration):
-            turns = [row.messages]
-        else:
-            turns = [[*row.prompt, *answer(text)] for text in row.responses]
-        try:
-            encoded = [chat.encode_conversation(tokenizer, turn, len(turn) - 1, row.columns)[0] for turn in turns]
-        except InputError as error:
-            refused.add(row.where, error)
-            continue
-        long += max(map(len, encoded)) > config.max_length
-        kept += [row] if max(map(len, encoded)) <= config.max_length else []
-    refused.tell(len(kept) + long)
-    if long:
-        log.warning("train_data: %d of %d rows exceed max_length=%d: left out", long, len(judged), config.max_length)
-    if not any(isinstance(row, Demonstration) or row.pairs() for row in kept):
-        raise InputError(f"train_data: no pair fits max_length={config.max_length}; raise it")
-    return kept
-
-
-def pairs(rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
-    """Return every pair of every ranking in trl's preference format; ties give none."""
-    rows = []
-    for one in rankings:
-        given = [answer(text) for text in one.responses]
-        for i, j in one.pairs():
-            rows += [trl_row(tokenizer, one.prompt, one.columns, chosen=given[i], rejected=given[j])]
-    return rows
-
-
-def labelled(judged: Sequence[Judged], tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, Any]]:
-    """Return every response that won more of its pairs than it lost, or lost more, and every row that has a label, in
-    trl's unpaired format, shuffled: trl's KTO takes the rows in their order."""
-    rows, balanced = [], 0
-    for row in judged:
-        if isinstance(row, Demonstration):
-            prompt, completion = row.messages[: row.trained_from], row.messages[row.trained_from :]
-            rows += [trl_row(tokenizer, prompt, row.columns, completion=completion) | {"label": row.columns["label"]}]
-            continue
-        won = [0] * len(row.responses)
-        for i, j in row.pairs():
-            won[i], won[j] = won[i] + 1, won[j] - 1
-        balanced += won.count(0)
-        rows += [
-            trl_row(tokenizer, row.prompt, row.columns, completion=answer(text)) | {"label": balance > 0}
-            for text, balance in zip(row.responses, won, strict=True)
-            if balance
-        ]
-    if balanced:
-        log.info("train_data: %d responses that won as many pairs as they lost have no label: left out", balanced)
-    random.Random(seed).shuffle(rows)
-    return rows
-
-
-def answer(text: str) -> Messages:
-    """Return a response as messages."""
-    return [{"role": "assistant", "content": text}]
-
-
-def trl_row(
-    tokenizer: PreTrainedTokenizerBase, prompt: Messages, columns: dict[str, Any], **answers: Messages
-) -> dict[str, Any]:
-    """Return a prompt and its answers in trl's format, with the tools and the template's settings that hold for it."""
-    turns, tools, settings = chat.template_arguments(tokenizer, prompt, columns)
-    made = {name: chat.template_arguments(tokenizer, messages)[0] for name, messages in answers.items()}
-    return {"prompt": turns, "tools": tools, "chat_template_kwargs": settings, **made}
 
 
 # --- from scores ----------------------------------------------------------------------------------------------------

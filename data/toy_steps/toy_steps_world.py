@@ -69,8 +69,11 @@ def make(
     pretraining_right: float = 0.9,
     forgets: float = 0.0,
 ) -> dict[str, Any]:
-    """Write the world's data into ``folder``; the same arguments give the same bytes, and no problem is in two files
-    (those of pretraining are in no other file that measures).
+    """Write the world's data into ``folder``; the same arguments give the same bytes.
+
+    No two files but pretraining's share a problem, and it asks none of those that measure. Problems are told apart by
+    their wording alone: numbers return in other words, and pretraining's `text` rows hold right lines of any numbers,
+    held-out ones too (the card counts both).
 
     Args:
         folder: the folder to write into; made if missing.

@@ -1,4 +1,4 @@
-"""recipes/baseline_trainers.py: what trl trains on and samples from is what SFT, PPO and the evals have."""
+"""recipes/baseline_trainers.py, its rows: what trl trains on and samples from is what SFT, PPO and the evals have."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf import chat
 from rlhf.config import load
 from rlhf.errors import InputError
+from rlhf.rows.records import Ranking, read_judged
+from rlhf_recipes.baseline_config import BaselineConfig
 from rlhf_recipes.stage import open_stage
 
 OTHER = {"type": "function", "function": {"name": "look", "parameters": {"properties": {"at": {"type": "string"}}}}}
@@ -72,25 +74,78 @@ def test_kto_takes_rows_of_its_own(tmp_path) -> None:
     rows = [
         {"prompt": [Q], "completion": [A], "label": True, "annotator": "ann"},
         {"prompt": "Name a fox.", "completion": "a dog", "label": "thumbs_down", "tools": [OTHER]},
-        {"prompt": [Q, A, Q], "completion": [CALLED, RESULT, A], "label": 1},
+        {"prompt": [Q, A, Q], "completion": [CALLED | {"train": False}, RESULT, A], "label": 1},
         {"prompt": "Name a hen.", "chosen": "a hen", "rejected": "no"},
     ]
     model = base(tmp_path, "qwen3", None)
     trainer = built(tmp_path, "kto", model, rows).trainer
     found = {(len(one["prompt"]), one["completion"][-1]["content"]): one for one in trainer.train_dataset}
     assert [found[1, text]["label"] for text in (A["content"], "a dog", "a hen", "no")] == [True, False, True, False]
-    assert found[3, A["content"]]["label"] is True
+    untrained = found[5, A["content"]]  # of the completion only the last turn is trained
+    assert (untrained["label"], len(untrained["completion"])) == (True, 1)
+    turns = [Q, A, Q, CALLED, RESULT]
+    assert untrained["prompt_ids"] == chat.encode_prompt(trainer.processing_class, turns)
     assert len(found) == 5
     told = found[1, "a dog"]
     asked = [{"role": "user", "content": "Name a fox."}]
     assert told["prompt_ids"] == chat.encode_prompt(trainer.processing_class, asked, {"tools": [OTHER]})
-    assert len(found[3, A["content"]]["completion"]) == 3
     with pytest.raises(InputError, match=r"rows\.jsonl:1: prompt, completion, label: a KTO row"):
         built(tmp_path, "dpo", model, rows)
     with pytest.raises(InputError, match=r"rows\.jsonl:1: label: got 3"):
         built(tmp_path, "kto", model, [rows[0] | {"label": 3}])
     with pytest.raises(InputError, match=r"rows\.jsonl:1: prompt, completion: a demonstration, and no comparison"):
         built(tmp_path, "kto", model, [rows[0] | {"label": None}])
+
+
+@pytest.mark.parametrize(
+    ("completion", "seen"),
+    [
+        ([A, Q, A], "completion: 2 of 3 turns are trained; trl's KTO trains whole completions"),
+        ([A, Q, A | {"train": False}], "completion: 1 of 3 turns are trained"),
+        ([A | {"train": False}, A], "prompt: the last turn is 'assistant'"),
+    ],
+)
+def test_kto_trains_the_last_turn_alone(completion, seen) -> None:
+    rows = read_judged([{"prompt": [Q], "completion": completion, "label": True}])
+    with pytest.raises(InputError, match=seen):
+        recipe.load("baseline_rows").fitting(rows, tokenizer_for("qwen3"), BaselineConfig(method="kto"))
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_rows_of_weight_0_are_left_out(tmp_path, method, caplog) -> None:
+    rows = [{"prompt": f"Name fox {n}.", "chosen": "the fox", "rejected": "no"} for n in range(3)]
+    rows[1] |= {"weight": 0}
+    model = base(tmp_path, "qwen3", None)
+    trainer = built(tmp_path, method, model, rows).trainer
+    found = {one["prompt"][0]["content"] for one in trainer.train_dataset}
+    assert found == {"Name fox 0.", "Name fox 2."}
+    assert [one.message for one in caplog.records if "weight" in one.message] == [
+        "train_data: 1 of 3 rows have weight 0: left out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ([{"weight": 0.5}, {}, {"weight": 2}], ["weight"]),
+        ([{"weight": 0.5}] * 3, []),  # as none: only their ratios count
+        ([{"margin": 2}, {"margin": 0}, {"margin": None}], ["margin"]),
+        ([{"weight": 0.5, "margin": 1}, {}, {}], ["weight, margin"]),
+    ],
+)
+def test_weights_that_trl_lacks_are_told_once(columns, told, caplog) -> None:
+    rows = [Ranking([Q], ("a", "b"), (1, 2), given) for given in columns]
+    assert recipe.load("baseline_rows").weighing(rows) == rows
+    expected = [f"train_data: {names}: trl has none; all rows are trained alike" for names in told]
+    assert [one.message for one in caplog.records] == expected
+
+
+@pytest.mark.parametrize(
+    ("weight", "seen"), [(0, "train_data: weight: all 1 rows weigh 0"), (-1, "train_data: row 1: weight: got -1")]
+)
+def test_weights_that_cannot_be(weight, seen) -> None:
+    with pytest.raises(InputError, match=seen):
+        recipe.load("baseline_rows").weighing([Ranking([Q], ("a", "b"), (1, 2), {"weight": weight})])
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])

@@ -34,8 +34,8 @@ WINNERS: dict[Any, Row] = {
 }  # fmt: skip
 LETTERS: dict[Any, Row] = {"A>B": FIRST, "B>A": SECOND, "A=B": TIE}
 
-_ASKED = ("prompt", *QUESTIONS, *CONTEXT, *SYSTEM, "tools", "chat_template_kwargs")
-"""Columns that say what is asked: responses are ranked against each other where all of them are the same."""
+_ALIKE = ("prompt", *QUESTIONS, *CONTEXT, *SYSTEM, "tools", "chat_template_kwargs", "labeler")
+"""Columns that say what is asked, and who rated: responses are ranked against each other where all are the same."""
 
 
 def pair(prompt: Any, one: Any, two: Any, outcome: Mapping[str, Any]) -> Row:
@@ -189,10 +189,10 @@ def marked_prompt(row: Row) -> Row:
 
 
 def rated(rows: Sequence[tuple[str, Row]], score: str) -> Iterator[tuple[str, Row | InputError]]:
-    """Yield a ranking for every prompt, by a score: the responses of consecutive rows that ask the same, with the
-    columns in which all of them agree. A row without a score, or with another labeler, weight or split_group than the
-    first of them, gives an InputError."""
-    for _, group in groupby(rows, key=lambda pair: _content(pair[1], *_ASKED)):
+    """Yield a ranking for every prompt, by a score: the responses of consecutive rows in which one labeler rates answers
+    to the same, with the columns in which all of them agree. A row without a score, or with another weight or
+    split_group than the first of them, gives an InputError."""
+    for _, group in groupby(rows, key=lambda pair: _content(pair[1], *_ALIKE)):
         members: list[tuple[str, Row]] = []
         ranks: list[float] = []
         for where, row in group:
@@ -225,7 +225,7 @@ def _content(row: Row, *names: str) -> str:
 
 def _check_agreement(row: Row, where: str, first: Row) -> None:
     """Raise InputError where rows of one ranking differ in what is said of the ranking."""
-    for name in ("labeler", "weight", "split_group"):
+    for name in ("weight", "split_group"):
         if _content(row, name) != _content(first, name):
             seen = f"got {show(row.get(name))}, and {show(first.get(name))} in {where}, which has the same prompt"
             raise wrong(name, seen, "write one value for all, or prompt, responses and ranks for each ranking")

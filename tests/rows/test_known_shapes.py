@@ -328,6 +328,7 @@ def test_ratings_keep_what_their_rows_agree_in():
         ("chat_template_kwargs", {"enable_thinking": True}, {"enable_thinking": False}),
         ("question", "gas", "plants"),  # both stand in the prompt
         ("context", "gas", "plants"),
+        ("labeler", "ann", "bob"),
     ],
 )
 def test_ratings_are_compared_where_they_answer_the_same(name, one, other):
@@ -339,7 +340,7 @@ def test_ratings_are_compared_where_they_answer_the_same(name, one, other):
         read_rankings(rows[1:3])
 
 
-@pytest.mark.parametrize(("name", "one", "other"), [("weight", 0, 1), ("labeler", "ann", None), ("split_group", 1, 2)])
+@pytest.mark.parametrize(("name", "one", "other"), [("weight", 0, 1), ("split_group", 1, 2)])
 def test_ratings_that_disagree_on_their_ranking_are_refused(told, name, one, other):
     rows = [rated(text, score=n, **{name: one}) for n, text in enumerate((WRONG, RIGHT))]
     rows.append(rated(HALF, score=5, **{name: other}))

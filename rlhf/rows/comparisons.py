@@ -189,9 +189,9 @@ def marked_prompt(row: Row) -> Row:
 
 
 def rated(rows: Sequence[tuple[str, Row]], score: str) -> Iterator[tuple[str, Row | InputError]]:
-    """Yield a ranking for every prompt, by a score: the responses of consecutive rows that ask the same and have the same
-    labeler, with the columns in which all of them agree. A row without a score, or with another weight or
-    split_group than the first of them, gives an InputError."""
+    """Yield a ranking for every prompt and labeler, by a score: the responses of consecutive rows that ask the same,
+    with the columns in which all of them agree. A row without a score, or with another weight or split_group than the
+    first of them, gives an InputError."""
     for _, group in groupby(rows, key=lambda pair: _content(pair[1], *_ALIKE)):
         members: list[tuple[str, Row]] = []
         ranks: list[float] = []

@@ -34,7 +34,8 @@ _LARGEST = 1e30
 class EncodedRanking(TypedDict):
     """A ranking as token ids, in trl's columns for tokenized preferences; `other_ids` holds the responses beyond two.
 
-    `ranks` and `texts` follow the order chosen, rejected, others. Equal numbers in `texts` mark equal texts.
+    `ranks` (0 for the best, 1 for the next one; ties share a number) and `texts` follow the order chosen, rejected,
+    others. Equal numbers in `texts` mark equal texts.
     """
 
     chosen_ids: Sequence[int]

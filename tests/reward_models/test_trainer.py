@@ -319,7 +319,7 @@ def test_a_prompt_in_both_splits_is_refused(tmp_path, model_folder):
         RewardTrainer(model_folder, args=config(tmp_path), train_dataset=rankings(4), eval_dataset=rankings(1))
 
 
-def test_encoded_rankings_keep_every_response_with_its_rank(tiny_tokenizer):
+def test_encoded_rankings_keep_every_response_with_its_place(tiny_tokenizer):
     chat.prepare_tokenizer(tiny_tokenizer)
     prompt = [{"role": "user", "content": "Hello?"}]
     ranking = Ranking(prompt, ("worst", "tied", "best", "tied"), (9.0, 2.0, 1.0, 3.0), {"margin": 0.5})
@@ -327,9 +327,10 @@ def test_encoded_rankings_keep_every_response_with_its_rank(tiny_tokenizer):
     batch = RankingCollator(pad_id=0)([row, row])
     texts = [chat.decode_response(tiny_tokenizer, ids[len(chat.encode_prompt(tiny_tokenizer, prompt)) :])
              for ids in (row["chosen_ids"], row["rejected_ids"], *row["other_ids"])]  # fmt: skip
-    ranks = dict(zip(["worst", "tied", "best"], [9.0, None, 1.0], strict=True))
+    places = {"best": {0.0}, "tied": {1.0, 2.0}, "worst": {3.0}}
     assert sorted(texts) == sorted(ranking.responses)
-    assert all(ranks[t] in (r, None) for t, r in zip(texts, row["ranks"], strict=True))
+    assert all(place in places[text] for text, place in zip(texts, row["ranks"], strict=True))
+    assert sorted(row["ranks"]) == [0, 1, 2, 3]
     assert ranking.ranks[ranking.responses.index(texts[0])] < ranking.ranks[ranking.responses.index(texts[1])]
     assert batch["prompts"].tolist() == [0] * 4 + [1] * 4
     assert batch["margins"].tolist() == [0.5] * 8

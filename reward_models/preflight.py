@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from reward_models.config import RewardConfig
+from rlhf.models.heads import embedding_rows
 from rlhf.models.loading import is_quantized
 from rlhf.models.scalar import load_scalar_model, score_head
 from rlhf.preflight import text as on_text
@@ -20,7 +21,6 @@ from rlhf.preflight.measure import (
     SHARDED,
     Finding,
     check_gradients,
-    embedding_rows,
     gap,
     is_exact,
     lengthened,

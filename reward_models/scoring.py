@@ -22,11 +22,11 @@ from rlhf import chat, cpu
 from rlhf.errors import InputError
 from rlhf.models import encoders, packing
 from rlhf.models import loading as models
+from rlhf.models.heads import embedding_rows
 from rlhf.models.positions import positions_of
 from rlhf.models.pretrained import check_folder
 from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, last_token_scores, load_scalar_model
 from rlhf.padding import pad
-from rlhf.preflight.measure import embedding_rows
 from rlhf.rows.messages import Messages
 from rlhf.run import stages
 

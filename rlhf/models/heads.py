@@ -1,4 +1,4 @@
-"""The language head: its weight, and the changes that a family makes to the logits after it."""
+"""The language head: its weight, the tokens that it and the embeddings hold, and what a family changes after it."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ def logits_function(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return torch.tanh(logits / cap) * cap if cap else logits
 
     return after_head
+
+
+def vocabulary_rows(model: nn.Module) -> int:
+    """Return the number of tokens that the model can both read and write."""
+    weight = getattr(base_model(model).get_output_embeddings(), "weight", None)
+    written = weight if isinstance(weight, DTensor) else head_weight(model)  # outside its forward only a part is there
+    return min(embedding_rows(model), _rows(written))
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """Return the number of tokens that the model can read."""
+    return _rows(base_model(model).get_input_embeddings().weight)
+
+
+def _rows(weight: Tensor) -> int:
+    shape = getattr(weight, "ds_shape", weight.shape)  # of a weight that DeepSpeed's ZeRO-3 leaves empty
+    return shape[0]

@@ -27,14 +27,13 @@ from rlhf.models.adapters import (
     lora_config,
     train_in_float32,
 )
-from rlhf.models.heads import head_weight
+from rlhf.models.heads import embedding_rows, head_weight, vocabulary_rows
 from rlhf.models.loading import clone, disable_dropout, held_in_4_bits, in_float32, is_quantized, load_policy
 from rlhf.models.pretrained import fit_embeddings
 from rlhf.models.scalar import ScoreNormalizer, load_scalar_model, score_head
 from rlhf.ppo import role_adapters
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.config import PPOConfig
-from rlhf.preflight.measure import embedding_rows, vocabulary_rows
 from rlhf.run.precision import compute_dtype
 
 log = logging.getLogger("rlhf")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from peft import PeftModel
 
 from rlhf.errors import InputError
+from rlhf.models.heads import vocabulary_rows
 from rlhf.ppo import preflight_checks as on_models
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.preflight_rewards import check_functions, reward_model_checks
@@ -14,7 +15,7 @@ from rlhf.ppo.preflight_trial import sample_trial, score_trial
 from rlhf.ppo.protocol import Trainer
 from rlhf.preflight import text as on_text
 from rlhf.preflight.base import check_base
-from rlhf.preflight.measure import Finding, vocabulary_rows
+from rlhf.preflight.measure import Finding
 from rlhf.preflight.run import broken, conclude, run_checks, untouched
 
 

@@ -17,6 +17,7 @@ from rlhf import chat
 from rlhf.models import packing
 from rlhf.models.adapters import adapter_of
 from rlhf.models.forward import response_logprobs
+from rlhf.models.heads import vocabulary_rows
 from rlhf.padding import make_batch
 from rlhf.ppo.actor_critic import ADAPTERS, ActorCritic
 from rlhf.ppo.preflight_trial import Trial, TrialOutputs
@@ -34,7 +35,6 @@ from rlhf.preflight.measure import (
     lengthened,
     limits,
     max_positions,
-    vocabulary_rows,
 )
 from rlhf.run import distributed
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.models.adapters import base_model
-from rlhf.models.heads import head_weight
 from rlhf.run import distributed
 
 ROWS, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 12, 96
@@ -60,22 +59,6 @@ def is_exact(accelerator: Accelerator, model: nn.Module) -> bool:
     return accelerator.mixed_precision == "no" and all(
         p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()
     )
-
-
-def vocabulary_rows(model: nn.Module) -> int:
-    """Return the number of tokens that the model can both read and write."""
-    weight = getattr(base_model(model).get_output_embeddings(), "weight", None)
-    written = weight if isinstance(weight, DTensor) else head_weight(model)  # outside its forward only a part is there
-    return min(embedding_rows(model), _rows(written))
-
-
-def embedding_rows(model: nn.Module) -> int:
-    return _rows(base_model(model).get_input_embeddings().weight)
-
-
-def _rows(weight: Tensor) -> int:
-    shape = getattr(weight, "ds_shape", weight.shape)  # of a weight that DeepSpeed's ZeRO-3 leaves empty
-    return shape[0]
 
 
 def spread(lengths: list[int], most: int) -> list[int]:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf.models import packing
+from rlhf.models.heads import vocabulary_rows
 from rlhf.padding import IGNORED
 from rlhf.preflight import text as on_text
 from rlhf.preflight.base import check_base
@@ -24,7 +25,6 @@ from rlhf.preflight.measure import (
     limits,
     max_positions,
     spread,
-    vocabulary_rows,
 )
 from rlhf.preflight.measure import check_gradients as gradients_of
 from rlhf.preflight.run import Checked, conclude, run_checks, untouched

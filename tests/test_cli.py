@@ -85,14 +85,17 @@ def test_help_shows_the_defaults_that_hold(run) -> None:
         assert told in " ".join(run(name, "--help")[1].split()), told
 
 
-def test_help_takes_less_than_half_a_second_of_computing() -> None:
-    spent = []
+def test_help_takes_at_most_four_times_what_importing_numpy_takes() -> None:
+    """In turn, so that a busy machine slows both alike; measured: 1.8 times."""
+    commands = (["-m", "rlhf.cli", "ppo", "--help"], ["-c", "import numpy"])
+    spent: tuple[list[float], list[float]] = ([], [])
     for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "rlhf.cli", "ppo", "--help"], check=True, capture_output=True, cwd=ROOT)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(spent) < 0.5
+        for command, seconds in zip(commands, spent, strict=True):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent[0]) < 4 * min(spent[1])
 
 
 # ---------------------------------------------------------------- mistakes

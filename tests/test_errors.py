@@ -38,10 +38,10 @@ def test_control_characters_are_shown_escaped():
 
 
 def test_of_a_text_of_megabytes_only_the_beginning_is_looked_at():
-    before = time.monotonic()
+    before = time.process_time()
     for text in (" " * 15_000_000, "\n" * 15_000_000, "a " * 7_500_000):
         assert len(short(text, 60)) <= 60
-    assert time.monotonic() - before < 1
+    assert time.process_time() - before < 1
 
 
 def test_what_a_recipe_prints(monkeypatch, capsys):

@@ -486,9 +486,12 @@ def test_a_phone(store, new_browser, complaints, screenshot):
         screenshot(browser, "label-begin-375")
 
         def tap(element: Any) -> None:
-            browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-            script = "const b = arguments[0].getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]"
-            box = browser.execute_script(script, element)
+            script = """const [element, done] = arguments
+                element.scrollIntoView({block: 'center'})
+                const box = () => element.getBoundingClientRect()
+                const then = () => done([box().x + box().width / 2, box().y + box().height / 2])
+                requestAnimationFrame(() => requestAnimationFrame(then))  // a finger lands on what is drawn"""
+            box = browser.execute_async_script(script, element)
             point = [{"x": box[0], "y": box[1]}]
             browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": point})
             browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})

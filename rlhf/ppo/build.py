@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from rlhf.errors import InputError, reason
 from rlhf.models import packing
@@ -291,6 +291,8 @@ def build_optimizer(actor_critic: ActorCritic, args: PPOConfig, arguments: Train
         return torch.optim.AdamW(
             groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused or None
         )
+    from transformers import Trainer  # with it come datasets and pandas: 80 MiB
+
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
     del kwargs["lr"]
     if kwargs.get("optim_bits") == 8:  # as transformers does: an embedding's rare gradients need more bits

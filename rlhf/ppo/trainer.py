@@ -36,10 +36,10 @@ from rlhf.ppo.saved import Origin
 from rlhf.ppo.scoring import evaluate, raw_scores
 from rlhf.rows.records import Prompt
 from rlhf.run import distributed, precision, strategy
+from rlhf.run import plot as plots
 from rlhf.run.fingerprint import of_run
 from rlhf.run.loop import CallbackLoop, callback_arguments
 from rlhf.run.owner import by_main
-from rlhf.run.plot import Plot, plot
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.engine import Engine, Follower, Responses, model_stop_ids
 
@@ -318,9 +318,9 @@ class PPOTrainer:
         """Return transformers' TrainerState; `state.log_history` has every logged metric."""
         return self.loop.state
 
-    def plot(self, *names: str) -> Plot:
+    def plot(self, *names: str) -> plots.Figure:
         """Plot the named metrics over the updates; without names, all that were logged."""
-        return plot(self.state.log_history, names)
+        return plots.plot(self.state.log_history, names)
 
     def save_model(self, folder: str | Path | None = None) -> None:
         """Save the policy (full weights or adapter, safetensors) and its tokenizer in `folder` or output_dir."""

@@ -1,34 +1,38 @@
-"""What a trainer logged as a figure: a small plot per metric over the steps."""
+"""What a trainer logged as a figure: a small plot per metric over the steps.
+
+matplotlib is imported when one is drawn.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from rlhf import metrics
 from rlhf.errors import InputError, unknown
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Figure  # the trainers name it
+
 COLUMNS, WIDTH, HEIGHT = 3, 3.6, 2.2  # plots beside one another; inches of each
 
 
-class Plot(Figure):
-    """A figure that a notebook shows by itself; `plot.savefig("run.png")` writes it."""
-
-    def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.savefig(file, format="png")
-        return file.getvalue()
-
-
-def plot(log_history: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> Plot:
+def plot(log_history: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> Figure:
     """Draw the metrics of a trainer's `state.log_history`: those that are named, or all.
 
+    A notebook shows the figure by itself; `.savefig("run.png")` writes it.
     `eval_loss` is drawn with `loss`, and so on. Dashed lines are the bounds of a metric's healthy range. Raises
     InputError where nothing was logged yet, or not under that name.
     """
+    from matplotlib.figure import Figure
+
+    class Plot(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png")
+            return file.getvalue()
+
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in log_history:
         for name, value in metrics.from_logs(line).items():

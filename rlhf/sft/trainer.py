@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import trl
@@ -32,6 +32,7 @@ from rlhf.padding import IGNORED
 from rlhf.rows.records import HELD_OUT, Demonstration, check_disjoint, read_demonstrations
 from rlhf.rows.sources import Source
 from rlhf.run import distributed, strategy
+from rlhf.run import plot as plots
 from rlhf.run.callbacks import Babysitter, attach
 from rlhf.run.fingerprint import of_run
 from rlhf.run.owner import by_main
@@ -42,9 +43,6 @@ from rlhf.sft.data import Collator, encode_demonstrations, is_accepted
 from rlhf.sft.forward import agrees, by_position, forward_of
 from rlhf.sft.model import prepare_model, show_bias
 from rlhf.sft.preflight import check_sft
-
-if TYPE_CHECKING:
-    from rlhf.run.plot import Plot
 
 logger = logging.getLogger("rlhf")
 
@@ -143,11 +141,9 @@ class SFTTrainer(trl.SFTTrainer):
         drop_input_hooks(cast(nn.Module, self.model))
         return output
 
-    def plot(self, *names: str) -> Plot:
+    def plot(self, *names: str) -> plots.Figure:
         """Draw what was logged: the metrics that are named, or all. A notebook shows it; `.savefig("run.png")`."""
-        from rlhf.run.plot import plot
-
-        return plot(self.state.log_history, names)
+        return plots.plot(self.state.log_history, names)
 
     @property
     def _base(self) -> Any:

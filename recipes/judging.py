@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf import config as configs
 from rlhf.calls import call
 from rlhf.errors import InputError
-from rlhf.rows.records import HELD_OUT, prompt_key, read_rankings
+from rlhf.rows.records import HELD_OUT, Prompt, prompt_key, read_rankings, split_key
 from rlhf.run import console
 from rlhf.run.precision import compute_dtype
 from rlhf.run.stages import Manifest
@@ -170,7 +170,7 @@ def compare(
             console.stage_line("judge", f"{name.replace('_', ' ')} {numbers}, {metric['n']:,} prompts")
     if labels is not None:
         equal = [number for number, (ours, theirs) in enumerate(both_responses(policy, baseline)) if ours == theirs]
-        result["ppo"]["corrected"] = correct(of_policy[0], labels, equal)
+        result["ppo"]["corrected"] = correct(of_policy[0], labels, equal, policy.prompts)
     return result
 
 
@@ -252,13 +252,17 @@ def people(human: str, policy: PolicySamples, baseline: PolicySamples) -> dict[i
     return found
 
 
-def correct(won: np.ndarray, labels: dict[int, float], equal: Sequence[int]) -> dict[str, Any]:
+def correct(
+    won: np.ndarray, labels: dict[int, float], equal: Sequence[int], prompts: Sequence[Prompt]
+) -> dict[str, Any]:
     """Correct a win rate by people's labels and print both; returns what `evaluation.json` keeps of it.
 
-    equal: prompts whose two responses are the same. Nobody is asked about them: they are ties."""
+    equal: prompts whose two responses are the same. Nobody is asked about them: they are ties. Intervals are over what
+    splits go by: prompts, or their `split_group`s."""
     from rlhf.evals.correction import corrected
 
-    found = corrected(dict(enumerate(won.tolist())), labels, certain=dict.fromkeys(equal, 0.5))
+    groups = dict(enumerate(map(split_key, prompts)))
+    found = corrected(dict(enumerate(won.tolist())), labels, certain=dict.fromkeys(equal, 0.5), groups=groups)
     for name, estimate, n in (
         ("judge alone", found.raw, found.judged),
         ("people alone", found.labels, found.labelled),

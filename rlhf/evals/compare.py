@@ -86,7 +86,8 @@ def compare(evals: Mapping[str, Mapping[str, Any]], rows: Iterable[Row], earlier
             continue
         values = [(items[key], before[key]) for key in shared]
         span, middle = float(bounds[1]) - float(bounds[0]), (float(bounds[0]) + float(bounds[1])) / 2
-        change = clustered_mean([a - b for a, b in values], shared, (-span, span))
+        groups = {str(row["key"]): row["group"] for row in rows if row["eval"] == name and "group" in row}
+        change = clustered_mean([a - b for a, b in values], [groups.get(key, key) for key in shared], (-span, span))
         found.append(
             Compared(
                 name,

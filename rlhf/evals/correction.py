@@ -9,7 +9,7 @@ worth, and a judge that agrees with people makes it narrower than the labels alo
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,28 +57,35 @@ def corrected(
     bounds: tuple[float, float] = (0.0, 1.0),
     level: float = 0.95,
     certain: Mapping[Hashable, float] | None = None,
+    groups: Mapping[Hashable, Hashable] | None = None,
 ) -> Corrected:
     """Correct the mean of a judge's ``verdicts`` by ``labels``, both by prompt and within ``bounds``.
 
     Every label's prompt has a verdict, and the labelled prompts are a random part of all but the `certain` ones. Of a
     win rate, a verdict is 1 (won), 0.5 (tie) or 0; several verdicts or labels of one prompt are averaged before.
     Where the judge abstained, a verdict is NaN and counts as the mean of the others. certain: what is known of some
-    prompts without asking anybody, and so not labelled: 0.5 for two equal responses. Raises InputError where labels are
-    too few, or of prompts without a verdict.
+    prompts without asking anybody, and so not labelled: 0.5 for two equal responses. groups: what prompts that are not
+    independent share, for the intervals; those that are not named stand alone. Raises InputError where labels are too
+    few, or of prompts without a verdict.
     """
-    certain = certain or {}
+    certain, groups = certain or {}, groups or {}
     missing = [key for key in labels if key not in verdicts]
     if missing:
         raise InputError(f"labels: {len(missing)} of {len(labels)} are of prompts that the judge gave no verdict on")
-    if len(labels) < FEWEST:
-        raise InputError(f"labels: {len(labels)} prompts are labelled; a correction needs {FEWEST} or more")
+    if (independent := len({groups.get(key, (key,)) for key in labels})) < FEWEST:
+        of = "prompts" if independent == len(labels) else f"groups of {len(labels)} prompts"
+        raise InputError(f"labels: {independent} {of} are labelled; a correction needs {FEWEST} or more")
     given = {key: value for key, value in verdicts.items() if not math.isnan(value)}
     verdicts = {**verdicts, **dict.fromkeys(verdicts.keys() - given.keys(), float(np.mean([*given.values()] or [0.0])))}
     human = np.array([labels[key] for key in labels], dtype=np.float64)
     judge = np.array([verdicts[key] for key in labels], dtype=np.float64)
-    rest = np.array([verdicts[key] for key in verdicts if key not in labels and key not in certain], dtype=np.float64)
-    both, alone = (ppi_mean(human, judge, of, bounds, level) for of in (rest, rest[:0]))
-    raw = clustered_mean([*given.values()], [*given], _spanned(bounds, [*given.values()]), level)
+    others = [key for key in verdicts if key not in labels and key not in certain]
+    rest = np.array([verdicts[key] for key in others], dtype=np.float64)
+    numbers: dict[Hashable, int] = {}
+    shared = [numbers.setdefault(groups.get(key, (key,)), len(numbers)) for key in (*labels, *others)]
+    both, alone = (ppi_mean(human, judge, of, bounds, level, shared[: len(human) + len(of)]) for of in (rest, rest[:0]))
+    clusters = [groups.get(key, (key,)) for key in given]
+    raw = clustered_mean([*given.values()], clusters, _spanned(bounds, [*given.values()]), level)
     worth = (alone.half / both.half) ** 2
     known, asked = np.array([*certain.values()], dtype=np.float64), len(human) + len(rest)
     labels_alone, together = (_joined(one.estimate, asked, known, bounds, level) for one in (alone, both))
@@ -99,37 +106,52 @@ def ppi_mean(
     rest: np.ndarray,
     bounds: tuple[float, float] = (0.0, 1.0),
     level: float = 0.95,
+    groups: Sequence[int] | None = None,
 ) -> Powered:
     """Compute the mean of labels by PPI++, with its interval, and the weight lambda.
 
-    human, judge [n]: labels, and verdicts on the same prompts. rest [N]: verdicts on the prompts without a label. ::
+    human, judge [n]: labels, and verdicts on the same prompts. rest [N]: verdicts on the prompts without a label.
+    groups [n + N]: a number from 0 for each, alike where prompts are not independent; default: all are. ::
 
         mean   = mean(human) + lambda (mean(rest) - mean(judge))
         V      = (s_yy - 2 lambda s_yf + lambda^2 s_ff) / n + lambda^2 s_rr / N
         lambda = (s_yf / n) / (s_ff / n + s_rr / N)          which makes V smallest (their section 6)
 
-    with s the sample (co)variances of human y, judge f and rest r. lambda = 0 is the labels alone, so the interval is
-    never wider than theirs (before both are cut at the bounds). Where we depart from the paper: lambda is not kept
-    within [0, 1], so that a judge may have another scale; the quantile is Student's with n - 1 degrees instead of the
-    normal one; and, as in `rlhf.intervals.clustered_mean`, a label at either bound with the judge's mean verdict is
-    added before, so that the interval has a width where all labels agree. Coverage, simulated:
-    tests/evals/test_correction.py.
+    with s the sample (co)variances of human y, judge f and rest r; of groups, V and lambda are of what each moves the
+    mean by, summed over its prompts, and lambda takes those with a label for others than those without. lambda = 0 is
+    the labels alone, so the interval is never wider than theirs (before both are cut at the bounds). Where we depart
+    from the paper: lambda is not kept within [0, 1], so that a judge may have another scale; the quantile is Student's
+    with one degree less than groups have labels instead of the normal one; and, as in `rlhf.intervals.clustered_mean`,
+    a label at either bound with the judge's mean verdict is added before, so that the interval has a width where all
+    labels agree. Coverage, simulated: tests/evals/test_correction.py.
     """
-    low, high = bounds
-    count = len(human)
+    (low, high), count = bounds, len(human)
+    own = np.arange(count + len(rest)) if groups is None else np.asarray(groups)
+    total = int(own.max()) + 3
+    of_labels, of_rest = np.append(own[:count], [total - 2, total - 1]), own[count:]
     y, f = np.append(human, [low, high]), np.append(judge, [judge.mean(), judge.mean()])
-    n = len(y)
-    (yy, yf), (_, ff) = np.cov(y, f)
-    rr = float(rest.var(ddof=1)) if len(rest) > 1 else 0.0
-    spread = ff / n + (rr / len(rest) if len(rest) else 0.0)
-    weight = float(yf / n / spread) if len(rest) > 1 and spread > 0 else 0.0
-    variance = (yy - 2 * weight * yf + weight**2 * ff) / n + (weight**2 * rr / len(rest) if len(rest) else 0.0)
+    labels, judged, others = _moves(y, of_labels, total), _moves(f, of_labels, total), _moves(rest, of_rest, total)
+    spread = float(judged @ judged + others @ others)
+    weight = float(labels @ judged) / spread if others.any() and spread > 0 else 0.0
+    moves = labels + weight * (others - judged)
+    if moves @ moves > labels @ labels:  # of groups with prompts in both parts
+        weight, moves = 0.0, labels
     moved = weight * float(rest.mean() - judge.mean()) if weight else 0.0
-    half = student_quantile((1 + level) / 2, max(1, count - 1)) * math.sqrt(max(0.0, variance))
+    freedom = max(1, len(np.unique(own[:count])) - 1)
+    half = student_quantile((1 + level) / 2, freedom) * float(np.linalg.norm(moves))
     centre = float(y.mean()) + moved
     value = min(high, max(low, float(human.mean()) + moved))
     interval = max(low, min(value, centre - half)), min(high, max(value, centre + half))
     return Powered(Estimate(value, *interval), weight, half)
+
+
+def _moves(values: np.ndarray, groups: np.ndarray, total: int) -> np.ndarray:
+    """Return by how much each of `total` groups moves the mean of the values [total]; their squares sum to its
+    variance."""
+    if (there := len(np.unique(groups))) < 2:
+        return np.zeros(total)
+    moves = np.bincount(groups, values - values.mean(), total) / len(values)
+    return moves * math.sqrt(there / (there - 1))
 
 
 def _joined(found: Estimate, asked: int, known: np.ndarray, bounds: tuple[float, float], level: float) -> Estimate:

@@ -37,33 +37,32 @@ def calibration_error(pairs: np.ndarray) -> float:
 def metrics_of(result: Result, ks: Sequence[int] = ()) -> dict[str, Metric]:
     """Compute an eval's metrics, each named <eval>/<metric>: the means of what its verdicts count, and pass@k.
 
-    An interval is over items: several answers to one item, and items that are asked twice, are one cluster
-    (`rlhf.intervals.clustered_mean`, which is Wilson's for one answer per item). The calibration error's, of the first
-    answer to each item, redraws items and is too narrow (`rlhf.intervals.reflected`).
+    An interval is over items, or their `split_group`s: several answers to one item, and items that are asked twice, are
+    one cluster (`rlhf.intervals.clustered_mean`, which is Wilson's for one answer per item). The calibration error's,
+    of the first answer to each item, redraws items and is too narrow (`rlhf.intervals.reflected`).
     """
     items, name = result.items, result.eval.name
     if not items:
         return {}
     grader, found = result.eval.grader, {}
+    groups, count = [item.sample.group for item in items], len({item.sample.key for item in items})
     for metric in items[0].trials[0].verdict.numbers:
         values = [trial.verdict.numbers[metric] for item in items for trial in item.trials]
-        keys = [item.sample.key for item in items for _ in item.trials]
+        keys = [group for group, item in zip(groups, items, strict=True) for _ in item.trials]
         scored = metric == "score" and isinstance(grader, ModelBasedClassify)
         bounds = grader.bounds if scored else (0.0, 1.0)  # type: ignore[union-attr]
-        found[f"{name}/{metric}"] = as_metric(clustered_mean(values, keys, bounds), len(set(keys)))
+        found[f"{name}/{metric}"] = as_metric(clustered_mean(values, keys, bounds), count)
     if "confidence" in items[0].trials[0].verdict.numbers:
         pairs = [[item.trials[0].verdict.numbers[part] for part in ("accuracy", "confidence")] for item in items]
-        keys = [item.sample.key for item in items]
-        error = reflected(bootstrap_interval(np.array(pairs), seed=0, statistic=calibration_error, keys=keys))
-        found[f"{name}/calibration_error"] = as_metric(error, len(set(keys)))
+        error = reflected(bootstrap_interval(np.array(pairs), seed=0, statistic=calibration_error, keys=groups))
+        found[f"{name}/calibration_error"] = as_metric(error, count)
     if "accuracy" in items[0].trials[0].verdict.numbers:
         for k in ks:
             shares = [
                 pass_at_k(len(item.trials), sum(t.verdict.numbers["accuracy"] == 1.0 for t in item.trials), k)
                 for item in items
             ]
-            keys = [item.sample.key for item in items]
-            found[f"{name}/pass@{k}"] = as_metric(clustered_mean(shares, keys), len(set(keys)))
+            found[f"{name}/pass@{k}"] = as_metric(clustered_mean(shares, groups), count)
     return found
 
 

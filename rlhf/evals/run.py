@@ -42,6 +42,7 @@ class Item:
         return {
             "eval": name,
             "key": self.sample.key,
+            **({} if self.sample.group == self.sample.key else {"group": self.sample.group}),
             "where": self.sample.where,
             "prompt": self.asked,
             "ideal": list(self.sample.ideal),

@@ -38,6 +38,12 @@ class Sample:
         return digest([self.columns, self.messages, self.ideal])[:16]
 
     @property
+    def group(self) -> str:
+        """Return what items that are not independent share: the column `split_group`, else the item's key."""
+        group = self.columns.get("split_group")
+        return self.key if group is None else f"group {group}"
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """Return the answers among which likelihood-based scoring chooses: the column `choices`. Raises InputError."""
         found = self.columns.get("choices")

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sqlite3
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -185,6 +186,20 @@ def test_one_answer_per_item_has_wilsons_interval(answers):
     assert (metric["value"], metric["low"], metric["high"]) == tuple(proportion(right, 12))
 
 
+def test_items_of_a_group_are_one_cluster(answers):
+    """Ten groups of three items alike tell no more than ten items."""
+    three = tuple(replace(s, columns={**s.columns, "split_group": n}) for n, s in enumerate(samples(10)) for _ in "abc")
+    grouped = tuple(replace(s, columns={**s.columns, "row": n}) for n, s in enumerate(three))
+    sampler = Sampler(8, 0.0)
+    asker = Asker(Counting(), answers, 64)
+    found, ten = (
+        metrics_of(run_eval(Eval("e", Match(), asked, "e"), asker, sampler))["e/accuracy"]
+        for asked in (grouped, samples(10))
+    )
+    assert (found["n"], found["value"]) == (30, ten["value"])
+    assert found["low"] <= ten["low"] < ten["high"] <= found["high"]
+
+
 @pytest.mark.parametrize(("n", "right", "k"), [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 2), (6, 1, 6), (10, 3, 4)])
 def test_pass_at_k_is_the_share_of_all_draws(n, right, k):
     """Every set of k of the n answers, by enumeration."""
@@ -324,6 +339,23 @@ def test_a_clear_difference_and_too_few_to_tell():
     (alike,) = compare(ABOUT, rows_of("e", [[0]] * 97 + [[1]] * 3), Earlier("x", "m", ABOUT, theirs))
     assert alike.sentence.startswith("no clear difference")
     assert alike.sentence.endswith(" tell")
+
+
+def test_items_of_a_group_are_compared_as_one():
+    theirs, ours = [0, 1] * 30, [1, 1, 0, 1] * 15
+    alone, together = (
+        compare(
+            ABOUT,
+            [
+                row | ({"group": f"group {n // 6}"} if grouped else {})
+                for n, row in enumerate(rows_of("e", [[x] for x in ours]))
+            ],
+            Earlier("x", "m", ABOUT, tuple(rows_of("e", [[x] for x in theirs]))),
+        )[0].difference
+        for grouped in (False, True)
+    )
+    assert alone["value"] == together["value"]
+    assert (alone["low"], alone["high"]) != (together["low"], together["high"])
 
 
 def test_pairing_makes_the_interval_narrower():

@@ -142,9 +142,37 @@ def test_a_win_rate_lies_between_0_and_1_with_ties_that_are_certain():
             assert estimate.value == pytest.approx(0.99 * lost + 0.01 * 0.5)
 
 
+def test_prompts_that_share_a_group_are_not_independent():
+    """Five of a conversation, alike in truth and verdict: intervals as of the conversations."""
+    draw, held, ignored, worlds = np.random.default_rng(5), 0, 0, 1000
+    for _ in range(worlds):
+        human, judge, rest = (part.repeat(5) for part in world(draw, 40, 200, 0.6, 0.7, 0.8))
+        verdicts = dict(enumerate(map(float, [*judge, *rest])))
+        labels = dict(enumerate(map(float, human)))
+        found = corrected(verdicts, labels, groups={key: key // 5 for key in verdicts})
+        held += found.corrected.low <= 0.6 <= found.corrected.high
+        alone = corrected(verdicts, labels)
+        ignored += alone.corrected.low <= 0.6 <= alone.corrected.high
+        assert found.corrected.value == pytest.approx(alone.corrected.value, abs=0.02)
+    assert 0.93 <= held / worlds <= 0.975
+    assert ignored / worlds < 0.75
+
+
+def test_a_group_of_one_is_a_prompt_and_one_may_lie_in_both_parts():
+    draw = np.random.default_rng(6)
+    human, judge, rest = world(draw, 60, 100, 0.6, 0.8, 0.5)
+    verdicts, labels = dict(enumerate(map(float, [*judge, *rest]))), dict(enumerate(map(float, human)))
+    assert corrected(verdicts, labels, groups={key: -key for key in verdicts}) == corrected(verdicts, labels)
+    # each labelled prompt has a twin of the same verdict among the others, which so tells nothing: labels alone
+    twins, alone = ppi_mean(human, judge, judge, groups=[*range(60), *range(60)]), ppi_mean(human, judge, judge[:0])
+    assert twins.half == pytest.approx(alone.half, rel=0.01)
+
+
 def test_what_cannot_be_corrected():
     verdicts = dict.fromkeys(range(30), 1.0)
     with pytest.raises(InputError, match="9 prompts are labelled; a correction needs 10"):
         corrected(verdicts, dict.fromkeys(range(9), 1.0))
     with pytest.raises(InputError, match="1 of 11 are of prompts that the judge gave no verdict on"):
         corrected(verdicts, dict.fromkeys([*range(10), 99], 1.0))
+    with pytest.raises(InputError, match="6 groups of 12 prompts are labelled; a correction needs 10"):
+        corrected(verdicts, dict.fromkeys(range(12), 1.0), groups={key: key // 2 for key in range(30)})

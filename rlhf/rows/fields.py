@@ -175,6 +175,7 @@ def _is_text(row: Row, prompt: Messages) -> bool:
 
 
 NOT_TO_IMITATE = "label false, which says not to imitate it"
+WEIGHS_NOTHING = "weight 0, which says not to learn from the ranking"
 
 # A label of KTO's: whether the completion is one to imitate.
 _DESIRABLE = (True, 1, "true", "1", "1.0", "yes", "desirable", "chosen", "good", "positive", "accepted", "thumbs_up")

@@ -161,8 +161,8 @@ def read_prompts(source: Source, split: str = "train", on_bad_row: OnBadRow = "r
 
 
 def read_demonstrations(source: Source, split: str = "train", on_bad_row: OnBadRow = "refuse") -> list[Demonstration]:
-    """Read demonstrations; a preference row gives its best response (the first of equals), a row whose `label` is
-    false (KTO) none. Raises InputError."""
+    """Read demonstrations; a preference row gives its best response (the first of equals), one whose `weight` is
+    0 and a row whose `label` is false (KTO) none. Raises InputError."""
     return _read(source, split, on_bad_row, "demonstration", _to_demonstration)
 
 
@@ -273,6 +273,8 @@ def _to_demonstration(row: object, where: str) -> Demonstration:
     ranking = _to_ranking(row, where)
     if ranking.columns.get("label") is False:
         raise Unusable(fields.NOT_TO_IMITATE)
+    if ranking.columns.get("weight") == 0:
+        raise Unusable(fields.WEIGHS_NOTHING)
     turns = [*ranking.prompt, ranking.turn(ranking.ranks.index(min(ranking.ranks)))]
     return Demonstration(turns, len(ranking.prompt), ranking.columns, ranking.where)
 

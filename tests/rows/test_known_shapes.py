@@ -54,7 +54,7 @@ def rated(response, **scores):
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-ABOUT = {"system": "Be brief.", "weight": 0, "labeler": "ann", "split_group": "g", "tools": None}
+ABOUT = {"system": "Be brief.", "weight": 0.5, "labeler": "ann", "split_group": "g", "tools": None}
 POST = {"id": "t3", "subreddit": "plants", "title": "Gas?", "post": ASKED}
 SUMMED = f"SUBREDDIT: r/plants\n\nTITLE: Gas?\n\nPOST: {ASKED}\n\nTL;DR:"
 

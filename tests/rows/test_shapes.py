@@ -43,6 +43,14 @@ def test_a_completion_labelled_false_is_no_demonstration(no, yes):
     assert len(read_prompts(source)) == 4  # its prompt is one like others
 
 
+def test_a_ranking_that_weighs_nothing_is_no_demonstration(tmp_path, caplog):
+    rows = [{"prompt": "q", "chosen": f"a{n}", "rejected": "b", "weight": n % 2} for n in range(4)]
+    file = tmp_path / "rankings.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.response for row in read_demonstrations(file)] == ["a1", "a3"]
+    assert "left out 2 of 4 rows for weight 0, which says not to learn from the ranking: 1, 3" in caplog.text
+
+
 def test_rows_left_out_by_their_label_are_counted(caplog, tmp_path):
     file = tmp_path / "kto.jsonl"
     rows = [{"prompt": f"q{n}", "completion": "a", "label": n % 3 > 0} for n in range(6)]

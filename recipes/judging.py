@@ -244,9 +244,11 @@ def people(human: str, policy: PolicySamples, baseline: PolicySamples) -> dict[i
         said_here = labels.get((prompt_key(prompt.messages), ours, theirs))
         if said_here and ours != theirs:
             found[number] = sum(said_here) / len(said_here)
-    if len(found) < FEWEST:
+    groups = len({split_key(policy.prompts[number]) for number in found})
+    if groups < FEWEST:
+        of = "" if groups == len(found) else f", of prompts of {groups} groups (split_group)"
         raise InputError(
-            f"human={human}: {len(found)} of its labels compare these two policies' responses; a correction needs "
+            f"human={human}: {len(found)} of its labels compare these two policies' responses{of}; a correction needs "
             f"{FEWEST}. Label rows of an evaluation's to_label.jsonl, and run it again with the same seed and settings"
         )
     return found

@@ -65,7 +65,7 @@ def made(result: Result) -> str:
     """Say how long it took, on what."""
     seconds = ", ".join(f"{seed}: {duration(value)}" for seed, value in result["seconds"].items())
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
-    parts = [f"Time by seed, without what other studies had made: {seconds}", result["machine"], settings]
+    parts = [f"Time by seed, without stages that were complete before: {seconds}", result["machine"], settings]
     return ". ".join(part for part in parts if part) + "."
 
 
@@ -99,15 +99,16 @@ def tables(result: Result) -> list[tuple[list[str], list[list[str]]]]:
     return made
 
 
-def by_seed(result: Result, without: str = "") -> str:
-    """Write the values without x, but for those of one panel, as one table in Markdown: a column per seed, then their
-    mean with its intervals."""
+def by_seed(result: Result, without: str | None = None) -> str:
+    """Write the values without x, but for those of one panel, as one table in Markdown, panel by panel: a column per
+    seed, then their mean with its intervals."""
     names = {panel["name"]: panel["y"] for panel in result["panels"]}
+    points = sorted(result["points"], key=lambda point: [*names].index(point["panel"]))
     head = ["", *(f"seed {seed}" for seed in result["seeds"]), "mean", "over seeds", "over prompts"]
     rows = [
         [f"{names[point['panel']]}: {point['series']}", *map(digits, point["by_seed"]), digits(point["value"]),
          interval(point["seeds"]), interval(point["prompts"])]
-        for point in result["points"] if point["x"] is None and point["panel"] != without
+        for point in points if point["x"] is None and point["panel"] != without
     ]  # fmt: skip
     return markdown((head, rows))
 

@@ -33,6 +33,8 @@ PICTURED = ("overoptimisation", "accuracy")
 """Studies whose first picture README shows."""
 PATHS = ("output_dir", "model", "trl_folder", "toy_run", "before", "other", "agilerl_python")
 """Settings of a benchmark that a committed result leaves out: folders and addresses of one machine."""
+BY_SEED = ("sentiment", "hh", "qa_feedback")
+"""Studies of people's labels, whose values a guide shows seed by seed."""
 NOTHING = "No study has been run on three seeds yet."
 MARK = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end of \1 -->", re.DOTALL)
 
@@ -147,6 +149,7 @@ def blocks(found: Mapping[str, dict[str, Any]], document: str) -> dict[str, str]
         "summary": summary(found, pictures),
         "baselines": baselines(found),
         "demo": study_page.by_seed(found["demo"], without="time") if "demo" in found else NOTHING,
+        **{name: study_page.by_seed(found[name]) if name in found else NOTHING for name in BY_SEED},
     } | benchmark_blocks()
 
 
@@ -170,7 +173,11 @@ def summary(found: Mapping[str, dict[str, Any]], pictures: str) -> str:
         for name in PICTURED
         if name in found
     )
-    parts = [f"Of {len(decided)} published findings in miniature, on three seeds each:", "\n".join(lines), shown]
+    parts = [
+        f"Of {len(decided)} published findings in miniature, on three seeds each (bands: 95% over the seeds):",
+        "\n".join(lines),
+        shown,
+    ]
     return "\n\n".join(part for part in parts if part)
 
 

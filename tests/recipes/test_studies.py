@@ -350,6 +350,29 @@ def test_one_table_of_all_panels():
     assert study_page.by_series(result, bare=("",)).splitlines()[2:] == ["| PPO | 0.5 | 1,234 |", "| DPO | 0.5 |  |"]
 
 
+def test_values_seed_by_seed_stand_panel_by_panel():
+    panels = [{"name": "", "x": "", "y": "gold"}, {"name": "won", "x": "", "y": "won"}]
+    given = [("won", "PPO", 0.75), ("", "PPO", 6.0), ("won", "DPO", 0.5), ("", "DPO", 5.0)]
+    points = [
+        {
+            "panel": panel,
+            "series": series,
+            "x": None,
+            "value": value,
+            "by_seed": [value],
+            "seeds": None,
+            "prompts": None,
+        }
+        for panel, series, value in given
+    ]
+    result = {"seeds": [3], "panels": panels, "points": [*points, points[0] | {"x": 1.0}]}
+    head = ["|  | seed 3 | mean | over seeds | over prompts |", "| --- | --- | --- | --- | --- |"]
+    gold = ["| gold: PPO | 6 | 6 |  |  |", "| gold: DPO | 5 | 5 |  |  |"]
+    won = ["| won: PPO | 0.75 | 0.75 |  |  |", "| won: DPO | 0.5 | 0.5 |  |  |"]
+    assert study_page.by_seed(result).splitlines() == [*head, *gold, *won]
+    assert study_page.by_seed(result, without="won").splitlines() == [*head, *gold]
+
+
 def test_points_that_not_every_seed_has_are_told_apart(monkeypatch):
     """They are hollow, off the line and its band, and a table names how many seeds they are of."""
     shown = {}

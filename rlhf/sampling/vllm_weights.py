@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf.errors import InputError
-from rlhf.models.adapters import base_model
+from rlhf.models.adapters import adapter_of, base_model
 
 SHARD_BYTES = 2 * 2**30  # of a written file, so that merged copies of a whole model are never in memory together
 
@@ -122,8 +122,11 @@ def _ends(policy: Any) -> tuple[str, str]:
 
 
 def save_adapter(policy: PeftModel, folder: Path) -> None:
-    """Write the policy's adapter alone, as peft would."""
-    policy.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+    """Write the policy's adapter alone, as peft would.
+
+    Not by `state_dict`, which peft would call: FSDP2 cuts all weights again before it, whole though they were."""
+    state = {name: weight.detach() for name, weight in policy.named_parameters() if adapter_of(name) == "default"}
+    policy.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
 
 
 def adapter_refusal(policy: Any) -> str | None:

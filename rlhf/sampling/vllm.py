@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 
 from rlhf.errors import InputError, RunStopped
 from rlhf.sampling.engine import Responses, row_seeds
-from rlhf.sampling.vllm_check import HEAD, OTHER, Check
+from rlhf.sampling.vllm_check import HEAD, OTHER, Check, answer
 from rlhf.sampling.vllm_connection import Server, ServerGone
 from rlhf.sampling.vllm_transport import FolderTransport, Kind, LoraTransport, Transport, make
 from rlhf.sampling.vllm_weights import is_tied
@@ -141,7 +141,8 @@ class VLLMEngine:
                 with torch.autocast(policy.device.type, enabled=False):  # it would round a LoRA product
                     model = transport.send(policy)
             with self._gone_or():
-                check.compare(model, policy, max_new_tokens, temperature)
+                asked = check.ask(model, max_new_tokens, temperature)
+            check.judge(asked, answer(policy, asked, temperature))
             return model
 
         self.model = together(send)[0]

@@ -1,12 +1,14 @@
 """The vLLM engine for a policy that FSDP2 cuts over two processes, by each transport that needs no GPU.
 
 The server (`reference/fake_vllm.py`) loads what it is sent with peft and safetensors, and must end with the weights of
-the folder that the trainer saved.
+the folder that the trainer saved. The processes look at what they hold meanwhile (`reference/vllm_sharded.py`).
 """
 
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -32,6 +34,8 @@ CASES = {
     "trained tokens": "folder",
 }
 """Its transport, by what is trained."""
+DIES = "adapter merged"
+"""The case whose server dies in the middle of a rollout, and comes back as it was started."""
 
 
 def build(folder: Path, case: str, model, tokenizer) -> tuple[Path, Path]:
@@ -57,6 +61,8 @@ class Launched(NamedTuple):
     done: CompletedProcess[str]
     folder: Path
     servers: dict[str, FakeVLLM]
+    deaths: list[int]
+    """How many requests the dying server had answered."""
 
 
 LAUNCHED: list[Launched] = []  # of this module
@@ -79,8 +85,12 @@ def launched(tmp_path_factory, tiny_model, tiny_tokenizer) -> Launched:
             base, policy = build(folder / "models" / case, case, copy.deepcopy(tiny_model), tiny_tokenizer)
             servers[case] = FakeVLLM(base)
             arguments += [case, transport, servers[case].url, policy]
+        dying, deaths = servers[DIES], []
+        dying.dies_after = 14
+        back = lambda: (dying.dead.wait(), deaths.append(len(dying.log)), time.sleep(0.1), dying.start())  # noqa: E731
+        threading.Thread(target=back, daemon=True).start()
         command = [vllm_sharded.__file__, CONFIG, folder, *arguments]
-        LAUNCHED.append(Launched(forked.shared().together(command, limit=120), folder, servers))
+        LAUNCHED.append(Launched(forked.shared().together(command, limit=120), folder, servers, deaths))
     assert LAUNCHED[0].done.returncode == 0, LAUNCHED[0].done.stderr[-3000:]
     return LAUNCHED[0]
 
@@ -89,6 +99,7 @@ def launched(tmp_path_factory, tiny_model, tiny_tokenizer) -> Launched:
 @pytest.mark.parametrize("case", CASES)
 def test_the_server_has_the_weights_that_are_saved(launched, case):
     server, saved, base = launched.servers[case], launched.folder / case, launched.folder / "models" / case / "base"
+    assert len(launched.deaths) == 1
     if case in ("full", "tied"):
         expected = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     else:

@@ -176,26 +176,29 @@ class ActorCritic(nn.Module):
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Let an engine run `self.policy` directly inside the context, a different number of steps on each process."""
-        self._begin()
-        eager = torch.compiler.set_stance("force_eager")
-        with distributed.whole(self, self.policy), eager, packing.decoding(self.policy):
+        with self._ready(), distributed.whole(self, self.policy):
             yield
 
     @contextmanager
     def lent_to(self, engine: Engine) -> Iterator[None]:
         """Let an engine use `self.policy` inside the context: whole, or in parts where it gathers them itself."""
-        if not isinstance(engine, Gatherer):
+        if not (isinstance(engine, Gatherer) and engine.gathers):
             with self.sampling():
                 yield
             return
-        self._begin()
-        with distributed.in_parts(self), torch.compiler.set_stance("force_eager"):
+        with self._ready(), distributed.in_parts(self):
             yield
 
-    def _begin(self) -> None:
-        """Run a forward for no role: FSDP2 takes the first module that runs for the root, which must not be a layer."""
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Let the policy decode inside the context, without torch.compile.
+
+        Before it a forward for no role runs: FSDP2 takes the first module that runs for the root, which must not be a
+        layer."""
         if distributed.is_sharded(self):
             self(None, 1.0, ())
+        with torch.compiler.set_stance("force_eager"), packing.decoding(self.policy):
+            yield
 
     def trained_adapters(self, model: PeftModel) -> list[str]:
         """Return the names of a backbone's trained adapters."""

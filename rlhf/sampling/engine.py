@@ -88,9 +88,10 @@ class Follower(Engine, Protocol):
 
 @runtime_checkable
 class Gatherer(Follower, Protocol):
-    """A follower for which a sharded policy need not be whole on any process.
+    """A follower for which a sharded policy need not be whole on any process, where `gathers` says so.
 
-    On every process alike it reads the weights one by one (`rlhf.run.distributed.whole_tensor`) and runs the same
-    forwards of the policy, each of which gathers a layer for as long as it runs."""
+    On every process alike it then reads the weights one by one, each whole only as long as it is read, and runs the
+    same forwards of the policy, each of which gathers a layer for as long as the layer runs."""
 
-    gathers: bool
+    @property
+    def gathers(self) -> bool: ...

@@ -24,9 +24,9 @@ from accelerate.utils import gather_object
 
 from rlhf.errors import InputError, RunStopped
 from rlhf.sampling.engine import Responses, row_seeds
-from rlhf.sampling.vllm_check import HEAD, OTHER, Check
+from rlhf.sampling.vllm_check import HEAD, OTHER, Asked, Check, answer
 from rlhf.sampling.vllm_connection import Server, ServerGone
-from rlhf.sampling.vllm_transport import FolderTransport, Kind, LoraTransport, Transport, make
+from rlhf.sampling.vllm_transport import FolderTransport, Kind, LoraTransport, NCCLTransport, Transport, make
 from rlhf.sampling.vllm_weights import is_tied
 
 log = logging.getLogger("rlhf")
@@ -59,9 +59,10 @@ class VLLMEngine:
     The responses carry the server's log-probabilities, with which PPO corrects for the difference between the server's
     arithmetic and the trainer's (`ppo_math.importance_weights`).
 
-    With several processes each one sends its own prompts, and only the main one sends the weights while the others
-    wait. If the server dies, all wait up to `wait_seconds` until it is back, send the weights again and sample the
-    whole rollout again, with the same seeds.
+    With several processes each one sends its own prompts, and only the main one sends the weights. Of a policy that
+    FSDP2 cuts, "lora" and "folder" gather one tensor at a time, and one layer at a time for the comparison: no process
+    holds it whole. If the server dies, all wait up to `wait_seconds` until it is back, send the weights again and
+    sample the whole rollout again, with the same seeds.
 
     url: the server's address. transport: None: "lora" if the policy is an adapter that vLLM can load, else "folder".
     folder: where the weights pass, which the server sees under the same path; None: a temporary one of this machine.
@@ -106,6 +107,11 @@ class VLLMEngine:
         self.policy, self.stop_ids = policy, tuple(stop_ids)
         log.info("%s: gets the weights by %s", self.url, type(self.transport).__name__)
 
+    @property
+    def gathers(self) -> bool:
+        """Return whether a sharded policy need not be whole: see `Gatherer`."""
+        return not isinstance(self.transport, NCCLTransport)
+
     @torch.no_grad()
     def generate(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
@@ -126,25 +132,34 @@ class VLLMEngine:
         raise AssertionError("unreachable")
 
     def send_weights(self, prompt: list[int], max_new_tokens: int, temperature: float) -> None:
-        """Send the policy's current weights from the main process, and compare log-probabilities on `prompt`."""
+        """Send the policy's current weights from the main process, and compare log-probabilities on `prompt`.
+
+        All processes gather the weights and compute the log-probabilities, which they only can together where the
+        policy is sharded."""
         if self.transport is None:
             raise ValueError("VLLMEngine: no policy to follow; pass it as PPOTrainer(engine=...), or call follow()")
         transport, policy = self.transport, self.policy
 
-        def send() -> str:
-            if not PartialState().is_main_process:
-                return ""
+        def send() -> Asked:
             with self._gone_or(transport.start):
                 if self.colocated:
                     self.server.post("/wake_up")
                 check = self.check = self.check or self._new_check(prompt, max_new_tokens)
-                with torch.autocast(policy.device.type, enabled=False):  # it would round a LoRA product
+                with torch.autocast(policy.device.type, enabled=False):
                     model = transport.send(policy)
             with self._gone_or():
-                check.compare(model, policy, max_new_tokens, temperature)
-            return model
+                return check.ask(model, max_new_tokens, temperature)
 
-        self.model = together(send)[0]
+        def judge() -> None:
+            if self.check is not None:
+                self.check.judge(asked, own)
+
+        with torch.autocast(policy.device.type, enabled=False):  # it would round a LoRA product
+            transport.write(policy, PartialState().is_main_process)
+        asked = on_main(send)
+        own = answer(policy, asked, temperature)
+        on_main(judge)
+        self.model = asked.model
 
     def sample(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, seeds: Sequence[int]
@@ -166,13 +181,9 @@ class VLLMEngine:
 
         together(respond_to_all)
         if self.colocated:  # all processes are done
-            together(self._sleep)
+            on_main(partial(self.server.post, "/sleep?level=1"))  # its weights go to the CPU's memory, its cache away
         ids, logprobs = [row[0] for row in rows], [row[1] for row in rows]
         return Responses(ids, [row[-1] in self.stop_ids for row in ids], logprobs)
-
-    def _sleep(self) -> None:
-        if PartialState().is_main_process:
-            self.server.post("/sleep?level=1")  # its weights go to the CPU's memory, its cache away
 
     def _new_check(self, prompt: list[int], tokens: int) -> Check:
         adapter = isinstance(self.transport, LoraTransport)
@@ -193,6 +204,13 @@ class VLLMEngine:
             if not start:
                 raise
             raise type(error)(f"{error}; the server must be started with: {start}") from None
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Call `action` on the main process; return its result, or raise its error, on every process."""
+    results: list[Any] = together(lambda: action() if PartialState().is_main_process else None)
+    found: Result = results[0]
+    return found
 
 
 def together(action: Callable[[], Result]) -> list[Result]:

@@ -6,12 +6,16 @@ Samplers that kept old weights, or never applied the adapter, went unnoticed for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 from rlhf.errors import RunStopped
+from rlhf.models.adapters import adapter_of
 from rlhf.sampling.vllm_connection import Server
 
 SAMPLED = 16  # tokens
@@ -28,6 +32,7 @@ HEAD = (
     "or serve a model with tie_word_embeddings: false"
 )
 OTHER = "it serves another model than the policy's, or in another precision (--dtype float32 for bf16: false)"
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class Seen(NamedTuple):
@@ -51,25 +56,61 @@ def fault(
     before: tuple[Sequence[float], Sequence[float] | None],
     base: Sequence[float] | None,
     plain: Sequence[float],
+    still: float,
     unknown: str = OTHER,
 ) -> tuple[float, str] | None:
     """Return by how much the server is off, and the likely cause; None if it agrees.
 
     before: the server's and the trainer's numbers of the text when the server's last changed (None: not known). base:
     the text's under the server's own model, where weights are sent as an adapter. plain: the trainer's numbers of the
-    response at temperature 1.
+    response at temperature 1. still: by how much the trainer's numbers may move while the server's stand still.
 
-    A server whose numbers did not change in any bit while the trainer's did has kept its weights, however little they
-    changed; otherwise a difference above the limit counts."""
+    A server whose numbers did not change in any bit while the trainer's moved has kept its weights, though both agree
+    within the limit; otherwise a difference above the limit counts."""
     off, same = apart(server.text, trainer.text), list(before[0]) == server.text
     moved = 0.0 if before[1] is None else apart(before[1], trainer.text)
-    if off > limit or (same and moved > limit / 10):
+    if off > limit or (same and moved > still):
         applied = base is None or list(base) != server.text
         return max(off, moved), BASE if not applied else KEPT if same else unknown
     off = apart(server.sampled, trainer.sampled)
     if off > limit:
         return off, TEMPERATURE if apart(server.sampled, plain) <= limit else CUT
     return None
+
+
+class Asked(NamedTuple):
+    """What a server was asked after it was sent the weights, and its answers."""
+
+    model: str
+    """The name of the model that has the weights."""
+    text: list[int]
+    response: list[int]
+    """The tokens of the prompt and of the response sampled to it."""
+    start: int
+    """Where the response begins."""
+    said: Seen
+
+
+class Own(NamedTuple):
+    """The trainer's answers to the same."""
+
+    said: Seen
+    plain: list[float]
+    """Of the response's tokens, at temperature 1."""
+    again: list[float]
+    """Of the text, computed a second time in 16 bits: two such forwards may differ on a GPU."""
+    exact: bool
+    """Computed in float32."""
+    weights: list[int]
+    """`marks` of the weights."""
+
+
+class Before(NamedTuple):
+    """The numbers when the server's last changed; of the trainer, None before it has sent anything."""
+
+    server: list[float]
+    trainer: list[float] | None = None
+    weights: Sequence[int] = ()
 
 
 class Check:
@@ -95,18 +136,22 @@ class Check:
         self.text = self.prompt + ids[:-1]  # vLLM samples one token more, for which there must be a position
         own = server.prompt_logprobs(base, self.text)
         self.base = own if adapter else None
-        self.before: tuple[list[float], list[float] | None] = own, None
+        self.before = Before(own)
 
-    def compare(self, model: str, policy: Any, tokens: int, temperature: float) -> None:
-        """Raise RunStopped if the server's numbers for `model` are not the policy's, at the run's temperature too."""
+    def ask(self, model: str, tokens: int, temperature: float) -> Asked:
+        """Ask the server for its numbers for `model`, at the run's temperature too."""
         ids, sampled = self._sampled(model, tokens, temperature)
-        server = Seen(self.server.prompt_logprobs(model, self.text), sampled)
-        (text,) = logprobs(policy, self.text, 1, [1.0])
-        own, plain = logprobs(policy, self.prompt + ids, len(self.prompt), [temperature, 1.0])
-        limit = self.limit or (FLOAT32 if precision(policy) == torch.float32 else SIXTEEN_BITS)
-        found = fault(server, Seen(text, own), limit, self.before, self.base, plain, self.unknown)
-        if self.before[1] is None or server.text != self.before[0]:  # else what the trainer moved since adds up
-            self.before = server.text, text
+        said = Seen(self.server.prompt_logprobs(model, self.text), sampled)
+        return Asked(model, self.text, self.prompt + ids, len(self.prompt), said)
+
+    def judge(self, asked: Asked, own: Own) -> None:
+        """Raise RunStopped if the server's numbers are not the trainer's."""
+        limit, text = self.limit or (FLOAT32 if own.exact else SIXTEEN_BITS), asked.said.text
+        before = self.before.server, self.before.trainer
+        still = self._still(own, limit)
+        found = fault(asked.said, own.said, limit, before, self.base, own.plain, still, self.unknown)
+        if self.before.trainer is None or text != self.before.server:  # else what the trainer moved since adds up
+            self.before = Before(text, own.said.text, own.weights)
         if found is not None:
             off, cause = found
             raise RunStopped(
@@ -114,8 +159,39 @@ class Check:
                 f"trainer's by {off:.2g} nats per token (at most {limit:g}); {cause}"
             )
 
+    def _still(self, own: Own, limit: float) -> float:
+        """Return by how much the trainer's numbers may move while the server's stand still.
+
+        In float32 they say how far the weights went. In 16 bits a change of theirs is rounding, whatever its size, and
+        so are the server's: they all change with any weights that do. The weights must have, which a learning rate of
+        0 leaves as they are, and the trainer's numbers by more than they do from one forward to the next."""
+        if own.exact:
+            return limit / 10
+        return math.inf if own.weights == self.before.weights else 2 * apart(own.said.text, own.again)
+
     def _sampled(self, model: str, tokens: int, temperature: float) -> tuple[list[int], list[float]]:
         return self.server.sample(model, self.prompt, min(tokens, SAMPLED), temperature, 0, ())
+
+
+def answer(policy: Any, asked: Asked, temperature: float) -> Own:
+    """Compute the trainer's numbers for what a server was asked."""
+    exact = precision(policy) == torch.float32
+    (text,) = logprobs(policy, asked.text, 1, [1.0])
+    (again,) = [text] if exact else logprobs(policy, asked.text, 1, [1.0])
+    sampled, plain = logprobs(policy, asked.response, asked.start, [temperature, 1.0])
+    return Own(Seen(text, sampled), plain, again, exact, marks(policy))
+
+
+@torch.no_grad()
+def marks(policy: Any) -> list[int]:
+    """Return a number for each weight that is sent (of a sharded one: this process's part) that follows from its bits:
+    another one, all but surely, after a step."""
+    adapter = isinstance(policy, PeftModel)
+    own = [p for name, p in policy.named_parameters() if not adapter or adapter_of(name) == "default"]
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in own]
+    sums = [part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts]
+    found: list[int] = torch.stack(sums).tolist()
+    return found
 
 
 @torch.no_grad()

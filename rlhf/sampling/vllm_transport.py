@@ -1,6 +1,7 @@
 """How the policy's weights reach a vLLM server: an adapter's folder, a folder of all weights, or NCCL.
 
-A transport sends the weights with `send`, which returns the name of the model to sample from then on.
+A transport writes the weights with `write`, on all processes, and sends them with `send`, on the first: it returns the
+name of the model to sample from then on.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ class Transport(Protocol):
     def check(self, policy: Any) -> None:
         """Raise InputError if the policy's weights cannot be sent so."""
 
+    def write(self, policy: Any, main: bool) -> None:
+        """Write the policy's current weights to where the server will read them; a collective where FSDP2 shards them,
+        of which the main process writes."""
+
     def send(self, policy: Any) -> str:
-        """Send the policy's current weights; return the name of the model that has them."""
+        """Have the server take the weights; return the name of the model that has them."""
 
 
 class LoraTransport:
@@ -63,17 +68,20 @@ class LoraTransport:
         rank = max([config.r, *(config.rank_pattern or {}).values()])
         self.rank = next((size for size in LORA_RANKS if size >= rank), rank)
 
-    def send(self, policy: Any) -> str:
-        """Write the adapter and have the server load it in place of the version before."""
-        before, name = f"{self.run}-{self.version}", f"{self.run}-{self.version + 1}"
-        folder = fresh(self.folder / name)
+    def write(self, policy: Any, main: bool) -> None:
+        """Write the adapter."""
+        folder = fresh(self.folder / f"{self.run}-{self.version + 1}") if main else None
         save_adapter(policy, folder)
         readable(folder)
+
+    def send(self, policy: Any) -> str:
+        """Have the server load the adapter in place of the version before."""
+        before, name = f"{self.run}-{self.version}", f"{self.run}-{self.version + 1}"
         if self.version:  # first, for a server that holds one adapter; one that was restarted has none (404)
             self.server.post("/v1/unload_lora_adapter", {"lora_name": before}, known=(200, 404))
             shutil.rmtree(self.folder / before, ignore_errors=True)
         self.version += 1
-        self.server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self.server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self.folder / name)})
         return name
 
 
@@ -90,11 +98,15 @@ class FolderTransport:
         for _ in policy_weights(policy):
             pass
 
-    def send(self, policy: Any) -> str:
-        """Write the weights, and have the server read them while it samples nothing; its prefix cache is emptied."""
-        folder = fresh(self.folder / "weights")
+    def write(self, policy: Any, main: bool) -> None:
+        """Write the weights."""
+        folder = fresh(self.folder / "weights") if main else None
         save_weights(policy, folder)
         readable(folder)
+
+    def send(self, policy: Any) -> str:
+        """Have the server read the weights while it samples nothing; its prefix cache is emptied."""
+        folder = self.folder / "weights"
         self.server.post("/pause?mode=wait")
         try:
             reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
@@ -134,6 +146,9 @@ class NCCLTransport:
             )
         return found
 
+    def write(self, policy: Any, main: bool) -> None:
+        """Do nothing: no process writes them."""
+
     def send(self, policy: Any) -> str:
         """Send the weights and empty the server's prefix cache."""
         from rlhf.sampling.vllm_nccl import connect, update
@@ -167,7 +182,7 @@ def fresh(folder: Path) -> Path:
     return folder.resolve()
 
 
-def readable(folder: Path) -> None:
+def readable(folder: Path | None) -> None:
     """Let everyone read a folder's files: the server may run as another user, and safetensors writes for its own."""
-    for file in folder.iterdir():
+    for file in folder.iterdir() if folder else ():
         file.chmod(0o644)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf.errors import InputError
-from rlhf.models.adapters import base_model
+from rlhf.models.adapters import adapter_of, base_model
 
 SHARD_BYTES = 2 * 2**30  # of a written file, so that merged copies of a whole model are never in memory together
 
@@ -75,20 +75,25 @@ def _check_sendable(name: str, weight: Tensor, layer: Any) -> None:
         raise InputError(f"vLLM: {name} is adapted by {kind}, which is not sent; use plain LoRA of linear layers")
 
 
-def save_weights(policy: Any, folder: Path) -> None:
+def save_weights(policy: Any, folder: Path | None) -> None:
     """Write the policy's merged weights as transformers would, but a tied head under its own name too.
 
-    vLLM on CPUs computes with a copy of a tied head, which follows only if the head itself is sent. Raises InputError
-    as `policy_weights`, and for weights that FSDP2 shards."""
+    vLLM on CPUs computes with a copy of a tied head, which follows only if the head itself is sent. A collective where
+    FSDP2 shards the weights: one after the other is whole, on all processes, of which one has a folder and keeps it on
+    the CPU until its file is full. Raises InputError as `policy_weights`."""
     places: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     size = number = 0
     for name, value in _with_head(policy):
+        if folder is None:
+            continue
         if size and size + value.nbytes > SHARD_BYTES:
             save_file(shard, folder / f"model-{number}.safetensors")
             shard, size, number = {}, 0, number + 1
         shard[name], size = value.contiguous().cpu(), size + value.nbytes
         places[name] = f"model-{number}.safetensors"
+    if folder is None:
+        return
     if number == 0:
         save_file(shard, folder / "model.safetensors")
         return
@@ -98,14 +103,17 @@ def save_weights(policy: Any, folder: Path) -> None:
 
 def _with_head(policy: Any) -> Iterator[tuple[str, Tensor]]:
     computes: dict[str, Callable[[], Tensor]] = {}
-    for name, weight, compute in policy_weights(policy):
-        if isinstance(weight, DTensor):
-            raise InputError("vLLM: the policy's weights are sharded; sample inside ActorCritic.sampling()")
+    for name, _, compute in policy_weights(policy):
         computes[name] = compute
-        yield name, compute()
+        yield name, whole(compute())
     embeddings, head = _ends(policy)
     if head and head not in computes:
-        yield head, computes[embeddings]().clone()  # safetensors refuses tensors that share memory
+        yield head, whole(computes[embeddings]()).clone()  # safetensors refuses tensors that share memory
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor, gathered from all processes where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_tied(policy: Any) -> bool:
@@ -121,9 +129,15 @@ def _ends(policy: Any) -> tuple[str, str]:
     return names[plain.get_input_embeddings()], names.get(plain.get_output_embeddings(), "")
 
 
-def save_adapter(policy: PeftModel, folder: Path) -> None:
-    """Write the policy's adapter alone, as peft would."""
-    policy.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+def save_adapter(policy: PeftModel, folder: Path | None) -> None:
+    """Write the policy's adapter alone, as peft would; a collective where FSDP2 shards it, as `save_weights`.
+
+    Not by `state_dict`, which peft would call: FSDP2 cuts all weights again before it, even those that are whole."""
+    own = {name: weight for name, weight in policy.named_parameters() if adapter_of(name) == "default"}
+    state = {name: whole(weight.detach()) for name, weight in own.items()}
+    if folder is None:
+        return
+    policy.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
 
 
 def adapter_refusal(policy: Any) -> str | None:

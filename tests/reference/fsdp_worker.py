@@ -68,23 +68,6 @@ def shard(config: str) -> None:
     rlhf.ppo.trainer.Accelerator = transformers.trainer.Accelerator = sharded_accelerator
 
 
-class Gathers(GivenResponses):
-    """An engine with its own copy of the weights, which it gathers one by one."""
-
-    gathers = True
-
-    def follow(self, policy, stop_ids):
-        self.policy = policy
-
-    def generate(self, prompt_ids, max_new_tokens, temperature, generator):
-        self.weights, self.largest_share = {}, 0.0
-        for name, parameter in self.policy.named_parameters():
-            self.weights[name] = sharding.whole_tensor(parameter).detach().clone()
-            self.largest_share = max(self.largest_share, share(backbone(self.policy).layers))
-        self.logits = self.policy(input_ids=torch.tensor([[5, 9, 13]]), use_cache=False).logits
-        return super().generate(prompt_ids, max_new_tokens, temperature, generator)
-
-
 class StopAfterOne(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = True
@@ -169,10 +152,6 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
     lengths = [10 if process else 40] * 4
     plan = plan_minibatches(lengths, 4, 40, torch.Generator().manual_seed(0))
     own["plans"] = plan, sharding.even_plan(plan, trainer.module)
-    trainer = make(folder / "gathering", policy, reward, Gathers())
-    trainer.collect(trainer.next_prompts())
-    together |= {"gathered": trainer.engine.weights, "gathered_logits": {"logits": trainer.engine.logits}}
-    own["gathering_share"] = trainer.engine.largest_share
     for name, checkpointing in (("step", False), ("step_checkpointed", True)):
         trainer = make(
             folder / name, policy, reward, GivenResponses(), gradient_checkpointing=checkpointing, inner_epochs=1

@@ -100,9 +100,6 @@ def alone(folder: Path, policy: str, reward: str) -> dict:
     trainer = worker.make(folder, policy, reward)
     results = {"outputs": worker.outputs(trainer), "sampled": [worker.sample(trainer, process) for process in (0, 1)]}
     results["preflight"] = [(finding.check, finding.measured) for finding in check_ppo(trainer)]
-    gathering = worker.make(folder, policy, reward, worker.Gathers())
-    gathering.collect(gathering.next_prompts())
-    results |= {"gathered": gathering.engine.weights, "gathered_logits": {"logits": gathering.engine.logits}}
     results["step"] = worker.first_step(worker.make(folder, policy, reward, GivenResponses(), inner_epochs=1))
     results["run"] = worker.run(worker.make(folder, policy, reward, GivenResponses(), eval_steps=1))
     trainer.save_model(folder / "saved")
@@ -182,17 +179,6 @@ def test_sampling_while_the_other_process_is_done(ran, kind):
     for process, expected in zip(each, ran[kind]["alone"]["sampled"], strict=True):
         assert process["sampled"] == expected
         assert process["sampled_again"] == expected
-
-
-@pytest.mark.slow
-@each_kind
-def test_an_engine_that_gathers_never_has_the_layers_whole(ran, kind):
-    mine, expected = ran[kind]["sharded"], ran[kind]["alone"]
-    assert mine["gathered"].keys() == expected["gathered"].keys()
-    for name, weight in expected["gathered"].items():
-        assert torch.equal(mine["gathered"][name], weight), name
-    same(mine["gathered_logits"], expected["gathered_logits"])
-    assert all(process["gathering_share"] < 0.51 for process in mine["each"])
 
 
 @pytest.mark.slow

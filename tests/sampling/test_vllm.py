@@ -340,8 +340,9 @@ def test_an_adapter_that_peft_has_merged_is_not_added_twice(tmp_path, tiny_model
 def test_mixed_precision_does_not_round_what_is_sent(server, monkeypatch):
     engine = following(server, "lora", transport="folder")
     seen = {}
-    monkeypatch.setattr(engine.transport, "send", lambda policy: seen.update(sent(policy)) or "base")
-    monkeypatch.setattr("rlhf.sampling.vllm_check.Check.compare", lambda *args: None)
+    monkeypatch.setattr(engine.transport, "write", lambda policy, main: seen.update(sent(policy)))
+    monkeypatch.setattr(engine.transport, "send", lambda policy: "base")
+    monkeypatch.setattr("rlhf.sampling.vllm_check.Check.judge", lambda *args: None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         engine.send_weights(IDS[0], 4, 1.0)
     exact = sent(engine.policy)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from rlhf.errors import InputError, RunStopped
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.sampling import vllm_check, vllm_nccl
 from rlhf.sampling.vllm import RETURNS, VLLMEngine
-from rlhf.sampling.vllm_check import BASE, CUT, HEAD, KEPT, OTHER, TEMPERATURE, Seen, fault
+from rlhf.sampling.vllm_check import BASE, CUT, HEAD, KEPT, OTHER, TEMPERATURE, Asked, Check, Own, Seen, fault
 from rlhf.sampling.vllm_connection import ServerGone
 
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7], [20, 21]]
@@ -78,8 +79,8 @@ def one_line(error) -> str:
 TEXT, RESPONSE = [-1.0, -2.0, -3.0], [-0.5, -1.5]
 
 
-def off(server: Seen, before=([-9.0, -9.0, -9.0], None), base=None):
-    return fault(server, Seen(TEXT, RESPONSE), 1e-3, before, base, [-0.9, -1.9])
+def off(server: Seen, before=([-9.0, -9.0, -9.0], None), base=None, still=1e-4):
+    return fault(server, Seen(TEXT, RESPONSE), 1e-3, before, base, [-0.9, -1.9], still)
 
 
 def test_fault_by_hand():
@@ -99,6 +100,54 @@ def test_numbers_that_stand_still_while_the_policy_moves_are_old_however_little_
     assert off(Seen(near, RESPONSE), before=(near, near), base=near) == (pytest.approx(3e-4), BASE)
     assert off(Seen(near, RESPONSE), before=(near, TEXT)) is None  # evaluated again, nothing moved
     assert off(Seen(near, RESPONSE), before=([x + 1e-9 for x in near], near)) is None  # it moved
+    assert off(Seen(near, RESPONSE), before=(near, near), still=4e-4) is None
+    assert off(Seen(near, RESPONSE), before=(near, [x + 1e-6 for x in TEXT]), still=0.0) == (pytest.approx(3e-4), KEPT)
+
+
+STAYED, FLOAT, HALF = [-1.0, -2.0], True, False
+MOVEMENTS = {
+    "float32, a tenth of the limit and more": ([1], STAYED, [-1.0, -2.0004], [-1.0, -2.0004], FLOAT, KEPT),
+    "float32, less": ([1], STAYED, [-1.0, -2.0001], [-1.0, -2.0001], FLOAT, None),
+    "16 bits, however little": ([1], STAYED, [-1.0, -2.0001], [-1.0, -2.0001], HALF, KEPT),
+    "16 bits, not at all": ([1], STAYED, STAYED, STAYED, HALF, None),
+    "16 bits, with other weights on the server too": ([1], [-1.0, -2.001], [-1.0, -2.01], [-1.0, -2.01], HALF, None),
+    "16 bits, with the same weights (a learning rate of 0)": ([0], STAYED, [-1.0, -2.01], [-1.0, -2.01], HALF, None),
+    "16 bits, as from one forward to the next": ([1], STAYED, [-1.0, -2.01], [-1.0, -2.004], HALF, None),
+    "16 bits, by more than that": ([1], STAYED, [-1.0, -2.01], [-1.0, -2.006], HALF, KEPT),
+}
+
+
+@pytest.mark.parametrize("case", MOVEMENTS)
+def test_how_far_the_trainer_may_move_while_the_server_stands_still(case):
+    """Two sendings: all numbers agree at first; of the second, by hand: weights, the server's numbers, the trainer's
+    twice."""
+    weights, server, own, again, exact, cause = MOVEMENTS[case]
+    asks = SimpleNamespace(
+        sample=lambda *args: ([7, 8], RESPONSE), prompt_logprobs=lambda *args: [-3.0, -3.0], url="http://a"
+    )
+    check = Check(asks, "base", [5, 6], 2, None if not exact else 1e-3, adapter=False)
+
+    def compare(weights, server, own, again):
+        asked = Asked("base", [5, 6, 7], [5, 6, 7, 8], 2, Seen(server, RESPONSE))
+        check.judge(asked, Own(Seen(own, RESPONSE), [-0.9, -1.9], again, exact, weights))
+
+    compare([0], STAYED, STAYED, STAYED)
+    with pytest.raises(RunStopped, match=cause) if cause else contextlib.nullcontext():
+        compare(weights, server, own, again)
+
+
+def test_marks_follow_every_bit_of_what_is_sent(server):
+    policy = load_policy(policy_of(server, "lora"))
+    policy.add_adapter("value", policy.peft_config["default"])
+    before = vllm_check.marks(policy)
+    shake(policy, 1, only="value")
+    assert vllm_check.marks(policy) == before
+    for kind in (torch.float32, torch.bfloat16):
+        weight = policy.to(kind).base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight
+        before = vllm_check.marks(policy)
+        with torch.no_grad():
+            weight[3, 2] = torch.nextafter(weight[3, 2], torch.tensor(9.0, dtype=kind))
+        assert sum(a != b for a, b in zip(before, vllm_check.marks(policy), strict=True)) == 1
 
 
 PLANTED = [
@@ -125,6 +174,22 @@ def test_a_server_that_does_something_else_is_caught_at_once(server, kind, plant
         draw(engine)
     assert one_line(error).endswith(cause)
     assert f"{server.url}: " in one_line(error)
+
+
+@pytest.mark.parametrize(("kind", "planted"), [("lora", "keeps the adapter"), ("full", "keeps weights")])
+def test_in_16_bits_too_a_server_that_keeps_its_weights_is_caught_at_the_first_sending_after_a_step(
+    server, kind, planted
+):
+    engine = following(server, kind)
+    server.fault = planted
+    for _ in range(2):  # the second one sends the same weights
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            draw(engine)
+    shake(engine.policy, 1, 1e-4, only="lora_" if kind == "lora" else "")
+    pattern = r"by 0\.0\d+ nats per token \(at most 0\.1\)"
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RunStopped, match=pattern) as error:
+        draw(engine)
+    assert one_line(error).endswith(KEPT)
 
 
 def test_an_old_copy_of_a_tied_head_is_named(server):

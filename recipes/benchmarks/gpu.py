@@ -27,15 +27,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent  # of a clone, or the folder of installed packages
 SECONDS = 530.0  # for all parts: nine minutes are 540
-LEAST = 15.0  # a part is not begun with fewer seconds left
+ENDING = 2.0  # a stopped part's processes may take to end
 FINE, SKIPPED, STOPPED, FAILED = "fine", "skipped", "stopped", "failed"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to find out: a function of gpu_parts.py, its time limit, and the packages it stands on."""
+    """One thing to find out: a function of gpu_parts.py, the seconds that are kept for it whatever the parts before it
+    do, those that it gets at most, and the packages it stands on."""
 
     name: str
+    least: float
     seconds: float
     about: str
     packages: tuple[str, ...] = ()
@@ -43,13 +45,13 @@ class Part:
 
 PPO = ("torch", "transformers", "peft", "accelerate", "jaxtyping", "jsonargparse", "matplotlib", "rich", "yaml")
 PARTS = (
-    Part("machine", 60, "the card, versions, its matrix products and its memory", PPO),
-    Part("tests", 75, "the tests marked gpu", (*PPO, "pytest", "beartype")),
-    Part("preflight", 75, "the checks before PPO's first step, in bfloat16, on the 0.6B shape", PPO),
-    Part("ppo_small", 170, "PPO on the 0.6B shape: full, LoRA, padded, then trl 1.12", PPO),
-    Part("ppo_large", 170, "PPO on the 4B shape: LoRA, QLoRA, then trl 1.12", PPO),
-    Part("stages", 90, "SFT and reward model beside trl's own, on the 0.6B shape", (*PPO, "trl", "datasets")),
-    Part("vllm", 120, "a vLLM server as the sampler, beside the built-in one", (*PPO, "vllm")),
+    Part("machine", 30, 60, "the card, versions, its matrix products and its memory", PPO),
+    Part("tests", 75, 100, "the tests marked gpu", (*PPO, "pytest", "beartype")),
+    Part("preflight", 35, 75, "the checks before PPO's first step, in bfloat16, on the 0.6B shape", PPO),
+    Part("ppo_small", 115, 170, "PPO on the 0.6B shape: full, LoRA, padded, then trl 1.12", PPO),
+    Part("ppo_large", 110, 170, "PPO on the 4B shape: LoRA, QLoRA, then trl 1.12", PPO),
+    Part("stages", 60, 90, "SFT and reward model beside trl's own, on the 0.6B shape", (*PPO, "trl", "datasets")),
+    Part("vllm", 90, 120, "a vLLM server as the sampler, beside the built-in one", (*PPO, "vllm")),
 )
 
 
@@ -68,11 +70,21 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+def hindrance(part: Part) -> str | None:
+    """Return why a part cannot be run here."""
+    missing = [name for name in part.packages if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def limit(part: Part, later: Sequence[Part], left: float) -> float:
+    """Return a part's seconds: as many as it can use, without what is kept for the later ones.
+
+    Where time was too short for all from the start, the last ones go without."""
+    return min(part.seconds, left, max(part.least, left - sum(other.least + ENDING for other in later)))
+
+
 def run(part: Part, job: dict[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     """Run a part in a process of its own, of at most so many seconds; return its status, why, and what it found."""
-    missing = [name for name in part.packages if importlib.util.find_spec(name) is None]
-    if missing:
-        return {"status": SKIPPED, "why": f"not installed: {', '.join(missing)}"}
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / "result.json"
     found.unlink(missing_ok=True)
@@ -131,17 +143,20 @@ def main(argv: Sequence[str]) -> int:
     models = folder / "models"
     job = {"tiny": given.tiny, "models": str(models), "trl_folder": str(Path(given.trl_folder).absolute())}
     wanted = given.only.split(",") if given.only else [part.name for part in PARTS]
+    chosen = [part for part in PARTS if part.name in wanted]
+    hindered = {part: why for part in chosen if (why := hindrance(part))}
     results: dict[str, dict[str, Any]] = {}
     try:
-        for part in PARTS:
-            if part.name not in wanted:
-                continue
+        for number, part in enumerate(chosen, 1):
             left, started = given.seconds - (time.monotonic() - began), time.monotonic()
             print(f"{part.name}: {part.about} ...", flush=True)
-            if left < LEAST:
+            if part in hindered:
+                result = {"status": SKIPPED, "why": hindered[part]}
+            elif left < part.least / 2:
                 result = {"status": SKIPPED, "why": "no time was left"}
             else:
-                result = run(part, job, folder / part.name, min(part.seconds, left))
+                later = [other for other in chosen[number:] if other not in hindered]
+                result = run(part, job, folder / part.name, limit(part, later, left))
             results[part.name] = result | {"seconds": time.monotonic() - started}
             print(f"{part.name}: {result['status']}{': ' + result['why'] if result.get('why') else ''}", flush=True)
             folder.mkdir(parents=True, exist_ok=True)

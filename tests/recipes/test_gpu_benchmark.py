@@ -29,7 +29,7 @@ job = json.loads(Path(sys.argv[1]).read_text())
 found = Path(job["folder"], "result.json")
 if job["part"] == "good":
     found.write_text(json.dumps({"tables": {"numbers": "| a | b |"}, "tiny": job["tiny"]}))
-if job["part"] == "slow":
+if job["part"].startswith("slow"):
     found.write_text(json.dumps({"half": 1}))
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(job["folder"], "child").write_text(str(child.pid))
@@ -46,9 +46,9 @@ def driver(tmp_path, monkeypatch):
     (tmp_path / "scripts/gpu_parts.py").write_text(PARTS)
     monkeypatch.setattr(gpu, "HERE", tmp_path / "scripts")
     chosen = (
-        gpu.Part("good", 30, "what works"), gpu.Part("slow", 1.5, "what never ends"),
-        gpu.Part("broken", 30, "what fails"), gpu.Part("last", 30, "the end"),
-        gpu.Part("absent", 30, "what stands on something", ("json", "no_such_package")),
+        gpu.Part("good", 1, 30, "what works"), gpu.Part("slow", 1, 1.5, "what never ends"),
+        gpu.Part("broken", 1, 30, "what fails"), gpu.Part("last", 1, 30, "the end"),
+        gpu.Part("absent", 1e6, 2e6, "what stands on something", ("json", "no_such_package")),
     )  # fmt: skip
     monkeypatch.setattr(gpu, "PARTS", chosen)
     return lambda *flags: (gpu.main([*flags, "--output_dir", str(tmp_path / "out")]), tmp_path / "out")
@@ -88,10 +88,11 @@ def test_a_part_costs_itself_alone(driver, capsys):
 
 
 def test_time_that_is_up_and_single_parts(driver):
-    code, folder = driver("--seconds", "3")
+    code, folder = driver("--seconds", "0.2")
     assert code == 0
     results = json.loads((folder / "gpu.json").read_text())
-    assert {result["why"] for result in results.values()} == {"no time was left"}
+    reasons = [result["why"] for result in results.values()]
+    assert reasons == ["no time was left"] * 4 + ["not installed: no_such_package"]
     code, folder = driver("--only", "good,last")
     assert code == 0
     assert list(json.loads((folder / "gpu.json").read_text())) == ["good", "last"]
@@ -99,10 +100,40 @@ def test_time_that_is_up_and_single_parts(driver):
         driver("--only", "goof")
 
 
+def test_parts_that_all_hang_leave_the_last_one_its_time(driver, monkeypatch):
+    """The first gets all but what is kept for the others; one that cannot run keeps nothing."""
+    hanging = [gpu.Part(f"slow{n}", 0.5, 60, "what never ends") for n in range(3)]
+    absent = gpu.Part("absent", 1e6, 2e6, "what stands on something", ("no_such_package",))
+    monkeypatch.setattr(gpu, "PARTS", (*hanging, absent, gpu.Part("good", 1.5, 60, "what works")))
+    monkeypatch.setattr(gpu, "ENDING", 0.1)
+    code, folder = driver("--seconds", "4.3")
+    assert code == 1
+    results = json.loads((folder / "gpu.json").read_text())
+    assert [result["status"] for result in results.values()] == ["stopped"] * 3 + ["skipped", "fine"]
+    assert results["slow0"]["seconds"] == pytest.approx(1.5, abs=0.4)
+    assert results["slow2"]["seconds"] >= 0.5
+
+
+def test_limits_by_hand():
+    first, second, third = (gpu.Part("", least, most, "") for least, most in ((20, 90), (30, 50), (10, 40)))
+    assert gpu.limit(first, [second, third], 200) == 90  # all it can use
+    assert gpu.limit(first, [second, third], 100) == 56  # 30 and 10 are kept, and 2 for the end of each
+    assert gpu.limit(first, [third], 110) == 90
+    assert gpu.limit(first, [second, third], 35) == 20  # too little for all: its own minimum
+    assert gpu.limit(second, [third], 15) == 15
+    assert gpu.limit(third, [], 100) == 40
+
+
 def test_the_parts_and_their_limits():
     assert [part.name for part in gpu.PARTS] == list(parts.PARTS)
     assert gpu.SECONDS <= 540 - 5  # nine minutes, and what the driver itself takes
-    assert all(part.seconds < gpu.SECONDS / 2 for part in gpu.PARTS)
+    assert all(0 < part.least <= part.seconds < gpu.SECONDS / 2 for part in gpu.PARTS)
+    assert sum(part.least for part in gpu.PARTS) <= gpu.SECONDS - len(gpu.PARTS) * gpu.ENDING
+    left = gpu.SECONDS
+    for number, part in enumerate(gpu.PARTS, 1):  # where each uses up its limit, and what is kept for its end
+        given = gpu.limit(part, gpu.PARTS[number:], left)
+        assert given >= part.least, part.name
+        left -= given + gpu.ENDING
     everything = {run for groups in (parts.SMALL, parts.LARGE) for group in groups for run in group}
     assert everything == set(parts.RUNS)
 

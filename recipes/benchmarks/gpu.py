@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,11 @@ PARTS = (
     Part("ppo_small", 115, 170, "PPO on the 0.6B shape: full, LoRA, padded, then trl 1.12", PPO),
     Part("ppo_large", 110, 170, "PPO on the 4B shape: LoRA, QLoRA, then trl 1.12", PPO),
     Part("stages", 60, 90, "SFT and reward model beside trl's own, on the 0.6B shape", (*PPO, "trl", "datasets")),
-    Part("vllm", 90, 120, "a vLLM server as the sampler, beside the built-in one", (*PPO, "vllm")),
+    Part("vllm", 90, 120, "a vLLM server as the sampler, beside the built-in one", PPO),
+)
+NO_VLLM = (
+    "no Python with vllm: make an environment of its own (python3 -m venv .venv-vllm && .venv-vllm/bin/pip install "
+    "vllm), or name one: --vllm_python"
 )
 
 
@@ -61,19 +65,36 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="runs/gpu", help="results, tables and logs")
     parser.add_argument("--only", help=f"some parts: {','.join(part.name for part in PARTS)}")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU too: whether every part runs")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="for all parts; more raise each one's limit, too"
+    )
+    parser.add_argument("--vllm_python", help="Python with vllm; else .venv-vllm/bin/python, or this one if it has it")
     parser.add_argument("--trl_folder", default=str(ROOT / ".bench/trl-1.12.0"), help="trl 1.12.0, for PPO beside it")
     given = parser.parse_args(argv)
     unknown = sorted(set((given.only or "").split(",")) - {part.name for part in PARTS} - {""})
     if unknown:
         parser.error(f"--only: {unknown[0]} is none of {', '.join(part.name for part in PARTS)}")
+    if given.vllm_python and not Path(given.vllm_python).is_file():
+        parser.error(f"--vllm_python: {given.vllm_python} is no file")
     return given
 
 
-def hindrance(part: Part) -> str | None:
+def vllm_python(given: str | None) -> str | None:
+    """Return the Python that starts vLLM: the named one, that of .venv-vllm, or this one; None where none has it."""
+    if given:
+        return str(Path(given).absolute())  # not resolved: in an environment it is a link
+    own = ROOT / ".venv-vllm"
+    if any(own.glob("lib/python*/site-packages/vllm")):
+        return str(own / "bin/python")
+    return sys.executable if importlib.util.find_spec("vllm") else None
+
+
+def hindrance(part: Part, job: dict[str, Any]) -> str | None:
     """Return why a part cannot be run here."""
     missing = [name for name in part.packages if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(missing)}" if missing else None
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    return NO_VLLM if part.name == "vllm" and job["vllm_python"] is None else None
 
 
 def limit(part: Part, later: Sequence[Part], left: float) -> float:
@@ -142,9 +163,10 @@ def main(argv: Sequence[str]) -> int:
     folder, began = Path(given.output_dir).absolute(), time.monotonic()
     models = folder / "models"
     job = {"tiny": given.tiny, "models": str(models), "trl_folder": str(Path(given.trl_folder).absolute())}
-    wanted = given.only.split(",") if given.only else [part.name for part in PARTS]
-    chosen = [part for part in PARTS if part.name in wanted]
-    hindered = {part: why for part in chosen if (why := hindrance(part))}
+    job |= {"vllm_python": vllm_python(given.vllm_python)}
+    wanted, more = given.only.split(",") if given.only else None, max(1.0, given.seconds / SECONDS)
+    chosen = [replace(part, seconds=more * part.seconds) for part in PARTS if not wanted or part.name in wanted]
+    hindered = {part: why for part in chosen if (why := hindrance(part, job))}
     results: dict[str, dict[str, Any]] = {}
     try:
         for number, part in enumerate(chosen, 1):

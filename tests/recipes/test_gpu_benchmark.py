@@ -114,6 +114,41 @@ def test_parts_that_all_hang_leave_the_last_one_its_time(driver, monkeypatch):
     assert results["slow2"]["seconds"] >= 0.5
 
 
+def test_more_seconds_raise_every_limit(driver):
+    _, folder = driver("--only", "slow", "--seconds", str(gpu.SECONDS * 2))
+    assert "not done in its 3 s" in json.loads((folder / "gpu.json").read_text())["slow"]["why"]
+
+
+def test_whose_vllm_is_started(tmp_path, monkeypatch, driver, capsys):
+    """The named Python, else that of .venv-vllm, else this one; without any the part is skipped and says what to do."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    have = {"vllm": None}
+    find = gpu.importlib.util.find_spec
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: have[name] if name in have else find(name))
+    assert gpu.vllm_python(None) is None
+    monkeypatch.setattr(gpu, "PARTS", (gpu.Part("vllm", 1, 30, "a vLLM server"),))
+    code, folder = driver()
+    assert code == 0
+    result = json.loads((folder / "gpu.json").read_text())["vllm"]
+    assert result["status"] == "skipped"
+    assert "--vllm_python" in result["why"]
+    assert ".venv-vllm/bin/pip install vllm" in result["why"]
+    have["vllm"] = "found"
+    assert gpu.vllm_python(None) == sys.executable
+    (tmp_path / ".venv-vllm/lib/python3.11/site-packages/vllm").mkdir(parents=True)
+    own = tmp_path / ".venv-vllm/bin/python"
+    own.parent.mkdir()
+    own.touch()
+    assert gpu.vllm_python(None) == str(own)
+    (tmp_path / "link").symlink_to(own)
+    assert gpu.vllm_python(str(tmp_path / "link")) == str(tmp_path / "link")  # in an environment it is a link
+    assert driver("--vllm_python", str(own))[0] == 0
+    assert json.loads((folder / "vllm/job.json").read_text())["vllm_python"] == str(own)
+    with pytest.raises(SystemExit):
+        driver("--vllm_python", str(tmp_path / "missing"))
+    assert "--vllm_python: " in capsys.readouterr().err
+
+
 def test_limits_by_hand():
     first, second, third = (gpu.Part("", least, most, "") for least, most in ((20, 90), (30, 50), (10, 40)))
     assert gpu.limit(first, [second, third], 200) == 90  # all it can use

@@ -46,11 +46,11 @@ class Part:
 PPO = ("torch", "transformers", "peft", "accelerate", "jaxtyping", "jsonargparse", "matplotlib", "rich", "yaml")
 PARTS = (
     Part("machine", 30, 60, "the card, versions, its matrix products and its memory", PPO),
-    Part("tests", 75, 100, "the tests marked gpu", (*PPO, "pytest", "beartype")),
+    Part("tests", 70, 100, "the tests marked gpu", (*PPO, "pytest", "beartype")),
     Part("preflight", 35, 75, "the checks before PPO's first step, in bfloat16, on the 0.6B shape", PPO),
-    Part("ppo_small", 115, 170, "PPO on the 0.6B shape: full, LoRA, padded, then trl 1.12", PPO),
-    Part("ppo_large", 110, 170, "PPO on the 4B shape: LoRA, QLoRA, then trl 1.12", PPO),
-    Part("stages", 60, 90, "SFT and reward model beside trl's own, on the 0.6B shape", (*PPO, "trl", "datasets")),
+    Part("ppo_small", 125, 190, "PPO on the 0.6B shape: full, LoRA, padded, one ahead, then beside trl 1.12", PPO),
+    Part("ppo_large", 100, 170, "PPO on the 4B shape: LoRA, QLoRA, then trl 1.12", PPO),
+    Part("stages", 65, 110, "SFT and reward model beside trl's, then in 4 bits, 0.6B", (*PPO, "trl", "datasets")),
     Part("vllm", 90, 120, "a vLLM server as the sampler, beside the built-in one", PPO),
 )
 NO_VLLM = (

@@ -183,17 +183,23 @@ def test_what_trl_takes_costs_no_number_of_ours(tmp_path, monkeypatch):
             pass
 
         def in_turns(self, size, workers, updates):
+            groups.append((set(workers), updates))
             if any(run in parts.TRL for run in workers):
                 raise KeyboardInterrupt
-            return {run: {} for run in workers}
+            return {run: {"updates": [{}] * updates, "response_tokens": [1] * updates} for run in workers}
 
     class Nothing:
         def start(self):
             pass
 
-    kept = []
+    kept, groups, counted = [], [], []
+
+    def summarize(result):
+        counted.append(len(result["updates"]))
+        return {}
+
     for name, stand_in in {
-        "Board": Turns, "worker_of": lambda *given: Nothing(), "peaks": lambda *given: {}, "summarize": lambda one: {},
+        "Board": Turns, "worker_of": lambda *given: Nothing(), "peaks": lambda *given: {}, "summarize": summarize,
         "keep": lambda job, found: kept.append(set(found["runs"])), "hindrance": lambda *given: None,
         "made": lambda *given: {"sizes": {}},
     }.items():  # fmt: skip
@@ -203,7 +209,20 @@ def test_what_trl_takes_costs_no_number_of_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(parts.gpu_numbers, "table", lambda found: "")
     with pytest.raises(KeyboardInterrupt):
         parts.ppo_small({"folder": str(tmp_path), "tiny": True})
-    assert kept[-1] == {run for run in parts.RUNS if "ours" in run} - {"ours_qlora"}
+    assert kept[-1] == {run for run in parts.RUNS if "ours" in run} - {"ours_qlora", "ours_adapter, beside trl"}
+    assert groups[-1] == ({"ours_adapter, beside trl", "trl_lora_bf16"}, 2)  # in turn, an update each
+    assert ({"ours_adapter, one ahead"}, 3) in groups  # by itself; its last update, beside nothing, is not counted
+    assert set(counted) == {2}
+
+
+def test_who_takes_turns_with_trl(tmp_path):
+    """The same settings in one group, where the card holds both; without trl nothing is run a second time."""
+    beside = [group for group in parts.SMALL if set(group) & set(parts.TRL)]
+    assert beside == [("ours_adapter, beside trl", "trl_lora_bf16")]
+    assert parts.RUNS["ours_adapter, beside trl"] == parts.RUNS["ours_adapter"]
+    assert ("trl_lora_bf16",) in parts.LARGE
+    why = parts.hindrance("ours_adapter, beside trl", {"trl_folder": str(tmp_path), "cuda": True})
+    assert why == f"no trl 1.12.0 in {tmp_path}"
 
 
 def test_a_part_names_every_package_that_ppo_imports():
@@ -259,6 +278,9 @@ def test_use_of_the_card_by_hand():
     assert found["trained_tokens_per_second"] == pytest.approx(trained / seconds["update"])
     assert "| ours_full | bfloat16 | 9.00 |" in numbers.table({"ours_full": found})
     assert "| 50.0% | 25.0% |" in numbers.table({"ours_full": found})
+    ahead = numbers.of("ours_full", {"bf16": True, "rollouts_ahead": 1}, case, sizes, machine, tables.summarize(result))
+    assert (ahead["sampling_mfu"], ahead["training_mfu"]) == (None, found["training_mfu"])
+    assert "| - | " in numbers.table({"ahead": ahead})
     # A full policy and a full value model are what both full runs train; of trl's LoRA run only the second is whole.
     full, lora = {"bf16": True}, {"autocast": True, "bf16": True, "lora_rank": 3, "lora_alpha": 8.0}
     alone = {kind: limit.count(limit.update_of(full | {"value_model": kind}, case, sizes))["update"].flops
@@ -286,7 +308,9 @@ def test_all_of_it_on_a_cpu(tmp_path):
     }  # fmt: skip
     assert "ours_adapter" in results["ppo_large"]["runs"]
     assert results["ppo_large"]["left_out"]["trl_lora_bf16"].startswith("no trl 1.12.0 in")
-    for run in results["ppo_small"]["runs"].values():
-        assert run["sampled_tokens_per_second"] > 0
+    assert "ours_adapter, one ahead" in results["ppo_small"]["runs"]
+    for name, run in results["ppo_small"]["runs"].items():
+        assert run["sampled_tokens_per_second"] is None if "ahead" in name else run["sampled_tokens_per_second"] > 0
         assert run["peak_gib"] > 0
+    assert "load_in_4bit needs a GPU" in results["stages"]["tables"]["left out"]
     assert not (tmp_path / "models").exists()

@@ -1,7 +1,8 @@
 """Measure on this machine's GPU what was proven on CPUs alone, in at most nine minutes. Started by gpu.sh.
 
 No network is needed: models have random weights in the shapes of Qwen3-0.6B and Qwen3-4B. Each part is a process of its
-own with a time limit, so that a failure costs that part alone; one whose packages are missing is skipped and says so.
+own with a time limit that leaves the later ones their minimum, so that a failure costs that part alone; one whose
+packages are missing is skipped and says so.
 Written after every part: <output_dir>/gpu.json, the tables in gpu.md, and each part's log.txt.
 
 Only the standard library is imported here: a broken package is found by a part, and costs that part.

@@ -6,6 +6,7 @@ makes one for CPUs; on a GPU: `pip install vllm` in a virtual environment).
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -80,13 +81,15 @@ def server(python: str, made: Job, folder: Path, case: Case, flags: Sequence[str
             process.wait()
 
 
-def sample(caller: Caller, model: str, prompt: Sequence[int], new_tokens: int, seed: int | None = None) -> None:
-    """Ask for one response from the full softmax, which never stops early. Raises RunStopped where none comes."""
+def sample(caller: Caller, model: str, prompt: Sequence[int], new_tokens: int, seed: int | None = None) -> int:
+    """Ask for one response from the full softmax, which never stops early; return its tokens. Raises RunStopped or
+    InputError where none comes."""
     asked = {"model": model, "prompt": list(prompt), "max_tokens": new_tokens, "ignore_eos": True, "seed": seed}
     asked |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     status, text = caller.ask("/v1/completions", asked, 2**24)
     if status != 200:
         caller.refused(status, text)
+    return int(json.loads(text)["usage"]["completion_tokens"])
 
 
 def _answers(caller: Caller) -> bool:

@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fine = asked["model"] == "policy" and asked["ignore_eos"] and asked["max_tokens"] == 3 and asked["top_k"] == 0
-        self.answer(200 if fine else 404, {})
+        self.answer(200 if fine else 404, {"usage": {"completion_tokens": 3}})
 
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
@@ -82,7 +82,7 @@ def test_a_server_is_awaited_and_ended(tmp_path):
         assert flags[-1] == "--enforce-eager"
         assert told["switch"] == "1"
         os.kill(told["pid"], 0)  # it lives
-        vllm_server.sample(caller, "policy", [5, 6], 3, seed=7)
+        assert vllm_server.sample(caller, "policy", [5, 6], 3, seed=7) == 3
         with pytest.raises(InputError, match="404"):
             vllm_server.sample(caller, "other", [5, 6], 3)
     with pytest.raises(ProcessLookupError):

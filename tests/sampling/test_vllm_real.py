@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import recipe
 from reference.tiny_chain import save_adapter, save_base, shake
 from reference.vllm_over_http import make_trainer
 from safetensors.torch import load_file, save_file
@@ -211,3 +212,17 @@ def test_what_gpu_sh_asks_of_it(tmp_path):
     assert set(found["tokens_per_second"]) == {"built-in", "vLLM server, eager"}
     assert len(found["updates"]) == 2
     assert max(row["engine_kl_nats"] for row in found["updates"]) < 1e-3
+
+
+def test_what_the_benchmark_asks_of_it(tmp_path, monkeypatch):
+    """`rlhf benchmark --only sampling`: an adapter that the server loads as it starts, whole rollouts from it."""
+    for lazily in ("vllm_server", "synthetic"):
+        recipe.load_benchmark(lazily)
+    worker, parts = map(recipe.load_benchmark, ("sampling_worker", "gpu_parts"))
+    job = {"case": parts.case_of("small", tiny=True).as_job(), "model": None, "folder": str(tmp_path), "updates": 2}
+    job |= recipe.load_benchmark("synthetic").work(job)
+    job |= {"engine": "vllm", "vllm_python": str(PYTHON), "vllm_flags": ["--enforce-eager"], "bf16_hardware": None}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = worker.work(job)
+    assert found["response_tokens"] == [4 * 6] * 2
+    assert found["start"]["ready"] > 1.0

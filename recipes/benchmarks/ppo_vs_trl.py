@@ -83,8 +83,8 @@ class BenchmarkConfig:
     take_turns: bool = True
     """Of the speed part: ours, theirs, ours, theirs, update by update; false: one run after another."""
     bf16: bool | None = None
-    """Of the speed part: whether the runs that can use bfloat16 do; null: where the hardware is fast at it. Elsewhere
-    it is slow, and shows what it takes of memory."""
+    """Of the speed and sampling parts: whether the runs that can use bfloat16 do; null: where the hardware is fast at
+    it. Elsewhere it is slow, and shows what it takes of memory."""
     threads: int | None = None
     """Threads of every run; null: torch's own choice."""
     trl_folder: str = f".bench/trl-{TRL_VERSION}"
@@ -269,7 +269,7 @@ def stages_part(config: BenchmarkConfig, board: Board) -> None:
 def sampling_part(config: BenchmarkConfig, board: Board) -> None:
     """Measure PPO's sampling beside transformers' generate and, where an environment with it is named, vLLM."""
     python = str(Path(config.vllm_python).absolute()) if config.vllm_python else None
-    sampling.measure(board, config.cases, config.model, config.updates, config.threads, python)
+    sampling.measure(board, config.cases, config.model, config.updates, config.threads, python, config.bf16)
 
 
 def ablate_part(config: BenchmarkConfig, board: Board) -> None:

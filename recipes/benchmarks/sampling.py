@@ -20,20 +20,23 @@ NAMES = {"ours": "PPO's own engine", "generate": "transformers' generate", "vllm
 
 def measure(
     board: Board, cases: Sequence[str], model: str, updates: int, threads: int | None, vllm_python: str | None,
-    vllm_flags: Sequence[str] = (),
+    bf16: bool | None = None,
 ) -> None:  # fmt: skip
-    """Measure every engine on every case, and show the tables. vllm_python: an interpreter that has vllm."""
+    """Measure every engine on every case, and show the tables.
+
+    vllm_python: an interpreter that has vllm. bf16: None: where the hardware is fast at it."""
     results: dict[str, Any] = {}
     for name in cases:
         case, made = CASES[name], board.made(name, CASES[name], model)
         if made is None:
             continue
+        made |= {"bf16_hardware": made["bf16_hardware"] if bf16 is None else bf16}
         settings = settings_here("ours_adapter", made["bf16_hardware"])
         job = made | {"updates": updates, "settings": settings, "vllm_python": vllm_python}
         workers = {
             engine: Worker(
-                "sampling_worker.py", job | {"engine": engine, "vllm_flags": list(vllm_flags)},
-                board.folder / "sampling" / name / engine, threads=threads, in_turns=True,
+                "sampling_worker.py", job | {"engine": engine}, board.folder / "sampling" / name / engine,
+                threads=threads, in_turns=True,
             )
             for engine in NAMES if engine != "vllm" or vllm_python
         }  # fmt: skip

@@ -115,7 +115,9 @@ def test_engines_take_turns(tmp_path, monkeypatch):
 
     sampling.measure(Board(), ["tiny"], "M", 3, 1, None)
     assert list(asked) == ["ours", "generate"]
-    sampling.measure(Board(), ["tiny"], "M", 3, 1, "P")
+    assert (asked["ours"]["settings"]["bf16"], asked["generate"]["bf16_hardware"]) == (False, None)
+    sampling.measure(Board(), ["tiny"], "M", 3, 1, "P", bf16=True)
+    assert (asked["ours"]["settings"]["bf16"], asked["generate"]["bf16_hardware"]) == (True, True)
     assert list(asked) == ["ours", "generate", "vllm"]
     own = ("engine", "folder")
     first, *others = ({name: value for name, value in job.items() if name not in own} for job in asked.values())

@@ -1,23 +1,29 @@
-"""What only a GPU can show: the same numbers as a CPU's, training in float32 and bfloat16, sampling, a resumed run.
+"""What only a GPU can show: the same numbers as a CPU's, training in float32 and bfloat16, sampling, also beside an
+update, a resumed run, bases in 4 bits.
 
 `make test` leaves them out; `recipes/benchmarks/gpu.sh` runs them, or `pytest -m gpu`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from reference.tiny_chain import chain
+from reference.ppo_runs import make, prepared, token_logprobs
+from reference.tiny_chain import chain, save_base, shake
+from transformers import AutoModelForCausalLM
 
 from reward_models import RewardConfig, RewardModel, RewardTrainer
 from rlhf import SFTConfig, SFTTrainer
+from rlhf.models.loading import is_quantized, load_policy
 from rlhf.padding import make_batch
 from rlhf.ppo import math as ppo_math
 from rlhf.ppo.build import build_actor_critic
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf.sampling.decode import TransformersEngine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
 
@@ -125,3 +131,116 @@ def test_sft_and_reward_model_learn_there(tmp_path, tiny_model, tiny_tokenizer, 
     assert scored.isfinite().all()
     on_cpu = RewardModel.load(tmp_path / "r", device="cpu").score([talk])
     torch.testing.assert_close(scored, on_cpu, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_what_is_sampled_beside_an_update_comes_from_the_weights_before_it(tmp_path, tiny_model, tiny_tokenizer, lora):
+    """On a stream of its own, while the trained weights change in place: each rollout's tokens and log-probabilities
+    are those of the weights as they were when the update before began."""
+    policy, _ = chain(tmp_path, tiny_model, tiny_tokenizer, lora=lora)
+    settings = {"learning_rate": 5e-3, "lr_schedule": "constant", "rollouts_ahead": 1, "preflight": False}
+    trainer = make(tmp_path, policy, updates=4, max_new_tokens=24, inner_epochs=4, **settings)
+    rollout, taken = prepared(trainer), load_policy(policy).eval().to(trainer.device)
+    for update in range(1, 4):
+        trainer.update(rollout)
+        now = copy.deepcopy(trainer.actor_critic.policy).eval()
+        rollout = prepared(trainer)
+        assert rollout.staleness == 1
+        draws = trainer.draws.sampling(update, 12, trainer.device)
+        alone = TransformersEngine(taken, trainer.stop_ids, trainer.pad_id).generate(rollout.prompt_ids, 24, 1.0, draws)
+        assert rollout.response_ids == alone.ids
+        apart = 0.0
+        for row, expected in enumerate(token_logprobs(taken, rollout)):
+            told, trained = rollout.engine_logprobs[row, : len(expected)], rollout.logprobs[row, : len(expected)]
+            torch.testing.assert_close(told, expected, atol=CLOSE, rtol=0)
+            apart = max(apart, float((trained - expected).abs().max()))
+        assert apart > 0.01  # what the update has changed shows
+        taken = now
+
+
+def test_rollouts_one_ahead_in_bfloat16(tmp_path, tiny_model, tiny_tokenizer):
+    policy, reward = chain(tmp_path, tiny_model, tiny_tokenizer, lora=True)
+    settings = {"updates": 4, "learning_rate": 1e-3, "bf16": True, "rollouts_ahead": 1}
+    make(tmp_path, policy, RewardModel.load(reward), value_model=str(reward), **settings).train()
+    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["rollout_staleness_updates"] for row in logged] == [0, 1, 1, 1]
+    assert all(abs(row["engine_kl_nats"]) < 0.1 for row in logged)
+
+
+@pytest.fixture
+def base(tmp_path, tiny_model, tiny_tokenizer) -> Path:
+    """A model whose layers hold whole blocks of 64 numbers."""
+    pytest.importorskip("bitsandbytes", reason="no bitsandbytes: pip install 'rlhf-recipes[qlora]'")
+    config = copy.deepcopy(tiny_model.config)
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    shake(model, 0, 0.05)
+    return save_base(tmp_path, model, tiny_tokenizer)
+
+
+QLORA = {"lora_rank": 4, "load_in_4bit": True, "bf16": True, "save_steps": 0}
+
+
+def check_adapter(trained, folder: Path, start: dict[str, torch.Tensor]) -> None:
+    """The base is in 4 bits, the adapter in float32 and moved; the folder's adapter is the same."""
+    assert is_quantized(trained)
+    found = {name: p.detach().cpu() for name, p in trained.named_parameters() if "lora_" in name and p.requires_grad}
+    assert {p.dtype for p in found.values()} == {torch.float32}
+    assert all(p.isfinite().all() for p in found.values())
+    assert sum(not torch.equal(p, start[name]) for name, p in found.items()) >= len(found) / 2
+    assert (folder / "adapter_config.json").is_file()
+
+
+def adapter_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def test_sft_over_a_base_in_4_bits(tmp_path, base):
+    rows = [{"prompt": f"Count to {n}", "completion": "one two three four"} for n in range(24)]
+    args = SFTConfig(
+        output_dir=str(tmp_path / "s"), epochs=3, batch_size=8, logging_steps=1, learning_rate=5e-3, **QLORA
+    )
+    sft = SFTTrainer(str(base), args, rows)
+    start = adapter_of(sft.model)
+    sft.train()
+    losses = [row["loss"] for row in sft.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    sft.save_model(str(tmp_path / "s"))
+    check_adapter(sft.model, tmp_path / "s", start)
+    plain = load_policy(tmp_path / "s")  # over the base in float32
+    assert not is_quantized(plain)
+    saved = {name: p for name, p in adapter_of(plain).items() if p.abs().sum()}
+    mine = {name: p for name, p in adapter_of(sft.model).items() if p.abs().sum()}
+    assert saved.keys() == mine.keys()
+    assert all(torch.equal(saved[name], mine[name]) for name in saved)
+
+
+def test_a_reward_model_over_a_base_in_4_bits(tmp_path, base):
+    rows = [
+        {"prompt": f"Say {n}", "responses": ["yes " * k for k in (1, 2, 3, 4)], "ranks": [4, 3, 2, 1]}
+        for n in range(24)
+    ]
+    args = RewardConfig(
+        output_dir=str(tmp_path / "r"), epochs=3, prompts_per_batch=8, microbatch_size=4, logging_steps=1,
+        learning_rate=5e-3, **QLORA,
+    )  # fmt: skip
+    trainer = RewardTrainer(str(base), args, train_dataset=rows)
+    start = adapter_of(trainer.model)
+    trainer.train()
+    accuracies = [row["accuracy"] for row in trainer.state.log_history if "accuracy" in row]
+    assert accuracies[-1] >= accuracies[0]
+    trainer.save_model(str(tmp_path / "r"))
+    check_adapter(trainer.model, tmp_path / "r", start)
+    assert RewardModel.load(tmp_path / "r")(["Say 3"], ["yes yes"])[0] == pytest.approx(0, abs=100)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_ppo_over_a_base_in_4_bits(tmp_path, base, ahead):
+    settings = {"updates": 3, "learning_rate": 1e-3, "rollouts_ahead": ahead, **QLORA}
+    trainer = make(tmp_path, str(base), **settings)
+    start = adapter_of(trainer.actor_critic.policy)
+    assert trainer.train()["policy_grad_norm"] > 0
+    trainer.save_model(tmp_path / "saved")
+    check_adapter(trainer.actor_critic.policy, tmp_path / "saved", start)

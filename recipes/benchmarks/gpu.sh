@@ -4,6 +4,7 @@
 #   recipes/benchmarks/gpu.sh                        # everything; results in runs/gpu
 #   recipes/benchmarks/gpu.sh --only ppo_small,tests
 #   recipes/benchmarks/gpu.sh --tiny                 # tiny shapes, on a CPU too: whether every part runs
+#   recipes/benchmarks/gpu.sh --vllm_python ~/vllm/bin/python    # vLLM's own environment, where it is not .venv-vllm
 #
 # PYTHON names the interpreter (3.11 or newer, with torch). See gpu.py.
 set -eu

@@ -34,17 +34,23 @@ def of(
     sampling = count(update_of(settings, case, sizes))["generate"]
     responses = case.rollout_size * case.new_tokens
     trained = case.inner_epochs * (sum(case.prompt_lengths) + responses)
+    seconds = None if settings.get("rollouts_ahead") else summary["generate"]  # it samples while it trains
     return {
         "precision": summary["precision"],
         "step_seconds": summary["step"],
         **{f"{phase}_seconds": summary[phase] for phase in ("generate", "score", "logprobs", "update")},
-        "sampled_tokens_per_second": responses / summary["generate"],
+        "sampled_tokens_per_second": responses / seconds if seconds else None,
         "trained_tokens_per_second": trained / summary["update"],
-        "sampling_mfu": sampling.flops / summary["generate"] / peak,
-        "sampling_of_limit": sampling.seconds(peak, machine["bandwidth"]) / summary["generate"],
+        "sampling_mfu": sampling.flops / seconds / peak if seconds else None,
+        "sampling_of_limit": sampling.seconds(peak, machine["bandwidth"]) / seconds if seconds else None,
         "training_mfu": training_flops(run, settings, case, sizes) / summary["update"] / peak,
         "peak_gib": summary["peak_gib"],
     }
+
+
+def shown(number: float | None, form: str) -> str:
+    """Return a number as text, "-" where there is none."""
+    return "-" if number is None else format(number, form)
 
 
 def table(numbers: Mapping[str, Mapping[str, Any]]) -> str:
@@ -56,9 +62,10 @@ def table(numbers: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [run, n["precision"], *(f"{n[f'{phase}_seconds']:.2f}" for phase in
                                 ("step", "generate", "score", "logprobs", "update")),
-         f"{n['sampled_tokens_per_second']:.0f}", f"{n['trained_tokens_per_second']:.0f}",
-         f"{n['sampling_mfu']:.1%}", f"{n['training_mfu']:.1%}", f"{n['sampling_of_limit']:.0%}",
-         f"{n['peak_gib']:.2f}"]
+         *(shown(n[name], form) for name, form in (
+             ("sampled_tokens_per_second", ".0f"), ("trained_tokens_per_second", ".0f"), ("sampling_mfu", ".1%"),
+             ("training_mfu", ".1%"), ("sampling_of_limit", ".0%"), ("peak_gib", ".2f"),
+         ))]
         for run, n in numbers.items()
     ]  # fmt: skip
     return markdown(headers, rows) if rows else "none"

@@ -12,12 +12,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gpu_numbers
-from bench_tables import markdown, summarize
+from bench_tables import markdown, ratio_table, summarize
 from board import Board
 from cases import LORA, OURS, TRL, Case, precision
 from jobs import ROOT, Job, Result, Worker, run_job
@@ -33,24 +33,32 @@ RUNS: dict[str, dict[str, Any]] = {
     "ours_adapter": ADAPTER,
     "ours_adapter, padded": ADAPTER | {"packing": "off"},
     "ours_adapter, packed": ADAPTER | {"packing": "on"},
+    "ours_adapter, one ahead": ADAPTER | {"rollouts_ahead": 1},
     "ours_qlora": ADAPTER | {"load_in_4bit": True},
+    "ours_adapter, beside trl": ADAPTER,
     "trl_lora_bf16": TRL["trl_lora_bf16"],
 }
+BESIDE = {"ours_adapter, beside trl": "trl_lora_bf16"}
+"""Runs that are made once more, in turn with another; without it they say nothing new."""
 SMALL = (
     ("ours_adapter", "ours_adapter, padded", "ours_adapter, packed"),
     ("ours_full", "ours_full, adamw_8bit"),
-    ("trl_lora_bf16",),
+    ("ours_adapter, one ahead",),
+    ("ours_adapter, beside trl", "trl_lora_bf16"),
 )
 LARGE = (("ours_adapter", "ours_qlora"), ("trl_lora_bf16",))
-"""Groups of runs. Those of a group take turns, are on the card together and are kept together, so trl comes last: where
-it uses up the time, ours are kept. Its value model of 4B, trained whole, needs the card for itself, too."""
+"""Groups of runs. Those of a group take turns, are on the card together and are kept together, so trl's comes last:
+where it uses up the time, ours are kept, and the run that takes turns with it is made once more. At 4B trl is alone:
+its value model, trained whole, takes 64 GB with gradients and moments, beside its policy and reward model; the runs
+before it are the comparison there. So is a run that samples ahead: while it waited for its turn it would sample on, off
+the clock."""
 PACKAGES = {"load_in_4bit": "bitsandbytes", "optimizer": "bitsandbytes"}
 """What a setting stands on, besides a GPU."""
 
 
 def qwen3(hidden: int, layers: int, heads: int, key_value: int, intermediate: int, vocabulary: int = 151936) -> dict:
     """Return the sizes of a Qwen3 with tied embeddings."""
-    head_dim = 128 if hidden > 128 else 16
+    head_dim = 128 if hidden > 128 else 32  # the smallest that vLLM computes
     return {
         "model_type": "qwen3", "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": key_value, "head_dim": head_dim,
@@ -87,10 +95,12 @@ def hindrance(run: str, job: Job) -> str | None:
     """Return why a run cannot be made here: no such setting in this version, a missing package, no trl 1.12."""
     from rlhf.ppo.config import PPOConfig
 
+    if run in BESIDE:
+        return hindrance(BESIDE[run], job)
     if run in TRL:
         trainer = Path(job["trl_folder"], "trl/experimental/ppo/ppo_trainer.py")
         reasons = [] if trainer.is_file() else [f"no trl {TRL_VERSION} in {job['trl_folder']}"]
-        needed = ["datasets"]
+        reasons += [] if importlib.util.find_spec("datasets") else ["not installed: datasets"]
     else:
         fields = {field.name for field in dataclasses.fields(PPOConfig)}
         reasons = [f"PPOConfig has no {name}" for name in RUNS[run] if name not in fields]
@@ -98,13 +108,18 @@ def hindrance(run: str, job: Job) -> str | None:
             PPOConfig(**{name: value for name, value in RUNS[run].items() if name in fields})
         except InputError as error:
             reasons.append(str(error))
-        needed = [PACKAGES[name] for name in RUNS[run] if name in PACKAGES]
-        reasons += [f"{name} needs a GPU" for name in RUNS[run] if name in PACKAGES and not job["cuda"]]
+        reasons += missing(RUNS[run], job)
         flash = importlib.util.find_spec("flash_attn") is not None
         if job["cuda"] and RUNS[run].get("packing") == ("on" if flash else "off"):
             reasons.append(f"ours_adapter does so itself {'with' if flash else 'without'} flash-attn")
-    reasons += [f"not installed: {name}" for name in needed if importlib.util.find_spec(name) is None]
     return "; ".join(reasons) or None
+
+
+def missing(settings: Mapping[str, Any], job: Job) -> list[str]:
+    """Return what settings stand on and is not here: a GPU, packages."""
+    found = [name for name in settings if name in PACKAGES]
+    absent = [PACKAGES[name] for name in found if importlib.util.find_spec(PACKAGES[name]) is None]
+    return [f"{name} needs a GPU" for name in found if not job["cuda"]] + [f"not installed: {name}" for name in absent]
 
 
 # -- the parts ---------------------------------------------------------------------------------------------
@@ -177,17 +192,23 @@ def ppo(job: Job, size: str, groups: Sequence[Sequence[str]], updates: int) -> N
     one, board, case = made(job, size) | {"updates": updates}, Board(Path(job["folder"])), case_of(size, job["tiny"])
     card, sizes = peaks(job, one), Sizes.of(one["sizes"])
     numbers: dict[str, Any] = {}
+    tables: dict[str, str] = {}
     left_out = {run: why for group in groups for run in group if (why := hindrance(run, job))}
     for group in groups:
-        workers = {run: worker_of(run, one, job, board.folder) for run in group if run not in left_out}
+        more = any(RUNS[run].get("rollouts_ahead") for run in group)  # an update: the last one samples nothing ahead
+        asked = one | {"updates": updates + more}
+        workers = {run: worker_of(run, asked, job, board.folder) for run in group if run not in left_out}
         for worker in workers.values():
             worker.start()
-        failed = len(board.failures)
-        for run, result in board.in_turns(size, workers, updates).items():
-            summary = summarize(result | {"precision": precision(RUNS[run])})
+        failed, of_group = len(board.failures), {}
+        for run, result in board.in_turns(size, workers, updates + more).items():
+            whole = {name: result[name][:updates] for name in ("updates", "response_tokens")}
+            of_group[run] = summary = summarize(result | whole | {"precision": precision(RUNS[run])})
             numbers[run] = gpu_numbers.of(run, RUNS[run], case, sizes, card, summary)
         left_out |= dict(line.removeprefix(f"{size}: ").split(": ", 1) for line in board.failures[failed:])
-        tables = {"seconds, tokens, use of the card": gpu_numbers.table(numbers)}
+        tables["seconds, tokens, use of the card"] = gpu_numbers.table(numbers)
+        beside = ratio_table(of_group) if set(of_group) & set(BESIDE) else ""
+        tables |= {"beside trl, in turn": beside} if beside else {}
         tables |= {"left out": markdown(["run", "why"], list(left_out.items()))} if left_out else {}
         keep(job, {"runs": numbers, "left_out": left_out, "machine": card, "tables": tables})
     if board.failures:
@@ -224,7 +245,7 @@ def ppo_large(job: Job) -> None:
 
 
 def stages(job: Job) -> None:
-    """Train our SFT and reward model and trl's in turn, on texts that mean nothing."""
+    """Train our SFT and reward model and trl's in turn, on texts that mean nothing; then ours over a base in 4 bits."""
     import stages as compared
     from stage_worker import texts
     from transformers import AutoTokenizer
@@ -234,7 +255,7 @@ def stages(job: Job) -> None:
     one, updates = made(job, "small"), 2
     tokenizer = AutoTokenizer.from_pretrained(one["tokenizer"])
     per_step, steps = (4, 1) if job["tiny"] else (16, 4)
-    board, results = Board(Path(job["folder"])), {}
+    board, results, four_bits = Board(Path(job["folder"])), {}, {}
     for stage, responses in (("sft", 1), ("reward_model", 4)):
         rows = []
         for prompt, answers in texts(one | {"updates": updates}, tokenizer, per_step, responses, steps):
@@ -250,8 +271,18 @@ def stages(job: Job) -> None:
             "train": str(board.folder / f"{stage}.jsonl"), "model": one["model"], "tokenizer": one["tokenizer"],
         }  # fmt: skip
         results[stage] = compared.side_by_side(board, stage, asked_of, board.folder / stage, None)
+        four_bits[stage] = asked_of | {"load_in_4bit": True}
         tables = {"beside trl": compared.table(results), "start": compared.start_table(results)}
         keep(job, {"stages": results, "tables": tables})
+    if why := "; ".join(missing(four_bits["sft"], job)):
+        tables["left out"] = markdown(["run", "why"], [["ours, in 4 bits", why]])
+    else:
+        folders = {stage: board.folder / stage / "in_4_bits" for stage in four_bits}
+        workers = {s: Worker("stages_ours.py", four_bits[s], folders[s], in_turns=True) for s in four_bits}
+        for stage, result in board.in_turns("in 4 bits", workers, updates).items():
+            results[stage]["ours, in 4 bits"] = result
+        tables = {"beside trl": compared.table(results), "start": compared.start_table(results)}
+    keep(job, {"stages": results, "tables": tables})
     if board.failures:
         raise SystemExit(f"{len(board.failures)} runs failed, first {board.failures[0]}")
 

@@ -3,14 +3,10 @@ let PPO sample from that server, which gets its adapter and sleeps while it is t
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +17,9 @@ from cases import LORA, OURS, Case
 from jobs import Job, Result
 from synthetic import make_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_server import check, sample, server
 
 from rlhf import chat
-from rlhf.caller import Caller
-from rlhf.errors import RunStopped
 from rlhf.metrics import read_metrics
 from rlhf.sampling.decode import TransformersEngine
 from rlhf.sampling.vllm import VLLMEngine
@@ -33,11 +28,13 @@ ROUNDS = 3  # the first warms up
 SHARE = 0.3  # of the card's memory, for the server
 UPDATES = 2
 LOGGED = ("step_seconds", "generate_seconds", "update_seconds", "engine_kl_nats")
-SWITCHES = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+LORA_FLAGS = ["--enable-lora", "--max-lora-rank", str(LORA["lora_rank"])]
+EAGER = ["--enforce-eager"]  # compiling and capturing graphs takes a cold server minutes, the part's whole time
 
 
 def measure(job: Job, made: Job, keep: Callable[[Job, Result], None]) -> None:
     """Show tokens per second of both, and keep them in the job's folder."""
+    check(job["vllm_python"], job["cuda"])
     case, tokenizer = Case.of_job(made["case"]), AutoTokenizer.from_pretrained(made["tokenizer"])
     prompts = [
         chat.encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
@@ -53,11 +50,11 @@ def measure(job: Job, made: Job, keep: Callable[[Job, Result], None]) -> None:
 
     rates["built-in"] = built_in(made, case, prompts, chat.pad_id(tokenizer))
     show()
-    with server(made, Path(job["folder"]), case) as caller, ThreadPoolExecutor(len(prompts)) as pool:
-        asked = {"model": "policy", "max_tokens": case.new_tokens, "temperature": 1.0, "ignore_eos": True}
-        rates["vLLM server, eager"] = tokens_per_second(
-            case, lambda: list(pool.map(lambda p: sample(caller, asked, p), prompts))
-        )
+    on_card = ["--gpu-memory-utilization", str(SHARE), "--enable-sleep-mode"] if job["cuda"] else []
+    flags, folder = [*LORA_FLAGS, *EAGER, *on_card], Path(job["folder"])
+    with server(job["vllm_python"], made, folder, case, flags) as caller, ThreadPoolExecutor(len(prompts)) as pool:
+        ask = partial(sample, caller, "policy", new_tokens=case.new_tokens)
+        rates["vLLM server, eager"] = tokens_per_second(case, lambda: list(pool.map(ask, prompts)))
         show()
         found["updates"] = trained_through(job, made, caller.url)
         rows = [[n, *(f"{row[name]:.4g}" for name in LOGGED)] for n, row in enumerate(found["updates"], 1)]
@@ -95,44 +92,3 @@ def tokens_per_second(case: Case, generate: Callable[[], Any]) -> float:
         generate()
         seconds.append(time.perf_counter() - began)
     return case.rollout_size * case.new_tokens / min(seconds[1:])
-
-
-def sample(caller: Caller, asked: dict[str, Any], prompt: Sequence[int]) -> None:
-    """Ask for one response. Raises RunStopped for any answer but one."""
-    status, text = caller.ask("/v1/completions", {**asked, "prompt": list(prompt)}, 2**24)
-    if status != 200:
-        caller.refused(status, text)
-
-
-@contextmanager
-def server(made: Job, folder: Path, case: Case) -> Iterator[Caller]:
-    """Start vLLM's server on any free port, wait until it answers, and end it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    length = case.prompt_lengths[-1] + case.new_tokens + 8
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", made["model"]]
-    command += ["--tokenizer", made["tokenizer"], "--served-model-name", "policy", "--port", str(port)]
-    command += ["--max-model-len", str(length), "--gpu-memory-utilization", str(SHARE), "--host", "127.0.0.1"]
-    command += ["--enable-lora", "--max-lora-rank", str(LORA["lora_rank"]), "--enable-sleep-mode"]
-    command += ["--enforce-eager"]  # compiling and capturing graphs takes a cold server minutes, the part's whole time
-    command += ["--logprobs-mode", "processed_logprobs", "--dtype", "bfloat16" if made["bf16_hardware"] else "float32"]
-    with (folder / "server.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | SWITCHES)
-    try:
-        caller = Caller(f"http://127.0.0.1:{port}", None, 60.0, 0, "a vLLM server", "sample fewer tokens")
-        while not _answers(caller):
-            if process.poll() is not None:
-                raise SystemExit(f"the vLLM server ended with code {process.returncode}; see {folder / 'server.txt'}")
-            time.sleep(1)
-        yield caller
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _answers(caller: Caller) -> bool:
-    try:
-        return caller.ask("/health", None, 4096).status == 200
-    except RunStopped:
-        return False

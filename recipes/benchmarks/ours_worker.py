@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import time
 
-from rlhf.run import console
+BEGAN = time.perf_counter()
+
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from rlhf.run import console  # noqa: E402
 
 console.quiet()
 
@@ -24,6 +28,7 @@ from rlhf.models.scalar import new_scalar_model  # noqa: E402
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer  # noqa: E402
 from rlhf.sampling.engine import Engine  # noqa: E402
 
+IMPORTED = time.perf_counter()
 PHASES = ("generate", "score", "logprobs", "update")
 
 
@@ -43,12 +48,14 @@ def work(job: Job) -> Result:
 def train(job: Job) -> Result:
     imported, case = resident_bytes(), Case.of_job(job["case"])
     trainer = trainer_of(job)
+    start = {"imports": IMPORTED - BEGAN, "trainer": time.perf_counter() - IMPORTED}
     trainer.engine.stop_ids = ()  # every response has `new_tokens` tokens
     trainer.train()
     logged = read_metrics(Path(job["folder"], "metrics.jsonl"))
     updates = [{name: row[f"{name}_seconds"] for name in PHASES} | {"step": row["step_seconds"]} for row in logged]
     tokens = [row["response_tokens"] * case.rollout_size for row in logged]
-    return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}
+    start |= {"first_step": updates[0]["step"]}
+    return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, "start": start, **memory()}
 
 
 def trainer_of(job: Job, engine: Engine | None = None) -> PPOTrainer:

@@ -1,9 +1,12 @@
-"""Compare our PPO with trl's on this machine: speed and memory, time to quality, scaling; our other stages with trl's.
+"""Compare our PPO with trl's on this machine: speed and memory, time to quality, scaling; our other stages with
+trl's, PPO's sampling with generate and vLLM.
 
     rlhf benchmark
     rlhf benchmark --only speed --cases "[tiny]" --updates 2
     # SFT and reward model beside today's trl
     rlhf benchmark --only stages
+    # PPO's sampling beside generate and vLLM
+    rlhf benchmark --only sampling --vllm_python .venv-vllm/bin/python
     # what each of our tricks for CPUs is worth
     rlhf benchmark --ablate
     # another checkout of this project beside this one
@@ -35,6 +38,7 @@ import bench_tables
 import busy
 import earlier
 import quality
+import sampling
 import scaling
 import stages
 from board import Board
@@ -56,18 +60,18 @@ class BenchmarkConfig:
 
     output_dir: str = "runs/benchmark"
     """Results, tables, and every run's log."""
-    only: Literal["speed", "quality", "scaling", "stages"] | None = None
-    """One part alone; null: all four."""
+    only: Literal["speed", "quality", "scaling", "stages", "sampling"] | None = None
+    """One part alone; null: all five."""
     ablate: bool = False
     """Instead of those: our runs with one trick for CPUs switched off at a time, in turn."""
     tricks: list[str] = field(default_factory=lambda: list(ablation.TRICKS))
     """Which of them, by their names in ablation.py."""
     before: str | None = None
-    """Instead of the four parts: our runs as they are here and in another checkout of this project, in turn."""
+    """Instead of the five parts: our runs as they are here and in another checkout of this project, in turn."""
     before_variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further runs there: name -> what it changes there, settings or (dotted) what one of its modules holds."""
     busy: bool = False
-    """Instead of the four parts: each stage alone and beside one process that computes all the time."""
+    """Instead of the five parts: each stage alone and beside one process that computes all the time."""
     cases: list[str] = field(default_factory=lambda: list(CASES))
     """tiny (4 layers, 256 wide, 49k words), smollm2 (the model of --model)."""
     runs: list[str] = field(default_factory=lambda: [*OURS, *TRL, *AGILERL])
@@ -79,14 +83,16 @@ class BenchmarkConfig:
     take_turns: bool = True
     """Of the speed part: ours, theirs, ours, theirs, update by update; false: one run after another."""
     bf16: bool | None = None
-    """Of the speed part: whether the runs that can use bfloat16 do; null: where the hardware is fast at it. Elsewhere
-    it is slow, and shows what it takes of memory."""
+    """Of the speed and sampling parts: whether the runs that can use bfloat16 do; null: where the hardware is fast at
+    it. Elsewhere it is slow, and shows what it takes of memory."""
     threads: int | None = None
     """Threads of every run; null: torch's own choice."""
     trl_folder: str = f".bench/trl-{TRL_VERSION}"
     """Where trl is installed beside ours."""
     agilerl_python: str | None = None
     """Python of an environment in which agilerl[cpu-llm] and jaxtyping are installed; null: it is left out."""
+    vllm_python: str | None = None
+    """Of the sampling part: Python of an environment with vllm (`make vllm-env` makes one); null: it is left out."""
     stages: list[str] = field(default_factory=lambda: list(stages.STAGES))
     """Of the stages part: sft, reward_model."""
     toy_run: str = "{output_dir}/toy_{seed}"
@@ -141,12 +147,15 @@ def install_trl(folder: Path) -> Path:
 
 
 def benchmark(config: BenchmarkConfig) -> Board:
-    """Run the parts that were asked for."""
+    """Run the parts that were asked for. Raises InputError where vLLM's Python is not there."""
+    if config.vllm_python is not None and not Path(config.vllm_python).is_file():
+        raise InputError(f"vllm_python={config.vllm_python}: no such file; make vllm-env makes .venv-vllm/bin/python")
     board = Board(Path(config.output_dir).absolute())
     board.keep(
         "config", configs.to_dict(config) | {"python": platform.python_version(), "machine": environment.machine()}
     )
     parts = {"speed": speed, "quality": quality_part, "scaling": scaling_part, "stages": stages_part}
+    parts |= {"sampling": sampling_part}
     instead = {ablate_part: config.ablate, before_part: config.before is not None, busy_part: config.busy}
     chosen = [part for part, asked in instead.items() if asked]
     for part in chosen or [part for name, part in parts.items() if config.only in (None, name)]:
@@ -175,6 +184,8 @@ def speed(config: BenchmarkConfig, board: Board) -> None:
                 results[name]["runs"][run] = result | {"precision": precision(runs[run])}
             board.keep("speed", results)
         show_speed(name, case, results[name], runs, config, board)
+        started = {run: numbers for run, numbers in results[name]["runs"].items() if "start" in numbers}
+        board.show(f"{name}: seconds until the first update is done", stages.start_table({name: started}))
         board.keep("speed", results)
 
 
@@ -253,6 +264,12 @@ def stages_part(config: BenchmarkConfig, board: Board) -> None:
     """Measure our SFT and reward-model training beside trl's own trainers, by turns of some steps."""
     run = Path(config.toy_run.format(output_dir=board.folder, seed=0))
     stages.measure(board, config.cases, config.stages, run, 0, config.model, config.updates, config.threads)
+
+
+def sampling_part(config: BenchmarkConfig, board: Board) -> None:
+    """Measure PPO's sampling beside transformers' generate and, where an environment with it is named, vLLM."""
+    python = str(Path(config.vllm_python).absolute()) if config.vllm_python else None
+    sampling.measure(board, config.cases, config.model, config.updates, config.threads, python, config.bf16)
 
 
 def ablate_part(config: BenchmarkConfig, board: Board) -> None:

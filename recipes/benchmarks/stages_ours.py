@@ -34,6 +34,7 @@ def work(job: Job) -> Result:
         "lr_schedule": "constant",
     }
     given |= {name: job[name] for name in ("learning_rate", "bf16", "lora_rank", "lora_alpha")} | {"epochs": 1.0}
+    given["load_in_4bit"] = job.get("load_in_4bit", False)
     trainer = (sft if job["stage"] == "sft" else reward_model)(job, given, rows, tokenizer, turns)
     built = now()
     trainer.train()

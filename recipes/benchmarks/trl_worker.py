@@ -13,19 +13,27 @@ so its phases are taken from outside, by clocks around two functions that it cal
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
 
-import torch
-import transformers
-from cases import SPEED_SETTINGS, Case, trl_names
-from datasets import Dataset
-from jobs import Job, Result, memory, resident_bytes, serve, wait_for_turn
-from peft import LoraConfig
-from synthetic import make_prompts
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+BEGAN = time.perf_counter()
 
-from rlhf.chat import encode_prompt
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from cases import SPEED_SETTINGS, Case, trl_names  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from jobs import Job, Result, memory, resident_bytes, serve, wait_for_turn  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from synthetic import make_prompts  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+
+from rlhf.chat import encode_prompt  # noqa: E402
 
 VERSION = "1.12.0"
 
@@ -77,6 +85,7 @@ def work(job: Job) -> Result:
     import trl
     from trl.experimental.ppo import ppo_trainer
 
+    here = time.perf_counter()
     assert trl.__version__ == VERSION, f"trl {trl.__version__} was found before {VERSION}"
     transformers.logging.set_verbosity_error()
     imported = resident_bytes()
@@ -101,9 +110,11 @@ def work(job: Job) -> Result:
     )
     precision = "bf16" if settings["autocast"] else "no"
     assert trainer.accelerator.mixed_precision == precision, f"{trainer.accelerator.mixed_precision}, not {precision}"
+    start = {"imports": here - BEGAN, "trainer": time.perf_counter() - here}
     trainer.train()
+    start |= {"first_step": clock.updates[0]["step"]}
     tokens = [case.rollout_size * case.new_tokens] * job["updates"]
-    return {"updates": clock.updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}
+    return {"updates": clock.updates, "response_tokens": tokens, "imported_bytes": imported, "start": start, **memory()}
 
 
 def load_models(model: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -204,8 +204,8 @@ class Card:
 
 
 def cards(shape: Shape, plan: Plan) -> dict[str, Card]:
-    """Count one card of each way to train: LoRA and QLoRA on one card, LoRA on eight (DDP), full weights on one and on
-    eight (FSDP2)."""
+    """Count one card of each way to train: LoRA and QLoRA on one card and on eight (DDP; under FSDP2 weights in 4 bits
+    are refused), full weights on one and on eight (FSDP2)."""
     adapter, tokens, full = shape.lora(plan.rank), plan.microbatch_tokens, replace(plan, rank=0)
     lora = Card(
         base=2 * shape.whole, policy=TRAINED * adapter, value=TRAINED * adapter, reference=4 * adapter,
@@ -225,9 +225,11 @@ def cards(shape: Shape, plan: Plan) -> dict[str, Card]:
         whole, policy=whole.policy / 8, value=whole.value / 8, reference=whole.reference / 8,
         update=2 * shape.recomputed(tokens, 0) + 4 * shape.whole / shape.layers + head(),
     )  # fmt: skip
-    both = replace(lora, update=lora.update + shape.recomputed(tokens, plan.rank))
+    second = shape.recomputed(tokens, plan.rank)  # DDP wants one backward: both models' activations at once
     return {
-        "LoRA, 1 card": lora, "QLoRA, 1 card": qlora, "full, 1 card": whole, "LoRA, 8 cards (DDP)": both,
+        "LoRA, 1 card": lora, "QLoRA, 1 card": qlora, "full, 1 card": whole,
+        "LoRA, 8 cards (DDP)": replace(lora, update=lora.update + second),
+        "QLoRA, 8 cards (DDP)": replace(qlora, update=qlora.update + second),
         "full, 8 cards (FSDP2)": eighth,
     }  # fmt: skip
 

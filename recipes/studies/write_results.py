@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DOCUMENTS = ("README.md", *sorted(f"recipes/guides/{file.name}" for file in (ROOT / "recipes/guides").glob("*.md")))
 PICTURED = ("overoptimisation", "accuracy")
 """Studies whose first picture README shows."""
-PATHS = ("output_dir", "model", "trl_folder", "toy_run", "before", "other", "agilerl_python")
+PATHS = ("output_dir", "model", "trl_folder", "toy_run", "before", "other", "agilerl_python", "vllm_python")
 """Settings of a benchmark that a committed result leaves out: folders and addresses of one machine."""
 BY_SEED = ("sentiment", "hh", "qa_feedback")
 """Studies of people's labels, whose values a guide shows seed by seed."""

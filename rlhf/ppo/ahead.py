@@ -165,6 +165,8 @@ class Copy:
         self.pairs: list[tuple[Tensor, Tensor]] = [
             (own[name], parameter) for name, parameter in policy.named_parameters() if id(parameter) in trained
         ]
+        # One for good: the memory that a stream gives back is for that stream alone.
+        self.stream = torch.cuda.Stream(trainer.device) if trainer.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.engine: Engine = trainer.engine
         self.followed = isinstance(trainer.engine, Follower)
         if isinstance(trainer.engine, Follower):
@@ -184,19 +186,18 @@ class Copy:
     def generate(self, prompt_ids: list[list[int]], generator: torch.Generator) -> Responses:
         """Sample one response per prompt from the copy; called in a thread."""
         trainer, args = self.trainer, self.trainer.args
-        with trainer.accelerator.autocast(), beside(trainer.device):
+        with trainer.accelerator.autocast(), beside(self.stream):
             return self.engine.generate(prompt_ids, args.max_new_tokens, args.temperature, generator)
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """Run on a stream of its own on a GPU, after what has been asked of it so far; elsewhere do nothing."""
-    if device.type != "cuda":
+def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run on a GPU's stream, after what has been asked of the GPU so far; without one do nothing."""
+    if stream is None:
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.default_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    stream.wait_stream(torch.cuda.default_stream(stream.device))
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         yield
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
 
 import pytest
 import torch
 from reference import ahead_worker, forked, two_processes
-from reference.ppo_runs import StopAfter, lines, make, prepared, same, weights
+from reference.ppo_runs import StopAfter, lines, make, prepared, same, token_logprobs, weights
 from reference.tiny_chain import chain
 
 from rlhf.errors import InputError, RunStopped
@@ -28,16 +28,6 @@ def policy(request, tmp_path, tiny_model, tiny_tokenizer):
 @pytest.fixture
 def full(tmp_path, tiny_model, tiny_tokenizer):
     return chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)[0]
-
-
-@torch.no_grad()
-def token_logprobs(model: Any, rollout: Any) -> list[torch.Tensor]:
-    """Each response's log-probabilities under a model, a row at a time without padding."""
-    found = []
-    for prompt, response in zip(rollout.prompt_ids, rollout.response_ids, strict=True):
-        logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        found.append(logprobs[range(len(prompt) - 1, len(prompt) + len(response) - 1), response])
-    return found
 
 
 def test_responses_come_from_the_weights_before_the_last_update(tmp_path, policy):
@@ -82,6 +72,30 @@ def test_only_trained_weights_are_copied(tmp_path, policy):
     start = dict(load_policy(policy).named_parameters())
     for name in copied:
         assert torch.equal(dict(trainer.ahead.copy.policy.named_parameters())[name], start[name]), name
+
+
+def test_on_a_gpu_one_stream_samples_every_rollout(tmp_path, full, monkeypatch):
+    """What a stream has freed no other one gets: with a new one for each rollout, memory would grow by a cache each."""
+    trainer, made, used = make(tmp_path, full, **FAST), [], []
+    monkeypatch.setattr(trainer, "device", torch.device("cuda", 0))
+
+    class Stream:
+        def __init__(self, device):
+            self.device, self.waited = device, 0
+            made.append(self)
+
+        def wait_stream(self, other):
+            self.waited += other == "default"
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or nullcontext())
+    copy = ahead.Copy(trainer)
+    for seed in (1, 2, 3):
+        copy.generate([[5, 6, 7]], torch.Generator().manual_seed(seed))
+    assert used == made * 3
+    assert (len(made), made[0].waited) == (1, 3)  # each time after what the trainer has asked of the GPU
 
 
 def staleness(tmp_path, folder, name: str) -> list[tuple[float, float]]:

@@ -274,7 +274,7 @@ def test_each_side_tries_as_many_settings_and_a_trial_ends_where_it_has_lost():
         (["--runs", "[]"], "runs=[]: nothing is none of"),
         (["--updates", "0"], "updates=0 must be at least 1"),
         (["--threads", "-1"], "threads=-1 must be at least 1 or null"),
-        (["--only", "memory"], "--only: expected one of speed, quality, scaling, stages"),
+        (["--only", "memory"], "--only: expected one of speed, quality, scaling, stages, sampling"),
         (["--stages", "[ppo]"], "stages=['ppo']: ppo is none of sft, reward_model"),
         (["--quality_updates", "0"], "quality_updates=0 must be at least 1 or null"),
         (["--tuning_seed", "4"], "tuning_seed=4 is one of the 5 that are raced; take another"),
@@ -467,6 +467,9 @@ def test_ours_runs_and_never_stops_early(job, settings):
     (seconds,) = result["updates"]
     phases = sum(seconds[name] for name in ("generate", "score", "logprobs", "update"))
     assert 0 < phases <= seconds["step"]
+    assert list(result["start"]) == ["imports", "trainer", "first_step"]
+    assert result["start"]["first_step"] == seconds["step"]
+    assert min(result["start"].values()) > 0
     assert result["peak_bytes"] > 0.99 * result["imported_bytes"] > 0  # the kernel counts pages in batches
 
 
@@ -718,7 +721,10 @@ def test_ours_and_trls_side_by_side(tmp_path, monkeypatch, bf16):
     for result in runs.values():
         for seconds in result["updates"]:
             assert all(value > 0 for value in seconds.values())
-    assert "ours against the limit" in (tmp_path / "out/tables.md").read_text()
+    text = (tmp_path / "out/tables.md").read_text()
+    assert "ours against the limit" in text
+    started = text.partition("seconds until the first update is done")[2]
+    assert all(f"| tiny, {run} |" in started for run in expected)
 
 
 @pytest.mark.long

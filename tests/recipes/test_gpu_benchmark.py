@@ -29,7 +29,7 @@ job = json.loads(Path(sys.argv[1]).read_text())
 found = Path(job["folder"], "result.json")
 if job["part"] == "good":
     found.write_text(json.dumps({"tables": {"numbers": "| a | b |"}, "tiny": job["tiny"]}))
-if job["part"] == "slow":
+if job["part"].startswith("slow"):
     found.write_text(json.dumps({"half": 1}))
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(job["folder"], "child").write_text(str(child.pid))
@@ -46,9 +46,9 @@ def driver(tmp_path, monkeypatch):
     (tmp_path / "scripts/gpu_parts.py").write_text(PARTS)
     monkeypatch.setattr(gpu, "HERE", tmp_path / "scripts")
     chosen = (
-        gpu.Part("good", 30, "what works"), gpu.Part("slow", 1.5, "what never ends"),
-        gpu.Part("broken", 30, "what fails"), gpu.Part("last", 30, "the end"),
-        gpu.Part("absent", 30, "what stands on something", ("json", "no_such_package")),
+        gpu.Part("good", 1, 30, "what works"), gpu.Part("slow", 1, 1.5, "what never ends"),
+        gpu.Part("broken", 1, 30, "what fails"), gpu.Part("last", 1, 30, "the end"),
+        gpu.Part("absent", 1e6, 2e6, "what stands on something", ("json", "no_such_package")),
     )  # fmt: skip
     monkeypatch.setattr(gpu, "PARTS", chosen)
     return lambda *flags: (gpu.main([*flags, "--output_dir", str(tmp_path / "out")]), tmp_path / "out")
@@ -88,10 +88,11 @@ def test_a_part_costs_itself_alone(driver, capsys):
 
 
 def test_time_that_is_up_and_single_parts(driver):
-    code, folder = driver("--seconds", "3")
+    code, folder = driver("--seconds", "0.2")
     assert code == 0
     results = json.loads((folder / "gpu.json").read_text())
-    assert {result["why"] for result in results.values()} == {"no time was left"}
+    reasons = [result["why"] for result in results.values()]
+    assert reasons == ["no time was left"] * 4 + ["not installed: no_such_package"]
     code, folder = driver("--only", "good,last")
     assert code == 0
     assert list(json.loads((folder / "gpu.json").read_text())) == ["good", "last"]
@@ -99,10 +100,75 @@ def test_time_that_is_up_and_single_parts(driver):
         driver("--only", "goof")
 
 
+def test_parts_that_all_hang_leave_the_last_one_its_time(driver, monkeypatch):
+    """The first gets all but what is kept for the others; one that cannot run keeps nothing."""
+    hanging = [gpu.Part(f"slow{n}", 0.5, 60, "what never ends") for n in range(3)]
+    absent = gpu.Part("absent", 1e6, 2e6, "what stands on something", ("no_such_package",))
+    monkeypatch.setattr(gpu, "PARTS", (*hanging, absent, gpu.Part("good", 1.5, 60, "what works")))
+    monkeypatch.setattr(gpu, "ENDING", 0.1)
+    code, folder = driver("--seconds", "4.3")
+    assert code == 1
+    results = json.loads((folder / "gpu.json").read_text())
+    assert [result["status"] for result in results.values()] == ["stopped"] * 3 + ["skipped", "fine"]
+    assert results["slow0"]["seconds"] == pytest.approx(1.5, abs=0.4)
+    assert results["slow2"]["seconds"] >= 0.5
+
+
+def test_more_seconds_raise_every_limit(driver):
+    _, folder = driver("--only", "slow", "--seconds", str(gpu.SECONDS * 2))
+    assert "not done in its 3 s" in json.loads((folder / "gpu.json").read_text())["slow"]["why"]
+
+
+def test_whose_vllm_is_started(tmp_path, monkeypatch, driver, capsys):
+    """The named Python, else that of .venv-vllm, else this one; without any the part is skipped and says what to do."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    have = {"vllm": None}
+    find = gpu.importlib.util.find_spec
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: have[name] if name in have else find(name))
+    assert gpu.vllm_python(None) is None
+    monkeypatch.setattr(gpu, "PARTS", (gpu.Part("vllm", 1, 30, "a vLLM server"),))
+    code, folder = driver()
+    assert code == 0
+    result = json.loads((folder / "gpu.json").read_text())["vllm"]
+    assert result["status"] == "skipped"
+    assert "--vllm_python" in result["why"]
+    assert ".venv-vllm/bin/pip install vllm" in result["why"]
+    have["vllm"] = "found"
+    assert gpu.vllm_python(None) == sys.executable
+    (tmp_path / ".venv-vllm/lib/python3.11/site-packages/vllm").mkdir(parents=True)
+    own = tmp_path / ".venv-vllm/bin/python"
+    own.parent.mkdir()
+    own.touch()
+    assert gpu.vllm_python(None) == str(own)
+    (tmp_path / "link").symlink_to(own)
+    assert gpu.vllm_python(str(tmp_path / "link")) == str(tmp_path / "link")  # in an environment it is a link
+    assert driver("--vllm_python", str(own))[0] == 0
+    assert json.loads((folder / "vllm/job.json").read_text())["vllm_python"] == str(own)
+    with pytest.raises(SystemExit):
+        driver("--vllm_python", str(tmp_path / "missing"))
+    assert "--vllm_python: " in capsys.readouterr().err
+
+
+def test_limits_by_hand():
+    first, second, third = (gpu.Part("", least, most, "") for least, most in ((20, 90), (30, 50), (10, 40)))
+    assert gpu.limit(first, [second, third], 200) == 90  # all it can use
+    assert gpu.limit(first, [second, third], 100) == 56  # 30 and 10 are kept, and 2 for the end of each
+    assert gpu.limit(first, [third], 110) == 90
+    assert gpu.limit(first, [second, third], 35) == 20  # too little for all: its own minimum
+    assert gpu.limit(second, [third], 15) == 15
+    assert gpu.limit(third, [], 100) == 40
+
+
 def test_the_parts_and_their_limits():
     assert [part.name for part in gpu.PARTS] == list(parts.PARTS)
     assert gpu.SECONDS <= 540 - 5  # nine minutes, and what the driver itself takes
-    assert all(part.seconds < gpu.SECONDS / 2 for part in gpu.PARTS)
+    assert all(0 < part.least <= part.seconds < gpu.SECONDS / 2 for part in gpu.PARTS)
+    assert sum(part.least for part in gpu.PARTS) <= gpu.SECONDS - len(gpu.PARTS) * gpu.ENDING
+    left = gpu.SECONDS
+    for number, part in enumerate(gpu.PARTS, 1):  # where each uses up its limit, and what is kept for its end
+        given = gpu.limit(part, gpu.PARTS[number:], left)
+        assert given >= part.least, part.name
+        left -= given + gpu.ENDING
     everything = {run for groups in (parts.SMALL, parts.LARGE) for group in groups for run in group}
     assert everything == set(parts.RUNS)
 
@@ -117,17 +183,23 @@ def test_what_trl_takes_costs_no_number_of_ours(tmp_path, monkeypatch):
             pass
 
         def in_turns(self, size, workers, updates):
+            groups.append((set(workers), updates))
             if any(run in parts.TRL for run in workers):
                 raise KeyboardInterrupt
-            return {run: {} for run in workers}
+            return {run: {"updates": [{}] * updates, "response_tokens": [1] * updates} for run in workers}
 
     class Nothing:
         def start(self):
             pass
 
-    kept = []
+    kept, groups, counted = [], [], []
+
+    def summarize(result):
+        counted.append(len(result["updates"]))
+        return {}
+
     for name, stand_in in {
-        "Board": Turns, "worker_of": lambda *given: Nothing(), "peaks": lambda *given: {}, "summarize": lambda one: {},
+        "Board": Turns, "worker_of": lambda *given: Nothing(), "peaks": lambda *given: {}, "summarize": summarize,
         "keep": lambda job, found: kept.append(set(found["runs"])), "hindrance": lambda *given: None,
         "made": lambda *given: {"sizes": {}},
     }.items():  # fmt: skip
@@ -137,7 +209,20 @@ def test_what_trl_takes_costs_no_number_of_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(parts.gpu_numbers, "table", lambda found: "")
     with pytest.raises(KeyboardInterrupt):
         parts.ppo_small({"folder": str(tmp_path), "tiny": True})
-    assert kept[-1] == {run for run in parts.RUNS if "ours" in run} - {"ours_qlora"}
+    assert kept[-1] == {run for run in parts.RUNS if "ours" in run} - {"ours_qlora", "ours_adapter, beside trl"}
+    assert groups[-1] == ({"ours_adapter, beside trl", "trl_lora_bf16"}, 2)  # in turn, an update each
+    assert ({"ours_adapter, one ahead"}, 3) in groups  # by itself; its last update, beside nothing, is not counted
+    assert set(counted) == {2}
+
+
+def test_who_takes_turns_with_trl(tmp_path):
+    """The same settings in one group, where the card holds both; without trl nothing is run a second time."""
+    beside = [group for group in parts.SMALL if set(group) & set(parts.TRL)]
+    assert beside == [("ours_adapter, beside trl", "trl_lora_bf16")]
+    assert parts.RUNS["ours_adapter, beside trl"] == parts.RUNS["ours_adapter"]
+    assert ("trl_lora_bf16",) in parts.LARGE
+    why = parts.hindrance("ours_adapter, beside trl", {"trl_folder": str(tmp_path), "cuda": True})
+    assert why == f"no trl 1.12.0 in {tmp_path}"
 
 
 def test_a_part_names_every_package_that_ppo_imports():
@@ -193,6 +278,9 @@ def test_use_of_the_card_by_hand():
     assert found["trained_tokens_per_second"] == pytest.approx(trained / seconds["update"])
     assert "| ours_full | bfloat16 | 9.00 |" in numbers.table({"ours_full": found})
     assert "| 50.0% | 25.0% |" in numbers.table({"ours_full": found})
+    ahead = numbers.of("ours_full", {"bf16": True, "rollouts_ahead": 1}, case, sizes, machine, tables.summarize(result))
+    assert (ahead["sampling_mfu"], ahead["training_mfu"]) == (None, found["training_mfu"])
+    assert "| - | " in numbers.table({"ahead": ahead})
     # A full policy and a full value model are what both full runs train; of trl's LoRA run only the second is whole.
     full, lora = {"bf16": True}, {"autocast": True, "bf16": True, "lora_rank": 3, "lora_alpha": 8.0}
     alone = {kind: limit.count(limit.update_of(full | {"value_model": kind}, case, sizes))["update"].flops
@@ -220,7 +308,9 @@ def test_all_of_it_on_a_cpu(tmp_path):
     }  # fmt: skip
     assert "ours_adapter" in results["ppo_large"]["runs"]
     assert results["ppo_large"]["left_out"]["trl_lora_bf16"].startswith("no trl 1.12.0 in")
-    for run in results["ppo_small"]["runs"].values():
-        assert run["sampled_tokens_per_second"] > 0
+    assert "ours_adapter, one ahead" in results["ppo_small"]["runs"]
+    for name, run in results["ppo_small"]["runs"].items():
+        assert run["sampled_tokens_per_second"] is None if "ahead" in name else run["sampled_tokens_per_second"] > 0
         assert run["peak_gib"] > 0
+    assert "load_in_4bit needs a GPU" in results["stages"]["tables"]["left out"]
     assert not (tmp_path / "models").exists()

@@ -114,10 +114,13 @@ def test_every_way_by_hand():
     assert qlora.base == linear * bits / 8 + 2 * (whole - linear)
     assert qlora.update - cards["LoRA, 1 card"].update == 2 * 3584 * 18944
     assert qlora.policy == 16 * adapter
+    eighth = cards["QLoRA, 8 cards (DDP)"]
+    assert eighth.held == qlora.held  # DDP cuts nothing
+    assert eighth.update - qlora.update == both.update - cards["LoRA, 1 card"].update
     one = cards["full, 1 card"]
     assert one.policy + one.value + one.reference == 20 * whole + 16 * SHAPE.trunk
-    assert memory.ways(SHAPE, PLAN).splitlines()[-1] == "| fits 80 GB | yes | yes | no | yes | no |"
-    assert memory.ways(SHAPE, PLAN, 141e9).splitlines()[-1] == "| fits 141 GB | yes | yes | no | yes | yes |"
+    assert memory.ways(SHAPE, PLAN).splitlines()[-1] == "| fits 80 GB | yes | yes | no | yes | yes | no |"
+    assert memory.ways(SHAPE, PLAN, 141e9).splitlines()[-1] == "| fits 141 GB | yes | yes | no | yes | yes | yes |"
 
 
 def test_the_guide_shows_these_tables():

@@ -11,6 +11,7 @@ from reference import recipe
 from reference.tiny_chain import save_base
 
 from rlhf import chat, intervals
+from rlhf.errors import InputError
 
 data, stages, cases = map(recipe.load_benchmark, ("stages_data", "stages", "cases"))
 
@@ -138,6 +139,21 @@ def test_both_sides_train_on_every_row_once(tmp_path, tiny_model, tiny_tokenizer
         before = data.loss(tiny_model.eval(), tiny_tokenizer, rows[16:])["value"]
         assert learnt["ours"]["value"] == pytest.approx(learnt["trl"]["value"], rel=0.05)
         assert max(one["value"] for one in learnt.values()) < before
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_ours_is_asked_for_4_bits(tmp_path, tiny_model, tiny_tokenizer, stage, monkeypatch):
+    """By gpu.sh, on a card; here the trainer says that there is none."""
+    base = str(save_base(tmp_path, tiny_model, tiny_tokenizer))
+    (tmp_path / "train.jsonl").write_text(json.dumps(RANKINGS[0] | {"completion": [said("assistant", "b")]}))
+    job = {
+        "stage": stage, "updates": 1, "steps": 1, "rows_per_step": 1, "rows_per_forward": 1, "learning_rate": 1e-3,
+        "bf16": False, "lora_rank": 4, "lora_alpha": 8.0, "train": str(tmp_path / "train.jsonl"), "model": base,
+        "tokenizer": base, "folder": str(tmp_path / "run"), "load_in_4bit": True,
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"load_in_4bit: (there is no GPU here|bitsandbytes is not installed)"):
+        recipe.load_benchmark("stages_ours").work(job)
 
 
 @pytest.mark.long

@@ -33,7 +33,11 @@ FREE = (aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.de
 
 
 class KnownIntegers(FakeTensorMode):
-    """A FakeTensorMode in which tensors of whole numbers and masks hold, on the side, their real values (`known`)."""
+    """A FakeTensorMode in which tensors of whole numbers and masks hold, on the side, their real values (`known`).
+
+    read: what any other number is when it is read off the card, for what only logs it; None: that raises."""
+
+    read: float | None = None
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -44,8 +48,8 @@ class KnownIntegers(FakeTensorMode):
                 indices += [self.with_values(part, args[0].device) if _is_mask(index) else part for part in parts]
             return self.dispatch(func, types, (args[0], indices), {})
         real = self.real_result(func, args, kwargs)
-        if func is aten._local_scalar_dense.default and real is not None:
-            return real
+        if func is aten._local_scalar_dense.default and (real is not None or self.read is not None):
+            return self.read if real is None else real
         if func is aten.nonzero.default and real is not None:
             return self.with_values(real, args[0].device)
         out = super().dispatch(func, types, args, kwargs)
@@ -155,7 +159,8 @@ def collect(folder: Path, kind: str, half: bool) -> None:
     from rlhf.rows.records import Prompt
     from rlhf.sampling.engine import Responses
 
-    models = actor_critic(folder, kind, half)
+    models = actor_critic(folder, kind.partition(",")[0], half)
+    models.packs = kind.endswith("packed")
     finite.broken_number = lambda *given: None  # it looks at numbers
     tokenizer = load_tokenizer(folder / "base")
     one = object.__new__(trainer.PPOTrainer)
@@ -200,7 +205,8 @@ def sft(folder: Path, kind: str, half: bool) -> None:
     lists = listed(trainer.data_collator([trainer.train_dataset[row] for row in range(2)]))
     trainer.model.eval()
     trainer._packs = kind.endswith("packed")
-    with KnownIntegers(allow_non_fake_inputs=False), bfloat16(half), trainer._trl_forward():
+    with KnownIntegers(allow_non_fake_inputs=False) as mode, bfloat16(half), trainer._trl_forward():
+        mode.read = 0.0  # trl logs entropy and accuracy
         to_cuda(trainer.model)
         fake = {name: torch.tensor(rows, dtype=dtype, device="cuda") for name, rows, dtype in lists}
         expect("loss", trainer.compute_loss(trainer.model, fake), torch.float32)
@@ -225,7 +231,7 @@ def reward_model(folder: Path, kind: str, half: bool) -> None:
 
 CASES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "forward": (forward, ("full", "adapter", "shared_trunk", "full, packed", "adapter, packed")),
-    "collect": (collect, ("full", "adapter")),
+    "collect": (collect, ("full", "adapter", "full, packed", "adapter, packed")),
     "losses": (losses, ("ppo",)),
     "sft": (sft, ("full", "adapter", "full, packed", "adapter, packed")),
     "reward_model": (reward_model, ("full", "adapter", "full, packed", "adapter, packed")),

@@ -6,6 +6,7 @@ import json
 import math
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,16 @@ class Mark:
 
 def prepared(trainer: PPOTrainer):
     return trainer.advantages(trainer.score(trainer.collect(trainer.next_prompts())))
+
+
+@torch.no_grad()
+def token_logprobs(model: Any, rollout: Any) -> list[torch.Tensor]:
+    """Each response's log-probabilities under a model, a row at a time without padding."""
+    found = []
+    for prompt, response in zip(rollout.prompt_ids, rollout.response_ids, strict=True):
+        logprobs = model(torch.tensor([prompt + response], device=model.device)).logits[0].log_softmax(-1)
+        found.append(logprobs.cpu()[range(len(prompt) - 1, len(prompt) + len(response) - 1), response])
+    return found
 
 
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:

@@ -5,10 +5,12 @@ The same runs against a stand-in, and faults that vLLM does not have: `test_vllm
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import recipe
 from reference.tiny_chain import save_adapter, save_base, shake
 from reference.vllm_over_http import make_trainer
 from safetensors.torch import load_file, save_file
@@ -196,3 +199,30 @@ def test_killed_in_the_middle_it_ends_as_one_that_was_not(tmp_path, base, tiny_t
         assert len(asked) > 1 + 3 * 33  # it was asked again
     for name, tensor in whole.actor_critic.trained_state().items():
         torch.testing.assert_close(killed.actor_critic.trained_state()[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_what_gpu_sh_asks_of_it(tmp_path):
+    """Its part vllm with tiny shapes: the server beside the built-in engine, then PPO that samples from it."""
+    script = ROOT / "recipes/benchmarks/gpu.sh"
+    flags = ["--only", "vllm", "--tiny", "--seconds", "2400", "--output_dir", str(tmp_path / "gpu")]
+    settings = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["bash", script, *flags], capture_output=True, text=True, env=settings, check=False)
+    found = json.loads((tmp_path / "gpu/gpu.json").read_text())["vllm"]
+    assert found["status"] == "fine", done.stdout
+    assert set(found["tokens_per_second"]) == {"built-in", "vLLM server, eager"}
+    assert len(found["updates"]) == 2
+    assert max(row["engine_kl_nats"] for row in found["updates"]) < 1e-3
+
+
+def test_what_the_benchmark_asks_of_it(tmp_path, monkeypatch):
+    """`rlhf benchmark --only sampling`: an adapter that the server loads as it starts, whole rollouts from it."""
+    for lazily in ("vllm_server", "synthetic"):
+        recipe.load_benchmark(lazily)
+    worker, parts = map(recipe.load_benchmark, ("sampling_worker", "gpu_parts"))
+    job = {"case": parts.case_of("small", tiny=True).as_job(), "model": None, "folder": str(tmp_path), "updates": 2}
+    job |= recipe.load_benchmark("synthetic").work(job)
+    job |= {"engine": "vllm", "vllm_python": str(PYTHON), "vllm_flags": ["--enforce-eager"], "bf16_hardware": None}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = worker.work(job)
+    assert found["response_tokens"] == [4 * 6] * 2
+    assert found["start"]["ready"] > 1.0

@@ -343,6 +343,42 @@ def test_what_fsdp2_shards_adds_its_gradients_up_in_parts(monkeypatch):
             assert asked == seen
 
 
+@pytest.mark.parametrize("several", [True, False], ids=["torch 2.13", "torch 2.11"])
+def test_what_a_unit_does_after_its_forward_is_put_back(monkeypatch, several):
+    """A unit's state as torch keeps it: a list of groups of parameters, and before that one group or None."""
+
+    def state_of(*meshes: str | None) -> Any:
+        groups = [SimpleNamespace(post_forward_mesh_info=mesh) for mesh in meshes]
+        one = groups[0] if groups else None
+        return SimpleNamespace(**({"_fsdp_param_groups": groups} if several else {"_fsdp_param_group": one}))
+
+    class Unit(nn.Module):
+        def __init__(self, *meshes: str | None) -> None:
+            super().__init__()
+            self.state, self.done = state_of(*meshes), list[Any]()
+
+        def _get_fsdp_state(self) -> Any:
+            return self.state
+
+        def unshard(self) -> None:
+            self.done.append("whole")
+
+        def reshard(self) -> None:
+            self.done.append("cut")
+
+        def set_reshard_after_forward(self, setting: bool, recurse: bool) -> None:
+            self.done.append(setting)
+
+    monkeypatch.setattr(sharding, "FSDPModule", Unit)
+    cut, stays, empty = Unit("mesh"), Unit(None), Unit()
+    root = Unit("mesh")
+    root.part = nn.Sequential(cut, stays, empty)
+    with sharding.whole(root, root.part):
+        assert all(unit.done == ["whole", False] for unit in (cut, stays, empty))
+    assert [unit.done[2:] for unit in (cut, stays, empty)] == [[True, "cut"], [False, "cut"], [False, "cut"]]
+    assert root.done == ["whole", "cut"]
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel doesn't tell which files are mapped")
 @pytest.mark.parametrize("sharded", [True, False])
 def test_a_process_that_keeps_a_part_reads_no_more_of_a_checkpoint(tmp_path, monkeypatch, sharded):

@@ -15,8 +15,10 @@ from reward_models.best import KeepBest
 from rlhf import chat, evaluate
 from rlhf.models import packing
 from rlhf.rows.records import Prompt
+from rlhf.run import distributed
+from rlhf.run.owner import wait_for_all
 from rlhf.sampling.decode import TransformersEngine
-from rlhf.sampling.engine import model_stop_ids
+from rlhf.sampling.engine import RowGenerator, model_stop_ids, row_seeds
 
 if TYPE_CHECKING:
     from rlhf.scores import RewardFunction
@@ -41,19 +43,32 @@ class BestByScore(KeepBest):
         self.keep(cast(nn.Module, self.trainer.model), state, -score)
 
     def score(self) -> float:
-        """Compute the mean score of one sampled response per prompt."""
-        tokenizer = cast(Any, self.trainer.processing_class)
+        """Compute the mean score of one sampled response per prompt.
+
+        The processes share the prompts. Each prompt has a seed of its own: how they are shared changes no response."""
         accelerator = self.trainer.accelerator
+        seeds = row_seeds(torch.Generator(accelerator.device).manual_seed(self.seed), len(self.prompts))
+
+        def scores(share: Sequence[tuple[Prompt, int]]) -> Sequence[float]:
+            found = self._scores([prompt for prompt, _ in share], [seed for _, seed in share]) if share else ()
+            wait_for_all()  # the scorer may take long, and what comes next waits for ten minutes at most
+            return found
+
+        return fmean(distributed.shared(accelerator, list(zip(self.prompts, seeds, strict=True)), scores))
+
+    def _scores(self, prompts: Sequence[Prompt], seeds: list[int]) -> Sequence[float]:
+        """Sample a response to each prompt, and score it."""
+        tokenizer, accelerator = cast(Any, self.trainer.processing_class), self.trainer.accelerator
         with self.trainer.own_forward() as model, accelerator.autocast(), packing.decoding(model):
             was_training = model.training
             model.eval()
-            generator = torch.Generator(accelerator.device).manual_seed(self.seed)
+            generator = RowGenerator.of(seeds, self.seed, accelerator.device)
             engine = TransformersEngine(cast(Any, model), model_stop_ids(model, tokenizer), chat.pad_id(tokenizer), 64)
             samples = evaluate.sample_policy(
-                self.prompts, tokenizer, engine, max_new_tokens=self.tokens, generator=generator
+                prompts, tokenizer, engine, max_new_tokens=self.tokens, generator=generator
             )
             model.train(was_training)
-        return fmean(evaluate.judge_samples(samples, self.scorer))
+        return evaluate.judge_samples(samples, self.scorer)
 
     def take_best(self) -> dict[str, Any]:
         """Load the best weights into the trainer's model, after measuring those of the last step too; their step and

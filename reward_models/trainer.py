@@ -241,8 +241,9 @@ class RewardTrainer(trl.RewardTrainer):
         with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
             self.begin(checkpoint)
             self._seen.clear()
-            with self._babysitter.fast() as whole, packing.attention_kept(self.model):
-                self._packs = whole and packs_rows(self.model, self.config.packing, compute_dtype(self.config.bf16))
+            with self._babysitter.fast() as may_pack, packing.attention_kept(self.model):
+                dtype = compute_dtype(self.config.bf16)
+                self._packs = may_pack and packs_rows(self.model, self.config.packing, dtype)
                 output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         self._packs = False
         drop_input_hooks(cast(nn.Module, self.model))

@@ -131,12 +131,27 @@ def launch(recipe: Path, flags: dict[str, str], argv: list[str]) -> None:
     try:
         launch_command(launch_command_parser().parse_args([*words, str(recipe), *argv]))
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        raise SystemExit(code if code > 0 else 128 - code) from None
+        process, failure = error.get_first_failure()
+        if failure.exitcode > 0:  # it has said why
+            raise SystemExit(failure.exitcode) from None
+        print(ended_by_signal(process, failure.signal_name()), file=sys.stderr)
+        raise SystemExit(128 - failure.exitcode) from None
     except SignalException as signal:
         raise SystemExit(128 + signal.sigval) from None
     except (ValueError, ImportError) as error:  # accelerate's own checks of its flags, and of what they need
         raise InputError(f"accelerate launch: {error}") from None
+
+
+def ended_by_signal(process: int, signal: str) -> str:
+    """Write the line for a process that a signal has ended, which could not write its own."""
+    likely = (
+        ", most likely by the system for want of memory: lower microbatch_size or tokens_per_microbatch, or start "
+        "fewer processes"
+    )
+    return (
+        f"stopped: process {process} was ended by {signal}{likely if signal == 'SIGKILL' else ''}. The last checkpoint "
+        "is good: the same command goes on from it"
+    )
 
 
 def _accelerate_config(name: str) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tomllib
@@ -310,32 +311,60 @@ def test_two_processes_start_without_a_gpu_and_their_exit_code_is_ours(tmp_path,
 
 
 ONE_STOPS = """
+import os, signal
 from accelerate import Accelerator
 from rlhf.errors import RunStopped, run
 def main(argv):
     accelerator = Accelerator()
     accelerator.wait_for_everyone()
     if accelerator.process_index == 1:
-        raise RunStopped("step 3: loss is nan")
+        {ends}
     accelerator.wait_for_everyone()
 run(main)
 """
 
 
 @pytest.mark.slow
-def test_a_process_that_stops_ends_the_others_with_its_one_line(tmp_path) -> None:
-    """Neither torchrun's table nor the traceback of the process that waits for it."""
+@pytest.mark.parametrize(
+    ("ends", "code", "line"),
+    [
+        ("raise RunStopped('step 3: loss is nan')", 1, "stopped: step 3: loss is nan"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, cli.ended_by_signal(1, "SIGKILL")),
+    ],
+    ids=["by itself", "killed"],
+)
+def test_a_process_that_stops_ends_the_others_with_its_one_line(tmp_path, ends, code, line) -> None:
+    """Neither torchrun's table nor the traceback of the process that waits for it; one that is killed has no line of
+    its own."""
     probe = tmp_path / "probe.py"
-    probe.write_text(ONE_STOPS)
+    probe.write_text(ONE_STOPS.format(ends=ends))
     start = f"from pathlib import Path; from rlhf.cli import launch; launch(Path({str(probe)!r}), "
     done = subprocess.run(
         [sys.executable, "-c", f"{start}{{'num_processes': '2'}}, [])"], capture_output=True, text=True, cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert "stopped: step 3: loss is nan\n" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "ChildFailedError" not in done.stderr
+    assert done.returncode == code, done.stderr
+    assert done.stderr == f"{line}\n"
+
+
+@pytest.mark.parametrize(("number", "names_memory"), [(9, True), (11, False)])
+def test_a_process_that_a_signal_ended_is_named_with_what_to_do(monkeypatch, capsys, number, names_memory) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    failure = ProcessFailure(local_rank=0, pid=77, exitcode=-number, error_file="none")
+
+    def launched(args):
+        raise ChildFailedError("sft.py", {5: failure})
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # put back afterwards, as launch sets it
+    with pytest.raises(SystemExit) as end:
+        cli.launch(ROOT / "recipes" / "sft.py", {"num_processes": "8"}, [])
+    assert end.value.code == 128 + number
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"stopped: process 5 was ended by {signal.Signals(number).name}")
+    assert ("memory" in line and "lower microbatch_size or tokens_per_microbatch" in line) == names_memory
+    assert line.endswith("The last checkpoint is good: the same command goes on from it")
 
 
 def test_a_package_that_accelerates_configuration_needs_is_told_in_one_line(monkeypatch) -> None:

@@ -115,7 +115,8 @@ def runs(tmp_path_factory, tiny_model, tiny_tokenizer) -> Runs:
 
 
 def same(one: dict, other: dict, tolerance: float = 1e-5) -> None:
-    """Assert equal gradients up to float32 rounding of sums (relative to each tensor's largest entry), equal numbers.
+    """Assert equal gradients up to float32 rounding of sums (relative to each tensor's largest entry), equal numbers,
+    and PPO's final weights, of which each is as close.
 
     PPO's steps are large here, so that clipping happens: after the first step, the weights contain its rounding.
     """
@@ -134,7 +135,9 @@ def same(one: dict, other: dict, tolerance: float = 1e-5) -> None:
             near_zero = 0.0 if name == "learning_rate" else 3 * tolerance
             assert value == pytest.approx(theirs[name], rel=tolerance, abs=near_zero), (name, mine["step"])
     assert one.keys() == other.keys()
-    for name in one.keys() - {"gradients", "logs", "processes"}:
+    for name, weights in one.get("weights", {}).items():
+        np.testing.assert_allclose(weights, other["weights"][name], rtol=0, atol=tolerance, err_msg=name)
+    for name in one.keys() - {"gradients", "logs", "processes", "weights"}:
         np.testing.assert_allclose(numbers(one[name]), numbers(other[name]), rtol=tolerance, err_msg=name)
 
 

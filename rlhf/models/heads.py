@@ -16,10 +16,14 @@ from rlhf.models.adapters import base_model
 def head_weight(model: nn.Module) -> Tensor:
     """Return the language head's weight [V, H]; if trained token embeddings are tied to it, the merged weight.
 
-    Raises InputError if the head is sharded by itself or is not a linear layer."""
+    A frozen head that is sharded by itself is gathered, a collective. Raises InputError for a trained one, and for one
+    that is not a linear layer."""
     plain = base_model(model)
     output = plain.get_output_embeddings()
-    if isinstance(getattr(output, "weight", None), DTensor):
+    weight = getattr(output, "weight", None)
+    if isinstance(weight, DTensor) and not weight.requires_grad:
+        return weight.full_tensor()
+    if isinstance(weight, DTensor):
         raise InputError(
             "the language head is sharded as a unit of its own; in accelerate's configuration, set "
             "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and leave fsdp_transformer_layer_cls_to_wrap out"

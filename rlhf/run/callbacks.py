@@ -85,10 +85,11 @@ class Babysitter:
     def fast(self) -> Iterator[bool]:
         """Let the model use what makes CPUs faster inside the context; not where its weights are cut over processes.
 
-        Yields whether they are whole."""
-        whole = not strategy.spreads(self.trainer.accelerator)
+        Yields whether its rows may be packed, if it computes the same with them (`rlhf.models.packing`)."""
+        accelerator = self.trainer.accelerator
+        whole = not strategy.spreads(accelerator)
         with cpu.for_training(self.trainer.model) if whole else nullcontext():
-            yield whole
+            yield not strategy.deepspeed(accelerator)
 
     def check(self, preflight: Callable[[Any], object]) -> None:
         """Run a trainer's preflight, if its training begins: at once, or once its weights are cut (FSDP2, DeepSpeed).

@@ -230,8 +230,12 @@ def in_parts(root: nn.Module) -> Iterator[None]:
 
 
 def _reshards_after_forward(unit: Any) -> bool:
-    """Return a unit's setting `reshard_after_forward`; torch 2.13 has a public way to set it and none to read it."""
-    return any(group.post_forward_mesh_info is not None for group in unit._get_fsdp_state()._fsdp_param_groups)
+    """Return a unit's setting `reshard_after_forward`; torch has a public way to set it and none to read it.
+
+    A unit of torch 2.11 and older has one group of parameters or None, a newer one a list."""
+    state = unit._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
 # ---------------------------------------------------------------- the same number of forwards on every process

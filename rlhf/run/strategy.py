@@ -36,6 +36,11 @@ def spreads(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in KINDS
 
 
+def deepspeed(accelerator: Accelerator) -> bool:
+    """Return whether DeepSpeed runs the modules that accelerate prepares."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
 def tell_if_left_out(accelerator: Accelerator) -> None:
     """Warn where accelerate was told to cut the weights and does not: on CPUs it leaves that out in silence."""
     for kind, (name, _) in KINDS.items():
@@ -60,7 +65,7 @@ def configure(accelerator: Accelerator, config: Any = None) -> None:
     config: the trainer's settings.
     """
     tell_if_left_out(accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if deepspeed(accelerator):
         raise InputError(
             "DeepSpeed: it would step inside PPO's backward passes, with gradients that nobody clips; use DDP or FSDP2 "
             "(recipes/configs/accelerate)"
@@ -100,6 +105,8 @@ def configure_trainer(accelerator: Accelerator, model: Any, keeps_best: bool = F
         )
     if partitions(accelerator) and keeps_best:  # it would keep the parameters as they are between forwards: empty
         raise InputError("keep_best: not under DeepSpeed's ZeRO-3; leave it out, or use ZeRO-2, FSDP2 or DDP")
+    if deepspeed(accelerator) and getattr(config, "packing", "") == "on":
+        raise InputError("packing=on: under DeepSpeed rows are padded; leave it out, or use FSDP2 or DDP")
     if not shards(accelerator):
         tell_if_left_out(accelerator)
         return

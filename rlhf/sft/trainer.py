@@ -115,7 +115,7 @@ class SFTTrainer(trl.SFTTrainer):
             train_in_float32(cast(nn.Module, self.model))
         strategy.configure_trainer(self.accelerator, self.model, config=config)
         with self.accelerator.autocast():
-            ours = not (strategy.spreads(self.accelerator) or self.aux_loss_enabled) and agrees(self.model)
+            ours = not (strategy.deepspeed(self.accelerator) or self.aux_loss_enabled) and agrees(self.model)
         if not ours:  # then trl's own forward computes the loss
             show_bias(self._base.get_output_embeddings())
         else:
@@ -133,9 +133,9 @@ class SFTTrainer(trl.SFTTrainer):
         with self._babysitter.watch(resume_from_checkpoint) as checkpoint:
             self._babysitter.check(check_sft)
             self._sums["train"].clear()
-            with self._babysitter.fast() as whole, packing.attention_kept(self.model), self._trl_forward():
+            with self._babysitter.fast() as may_pack, packing.attention_kept(self.model), self._trl_forward():
                 dtype = compute_dtype(self.config.bf16)
-                self._packs = whole and packing.prepare(self.model, self.config.packing, dtype)
+                self._packs = may_pack and packing.prepare(self.model, self.config.packing, dtype)
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         self._packs = False
         drop_input_hooks(cast(nn.Module, self.model))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import recipe, tiny_chain
+from reference import best_by_worker, forked, recipe, tiny_chain
 
 from reward_models import RewardModel
 from rlhf import chat, evaluate
@@ -55,6 +55,22 @@ def test_the_weights_of_the_highest_score_are_saved(tmp_path, tiny_model, tiny_t
     samples = evaluate.sample_policy(read_prompts(held_out), tokenizer, engine, max_new_tokens=6, generator=generator)
     again = evaluate.judge_samples(samples, RewardModel.load(scorer))
     assert sum(again) / len(again) == pytest.approx(outputs["best_score"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts(tmp_path, tiny_model, tiny_tokenizer):
+    tiny_chain.shake(tiny_model, 0, 0.05)
+    policy = str(tiny_chain.save_base(tmp_path, tiny_model, tiny_tokenizer))
+    one = best_by_worker.scored(tmp_path / "one", policy)
+    done = forked.shared().together([best_by_worker.__file__, tmp_path / "two", policy, tmp_path / "two-"])
+    assert done.returncode == 0, done.stderr
+    two = [json.loads((tmp_path / f"two-{rank}").read_text()) for rank in (0, 1)]
+    for (score, asked), *each in zip(one, *two, strict=True):
+        assert [mine for mine, _ in each] == pytest.approx([score, score], rel=1e-12)
+        shares = [prompts for _, prompts in each]
+        assert sorted(shares[0] + shares[1]) == sorted(asked)
+        assert len(shares[1]) == len(asked) // 2
+    assert one[0][0] != one[1][0]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """PPO under FSDP2 as accelerate sets it up, on CPU: two gloo processes, one launch, everything that tests ask saved.
 
-torchrun --nproc_per_node 2 tests/reference/fsdp_worker.py CONFIG.yaml FOLDER KIND POLICY REWARD ...
+torchrun --nproc_per_node 2 tests/reference/fsdp_worker.py CONFIG.yaml FOLDER KIND|killed POLICY REWARD ...
 
 accelerate leaves FSDP out on CPU: `AcceleratorState` looks for it where processes are MULTI_GPU or the like, but not
 where they are MULTI_CPU. `sharded_accelerator` does what is done there, so that accelerate's own
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.run import distributed as sharding
 
 SETTINGS: dict[str, Any] = {
-    "updates": 2, "rollout_size": 8, "minibatch_size": 8, "inner_epochs": 2, "max_new_tokens": 9, "learning_rate": 1e-3,
-    "value_learning_rate": 3e-3, "tokens_per_microbatch": 60, "max_grad_norm": 0.05, "bf16": False,
+    "updates": 2, "rollout_size": 8, "minibatch_size": 8, "inner_epochs": 2, "max_new_tokens": 9, "learning_rate": 0.1,
+    "value_learning_rate": 0.3, "adam_epsilon": 0.1, "tokens_per_microbatch": 60, "max_grad_norm": 0.05, "bf16": False,
 }  # fmt: skip
+"""Adam is damped so that its steps follow the gradients: undamped, its steps are as large for mere rounding."""
 LIMITS = (3, 12)  # new tokens that each process samples: one is done long before the other
 
 
@@ -72,6 +74,14 @@ class StopAfterOne(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = True
         return control
+
+
+class KillOne(TrainerCallback):
+    """The last process is killed at the end of the second step, as for want of memory; the other waits for it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def make(folder: Path, policy: str, reward: str, engine: Any = None, callbacks: Any = None, **changes: Any):
@@ -171,8 +181,20 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
     return together, own
 
 
+def killed(folder: Path, policy: str, reward: str) -> dict[str, Any]:
+    """A run that is killed the first time it is launched, and goes on the second time."""
+    callbacks = [] if any(folder.glob("checkpoint-*")) else [KillOne()]
+    return run(make(folder, policy, reward, save_steps=1, eval_steps=1, callbacks=callbacks), resume=True)
+
+
 def main(config: str, folder: str, *arguments: str) -> None:
     shard(config)
+    if arguments[0] == "killed":
+        result = killed(Path(folder), *arguments[1:])
+        if distributed.get_rank() == 0:
+            torch.save(result, Path(folder, "killed.pt"))
+        distributed.destroy_process_group()
+        return
     for kind, policy, reward in zip(arguments[::3], arguments[1::3], arguments[2::3], strict=True):
         together, own = checks(Path(folder, kind), policy, reward)
         both: list[Any] = [None, None]

@@ -1,6 +1,6 @@
-"""SFT and a reward model: whole, and killed half-way and resumed; in one process, or in two by DDP or FSDP2.
+"""SFT or a reward model: whole, packed, and killed half-way and resumed; in one process, or in two by DDP or FSDP2.
 
-torchrun --nproc_per_node 2 tests/reference/sharded_trainers.py CONFIG.yaml|ddp OUTPUT.pt FOLDER POLICY
+torchrun --nproc_per_node 2 tests/reference/sharded_trainers.py CONFIG.yaml|ddp OUTPUT.pt FOLDER POLICY STAGE
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from reference.tiny_chain import chain
 from reference.two_processes import DEMONSTRATIONS, RANKINGS
 from reward_models import RewardConfig, RewardTrainer
 from rlhf.metrics import read_metrics
+from rlhf.models import packing
 from rlhf.run import distributed as sharding
 from rlhf.sft.trainer import SFTConfig, SFTTrainer
 
@@ -85,8 +87,8 @@ class Passed(logging.Handler):
             self.count = int(found[1])
 
 
-def make(stage: str, policy: str, folder: Path, watch: TrainerCallback, keep_best: bool = True) -> Any:
-    config = {"output_dir": str(folder)} | SETTINGS
+def make(stage: str, policy: str, folder: Path, watch: TrainerCallback, keep_best: bool = True, **changes: Any) -> Any:
+    config = {"output_dir": str(folder)} | SETTINGS | changes
     if stage == "sft":
         rows, held_out = DEMONSTRATIONS[:11], DEMONSTRATIONS[11:]
         return SFTTrainer(policy, SFTConfig(batch_size=4, **config), rows, held_out, callbacks=[watch])
@@ -95,8 +97,29 @@ def make(stage: str, policy: str, folder: Path, watch: TrainerCallback, keep_bes
     return RewardTrainer(policy, RewardConfig(**config), train_dataset=rows, eval_dataset=held_out, callbacks=[watch])
 
 
+def packed(stage: str, policy: str, folder: Path) -> int:
+    """Leave `folder`, trained with two rows in a micro-batch, packed; return the number of steps that packed theirs."""
+    rows: list[int] = []
+    forward = packing.as_one_row
+
+    def watched(model: Any, input_ids: torch.Tensor, *given: Any) -> Any:
+        rows.append(len(input_ids))
+        return forward(model, input_ids, *given)
+
+    trainer = make(stage, policy, folder, Watch(), microbatch_size=2, packing="on")
+    before = trainer.training_step
+    trainer.training_step = lambda *given, **named: rows.append(0) or before(*given, **named)
+    packing.as_one_row = watched
+    try:
+        trainer.train()
+    finally:
+        packing.as_one_row = forward
+    trainer.save_model(str(folder))
+    return sum(before == 0 and packed > 1 for before, packed in pairwise(rows))  # a step, and at once packed rows
+
+
 def run(stage: str, policy: str, folder: Path) -> dict[str, Any]:
-    """Leave `folder`/whole and `folder`/resumed; return what one saw while the first was trained."""
+    """Leave `folder`/whole, /resumed and /packed; return what one saw while the first was trained."""
     watch, passed = Watch(), Passed()
     logger = logging.getLogger("rlhf")
     level = logger.level
@@ -123,15 +146,16 @@ def run(stage: str, policy: str, folder: Path) -> dict[str, Any]:
     evaluated = {name: value for name, value in evaluated.items() if "second" not in name and "runtime" not in name}
     return {
         "gradients": watch.gradients, "units": watch.units, "share": watch.share, "preflight": passed.count,
+        "packed": packed(stage, policy, folder / "packed"),
         "logs": logs, "evaluated": evaluated, "best": vars(whole.best) if stage == "reward_model" else {},
         "normalizers": [vars(t.normalizer) for t in (whole, resumed)] if stage == "reward_model" else [],
     }  # fmt: skip
 
 
-def main(config: str, output: str, folder: str, policy: str) -> None:
+def main(config: str, output: str, folder: str, policy: str, stage: str) -> None:
     if config != "ddp":
         shard(config)
-    results = {stage: run(stage, policy, Path(folder, stage)) for stage in STAGES}
+    results = run(stage, policy, Path(folder, stage))
     if distributed.get_rank() == 0:
         torch.save(results, output)
     distributed.destroy_process_group()

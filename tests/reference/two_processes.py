@@ -146,8 +146,10 @@ def ppo(
     trainer.optimizer.step, trainer.collect = watched_step, watched_collect
     trainer.train()
     shares = gather_object([prompts])  # of each process, update by update
+    weights = {name: p.detach().clone() for name, p in trainer.actor_critic.named_parameters() if p.requires_grad}
     return result(
-        trainer, folder, gradients, rates=rates, kl_coef=trainer.kl_coef, moments=vars(trainer.moments),
+        trainer, folder, gradients, weights=weights, rates=rates, kl_coef=trainer.kl_coef,
+        moments=vars(trainer.moments),
         prompts=[[n for row in zip(*update, strict=True) for n in row] for update in zip(*shares, strict=True)],
     )  # fmt: skip
 

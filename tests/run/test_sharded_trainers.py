@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,34 +28,38 @@ from rlhf.sft.trainer import SFTConfig, SFTTrainer
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs" / "accelerate"
 STRATEGIES = {"fsdp2": CONFIGS / "fsdp2.yaml", "ddp": "ddp"}
 TOLERANCE = 1e-5
-each = pytest.mark.parametrize("stage", worker.STAGES)
+IN_CI = {("fsdp2", "lora", "sft"), ("fsdp2", "full", "reward_model")}  # the other cases: make test-long
 case = pytest.mark.parametrize(
-    ("strategy", "kind"),
-    [(strategy, kind) for strategy in STRATEGIES for kind in FILES if (strategy, kind) != ("ddp", "tied")],
+    ("strategy", "kind", "stage"),
+    [
+        pytest.param(*each, marks=() if each in IN_CI else pytest.mark.long)
+        for each in product(STRATEGIES, FILES, worker.STAGES)
+        if each[:2] != ("ddp", "tied")
+    ],
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-MADE: dict[tuple[str, str], Any] = {}  # of this session
+MADE: dict[tuple[str, str, str], Any] = {}  # of this session
 
 
 @pytest.fixture
 def made(tmp_path_factory, tiny_model, tiny_tokenizer):
-    """Return what a strategy (or "alone") made of a kind, and its folder; made when a test first asks for it."""
+    """Return what a strategy (or "alone") made of a kind and stage, and its folder; made when a test first asks."""
 
-    def make(strategy: str, kind: str) -> tuple[dict[str, Any], Path]:
-        if (strategy, kind) not in MADE:
-            folder = tmp_path_factory.mktemp(f"{strategy}-{kind}")
+    def make(strategy: str, kind: str, stage: str) -> tuple[dict[str, Any], Path]:
+        if (strategy, kind, stage) not in MADE:
+            folder = tmp_path_factory.mktemp(f"{strategy}-{kind}-{stage}")
             policy = build(folder / "models", kind, copy.deepcopy(tiny_model), tiny_tokenizer)
             if strategy == "alone":
-                result = {stage: worker.run(stage, policy, folder / stage) for stage in worker.STAGES}
+                result: Any = worker.run(stage, policy, folder / stage)
             else:
-                command = [worker.__file__, STRATEGIES[strategy], folder / "out.pt", folder, policy]
+                command = [worker.__file__, STRATEGIES[strategy], folder / "out.pt", folder, policy, stage]
                 done = forked.shared().together(command)
                 result = done.stderr[-4000:]
                 if done.returncode == 0:
                     result = torch.load(folder / "out.pt", weights_only=True)
-            MADE[strategy, kind] = result, folder
-        result, folder = MADE[strategy, kind]
+            MADE[strategy, kind, stage] = result, folder
+        result, folder = MADE[strategy, kind, stage]
         if isinstance(result, str):
             pytest.fail(f"the launch failed: {result}")
         return result, folder
@@ -70,12 +75,11 @@ def require_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], 
         np.testing.assert_allclose(one[name], tensor, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @case
-@each
 def test_weights_gradients_and_numbers_are_one_processs(made, strategy, kind, stage):
-    (mine, folder), (alone, other) = made(strategy, kind), made("alone", kind)
-    for step, expected in zip(mine[stage]["gradients"], alone[stage]["gradients"], strict=True):
+    (mine, folder), (alone, other) = made(strategy, kind, stage), made("alone", kind, stage)
+    for step, expected in zip(mine["gradients"], alone["gradients"], strict=True):
         largest = max(float(grad.abs().max()) for grad in expected.values())
         assert largest > 0.01
         require_close(step, expected, TOLERANCE * largest)
@@ -87,37 +91,47 @@ def test_weights_gradients_and_numbers_are_one_processs(made, strategy, kind, st
     require_close(saved, expected, TOLERANCE)
     moved = max(float((expected[name] - start[name]).abs().max()) for name in expected.keys() & start.keys())
     assert moved > 5 * TOLERANCE, "training must do something"
-    for line, alike in zip(mine[stage]["logs"][0], alone[stage]["logs"][0], strict=True):
+    for line, alike in zip(mine["logs"][0], alone["logs"][0], strict=True):
         assert line == pytest.approx(alike, rel=1e-4, abs=1e-5)
-    assert mine[stage]["evaluated"] == pytest.approx(alone[stage]["evaluated"], rel=1e-4, abs=1e-5)
-    assert mine[stage]["preflight"] == alone[stage]["preflight"] > 5
+    assert mine["evaluated"] == pytest.approx(alone["evaluated"], rel=1e-4, abs=1e-5)
+    assert mine["preflight"] == alone["preflight"] > 5
     if stage == "reward_model":
-        assert mine[stage]["normalizers"][0] == pytest.approx(alone[stage]["normalizers"][0], rel=1e-4)
-        assert mine[stage]["normalizers"][0]["count"] == 21
-        assert mine[stage]["best"] == pytest.approx(alone[stage]["best"], rel=1e-4)
+        assert mine["normalizers"][0] == pytest.approx(alone["normalizers"][0], rel=1e-4)
+        assert mine["normalizers"][0]["count"] == 21
+        assert mine["best"] == pytest.approx(alone["best"], rel=1e-4)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @case
-@each
+def test_packed_rows_train_to_the_same_weights(made, strategy, kind, stage):
+    """By SDPA under a mask where the weights are cut, by `short_rows` elsewhere on CPUs."""
+    (mine, folder), other = made(strategy, kind, stage), made("alone", kind, stage)[1]
+    assert mine["packed"] >= 4, "of 6 steps, some with rows of one length"
+    saved, expected = (
+        load_file(place / stage / name / FILES[kind]) for place, name in ((folder, "packed"), (other, "whole"))
+    )
+    require_close({name: saved[name] for name in expected}, expected, TOLERANCE)
+
+
+@pytest.mark.slow
+@case
 def test_killed_and_resumed_it_ends_alike(made, strategy, kind, stage):
-    mine, folder = made(strategy, kind)
+    mine, folder = made(strategy, kind, stage)
     whole, resumed = (load_file(folder / stage / name / FILES[kind]) for name in ("whole", "resumed"))
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name
-    lines, after = mine[stage]["logs"]
+    lines, after = mine["logs"]
     assert lines[:-1] == after  # the last is of the evaluation after training
-    assert mine[stage]["normalizers"][:1] == mine[stage]["normalizers"][1:]
+    assert mine["normalizers"][:1] == mine["normalizers"][1:]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @case
-@each
 def test_plain_transformers_and_peft_load_the_folder(made, strategy, kind, stage):
     ids = torch.tensor([[5, 9, 13, 17, 21, 8]])
     outputs = []
-    for place in (made(strategy, kind)[1], made("alone", kind)[1]):
+    for place in (made(strategy, kind, stage)[1], made("alone", kind, stage)[1]):
         folder = place / stage / "whole"
         if kind == "lora":
             plain = AutoPeftModelForCausalLM if stage == "sft" else AutoPeftModelForSequenceClassification
@@ -132,15 +146,17 @@ def test_plain_transformers_and_peft_load_the_folder(made, strategy, kind, stage
     np.testing.assert_allclose(*outputs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", FILES)
-@each
-def test_each_process_holds_half(made, kind, stage):
-    mine = made("fsdp2", kind)[0][stage]
+@pytest.mark.slow
+@case
+def test_each_process_holds_half(made, strategy, kind, stage):
+    mine = made(strategy, kind, stage)[0]
+    if strategy == "ddp":
+        assert mine["units"] == []
+        assert mine["share"] == 1.0
+        return
     assert "FSDPLlamaDecoderLayer" in mine["units"]
     assert len(mine["units"]) > 2
     assert 0.4 < mine["share"] < 0.6
-    assert made("ddp" if kind != "tied" else "alone", kind)[0][stage]["units"] == []
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
@@ -188,6 +204,16 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(tmp_path, tiny_model, tin
     under_fsdp2.state_dict_type = "StateDictType.SHARDED_STATE_DICT"
     with pytest.raises(InputError, match="set FULL_STATE_DICT"):
         make()
+
+
+def test_packed_rows_under_deepspeed_are_refused_in_one_line(tiny_model):
+    deepspeed: Any = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=None), distributed_type=DistributedType.DEEPSPEED
+    )
+    for setting in ("auto", "off"):
+        strategy.configure_trainer(deepspeed, tiny_model, config=SimpleNamespace(packing=setting))
+    with pytest.raises(InputError, match=r"packing=on: under DeepSpeed rows are padded; leave it out, or use FSDP2"):
+        strategy.configure_trainer(deepspeed, tiny_model, config=SimpleNamespace(packing="on"))
 
 
 def test_what_zero_3_would_lose_is_refused_in_one_line(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):

@@ -97,8 +97,9 @@ STUDY = Study(
     claim="A reward model learns which of two answers people find less harmful, and a policy trained against it is "
     "preferred.",
     source="Bai et al. 2022 (HH), sections 3 and 4",
-    miniature="1,800 pairs of harmless-base, a fifth held out, another for each seed; SmolLM2-135M after SFT with LoRA "
-    "and MiniLM on the same pairs. A reward model of other pairs judges PPO.",
+    miniature="1,648 pairs of harmless-base (of 1,800, up to 1,500 characters), a fifth held out, another for each "
+    "seed; SmolLM2-135M after SFT with LoRA and MiniLM on the same pairs, but those of over 256 tokens, which MiniLM "
+    "leaves out. A reward model of other pairs judges PPO against the most accurate of both and their mean.",
     panels=[
         Panel(RIGHT, y="right on held-out pairs"),
         Panel(WON, y="preferred by the judge"),

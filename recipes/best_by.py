@@ -45,7 +45,8 @@ class BestByScore(KeepBest):
     def score(self) -> float:
         """Compute the mean score of one sampled response per prompt.
 
-        The processes share the prompts. Each prompt has a seed of its own: how they are shared changes no response."""
+        The processes share the prompts. Each prompt has a seed of its own: how they are shared changes no response, but
+        where transformers' `generate` samples."""
         accelerator = self.trainer.accelerator
         seeds = row_seeds(torch.Generator(accelerator.device).manual_seed(self.seed), len(self.prompts))
 

@@ -13,7 +13,7 @@ from rlhf.errors import InputError
 from rlhf_recipes.studies.proxy_runs import ProxyConfig, at_grid, kl_of, policy, samples
 from rlhf_recipes.studies.study import Check, Panel, Row, Study, main
 
-FREE = "no penalty, stopped there"
+FREE, AGAIN = "no penalty, stopped there", "no penalty, PPO's other seed"
 NEAR = 0.3
 PARTED = 1.0
 """KL in nats from which runs are compared: they start from the same weights and prompts, and below it they are still
@@ -29,21 +29,27 @@ class StoppingConfig(ProxyConfig):
 
 
 def run(config: StoppingConfig) -> Iterator[Row]:
-    for coefficient in (0.0, *config.kl_coefs):
-        updates = samples(policy(config, coefficient))
+    folders = {FREE: policy(config, 0.0)}
+    folders |= {f"penalty {coefficient}": policy(config, coefficient) for coefficient in config.kl_coefs}
+    folders[AGAIN] = policy(config, 0.0, another=True)
+    for name, folder in folders.items():
+        updates = samples(folder)
         gold = [[row["score/gold"] for row in rows] for rows in updates]
-        name = f"penalty {coefficient}" if coefficient else FREE
         for x, found in at_grid(gold, kl_of(updates)).items():
             yield Row(name, found.value, x, found.low, found.high, len(gold[0]))
 
 
-def apart(rows: Sequence[Row]) -> float:
-    """Return the mean over penalised points from `PARTED` on of |gold - gold of the unpenalised run at that KL|."""
+def apart(rows: Sequence[Row], again: bool = False) -> float:
+    """Return the mean over penalised points from `PARTED` on of |gold - gold of the unpenalised run at that KL|; with
+    ``again`` that of the unpenalised run of another seed, as far as a penalised one came."""
     free = {row.x: row.value for row in rows if row.series == FREE and row.x is not None and row.x >= PARTED}
-    found = [abs(row.value - free[row.x]) for row in rows if row.series != FREE and row.x in free]
-    if not found:
-        raise InputError(f"no penalised run came as far as {PARTED:g} nats; raise updates or lower kl_coefs")
-    return sum(found) / len(found)
+    penalised = [row for row in rows if row.series not in (FREE, AGAIN) and row.x in free]
+    reached = {row.x for row in penalised}
+    others = [row for row in rows if row.series == AGAIN and row.x in reached] if again else penalised
+    if not others:
+        name = AGAIN if again else "penalised"
+        raise InputError(f"no run ({name}) came as far as {PARTED:g} nats; raise updates or lower kl_coefs")
+    return sum(abs(row.value - free[row.x]) for row in others) / len(others)
 
 
 STUDY = Study(
@@ -52,12 +58,17 @@ STUDY = Study(
     title="A KL penalty is like early stopping",
     claim="With a KL penalty RL reaches a proxy score at less KL, but gold over KL is the same frontier.",
     source="Gao et al. 2022, section 3.6",
-    miniature="PPO against a reward model of 120 prompts with KL coefficients 0, 0.05 and 0.2, gold of every update.",
+    miniature="PPO against a reward model of 120 prompts with KL coefficients 0, 0.05 and 0.2, gold of every update; "
+    "and without a penalty once more, with another seed of PPO: how far two runs of one setting are apart.",
     panels=[Panel(x="KL to SFT, nats (root scale)", y="gold score", scale="sqrt")],
     checks=[
         Check(
             f"at equal KL from {PARTED:g} nat on less than {NEAR} points of gold apart", lambda rows: NEAR - apart(rows)
-        )
+        ),
+        Check(
+            f"less than {NEAR} points further apart than two runs without a penalty",
+            lambda rows: NEAR - (apart(rows) - apart(rows, again=True)),
+        ),
     ],
     run=run,
 )

@@ -19,6 +19,8 @@ from rlhf_recipes.studies.study import StudyConfig
 
 GRID = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """KL, in nats per response, at which the runs of all seeds are read."""
+ANOTHER = 1000
+"""Added to a seed for another run of the same setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +46,15 @@ def proxy(config: ProxyConfig) -> Path:
     )
 
 
-def policy(config: ProxyConfig, kl_coef: float) -> Path:
+def policy(config: ProxyConfig, kl_coef: float, another: bool = False) -> Path:
     """Train a policy against the proxy with such a coefficient of KL, every response of every update kept; its folder.
+    another: with another seed than the other runs'.
 
     The learning rate is constant, so that a run that stops earlier is the beginning of this one."""
     return stage(
-        config, ppo, PPORecipe, "ppo", f"ppo_proxy_{kl_coef}", reward_model=str(proxy(config)), kl_coef=kl_coef,
-        updates=config.updates, lr_schedule="constant", samples_logged=10**6, **WATCHED,
+        config, ppo, PPORecipe, "ppo", f"ppo_proxy_{kl_coef}{'_again' if another else ''}",
+        reward_model=str(proxy(config)), kl_coef=kl_coef, updates=config.updates, lr_schedule="constant",
+        samples_logged=10**6, seed=config.seed + (ANOTHER if another else 0), **WATCHED,
     )  # fmt: skip
 
 

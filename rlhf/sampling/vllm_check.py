@@ -32,6 +32,7 @@ HEAD = (
     "or serve a model with tie_word_embeddings: false"
 )
 OTHER = "it serves another model than the policy's, or in another precision (--dtype float32 for bf16: false)"
+PIECE = 2**22  # weights that are summed at once: torch copies them into 64 bits for it
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -89,6 +90,8 @@ class Asked(NamedTuple):
     start: int
     """Where the response begins."""
     said: Seen
+    unmoved: bool
+    """The text's numbers are those that the server had when they last changed."""
 
 
 class Own(NamedTuple):
@@ -98,11 +101,11 @@ class Own(NamedTuple):
     plain: list[float]
     """Of the response's tokens, at temperature 1."""
     again: list[float]
-    """Of the text, computed a second time in 16 bits: two such forwards may differ on a GPU."""
+    """Of the text, computed a second time where that counts: two forwards in 16 bits may differ on a GPU."""
     exact: bool
     """Computed in float32."""
     weights: list[int]
-    """`marks` of the weights."""
+    """`marks` of the weights; in float32 they don't count."""
 
 
 class Before(NamedTuple):
@@ -142,7 +145,7 @@ class Check:
         """Ask the server for its numbers for `model`, at the run's temperature too."""
         ids, sampled = self._sampled(model, tokens, temperature)
         said = Seen(self.server.prompt_logprobs(model, self.text), sampled)
-        return Asked(model, self.text, self.prompt + ids, len(self.prompt), said)
+        return Asked(model, self.text, self.prompt + ids, len(self.prompt), said, said.text == self.before.server)
 
     def judge(self, asked: Asked, own: Own) -> None:
         """Raise RunStopped if the server's numbers are not the trainer's."""
@@ -177,9 +180,9 @@ def answer(policy: Any, asked: Asked, temperature: float) -> Own:
     """Compute the trainer's numbers for what a server was asked."""
     exact = precision(policy) == torch.float32
     (text,) = logprobs(policy, asked.text, 1, [1.0])
-    (again,) = [text] if exact else logprobs(policy, asked.text, 1, [1.0])
+    (again,) = [text] if exact or not asked.unmoved else logprobs(policy, asked.text, 1, [1.0])
     sampled, plain = logprobs(policy, asked.response, asked.start, [temperature, 1.0])
-    return Own(Seen(text, sampled), plain, again, exact, marks(policy))
+    return Own(Seen(text, sampled), plain, again, exact, [] if exact else marks(policy))
 
 
 @torch.no_grad()
@@ -189,7 +192,8 @@ def marks(policy: Any) -> list[int]:
     adapter = isinstance(policy, PeftModel)
     own = [p for name, p in policy.named_parameters() if not adapter or adapter_of(name) == "default"]
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in own]
-    sums = [part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts]
+    bits = [part.view(INTEGERS[part.element_size()]).flatten() for part in parts]
+    sums = [torch.stack([piece.sum(dtype=torch.int64) for piece in one.split(PIECE)]).sum() for one in bits]
     found: list[int] = torch.stack(sums).tolist()
     return found
 

@@ -80,9 +80,16 @@ def test_updates_come_in_their_order(tmp_path):
 def test_two_runs_are_apart_where_both_have_been():
     free = [Row(kl_or_stopping.FREE, value, x) for x, value in ((0.0, 5.0), (1.0, 6.0), (2.0, 7.0))]
     other = [Row("penalty 0.2", value, x) for x, value in ((0.0, 9.0), (1.0, 6.5), (2.0, 6.9), (4.0, 1.0))]
-    assert kl_or_stopping.apart([*free, *other]) == pytest.approx((0.5 + 0.1) / 2)
-    with pytest.raises(InputError, match="no penalised run came as far as 1 nats"):
-        kl_or_stopping.apart([*free, other[0]])
+    again = [Row(kl_or_stopping.AGAIN, value, x) for x, value in ((0.0, 0.0), (1.0, 6.2), (2.0, 6.6), (8.0, 1.0))]
+    rows = [*free, *other, *again, Row(kl_or_stopping.FREE, 8.0, 8.0)]  # no penalised run came as far as 8
+    assert kl_or_stopping.apart(rows) == pytest.approx((0.5 + 0.1) / 2)
+    assert kl_or_stopping.apart(rows, again=True) == pytest.approx((0.2 + 0.4) / 2)
+    margins = [check.margin(rows) for check in kl_or_stopping.STUDY.checks]
+    assert margins == pytest.approx([0.3 - 0.3, 0.3 - (0.3 - 0.3)])
+    with pytest.raises(InputError, match=r"no run \(penalised\) came as far as 1 nats"):
+        kl_or_stopping.apart([*free, other[0], *again])
+    with pytest.raises(InputError, match=r"no run \(no penalty, PPO's other seed\) came as far as 1 nats"):
+        kl_or_stopping.apart([*free, *other, again[0]], again=True)
 
 
 def test_what_is_nearly_one_run_is_not_compared():
@@ -90,8 +97,7 @@ def test_what_is_nearly_one_run_is_not_compared():
     gold = ((0.25, 5.0), (0.5, 5.0), (0.75, 5.0), (1.0, 6.0), (2.0, 7.0))
     rows = [Row(kl_or_stopping.FREE, value, x) for x, value in gold]
     rows += [Row("penalty 0.2", value + (0.4 if x >= 1.0 else 0.0), x) for x, value in gold]
-    (check,) = kl_or_stopping.STUDY.checks
-    assert check.margin(rows) == pytest.approx(0.3 - 0.4)
+    assert kl_or_stopping.STUDY.checks[0].margin(rows) == pytest.approx(0.3 - 0.4)
 
 
 def curve(gold: np.ndarray) -> list[Row]:

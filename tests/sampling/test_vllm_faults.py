@@ -128,7 +128,7 @@ def test_how_far_the_trainer_may_move_while_the_server_stands_still(case):
     check = Check(asks, "base", [5, 6], 2, None if not exact else 1e-3, adapter=False)
 
     def compare(weights, server, own, again):
-        asked = Asked("base", [5, 6, 7], [5, 6, 7, 8], 2, Seen(server, RESPONSE))
+        asked = Asked("base", [5, 6, 7], [5, 6, 7, 8], 2, Seen(server, RESPONSE), server == check.before.server)
         check.judge(asked, Own(Seen(own, RESPONSE), [-0.9, -1.9], again, exact, weights))
 
     compare([0], STAYED, STAYED, STAYED)
@@ -136,7 +136,20 @@ def test_how_far_the_trainer_may_move_while_the_server_stands_still(case):
         compare(weights, server, own, again)
 
 
-def test_marks_follow_every_bit_of_what_is_sent(server):
+@pytest.mark.parametrize(("bf16", "unmoved", "forwards"), [(False, True, 2), (True, False, 2), (True, True, 3)])
+def test_a_text_is_computed_again_only_where_that_counts(server, monkeypatch, bf16, unmoved, forwards):
+    policy, computed = load_policy(policy_of(server, "full")), []
+    real = vllm_check.logprobs
+    monkeypatch.setattr(vllm_check, "logprobs", lambda *args: computed.append(args) or real(*args))
+    asked = Asked("base", [5, 6, 7], [5, 6, 7, 8], 2, Seen([], []), unmoved)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        own = vllm_check.answer(policy, asked, 1.0)
+    assert (len(computed), own.exact, bool(own.weights)) == (forwards, not bf16, bf16)
+    assert own.again == own.said.text  # a CPU computes one forward as the other
+
+
+def test_marks_follow_every_bit_of_what_is_sent(server, monkeypatch):
+    monkeypatch.setattr(vllm_check, "PIECE", 7)  # no tensor is a multiple of it
     policy = load_policy(policy_of(server, "lora"))
     policy.add_adapter("value", policy.peft_config["default"])
     before = vllm_check.marks(policy)

@@ -45,6 +45,8 @@ def work(job: Job) -> Result:
         job["model"], num_labels=1, dtype=torch.float32
     ).eval()
     agent = PPO(model_name=job["model"], **arguments(case, settings, tokenizer))
+    frozen = {p.dtype for p in agent.actor.parameters() if not p.requires_grad}
+    assert frozen == {dtype_of(settings)}, f"AgileRL's frozen weights are in {frozen}"
     prompts = [
         {"input_ids": torch.tensor([encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])])}
         for row in make_prompts(tokenizer, case.prompt_lengths)
@@ -75,6 +77,12 @@ def work(job: Job) -> Result:
     return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, **memory()}
 
 
+def dtype_of(settings: dict[str, Any]) -> torch.dtype:
+    """Return the type of the frozen weights, the run's precision. AgileRL's default is bfloat16, also on CPUs
+    that are slow at it."""
+    return torch.bfloat16 if settings["bf16"] else torch.float32
+
+
 def arguments(case: Case, settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Return AgileRL's names for what every run shares."""
     longest = max(case.prompt_lengths) + case.new_tokens
@@ -86,7 +94,7 @@ def arguments(case: Case, settings: dict[str, Any], tokenizer: Any) -> dict[str,
         "lr_actor": SPEED_SETTINGS["learning_rate"], "gamma": SPEED_SETTINGS["gamma"],
         "gae_lambda": SPEED_SETTINGS["lam"], "clip_coef": SPEED_SETTINGS["clip_ratio"], "seed": SPEED_SETTINGS["seed"],
         "gradient_checkpointing": False, "use_liger_loss": False, "device": "cpu",
-        "hf_generate_chunk_size": case.rollout_size,
+        "hf_generate_chunk_size": case.rollout_size, "model_config": {"torch_dtype": dtype_of(settings)},
         "lora_config": LoraConfig(
             r=settings["lora_rank"], lora_alpha=settings["lora_alpha"], target_modules="all-linear",
             task_type="CAUSAL_LM", lora_dropout=0.0,

@@ -94,7 +94,7 @@ LoRA policy whose reference is the policy with adapters off, and that with the f
 value model is always trained whole: trl has no adapter for it. `ours_full` and `trl_defaults` are the same work."""
 
 
-AGILERL: dict[str, dict[str, Any]] = {"agilerl_lora": LORA}
+AGILERL: dict[str, dict[str, Any]] = {"agilerl_lora": {"bf16": True, **LORA}}
 """AgileRL's PPO for language models, which trains adapters only: policy, reference and critic on one backbone."""
 
 

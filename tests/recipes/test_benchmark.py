@@ -636,6 +636,15 @@ def test_phases_of_a_method_seen_from_outside(monkeypatch):
     assert clock.updates == [expected, expected]
 
 
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_agilerl_computes_in_the_runs_precision(bf16: bool, dtype: torch.dtype) -> None:
+    """Its own default is bfloat16, which some CPUs only imitate."""
+    worker, cases = load("agilerl_worker"), load("cases")
+    settings = {"lora_rank": 4, "lora_alpha": 8, "bf16": bf16}
+    given = worker.arguments(cases.CASES["tiny"], settings, SimpleNamespace(pad_token_id=0, pad_token="<pad>"))
+    assert given["model_config"] == {"torch_dtype": dtype}
+
+
 def test_scores_of_rows_of_unlike_lengths_for_agilerl() -> None:
     """Each as alone: right padding is not read."""
     worker = load("agilerl_worker")

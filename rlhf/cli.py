@@ -149,8 +149,8 @@ def ended_by_signal(process: int, signal: str) -> str:
         "fewer processes"
     )
     return (
-        f"stopped: process {process} was ended by {signal}{likely if signal == 'SIGKILL' else ''}. The last checkpoint "
-        "is good: the same command goes on from it"
+        f"stopped: process {process} was ended by {signal}{likely if signal == 'SIGKILL' else ''}. The last "
+        "checkpoint, if there is one, is good: the same command goes on from it"
     )
 
 

@@ -364,7 +364,7 @@ def test_a_process_that_a_signal_ended_is_named_with_what_to_do(monkeypatch, cap
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"stopped: process 5 was ended by {signal.Signals(number).name}")
     assert ("memory" in line and "lower microbatch_size or tokens_per_microbatch" in line) == names_memory
-    assert line.endswith("The last checkpoint is good: the same command goes on from it")
+    assert line.endswith("The last checkpoint, if there is one, is good: the same command goes on from it")
 
 
 def test_a_package_that_accelerates_configuration_needs_is_told_in_one_line(monkeypatch) -> None:

@@ -207,7 +207,9 @@ def _reader_gone() -> bool:
 
 def _tell(line: str) -> None:
     """Print a line on stderr. Other processes than the first wait 2 s before: usually the launcher ends them when the
-    first one exits, so the line appears once."""
-    if os.environ.get("RANK", "0") != "0":
+    first one exits, so the line appears once; on a terminal it begins below the first one's bar."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
         time.sleep(2)
-    print(" ".join(line.split()), file=sys.stderr)
+    below = "" if first or not sys.stderr.isatty() else "\n"
+    print(below + " ".join(line.split()), file=sys.stderr)

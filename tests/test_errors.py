@@ -75,6 +75,20 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_in_one_line(monkeypatch
     assert capsys.readouterr().err == f"error: {seen}; check the path and its permissions\n"
 
 
+@pytest.mark.parametrize(("rank", "terminal", "start"), [("0", True, ""), ("1", False, ""), ("1", True, "\n")])
+def test_another_processs_line_begins_below_the_bar_of_the_first(monkeypatch, capsys, rank, terminal, start):
+    def fails(argv):
+        raise InputError("a b")
+
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with pytest.raises(SystemExit, match="2"):
+        errors.run(fails)
+    assert capsys.readouterr().err == f"{start}error: a b\n"
+
+
 def test_a_file_that_torch_may_not_write_is_one_line(tmp_path, monkeypatch, capsys):
     import torch
 

@@ -13,6 +13,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlhf import cli, errors
@@ -384,10 +385,15 @@ def test_a_signal_to_the_launcher_is_told_once(tmp_path, number, last) -> None:
         [sys.executable, "-c", f"{start}{{'num_processes': '2'}}, [])"], text=True, cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"},
     )  # fmt: skip
-    assert launcher.stdout is not None
-    assert [launcher.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
-    launcher.send_signal(number)
-    out, err = launcher.communicate(timeout=60)
+    try:
+        assert launcher.stdout is not None
+        assert [launcher.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
+        launcher.send_signal(number)
+        out, err = launcher.communicate(timeout=60)
+    finally:
+        if launcher.poll() is None:
+            for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+                process.kill()
     name = number.name
     told = f"WARNING  {name}: finishing this step and saving a checkpoint; a second {name} stops at once"
     assert (launcher.returncode, err) == (128 + number, last)

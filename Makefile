@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # One process of one thread for each core; what stays together is in tests/conftest.py.
 PYTEST = HF_HUB_OFFLINE=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
-.PHONY: demo bench studies test test-slow test-long test-browser vllm-env test-vllm check format docs clean
+.PHONY: demo bench studies test test-slow test-long test-browser vllm-env test-vllm deepspeed-env test-deepspeed check format docs clean
 
 # Two processes of one thread each take two cores further than one of two threads: seven minutes instead of nine. On CPUs: two processes
 # would ask for two GPUs.
@@ -25,10 +25,10 @@ test: .venv/installed-dev
 	$(PYTEST) $(ARGS)
 
 test-slow: .venv/installed-dev
-	$(PYTEST) -m "slow and not long and not gpu and not browser and not vllm" $(ARGS)
+	$(PYTEST) -m "slow and not long and not gpu and not browser and not vllm and not deepspeed" $(ARGS)
 
 test-long: .venv/installed-dev
-	$(PYTEST) -m "not gpu and not browser and not vllm" $(ARGS)
+	$(PYTEST) -m "not gpu and not browser and not vllm and not deepspeed" $(ARGS)
 
 # Pages in a real Chromium; a missing one fails here.
 test-browser: .venv/installed-browser
@@ -41,6 +41,15 @@ vllm-env: .venv-vllm/installed
 test-vllm: .venv/installed-dev
 	-$(MAKE) vllm-env
 	HF_HUB_OFFLINE=1 $(PY) -m pytest tests/sampling/test_vllm_real.py -m vllm -rs $(ARGS)
+
+# DeepSpeed on top of .venv's packages, in an environment of its own: where it can be imported, transformers and accelerate do, always.
+deepspeed-env: .venv-deepspeed/installed
+
+# Where it cannot be installed the tests are skipped, and pip says why.
+test-deepspeed: .venv/installed-dev
+	-$(MAKE) deepspeed-env
+	HF_HUB_OFFLINE=1 $$(ls .venv-deepspeed/installed >/dev/null 2>&1 && echo .venv-deepspeed/bin/python || echo $(PY)) \
+		-m pytest tests/run/test_deepspeed.py -m deepspeed -rs $(ARGS)
 
 check: .venv/installed-dev
 	$(PY) -m ruff check .
@@ -87,5 +96,16 @@ docs: .venv/installed-docs
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# Its setup.py looks for torch, so it is built in this environment; its operators for GPUs are not.
+.venv-deepspeed/installed: pyproject.toml constraints.txt .venv/installed-dev
+	rm -rf .venv-deepspeed
+	$(PY) -m venv .venv-deepspeed
+	for packages in .venv/lib/python*/site-packages; do \
+		echo "import site; site.addsitedir('$$PWD/$$packages')" > .venv-deepspeed/$${packages#.venv/}/packages_of_venv.pth; \
+	done
+	.venv-deepspeed/bin/python -m pip install --quiet "setuptools>=77" wheel
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[deepspeed]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm .bench runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-vllm .venv-deepspeed .bench runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -117,7 +117,11 @@ def launch(recipe: Path, flags: dict[str, str], argv: list[str]) -> None:
     if config is None:
         words += ["--multi_gpu"]  # on CPUs too: with --cpu accelerate would start one process
         words += [] if "main_process_port" in flags else ["--main_process_port", "0"]  # a free one, not always 29500
+    # else DDP's advice of seven lines from every process; torch reads it when it is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import psutil
     import torch
+    import torch.distributed.run
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -126,7 +130,9 @@ def launch(recipe: Path, flags: dict[str, str], argv: list[str]) -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # gloo
     # torchrun kills its processes 30 seconds after a SIGTERM or Ctrl-C: too soon to finish a step and save
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # a recipe says itself what went wrong
+    for name in ("torch.distributed", *logging.root.manager.loggerDict):  # torchrun's have levels of their own
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # a recipe says itself what went wrong
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     try:
         launch_command(launch_command_parser().parse_args([*words, str(recipe), *argv]))
@@ -134,12 +140,17 @@ def launch(recipe: Path, flags: dict[str, str], argv: list[str]) -> None:
         process, failure = error.get_first_failure()
         if failure.exitcode > 0:  # it has said why
             raise SystemExit(failure.exitcode) from None
-        print(ended_by_signal(process, failure.signal_name()), file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + ended_by_signal(process, failure.signal_name()), file=sys.stderr)
         raise SystemExit(128 - failure.exitcode) from None
     except SignalException as signal:
+        for child in psutil.Process().children(recursive=True):  # after a third Ctrl-C torchrun waits for none
+            child.kill()
         raise SystemExit(128 + signal.sigval) from None
     except (ValueError, ImportError) as error:  # accelerate's own checks of its flags, and of what they need
         raise InputError(f"accelerate launch: {error}") from None
+    finally:
+        if sys.stderr.isatty():  # a bar whose process was ended has left the cursor hidden
+            print("\x1b[?25h", end="", file=sys.stderr, flush=True)
 
 
 def ended_by_signal(process: int, signal: str) -> str:

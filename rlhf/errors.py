@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
 import os
 import re
 import select
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
@@ -25,6 +27,9 @@ _LEFT = re.compile(
     r"connection (was )?(closed|reset) by (the )?peer|remote process exited|clients joined", re.IGNORECASE
 )
 """What gloo, NCCL and torch's store say of a process that is no longer there."""
+
+_UNOPENED = re.compile(r"open file failed with strerror: ([^\n]+)")
+"""What torch says, in a RuntimeError, of a file that it may not write."""
 
 _NO_WAY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 """What a path is answered with that is no file's or folder's, or may not be read or written."""
@@ -100,7 +105,35 @@ def reason(error: BaseException, limit: int = 160) -> str:
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """Call ``main`` with the command-line arguments.
+    """Call ``main`` with the command-line arguments; an error that users can do something about is a line on stderr.
+
+    A process that has joined others ends here: as Python ends, torch's threads may abort it, after a run that is
+    complete, too."""
+    code: Any = 0
+    try:
+        _told(main)
+    except SystemExit as end:
+        code = end.code or 0
+        if not _has_joined() or not isinstance(code, int):
+            raise
+    if _has_joined():
+        if not code:  # what other threads still write is part of a run that went well
+            threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _has_joined() -> bool:
+    """Return whether this process is one of several of torch.distributed."""
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed and distributed.is_available() and distributed.is_initialized()
+    return bool(joined and distributed and distributed.get_world_size() > 1)
+
+
+def _told(main: Callable[[list[str]], Any]) -> None:
+    """Call ``main``, and print and exit for what it raises.
 
     InputError, and a path that may not be read or written, become one line on stderr and exit code 2; RunStopped and a
     full disk, one line and exit code 1; so does the end of another process of the same run, whose own line is the one
@@ -135,17 +168,26 @@ def run(main: Callable[[list[str]], Any]) -> None:
         )
         raise SystemExit(1) from None
     except RuntimeError as error:
-        if not _another_ended(error):
+        if unopened := _UNOPENED.search(str(error)):
+            _tell(f"error: a file cannot be written: {unopened[1].strip()}; check output_dir and its permissions")
+            raise SystemExit(2) from None
+        if not another_ended(error):
             raise
         time.sleep(5)  # usually the launcher, which has seen the one that failed, ends this one meanwhile
         print("stopped: another process of this run has ended; its own line says why", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        if first_of_its_machine():
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _another_ended(error: Exception) -> bool:
+def first_of_its_machine() -> bool:
+    """Return whether this is the only process of a run on this machine, or the first: it tells of what all get."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def another_ended(error: BaseException) -> bool:
     """Return whether an error is what a process gets to see of another one that has left the run."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and bool(_LEFT.search(str(error)))
 
@@ -165,7 +207,9 @@ def _reader_gone() -> bool:
 
 def _tell(line: str) -> None:
     """Print a line on stderr. Other processes than the first wait 2 s before: usually the launcher ends them when the
-    first one exits, so the line appears once."""
-    if os.environ.get("RANK", "0") != "0":
+    first one exits, so the line appears once; on a terminal it begins below the first one's bar."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
         time.sleep(2)
-    print(" ".join(line.split()), file=sys.stderr)
+    below = "" if first or not sys.stderr.isatty() else "\n"
+    print(below + " ".join(line.split()), file=sys.stderr)

@@ -13,6 +13,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rlhf import cli, errors
@@ -311,15 +312,17 @@ def test_two_processes_start_without_a_gpu_and_their_exit_code_is_ours(tmp_path,
 
 
 ONE_STOPS = """
-import os, signal
+import os, signal, threading, time
 from accelerate import Accelerator
-from rlhf.errors import RunStopped, run
+from rlhf.errors import InputError, RunStopped, run
+from rlhf.run.resume import Termination
 def main(argv):
     accelerator = Accelerator()
-    accelerator.wait_for_everyone()
-    if accelerator.process_index == 1:
-        {ends}
-    accelerator.wait_for_everyone()
+    with Termination(accelerator):
+        accelerator.wait_for_everyone()
+        if accelerator.process_index == 1:
+            {ends}
+        accelerator.wait_for_everyone()
 run(main)
 """
 
@@ -329,26 +332,99 @@ run(main)
     ("ends", "code", "line"),
     [
         ("raise RunStopped('step 3: loss is nan')", 1, "stopped: step 3: loss is nan"),
+        ("threading.Thread(target=time.sleep, args=[600]).start(); raise InputError('a b')", 2, "error: a b"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, cli.ended_by_signal(1, "SIGKILL")),
     ],
-    ids=["by itself", "killed"],
+    ids=["by itself", "with a thread at work", "killed"],
 )
 def test_a_process_that_stops_ends_the_others_with_its_one_line(tmp_path, ends, code, line) -> None:
     """Neither torchrun's table nor the traceback of the process that waits for it; one that is killed has no line of
-    its own."""
+    its own. Threads, as torch has them, hold up none."""
     probe = tmp_path / "probe.py"
     probe.write_text(ONE_STOPS.format(ends=ends))
     start = f"from pathlib import Path; from rlhf.cli import launch; launch(Path({str(probe)!r}), "
     done = subprocess.run(
         [sys.executable, "-c", f"{start}{{'num_processes': '2'}}, [])"], capture_output=True, text=True, cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=120,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert done.stderr == f"{line}\n"
 
 
+SAVES = """
+import os, sys, time
+from accelerate import Accelerator
+from rlhf.errors import run
+from rlhf.run import console
+from rlhf.run.resume import Termination
+def main(argv):
+    console.quiet()
+    accelerator = Accelerator()
+    termination = Termination(accelerator)
+    with termination:
+        accelerator.wait_for_everyone()
+        os.write(1, b"at work\\n")
+        while not termination.agreed():
+            time.sleep(0.01)
+    os.write(1, b"saved\\n")
+    termination.leave()
+run(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "last"), [
+    (signal.SIGTERM, ""), (signal.SIGINT, "interrupted; the same command goes on from the last checkpoint\n"),
+])  # fmt: skip
+def test_a_signal_to_the_launcher_is_told_once(tmp_path, number, last) -> None:
+    """By the first process, though all get it; nothing of torchrun's own."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(SAVES)
+    start = f"from pathlib import Path; from rlhf.cli import launch; launch(Path({str(probe)!r}), "
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", f"{start}{{'num_processes': '2'}}, [])"], text=True, cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"},
+    )  # fmt: skip
+    try:
+        assert launcher.stdout is not None
+        assert [launcher.stdout.readline() for _ in range(2)] == ["at work\n"] * 2
+        launcher.send_signal(number)
+        out, err = launcher.communicate(timeout=60)
+    finally:
+        if launcher.poll() is None:
+            for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+                process.kill()
+    name = number.name
+    told = f"WARNING  {name}: finishing this step and saving a checkpoint; a second {name} stops at once"
+    assert (launcher.returncode, err) == (128 + number, last)
+    assert sorted(line.rstrip() for line in out.splitlines()) == [told, "saved", "saved"]
+
+
+def test_no_process_outlives_a_launcher_that_a_signal_ends(monkeypatch) -> None:
+    """As of a third Ctrl-C, at which torchrun gives up waiting for its processes to save."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    left = subprocess.Popen(["sleep", "600"])
+
+    def launched(args):
+        raise SignalException("got a signal", sigval=signal.SIGINT)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # put back afterwards, as launch sets it
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            cli.launch(ROOT / "recipes" / "sft.py", {"num_processes": "2"}, [])
+        assert left.wait(10) == -signal.SIGKILL
+    finally:
+        left.kill()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize(("number", "names_memory"), [(9, True), (11, False)])
-def test_a_process_that_a_signal_ended_is_named_with_what_to_do(monkeypatch, capsys, number, names_memory) -> None:
+def test_a_process_that_a_signal_ended_is_named_with_what_to_do(
+    monkeypatch, capsys, number, names_memory, terminal
+) -> None:
+    """On a terminal the line does not run into the bar that was left, and the cursor is back."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     failure = ProcessFailure(local_rank=0, pid=77, exitcode=-number, error_file="none")
@@ -358,10 +434,12 @@ def test_a_process_that_a_signal_ended_is_named_with_what_to_do(monkeypatch, cap
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # put back afterwards, as launch sets it
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with pytest.raises(SystemExit) as end:
         cli.launch(ROOT / "recipes" / "sft.py", {"num_processes": "8"}, [])
     assert end.value.code == 128 + number
-    (line,) = capsys.readouterr().err.splitlines()
+    before, line, after = re.fullmatch(r"(\n?)(.*)\n(.*)", capsys.readouterr().err).groups()
+    assert (before, after) == (("\n", "\x1b[?25h") if terminal else ("", ""))
     assert line.startswith(f"stopped: process 5 was ended by {signal.Signals(number).name}")
     assert ("memory" in line and "lower microbatch_size or tokens_per_microbatch" in line) == names_memory
     assert line.endswith("The last checkpoint, if there is one, is good: the same command goes on from it")

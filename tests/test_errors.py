@@ -75,6 +75,30 @@ def test_a_folder_that_nothing_can_be_written_to_is_told_in_one_line(monkeypatch
     assert capsys.readouterr().err == f"error: {seen}; check the path and its permissions\n"
 
 
+@pytest.mark.parametrize(("rank", "terminal", "start"), [("0", True, ""), ("1", False, ""), ("1", True, "\n")])
+def test_another_processs_line_begins_below_the_bar_of_the_first(monkeypatch, capsys, rank, terminal, start):
+    def fails(argv):
+        raise InputError("a b")
+
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with pytest.raises(SystemExit, match="2"):
+        errors.run(fails)
+    assert capsys.readouterr().err == f"{start}error: a b\n"
+
+
+def test_a_file_that_torch_may_not_write_is_one_line(tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    with pytest.raises(SystemExit, match="2"):
+        errors.run(lambda argv: torch.save({}, tmp_path))
+    line = "error: a file cannot be written: Is a directory; check output_dir and its permissions\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize(
     ("processes", "text", "explained"),
     [
@@ -95,6 +119,47 @@ def test_a_process_whose_neighbour_is_gone_says_so_in_one_line(monkeypatch, caps
         errors.run(fails)
     line = "stopped: another process of this run has ended; its own line says why\n"
     assert capsys.readouterr().err == (line if explained else "")
+
+
+@pytest.mark.parametrize(("error", "ends"), [(None, ["threads", "atexit", 0]), (InputError("a"), ["atexit", 2])])
+def test_one_of_several_processes_ends_before_python_does(monkeypatch, error, ends):
+    """Python's own end aborted it (exit code 134) in 4 of 10 pairs whose work was done."""
+    seen = []
+
+    class Ended(BaseException):
+        pass
+
+    def main(argv):
+        if error is not None:
+            raise error
+
+    def end(code):
+        seen.append(code)
+        raise Ended
+
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("threading._shutdown", lambda: seen.append("threads"))
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: seen.append("atexit"))
+    monkeypatch.setattr("os._exit", end)
+    with pytest.raises(Ended):
+        errors.run(main)
+    assert seen == ends
+
+
+@pytest.mark.parametrize(("local_rank", "told"), [(None, True), ("0", True), ("1", False)])
+def test_an_interrupt_is_told_once_on_a_machine(monkeypatch, capsys, local_rank, told):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit, match="130"):
+        errors.run(interrupted)
+    assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint\n" * told
 
 
 @pytest.mark.parametrize("terminal", [True, False])

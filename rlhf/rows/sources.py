@@ -13,20 +13,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from rlhf.errors import reason
 from rlhf.rows.arrow import row_reader
 from rlhf.rows.files import KINDS, file_rows, kind_of, show, wrong
 
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
-
-__all__ = ["HELD_OUT", "Source", "name_of", "path_of", "require_there", "rows", "show", "wrong"]
+__all__ = ["HELD_OUT", "DataSet", "Source", "name_of", "path_of", "require_there", "rows", "show", "wrong"]
 
 logger = logging.getLogger("rlhf")
 
-Source: TypeAlias = "str | Path | Sequence[object] | Dataset | IterableDataset | DatasetDict"
+
+class DataSet(Protocol):
+    """Has columns, as datasets' Dataset, IterableDataset and DatasetDict do: the package is imported by whoever made
+    one."""
+
+    @property
+    def column_names(self) -> object:
+        """Name the columns."""
+
+
+Source: TypeAlias = str | Path | Sequence[object] | DataSet
 """A path, a hub name (with ``@split`` where another than the usual one is meant), a datasets object or a list of
 rows."""
 
@@ -71,22 +78,28 @@ def rows(source: Source, split: str, columns: Mapping[str, str] | None = None) -
             yield from file_rows(path, columns)
         else:
             yield from rows(_from_hub(source, place), asked or split, columns)
-    elif hasattr(source, "column_names") and isinstance(source, dict):  # a DatasetDict
-        found = [split] if split in source else _chosen(list(source), split)
-        if len(found) != 1:
-            seen = f"no {split!r} among {', '.join(source)}" if not found else f"{split!r} may be {', '.join(found)}"
-            raise wrong("split", seen, f"name one of these, for a folder or hub name as NAME@{(found or [*source])[0]}")
-        if found[0] != split:
-            logger.info("split %s is read as %s", found[0], split)
-        yield from rows(source[found[0]], split)
     elif hasattr(source, "column_names"):
-        features = getattr(source, "features", None)
-        read = row_reader(features.arrow_schema if features else None, decoded=True)
-        yield from ((f"row {n}", read(row)) for n, row in enumerate(source))
+        yield from _rows_of(source, split)
     elif isinstance(source, list | tuple):
         yield from ((f"row {n}", row) for n, row in enumerate(source))
     else:
         raise wrong("data", f"got {show(source)}", "hand in a path, a datasets object or a list of rows")
+
+
+def _rows_of(data: Any, split: str) -> Iterator[tuple[str, object]]:
+    """Yield those of an object of datasets."""
+    if isinstance(data, dict):  # a DatasetDict
+        found = [split] if split in data else _chosen(list(data), split)
+        if len(found) != 1:
+            seen = f"no {split!r} among {', '.join(data)}" if not found else f"{split!r} may be {', '.join(found)}"
+            raise wrong("split", seen, f"name one of these, for a folder or hub name as NAME@{(found or [*data])[0]}")
+        if found[0] != split:
+            logger.info("split %s is read as %s", found[0], split)
+        yield from rows(data[found[0]], split)
+        return
+    features = getattr(data, "features", None)
+    read = row_reader(features.arrow_schema if features else None, decoded=True)
+    yield from ((f"row {n}", read(row)) for n, row in enumerate(data))
 
 
 def require_there(source: str | Path) -> None:

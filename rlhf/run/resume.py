@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from rlhf.errors import another_ended, first_of_its_machine
 from rlhf.run.changes import changes
 from rlhf.run.checkpoint import COMPLETE, awaits_mended, check_checkpoint, checkpoints_in, latest_checkpoint, plain
 from rlhf.run.owner import by_main
@@ -83,6 +84,7 @@ class Termination:
     its step, save a checkpoint, and `leave`.
 
     A second one of the same kind ends the process at once, as does SIGKILL; the files on disk are complete either way.
+    A launcher sends SIGTERM, too, where another process has ended: this one then leaves without a word.
     Outside the main thread (in some notebook servers) signals keep their default effect.
     """
 
@@ -91,37 +93,51 @@ class Termination:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.received = 0  # the signal's number
+        self.known_to_all = 0  # likewise, once the processes have told one another
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Termination:
-        self.received = 0
+        self.received = self.known_to_all = 0
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number in self.SIGNALS:
             self._restore(number)
+        if error is not None and self.received and another_ended(error):
+            raise SystemExit(128 + self.received) from None
 
     def agreed(self) -> bool:
         """Return whether any process has received a signal; a collective, called at the same step by all processes."""
+        self.known_to_all = self.received
         if self.accelerator.num_processes > 1:
             received = torch.tensor([self.received], device=self.accelerator.device)
-            self.received = int(self.accelerator.gather(received).max())
-        return self.received > 0
+            self.known_to_all = int(self.accelerator.gather(received).max())
+            if self.known_to_all == signal.SIGTERM:
+                self._tell(signal.SIGTERM)
+        return self.known_to_all > 0
 
     def leave(self) -> None:
-        """After a signal, once all is saved: raise SystemExit(143) or, after SIGINT, KeyboardInterrupt (130)."""
-        if self.received == signal.SIGINT:
+        """After a signal, once all is saved: raise SystemExit(143) or, after SIGINT, KeyboardInterrupt (130).
+
+        One of several processes doesn't leave for a signal that only it has seen yet: the others would wait for it."""
+        received = self.known_to_all if self.accelerator.num_processes > 1 else self.received
+        if received == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.received:
+        if received:
             raise SystemExit(TERMINATED)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         self._restore(number)
+        if number == signal.SIGINT or self.accelerator.num_processes == 1:  # else another may have ended
+            self._tell(number)
+
+    def _tell(self, number: int) -> None:
         name = signal.Signals(number).name
-        log.warning("%s: finishing this step and saving a checkpoint; a second %s stops at once", name, name)
+        if first_of_its_machine():  # all of them got it
+            log.warning("%s: finishing this step and saving a checkpoint; a second %s stops at once", name, name)
 
     def _restore(self, number: int) -> None:
         before = self._before.pop(number, None)

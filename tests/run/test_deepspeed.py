@@ -1,4 +1,7 @@
-"""SFT and the reward model under DeepSpeed's ZeRO in two gloo processes, against one process without it."""
+"""SFT and the reward model under DeepSpeed's ZeRO in two gloo processes, against one process without it.
+
+`make test-deepspeed` runs them in an environment of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from reference import forked
 from reference.sharded_trainers import FILES, build
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")]
 ZERO = {"zero2.yaml": 1e-6, "zero3.yaml": 2e-5}  # how far weights may be from one process's
 case = pytest.mark.parametrize(("zero", "kind"), [(zero, kind) for zero in ZERO for kind in ("full", "lora")])
 MADE: dict[tuple[str, str], Path | str] = {}  # of this session
@@ -22,7 +25,7 @@ MADE: dict[tuple[str, str], Path | str] = {}  # of this session
 @pytest.fixture
 def made(tmp_path_factory, tiny_model, tiny_tokenizer):
     """Return the folder that a configuration ("alone": one process) filled; made when a test first asks for it."""
-    pytest.importorskip("deepspeed", reason="no deepspeed here: pip install deepspeed", exc_type=ImportError)
+    pytest.importorskip("deepspeed", reason="no deepspeed here: make test-deepspeed installs it", exc_type=ImportError)
 
     def make(zero: str, kind: str) -> Path:
         if (zero, kind) not in MADE:

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from reward_models import RewardModel
 from rlhf.errors import InputError, RunStopped
 from rlhf.metrics import METRICS, Watch
 from rlhf.run.checkpoint import checkpoints_in
+from rlhf.run.resume import Termination
 
 
 @pytest.fixture
@@ -138,6 +140,51 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path, full, stage):
     resumed.train(resume_from_checkpoint=True)
     same_weights(resume_worker.weights(resumed), resume_worker.weights(whole))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+SEEN_BY_ONE = """
+import os, signal
+from accelerate import Accelerator
+from rlhf.run.resume import Termination
+accelerator = Accelerator(cpu=True)
+termination = Termination(accelerator)
+left = []
+with termination:
+    left.append(termination.agreed())
+    if accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGINT)  # as while the first process saves
+    try:
+        termination.leave()
+        left.append("stayed")
+        left.append(termination.agreed())
+        termination.leave()
+    except KeyboardInterrupt:
+        left.append("left")
+print(left)
+"""
+
+
+@pytest.mark.slow
+def test_no_process_leaves_for_a_signal_that_others_have_not_seen():
+    """It comes between the processes' agreeing and their leaving; at the next step all go."""
+    done = forked.shared().together(["-c", SEEN_BY_ONE], limit=60)
+    assert (done.returncode, done.stdout) == (0, "[False, 'stayed', True, 'left']\n" * 2), done.stderr
+
+
+def test_a_process_that_loses_another_after_sigterm_leaves_without_a_word(monkeypatch, caplog):
+    """As a launcher sends it to all others when one has failed."""
+
+    def fails(text):
+        with Termination(SimpleNamespace(num_processes=2)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError(text)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="143"):
+        fails("[pair.cc:534] Connection closed by peer [127.0.0.1]:9")
+    with pytest.raises(RuntimeError, match="shape"):
+        fails("shape mismatch")
+    assert not caplog.records
 
 
 # -- alarms ------------------------------------------------------------------------------------------------

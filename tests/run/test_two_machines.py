@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from reference import forked
+from reference.launched import STAGES, World
 from reference.tiny_chain import chain
-from reference.two_processes import DEMONSTRATIONS
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,38 +71,87 @@ def machines() -> Iterator[list[list[str]]]:
             ip("netns", "delete", name)
 
 
+def on_both(machines: list[list[str]], commands: list[list[str]], folders: list[Path]) -> list[tuple[str, str, int]]:
+    """Run a command on each machine in a folder of its own; return what each printed on stdout and stderr, and its
+    exit code."""
+    environment = os.environ | forked.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "cable"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    processes = [
+        subprocess.Popen(
+            [*machine, sys.executable, *command], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for machine, command, folder in zip(machines, commands, folders, strict=True)
+    ]  # fmt: skip
+    return [(*process.communicate(timeout=forked.LIMIT), process.returncode) for process in processes]
+
+
+def require_close(one: Path, two: Path) -> None:
+    mine, expected = (load_file(folder / "model.safetensors") for folder in (two, one))
+    assert mine.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(mine[name], tensor, rtol=0, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("shared", [True, False])
-def test_two_machines_train_as_one(tmp_path, machines, tiny_model, tiny_tokenizer, shared):
-    base = chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)[0]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in DEMONSTRATIONS))
-    recipe = ["--model", str(base), "--train_data", str(rows), "--epochs", "2", "--batch_size", "8", "--bf16", "false"]
-    recipe += ["--max_length", "256", "--learning_rate", "1e-3", "--save_steps", "1", "--output_dir"]
-    environment = os.environ | forked.ENVIRONMENT | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "cable"}
-    processes = []
-    for rank, machine in enumerate(machines):
-        here = tmp_path / ("disk" if shared else f"disk{rank}")
-        here.mkdir(exist_ok=True)
+@pytest.mark.parametrize("shared", [True, False], ids=["one disk", "two disks"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_machines_train_as_one(tmp_path, machines, tiny_model, tiny_tokenizer, stage, shared):
+    """The command of each trainer, by DDP."""
+    world = World(tmp_path, tiny_model, tiny_tokenizer)
+    folders, commands = [], []
+    for rank in (0, 1):
+        folders.append(tmp_path / ("disk" if shared else f"disk{rank}"))
+        folders[-1].mkdir(exist_ok=True)
         flags = ["--num_machines", "2", "--machine_rank", str(rank), "--num_processes", "2"]
         flags += ["--main_process_ip", "10.77.0.1", "--main_process_port", "29577"]
-        command = [*machine, sys.executable, "-m", "rlhf.cli", "sft", *flags, *recipe, "run/sft"]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=here, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-        )
-    ended = [(*process.communicate(timeout=forked.LIMIT), process.returncode) for process in processes]
+        commands.append(["-m", "rlhf.cli", stage, *flags, *world.command(stage, Path("run", stage))[1:]])
+    ended = on_both(machines, commands, folders)
     if not shared:
         for _, err, code in ended:
             assert (code, err.count("process 1 on ")) == (2, 1), err
             assert NOT_SHARED in err
             assert "Traceback" not in err
         return
+    assert [(err, code) for _, err, code in ended] == [("", 0)] * 2
+    require_close(world.alone(stage), folders[0] / "run" / stage)
+
+
+TRAINS = """
+from pathlib import Path
+from reference import fsdp_worker, sharded_trainers
+from reference.two_processes import GivenResponses
+from rlhf.errors import run
+from rlhf.run.distributed import is_sharded
+def main(argv):
+    config, stage, folder, policy, reward = argv
+    if config != "alone":
+        fsdp_worker.shard(config)
+    if stage == "ppo":
+        trainer = fsdp_worker.make(Path(folder), policy, reward, GivenResponses())
+    else:
+        trainer = sharded_trainers.make(stage, policy, Path(folder), sharded_trainers.Watch())
+    trainer.train()
+    module = trainer.actor_critic if stage == "ppo" else trainer.model
+    assert any(map(is_sharded, module.modules())) == (config != "alone")
+    trainer.save_model(folder)
+run(main)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_machines_share_a_models_parts(tmp_path, machines, tiny_model, tiny_tokenizer, stage):
+    """Under FSDP2, each trainer started by torchrun."""
+    models = chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)
+    worker = tmp_path / "trains.py"
+    worker.write_text(TRAINS)
+    config = str(ROOT / "recipes" / "configs" / "accelerate" / "fsdp2.yaml")
+    flags = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "10.77.0.1", "--master_port", "29577"]
+    words = [str(worker), config, stage, "two", *map(str, models)]
+    commands = [["-m", "torch.distributed.run", *flags, "--node_rank", rank, *words] for rank in "01"]
+    ended = on_both(machines, commands, [tmp_path, tmp_path])
     assert [code for *_, code in ended] == [0, 0], ended
-    done = forked.shared().run([ROOT / "recipes" / "sft.py", *recipe, tmp_path / "alone" / "sft"])
+    done = forked.shared().run([worker, "alone", stage, "one", *models], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    one, two = (load_file(f / "sft" / "model.safetensors") for f in (tmp_path / "alone", tmp_path / "disk" / "run"))
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        np.testing.assert_allclose(two[name], tensor, rtol=0, atol=1e-5, err_msg=name)
+    require_close(tmp_path / "one", tmp_path / "two")

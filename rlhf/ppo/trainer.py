@@ -92,17 +92,19 @@ class PPOTrainer:
         models_given = {"model": model, "ref_model": ref_model, "value_model": start}
         self.given = by_main(lambda: of_run(tokenizer, self.prompts, self.reward_funcs, peft_config, **models_given))
         self.peft_config, self.reference_given = peft_config, ref_model is not None  # else step 0's KL must be 0
-        self.actor_critic = models = build.models_for(args, model, ref_model, start, peft_config, dtype).to(self.device)
+        models = build.models_for(args, model, ref_model, start, peft_config, dtype)
+        self.actor_critic = strategy.placed(self.accelerator, models)
         inputs.check_positions(self)
         for function in self.reward_funcs:  # a reward model's adapter over the same base
             adapters.share_base(models.policy, getattr(function, "model", None))
-        cpu.prepare(models)
+        cpu.prepare(models, self.device)
+        self.stop_ids, self.pad_id = model_stop_ids(models.policy, tokenizer), chat.pad_id(tokenizer)
+        self.module, self.optimizer = self.accelerator.prepare(
+            models, build.build_optimizer(models, args, callback_args)
+        )
         build.prepare(models, args, dtype)
         with self.accelerator.autocast():
             preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
-        self.stop_ids, self.pad_id = model_stop_ids(models.policy, tokenizer), chat.pad_id(tokenizer)
-        optimizer = build.build_optimizer(models, args, callback_args)
-        self.module, self.optimizer = self.accelerator.prepare(models, optimizer)
         builtin = (models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
         self.engine = engine or TransformersEngine(*builtin)
         if isinstance(self.engine, Follower):

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 import rlhf.ppo
 from reference.two_processes import PROMPTS, GivenResponses, odd_share
+from rlhf.models import packing
 from rlhf.models.adapters import backbone
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo.plan import plan_minibatches
@@ -158,6 +159,9 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
     together["outputs"] = outputs(trainer)
     own["shares"].append(share(layers))
     own["sampled_again"] = sample(trainer, process)
+    with trainer.actor_critic.in_parts():  # as on GPUs, where packed rows are chosen once the models are cut
+        own["packable"] = [packing.can_pack(part) for part in trainer.actor_critic.parts()]
+    own["shares"].append(share(trainer.actor_critic))
     own["preflight"] = [(finding.check, finding.measured) for finding in check_ppo(trainer)]
     lengths = [10 if process else 40] * 4
     plan = plan_minibatches(lengths, 4, 40, torch.Generator().manual_seed(0))

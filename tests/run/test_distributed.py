@@ -26,14 +26,18 @@ from reference.tiny_chain import TARGETS, chain, save_base, save_reward_model, s
 from reference.two_processes import GivenResponses
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from reward_models import RewardModel
 from rlhf.errors import InputError
+from rlhf.models import packing
 from rlhf.models.adapters import lora_config
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import load_policy
 from rlhf.ppo import run as ppo_run
 from rlhf.ppo.preflight import check_ppo
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.run import distributed as sharding
 from rlhf.run import strategy
 
@@ -143,9 +147,9 @@ def test_each_process_holds_half(ran, kind):
     layers = 2 if kind == "lora" else 6  # of policy, reference and value model
     for process in ran[kind]["sharded"]["each"]:
         assert process["units"] == ["FSDPActorCritic", *["FSDPLlamaDecoderLayer"] * layers]
-        first, sampling, after, forward = process["shares"]
+        first, sampling, after, forward, asked = process["shares"]
         assert sampling == 1.0
-        for half in (first, after, forward):
+        for half in (first, after, forward, asked):
             assert 0.49 < half < 0.51
 
 
@@ -194,6 +198,13 @@ def test_sampling_while_the_other_process_is_done(ran, kind):
     for process, expected in zip(each, ran[kind]["alone"]["sampled"], strict=True):
         assert process["sampled"] == expected
         assert process["sampled_again"] == expected
+
+
+@pytest.mark.slow
+@each_kind
+def test_packed_rows_are_found_the_same_once_the_models_are_cut(ran, kind):
+    for process in ran[kind]["sharded"]["each"]:
+        assert process["packable"] == [True] * (1 if kind == "lora" else 3)
 
 
 @pytest.mark.slow
@@ -302,6 +313,57 @@ def test_bf16_does_not_round_log_probabilities_and_values(ran, kind):
     for name in ("logprobs", "reference_logprobs", "values"):
         values = ran[kind]["sharded"]["bf16"][name]
         assert (values.bfloat16().float() != values).float().mean() > 0.3
+
+
+# -- the start ---------------------------------------------------------------------------------------------
+
+
+class CutNow(Exception):
+    pass
+
+
+class MovedTo(TorchDispatchMode):
+    """Counts the bytes that are copied from the CPU to a device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.size = device, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and out.device.type == self.device:
+            self.size += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("by", ["FSDP2", "DDP"])
+def test_no_model_reaches_the_device_before_it_is_cut(tmp_path, monkeypatch, tiny_model, tiny_tokenizer, lora, by):
+    """The device's part is played by "meta". Under FSDP2 the models wait on the CPU for `prepare`, with nothing of
+    `rlhf.cpu` on them; else they are moved whole, as the same counter sees."""
+    policy, reward = chain(tmp_path, tiny_model, tiny_tokenizer, lora=lora)
+    scorer = RewardModel.load(str(reward))
+    seen: dict[str, Any] = {}
+
+    def prepare(self, models, optimizer):
+        seen["devices"] = {p.device.type for p in [*models.parameters(), *models.buffers()]}
+        seen["attention"] = {packing.attention_of(part) for part in models.parts()}
+        seen["bytes"] = sum(p.nbytes for p in [*models.parameters(), *models.buffers()])
+        raise CutNow
+
+    monkeypatch.setattr(Accelerator, "prepare", prepare)
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    monkeypatch.setattr("rlhf.ppo.preflight.check_logits", lambda *given: None)  # "meta" has no numbers
+    monkeypatch.setattr(strategy, "configure", lambda *given: None)
+    if by == "FSDP2":
+        monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with MovedTo("meta") as moved, pytest.raises(CutNow):
+        PPOTrainer(policy, scorer, worker.PPOConfig(output_dir=str(tmp_path / "run"), bf16=False), worker.PROMPTS[:8])
+    if by == "FSDP2":
+        assert (seen["devices"], seen["attention"], moved.size) == ({"cpu"}, {"sdpa"}, 0)
+    else:
+        assert seen["devices"] == {"meta"}
+        assert moved.size >= seen["bytes"] > 100_000
 
 
 # -- configurations ----------------------------------------------------------------------------------------

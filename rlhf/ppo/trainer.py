@@ -95,13 +95,11 @@ class PPOTrainer:
         models = build.models_for(args, model, ref_model, start, peft_config, dtype)
         self.actor_critic = strategy.placed(self.accelerator, models)
         inputs.check_positions(self)
-        for function in self.reward_funcs:  # a reward model's adapter over the same base
-            adapters.share_base(models.policy, getattr(function, "model", None))
+        adapters.share_bases(models.policy, self.reward_funcs)
         cpu.prepare(models, self.device)
         self.stop_ids, self.pad_id = model_stop_ids(models.policy, tokenizer), chat.pad_id(tokenizer)
-        self.module, self.optimizer = self.accelerator.prepare(
-            models, build.build_optimizer(models, args, callback_args)
-        )
+        optimizer = build.build_optimizer(models, args, callback_args)
+        self.module, self.optimizer = self.accelerator.prepare(models, optimizer)
         build.prepare(models, args, dtype)
         with self.accelerator.autocast():
             preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
@@ -295,7 +293,7 @@ class PPOTrainer:
         self.ahead.wait()
         models = self.actor_critic
         explained = finite.sampling_explained(models, prompt_ids, self.processing_class, self.update_index + 1)
-        with explained, self.accelerator.autocast(), models.lent_to(self.engine):
+        with self.accelerator.autocast(), models.lent_to(self.engine), explained:
             return self.engine.generate(prompt_ids, self.args.max_new_tokens, self.args.temperature, generator)
 
     def plan(self, lengths: Sequence[int], inner_epoch: int = 0) -> Plan:

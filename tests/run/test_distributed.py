@@ -287,6 +287,35 @@ def test_the_saved_model_is_float32_though_it_computes_in_bf16(ran, kind):
 
 
 @pytest.mark.slow
+@each_kind
+def test_a_server_is_sent_what_the_policy_computes_with(ran, kind):
+    """In bf16 half of the bytes: FSDP2 rounds each float32 weight so for a forward. Against the same adapter merged."""
+    folder = ran[kind]["folder"]
+    sent = load_file(folder / "bf16_sent" / "model.safetensors")
+    assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16}
+    if kind == "lora":
+        plain = AutoPeftModelForCausalLM.from_pretrained(folder / "bf16_saved").merge_and_unload()
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(folder / "bf16_saved", dtype=torch.float32)
+    expected = dict(plain.named_parameters(remove_duplicate=False))
+    assert sent.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if kind == "lora":  # the base is rounded before the adapter is added
+            torch.testing.assert_close(sent[name].float(), tensor.float(), rtol=0.02, atol=2e-3)
+        else:
+            assert torch.equal(sent[name], tensor.bfloat16()), name
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_process_says_which_weights_are_not_finite_while_the_other_samples_on(ran):
+    """One token's embedding is NaN, which only the second process's prompts hold."""
+    told = [process["told"] for process in ran["full"]["sharded"]["each"]]
+    assert told[0] == ""
+    assert "the policy's weights model.embed_tokens.weight are not finite" in told[1]
+
+
+@pytest.mark.slow
 def test_processes_run_as_many_micro_batches(ran):
     """One has four long responses (a micro-batch each), the other four short ones (one micro-batch)."""
     plans = [process["plans"] for process in ran["full"]["sharded"]["each"]]

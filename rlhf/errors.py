@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import difflib
 import errno
 import os
@@ -104,7 +106,40 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     InputError, and a path that may not be read or written, become one line on stderr and exit code 2; RunStopped and a
     full disk, one line and exit code 1; so does the end of another process of the same run, whose own line is the one
-    to read."""
+    to read. One process of several leaves at once after its line (`_leave`)."""
+    try:
+        _told(main)
+    except SystemExit as end:
+        if end.code and _is_one_of_several():
+            _leave(end.code)
+        raise
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        sys.excepthook(*sys.exc_info())
+        _leave(1)
+
+
+def _is_one_of_several() -> bool:
+    """Return whether this process has joined others."""
+    distributed = sys.modules.get("torch.distributed")
+    return bool(
+        distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    )
+
+
+def _leave(code: Any) -> NoReturn:
+    """End this process without taking its libraries down: while others still wait for it, gloo's threads often abort
+    there (SIGABRT), and the launcher would tell of that instead of the line that says why."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _told(main: Callable[[list[str]], Any]) -> None:
+    """Call ``main``, and turn what it raises into a line and an exit code, as `run` says."""
     try:
         try:
             main(sys.argv[1:])

@@ -36,6 +36,7 @@ from rlhf.models.adapters import lora_config
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import load_policy
 from rlhf.ppo import run as ppo_run
+from rlhf.ppo.build import compile_layers
 from rlhf.ppo.preflight import check_ppo
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.run import distributed as sharding
@@ -393,6 +394,16 @@ def test_no_model_reaches_the_device_before_it_is_cut(tmp_path, monkeypatch, tin
     else:
         assert seen["devices"] == {"meta"}
         assert moved.size >= seen["bytes"] > 100_000
+
+
+def test_layers_that_fsdp2_has_given_a_class_of_their_own_are_compiled(monkeypatch, tiny_model):
+    layers = list(tiny_model.model.layers)
+    layers[0].__class__ = type("FSDPLlamaDecoderLayer", (type(layers[0]),), {})
+    models: Any = SimpleNamespace(_no_split_modules=["LlamaDecoderLayer"], modules=tiny_model.modules)
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
+    compile_layers(models)
+    assert compiled == layers
 
 
 # -- configurations ----------------------------------------------------------------------------------------

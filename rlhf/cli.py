@@ -112,6 +112,8 @@ def split_launch_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def launch(recipe: Path, flags: dict[str, str], argv: list[str]) -> None:
     """Start the recipe in several processes as `accelerate launch` does, on CPUs too, and end with their exit code."""
     config = flags.pop("accelerate_config", None)
+    if config is None and "num_processes" not in flags:
+        raise InputError("command line: --num_machines needs --num_processes too: of all machines together")
     words = [] if config is None else ["--config_file", str(_accelerate_config(config))]
     words += [word for name, value in flags.items() for word in (f"--{name}", value)]
     if config is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import difflib
 import errno
 import os
@@ -107,8 +108,8 @@ def reason(error: BaseException, limit: int = 160) -> str:
 def run(main: Callable[[list[str]], Any]) -> None:
     """Call ``main`` with the command-line arguments; an error that users can do something about is a line on stderr.
 
-    A process that has joined others ends here: as Python ends, torch's threads may abort it, after a run that is
-    complete, too."""
+    A process that has joined others ends here: as Python ends, torch's threads may abort it (SIGABRT), after a run that
+    is complete, too, and the launcher would tell of that instead of the line that says why."""
     code: Any = 0
     try:
         _told(main)
@@ -116,12 +117,18 @@ def run(main: Callable[[list[str]], Any]) -> None:
         code = end.code or 0
         if not _has_joined() or not isinstance(code, int):
             raise
+    except Exception:
+        if not _has_joined():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
     if _has_joined():
         if not code:  # what other threads still write is part of a run that went well
             threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         os._exit(code)
 
 

@@ -114,6 +114,7 @@ def test_help_takes_at_most_four_times_what_importing_numpy_takes() -> None:
         (("ppo", "--num_processes"), "command line: --num_processes needs a value"),
         (("ppo", "--num_processes", "--config", "toy.yaml"), "command line: --num_processes needs a value"),
         (("ppo", "--num_processes", "two"), "num_processes=two must be a whole number from 1 up"),
+        (("ppo", "--num_machines", "1"), "command line: --num_machines needs --num_processes too"),
         (("ppo", "--num_processes", "0"), "num_processes=0 must be a whole number from 1 up"),
         (
             ("ppo", "--accelerate_config", "fsdp.yaml"),

@@ -6,6 +6,8 @@ import errno
 import io
 import logging
 import pickle
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -160,6 +162,42 @@ def test_an_interrupt_is_told_once_on_a_machine(monkeypatch, capsys, local_rank,
     with pytest.raises(SystemExit, match="130"):
         errors.run(interrupted)
     assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint\n" * told
+
+
+ABORTS = """
+import atexit, os, sys, types
+from rlhf import errors
+class Library:  # gloo, whose threads abort when the interpreter takes it down
+    def __del__(self, abort=os.abort):
+        abort()
+held = Library()
+sys.modules["torch.distributed"] = types.SimpleNamespace(
+    is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: {world}
+)
+atexit.register(print, "put in order")
+def main(argv):
+    raise {error}
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        ("errors.InputError('lr=0')", 2, "error: lr=0"),
+        ("OSError(28, 'No space left on device', 'runs/x')", 1, "stopped: no space left on the disk of runs/x"),
+        ("OSError(5, 'Input/output error', 'runs/x')", 1, "Traceback"),
+    ],
+    ids=["a mistake", "a full disk", "another error"],
+)
+def test_one_process_of_several_ends_with_its_own_line_though_its_libraries_abort(error, code, line):
+    """A process alone is left to end as Python does."""
+    for world, ends in ((2, code), (1, -signal.SIGABRT)):
+        text = ABORTS.format(world=world, error=error)
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (ends, "put in order\n")
+        assert done.stderr.startswith(line)
+        assert done.stderr.count("Traceback") == line.count("Traceback")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -13,8 +13,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-TRAINED = 16
-"""Bytes per trained parameter: float32 weight, gradient, Adam's two moments."""
+TRAINED, GRADIENT = 12, 4
+"""Bytes per trained parameter: float32 weight and Adam's two moments, held all the time; its gradient, there in the
+update alone."""
 QUANTIZED = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes per weight of a linear layer in 4 bits (NF4, double quantization): a byte more per block of 64, and a float32
 per 256 blocks. The rest stays in bfloat16."""
@@ -42,12 +43,17 @@ class Shape:
     def trunk(self) -> int:
         """Return the parameters without the language head."""
         layer = sum(a * b for a, b in self.linear) + (self.hidden + 2 * self.key_value) + 2 * self.hidden
-        return self.vocabulary * self.hidden + self.layers * layer + self.hidden
+        return self.embeddings + self.layers * layer + self.hidden
 
     @property
     def whole(self) -> int:
         """Return all parameters."""
-        return self.trunk + self.vocabulary * self.hidden
+        return self.trunk + self.embeddings
+
+    @property
+    def embeddings(self) -> int:
+        """Return the parameters of the embeddings, as many as the language head has."""
+        return self.vocabulary * self.hidden
 
     @property
     def quantized_bytes(self) -> float:
@@ -111,21 +117,21 @@ def lora_ppo(shape: Shape, plan: Plan) -> Rows:
     adapter, tokens = shape.lora(plan.rank), plan.microbatch_tokens
     return [
         ("the base, in bfloat16", "2 P", 2 * shape.whole),
-        ("policy and value adapter, trained", "2 x 16 L", 2 * TRAINED * adapter),
+        ("policy and value adapter, trained", "2 x 12 L", 2 * TRAINED * adapter),
         ("reference and reward model adapter, frozen, float32", "2 x 4 L", 2 * 4 * adapter),
         ("**held all the time**", "", 2 * shape.whole + (2 * TRAINED + 8) * adapter),
         ("while it samples: cache, prompts, probabilities", "B (m + n) c + B m a", sampling(shape, plan)),
         ("while it scores: one layer at a time", "T a", shape.layer(tokens, plan.rank)),
         (
-            "in the update: recomputed activations, logits", "T (2 h l + 2 a) + head",
-            shape.recomputed(tokens, plan.rank) + head(),
+            "in the update: gradients, recomputed activations, logits", "2 x 4 L + T (2 h l + 2 a) + head",
+            2 * GRADIENT * adapter + shape.recomputed(tokens, plan.rank) + head(),
         ),
     ]  # fmt: skip
 
 
 def stages(shape: Shape, plan: Plan) -> Rows:
     """Return the peak of each stage under LoRA on one card, 8,192 tokens per forward."""
-    adapter, tokens = TRAINED * shape.lora(plan.rank), 8192
+    adapter, tokens = (TRAINED + GRADIENT) * shape.lora(plan.rank), 8192
     fine_tuning = 2 * shape.whole + adapter + shape.recomputed(tokens, plan.rank) + head()
     reward_model = 4 * shape.trunk + adapter + shape.recomputed(tokens, plan.rank, hidden_bytes=4)
     *_, (_, _, held), (_, _, sampled), _, (_, _, updated) = lora_ppo(shape, plan)
@@ -151,35 +157,61 @@ def stages(shape: Shape, plan: Plan) -> Rows:
 
 def choices(shape: Shape, plan: Plan) -> str:
     """Return the peaks of PPO on one card for other settings."""
-    held = lora_ppo(shape, plan)[3][2]
+    held, gradients = lora_ppo(shape, plan)[3][2], 2 * GRADIENT * shape.lora(plan.rank)
     lines = ["| setting | peak, GB |", "|---|---|"]
     for rows in (64, 128, 192):
         size = held + sampling(shape, replace(plan, generation_batch=rows))
         lines.append(f"| `generation_batch_size: {rows}`, while it samples | {size / 1e9:.1f} |")
     for checkpointing, tokens in (("true", 8192), ("true", 16384), ("true", 32768), ("false", 4096), ("false", 8192)):
         activations = shape.recomputed if checkpointing == "true" else shape.kept
-        size = held + activations(tokens, plan.rank) + head()
+        size = held + gradients + activations(tokens, plan.rank) + head()
         settings = f"`tokens_per_microbatch: {tokens}`, `gradient_checkpointing: {checkpointing}`"
         lines.append(f"| {settings}, in the update | {size / 1e9:.1f} |")
     return "\n".join(lines)
 
 
 def full_ppo(shape: Shape, plan: Plan, cards: int) -> Rows:
-    """Count a card's share of PPO with full weights under FSDP2."""
+    """Count a card's share of PPO with full weights under FSDP2.
+
+    Embeddings and heads of the three models (five matrices: the value model has no language head) are one unit, the
+    root's own: cut, and gathered, together."""
     parts = [TRAINED * shape.whole / cards, TRAINED * shape.trunk / cards, 4 * shape.whole / cards, 2 * shape.trunk]
-    held = sum(parts)
-    sampled = held + 2 * shape.whole + sampling(shape, replace(plan, rank=0))
-    updated = held + 2 * shape.recomputed(plan.microbatch_tokens, 0) + 4 * shape.whole / shape.layers + head()
+    held, vocabulary = sum(parts), shape.embeddings
+    sampled = held + sharded_sampling(shape, plan)
+    updated = held + sharded_update(shape, plan, cards)
+    start = 4 * (2 * shape.whole + shape.trunk) / cards + 2 * shape.trunk + 4 * 5 * vocabulary
     return [
-        ("policy, trained", "16 P / 8", parts[0]),
-        ("value model, trained", "16 P' / 8", parts[1]),
+        ("policy, trained", "12 P / 8", parts[0]),
+        ("value model, trained", "12 P' / 8", parts[1]),
         ("reference, float32", "4 P / 8", parts[2]),
         ("reward model, whole, bfloat16", "2 P'", parts[3]),
         ("**held all the time**", "", held),
-        ("peak while it samples: the policy whole in bfloat16", "+ 2 P + as above", sampled),
-        ("peak in the update: both models' activations, two layers whole", "", updated),
-        ("**at its start**, before FSDP2 cuts: four whole models", "8 P + 6 P'", 8 * shape.whole + 6 * shape.trunk),
-    ]
+        (
+            "peak while it samples: the policy whole in bfloat16, and the others' embeddings and heads",
+            "+ 2 P + 2 x 3 V h + as above", sampled,
+        ),
+        (
+            "peak in the update: gradients, both models' activations; whole are two layers, embeddings and heads", "",
+            updated,
+        ),
+        (
+            "at its start: weights cut, embeddings and heads about to be", "(8 P + 4 P') / 8 + 2 P' + 4 x 5 V h",
+            start,
+        ),
+    ]  # fmt: skip
+
+
+def sharded_sampling(shape: Shape, plan: Plan) -> float:
+    """Count what a card needs besides while it samples under FSDP2."""
+    return 2 * (shape.whole + 3 * shape.embeddings) + sampling(shape, replace(plan, rank=0))
+
+
+def sharded_update(shape: Shape, plan: Plan, cards: int) -> float:
+    """Count what a card needs besides in an update under FSDP2: its part of the gradients, both models' activations,
+    two layers whole in bfloat16; so all embeddings and heads, and the gradients of the trained three of these five."""
+    whole = 2 * 2 * shape.whole / shape.layers + 2 * (5 + 3) * shape.embeddings
+    gradients = GRADIENT * (shape.whole + shape.trunk) / cards
+    return gradients + 2 * shape.recomputed(plan.microbatch_tokens, 0) + whole + head()
 
 
 @dataclass(frozen=True)
@@ -187,7 +219,7 @@ class Card:
     """Hold the bytes of each part of PPO on one card."""
 
     base: float  # frozen weights that policy, value model and reference share
-    policy: float  # trained weights, gradients, Adam's moments
+    policy: float  # trained weights, Adam's moments
     value: float
     reference: float
     reward_model: float
@@ -207,9 +239,11 @@ def cards(shape: Shape, plan: Plan) -> dict[str, Card]:
     """Count one card of each way to train: LoRA and QLoRA on one card and on eight (DDP; under FSDP2 weights in 4 bits
     are refused), full weights on one and on eight (FSDP2)."""
     adapter, tokens, full = shape.lora(plan.rank), plan.microbatch_tokens, replace(plan, rank=0)
+    gradients = 2 * GRADIENT * adapter
     lora = Card(
         base=2 * shape.whole, policy=TRAINED * adapter, value=TRAINED * adapter, reference=4 * adapter,
-        reward_model=4 * adapter, sampling=sampling(shape, plan), update=shape.recomputed(tokens, plan.rank) + head(),
+        reward_model=4 * adapter, sampling=sampling(shape, plan),
+        update=gradients + shape.recomputed(tokens, plan.rank) + head(),
     )  # fmt: skip
     unpacked = 2 * max(a * b for a, b in shape.linear)  # one layer's weights at a time, in bfloat16
     qlora = replace(
@@ -219,11 +253,11 @@ def cards(shape: Shape, plan: Plan) -> dict[str, Card]:
     whole = Card(
         base=0, policy=TRAINED * shape.whole, value=TRAINED * shape.trunk, reference=4 * shape.whole,
         reward_model=2 * shape.trunk, sampling=2 * shape.whole + sampling(shape, full),
-        update=shape.recomputed(tokens, 0) + 2 * shape.whole + head(),
+        update=GRADIENT * (shape.whole + shape.trunk) + shape.recomputed(tokens, 0) + 2 * shape.whole + head(),
     )  # fmt: skip
     eighth = replace(
         whole, policy=whole.policy / 8, value=whole.value / 8, reference=whole.reference / 8,
-        update=2 * shape.recomputed(tokens, 0) + 4 * shape.whole / shape.layers + head(),
+        sampling=sharded_sampling(shape, plan), update=sharded_update(shape, plan, 8),
     )  # fmt: skip
     second = shape.recomputed(tokens, plan.rank)  # DDP wants one backward: both models' activations at once
     return {

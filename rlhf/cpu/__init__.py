@@ -37,10 +37,12 @@ class Models(Protocol):
     packs: bool
 
 
-def prepare(models: Models) -> None:
-    """Make the models faster if they are on a CPU, and allow packed rows if the models compute the same with them."""
+def prepare(models: Models, device: torch.device | None = None) -> None:
+    """Make the models faster if they compute on a CPU, and allow packed rows if they compute the same with them.
+
+    device: where they will compute, if not where they are: models that FSDP2 has yet to cut wait on the CPU."""
     parts = [part for part in (models.policy, models.reference, models.value) if part is not None]
-    if any(part.device.type != "cpu" for part in parts):
+    if (device or parts[0].device).type != "cpu" or any(part.device.type != "cpu" for part in parts):
         return
     for part in parts:
         _fuse(part)

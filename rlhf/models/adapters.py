@@ -153,6 +153,12 @@ def share_base(policy: nn.Module, other: Any) -> int:
     return shared
 
 
+def share_bases(policy: nn.Module, functions: Sequence[Any]) -> None:
+    """Let every reward model among `functions` that is an adapter over the policy's base use its weights."""
+    for function in functions:
+        share_base(policy, getattr(function, "model", None))
+
+
 def lora_config(
     rank: int,
     alpha: float,

@@ -275,15 +275,17 @@ def _set_attributes(thing: nn.Module | PreTrainedConfig, probability: float, kep
     return bool(names)
 
 
-def clone(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model so that nothing is shared.
+def clone(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:
+    """Copy a model so that nothing is shared; to its own device, or to another.
 
     (`copy.deepcopy` fails if a trainer has replaced the model's `forward`: the copy then runs the original's weights.)
     """
     twin: Any = type(model)(copy.deepcopy(model.config))
     held = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        tensor.data = held[name].detach().clone()  # each in its own precision: rotary frequencies stay in float32
+        tensor.data = (
+            held[name].detach().to(device, copy=True)
+        )  # each in its own precision: rotary frequencies stay in float32
     return twin
 
 

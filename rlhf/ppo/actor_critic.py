@@ -190,13 +190,22 @@ class ActorCritic(nn.Module):
             yield
 
     @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """Let the policy decode inside the context, without torch.compile.
+    def in_parts(self) -> Iterator[None]:
+        """Let the three models run forwards of their own inside the context: the same ones on all processes, since
+        sharded layers are gathered for each."""
+        self._begin()
+        with distributed.in_parts(self):
+            yield
 
-        Before it a forward for no role runs: FSDP2 takes the first module that runs for the root, which must not be a
-        layer."""
+    def _begin(self) -> None:
+        """Run a forward for no role: FSDP2 takes the first module that runs for the root, which must not be a layer."""
         if distributed.is_sharded(self):
             self(None, 1.0, ())
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Let the policy decode inside the context, without torch.compile."""
+        self._begin()
         with torch.compiler.set_stance("force_eager"), packing.decoding(self.policy):
             yield
 

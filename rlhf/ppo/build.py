@@ -152,7 +152,7 @@ def _build_value(
         if adapted:
             role_adapters.copy_adapter(policy, "value")
             return None, _zero_head(policy)
-        value: Any = _merged_copy(policy) if isinstance(policy, PeftModel) else clone(policy)
+        value: Any = _merged_copy(policy, device) if isinstance(policy, PeftModel) else clone(policy)
         value.float().requires_grad_(True)
         _drop_head(value)
         return value, _zero_head(policy)
@@ -171,23 +171,26 @@ def _build_value(
         raise InputError(f"value_model=adapter needs a LoRA reward model {what}")
     folder = source if own else getattr(source, "folder", None)
     if not joins and scalar.dtype != torch.float32 and folder:
-        scalar = load_scalar_model(folder)[0]  # what is trained in full does not start from rounded weights
+        scalar, own = load_scalar_model(folder)[0], True  # what is trained in full doesn't start from rounded weights
     head = _normalised_head(score_head(scalar), normalizer).to(device)
     if joins:
         role_adapters.take_adapter(policy, scalar, adapter)
         return None, head
     if adapted:
         log.info("value model: a model of its own, trained in full: the reward model is no adapter on this base")
-    trunk = _merged_copy(scalar) if isinstance(scalar, PeftModel) else scalar if own else clone(scalar)
+    # a reward model that scores is on the GPU; the copy goes at once to where the policy is
+    trunk = _merged_copy(scalar, device) if isinstance(scalar, PeftModel) else scalar if own else clone(scalar, device)
     fit_embeddings(trunk, embedding_rows(policy))  # of one tokenizer, bases may hold more rows than it has tokens
     trunk.float().requires_grad_(True)
     trunk.score.requires_grad_(False)  # replaced by `head`, which also carries the normaliser
     return trunk.to(device), head
 
 
-def _merged_copy(model: PeftModel) -> Any:
+def _merged_copy(model: PeftModel, device: torch.device) -> Any:
     try:
-        return copy.deepcopy(model).float().merge_and_unload()  # in bfloat16 much of a small update would be lost
+        return (
+            copy.deepcopy(model).to(device).float().merge_and_unload()
+        )  # in bfloat16 much of a small update would be lost
     except ValueError as error:
         raise InputError(
             f"value_model=separate: the adapter cannot be merged ({reason(error)}); set adapter"
@@ -237,12 +240,14 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
 def prepare(actor_critic: ActorCritic, args: PPOConfig, dtype: torch.dtype) -> None:
     """Choose packed rows on GPUs (on CPUs `rlhf.cpu.prepare` has chosen them), and compile, as the settings ask.
 
-    dtype: the precision of the run's matrix products."""
+    Call it once the models are where they compute: cut by FSDP2, too. dtype: the precision of the run's matrix
+    products."""
     parts = actor_critic.parts()
     if args.packing == "off":
         actor_critic.packable = actor_critic.packs = False
     elif all(part.device.type == "cuda" for part in parts):
-        actor_critic.packable = actor_critic.packs = all(packing.prepare(m, args.packing, dtype) for m in parts)
+        with actor_critic.in_parts():
+            actor_critic.packable = actor_critic.packs = all(packing.prepare(m, args.packing, dtype) for m in parts)
     if args.compile:
         compile_layers(actor_critic)
 
@@ -267,8 +272,9 @@ def compile_layers(actor_critic: ActorCritic) -> None:
     Sampling runs without it (`ActorCritic.sampling`): every decoding step has another shape.
     """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # adapters x grad modes
+    names = set(actor_critic._no_split_modules)
     for module in actor_critic.modules():
-        if type(module).__name__ in actor_critic._no_split_modules:
+        if names & {kind.__name__ for kind in type(module).__mro__}:  # FSDP2 has given a layer a class of its own
             module.compile(dynamic=True)
 
 

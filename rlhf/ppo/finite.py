@@ -45,7 +45,10 @@ def stop_on(broken: str | None, update: int) -> None:
 def sampling_explained(
     models: ActorCritic, prompt_ids: Sequence[list[int]], tokenizer: Any, update: int
 ) -> Iterator[None]:
-    """Turn the error of sampling from NaN probabilities into RunStopped that names the prompt or weights at fault."""
+    """Turn the error of sampling from NaN probabilities into RunStopped that names the prompt or weights at fault.
+
+    Enter it inside `ActorCritic.lent_to`: there a policy that FSDP2 cuts is whole, so that one process can look at its
+    weights, and run it, while the others still sample."""
     try:
         yield
     except RuntimeError as error:

@@ -92,17 +92,17 @@ class PPOTrainer:
         models_given = {"model": model, "ref_model": ref_model, "value_model": start}
         self.given = by_main(lambda: of_run(tokenizer, self.prompts, self.reward_funcs, peft_config, **models_given))
         self.peft_config, self.reference_given = peft_config, ref_model is not None  # else step 0's KL must be 0
-        self.actor_critic = models = build.models_for(args, model, ref_model, start, peft_config, dtype).to(self.device)
+        models = build.models_for(args, model, ref_model, start, peft_config, dtype)
+        self.actor_critic = strategy.placed(self.accelerator, models)
         inputs.check_positions(self)
-        for function in self.reward_funcs:  # a reward model's adapter over the same base
-            adapters.share_base(models.policy, getattr(function, "model", None))
-        cpu.prepare(models)
-        build.prepare(models, args, dtype)
-        with self.accelerator.autocast():
-            preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
+        adapters.share_bases(models.policy, self.reward_funcs)
+        cpu.prepare(models, self.device)
         self.stop_ids, self.pad_id = model_stop_ids(models.policy, tokenizer), chat.pad_id(tokenizer)
         optimizer = build.build_optimizer(models, args, callback_args)
         self.module, self.optimizer = self.accelerator.prepare(models, optimizer)
+        build.prepare(models, args, dtype)
+        with self.accelerator.autocast():
+            preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
         builtin = (models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)
         self.engine = engine or TransformersEngine(*builtin)
         if isinstance(self.engine, Follower):
@@ -293,7 +293,7 @@ class PPOTrainer:
         self.ahead.wait()
         models = self.actor_critic
         explained = finite.sampling_explained(models, prompt_ids, self.processing_class, self.update_index + 1)
-        with explained, self.accelerator.autocast(), models.lent_to(self.engine):
+        with self.accelerator.autocast(), models.lent_to(self.engine), explained:
             return self.engine.generate(prompt_ids, self.args.max_new_tokens, self.args.temperature, generator)
 
     def plan(self, lengths: Sequence[int], inner_epoch: int = 0) -> Plan:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -17,6 +17,7 @@ from rlhf.errors import InputError
 from rlhf.run.distributed import is_sharded
 from rlhf.run.settings import OPTIMIZERS
 
+Module = TypeVar("Module", bound=nn.Module)
 logger = logging.getLogger(__name__)
 
 KINDS = {
@@ -34,6 +35,13 @@ def shards(accelerator: Accelerator) -> bool:
 def spreads(accelerator: Accelerator) -> bool:
     """Return whether the weights are cut over processes, so that only a forward of the whole model sees them."""
     return accelerator.distributed_type in KINDS
+
+
+def placed(accelerator: Accelerator, model: Module) -> Module:
+    """Move a model to the device where it will compute; leave one that FSDP2 is to cut where it is, on the CPU.
+
+    FSDP2 moves a unit's parameters and buffers to the device as it cuts them, so that no device holds a whole model."""
+    return model if shards(accelerator) else model.to(accelerator.device)
 
 
 def deepspeed(accelerator: Accelerator) -> bool:

@@ -79,8 +79,9 @@ def save_weights(policy: Any, folder: Path | None) -> None:
     """Write the policy's merged weights as transformers would, but a tied head under its own name too.
 
     vLLM on CPUs computes with a copy of a tied head, which follows only if the head itself is sent. A collective where
-    FSDP2 shards the weights: one after the other is whole, on all processes, of which one has a folder and keeps it on
-    the CPU until its file is full. Raises InputError as `policy_weights`."""
+    FSDP2 shards the weights: one after the other is whole, in the precision that its layer computes in, on all
+    processes, of which one has a folder and keeps it on the CPU until its file is full. Raises InputError as
+    `policy_weights`."""
     places: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     size = number = 0
@@ -103,9 +104,11 @@ def save_weights(policy: Any, folder: Path | None) -> None:
 
 def _with_head(policy: Any) -> Iterator[tuple[str, Tensor]]:
     computes: dict[str, Callable[[], Tensor]] = {}
+    computed_in = base_model(policy).dtype  # its embeddings', which are whole already where FSDP2 shards the layers
     for name, _, compute in policy_weights(policy):
         computes[name] = compute
-        yield name, whole(compute())
+        value = compute()
+        yield name, whole(value.to(computed_in) if isinstance(value, DTensor) else value)
     embeddings, head = _ends(policy)
     if head and head not in computes:
         yield head, whole(computes[embeddings]()).clone()  # safetensors refuses tensors that share memory

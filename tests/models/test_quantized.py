@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from reference import forked, quantized_worker
 from reference.prepared import prepared_models
 from reference.tiny_chain import shake
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -16,7 +19,6 @@ from reward_models import RewardConfig, RewardModel, RewardTrainer
 from rlhf.errors import InputError
 from rlhf.models.adapters import lora_config
 from rlhf.models.loading import held_in_4_bits, is_quantized, load_policy
-from rlhf.models.loading import in_4_bits as four_bits
 from rlhf.padding import make_batch
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.sampling.decode import TransformersEngine
@@ -151,11 +153,8 @@ DEMONSTRATIONS = [{"prompt": f"Count to {i}", "completion": "one, two"} for i in
 def on_cpu(monkeypatch):
     """Let the setting load on a CPU, where bitsandbytes computes slowly, and rightly."""
 
-    def held(model, dtype, adapted):
-        return {"quantization_config": four_bits(dtype, "cpu")["quantization_config"]}
-
-    for module in ("rlhf.sft.model", "reward_models.model", "rlhf.ppo.build"):
-        monkeypatch.setattr(f"{module}.held_in_4_bits", held)
+    for module in quantized_worker.HOLDERS:
+        monkeypatch.setattr(f"{module}.held_in_4_bits", quantized_worker.on_cpu)
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
@@ -201,3 +200,31 @@ def test_ppo_holds_its_base_in_4_bits(base, tmp_path, on_cpu, tiny_tokenizer):
     assert is_quantized(trainer.actor_critic.policy)
     assert trainer.actor_critic.reference is None
     assert trainer.train()["policy_grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapter_that_one_does_and_resume_exactly(base, tmp_path, on_cpu):
+    """By DDP, SFT and PPO of its adapter. The weights move much further than the two may be apart."""
+    command = [quantized_worker.__file__, base, tmp_path / "two", tmp_path / "two.pt"]
+    done = forked.shared().together(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = torch.load(tmp_path / "two.pt"), quantized_worker.run(str(base), tmp_path / "one")
+    assert two["processes"] == 2
+    assert all(result[stage]["quantized"] for result in (two, one) for stage in ("sft", "ppo"))
+    saved = {
+        (run, name): load_file(tmp_path / run / "sft" / name / "adapter_model.safetensors")
+        for run in ("one", "two")
+        for name in ("whole", "resumed")
+    }
+    mine, alone = two["ppo"], one["ppo"]
+    start = {name.replace(".default", ""): tensor for name, tensor in one["sft"]["start"].items()}
+    for whole, resumed, expected, before in (
+        (saved["two", "whole"], saved["two", "resumed"], saved["one", "whole"], start),
+        (mine["whole"], mine["resumed"], alone["whole"], alone["start"]),
+    ):
+        assert whole.keys() == resumed.keys() == expected.keys()
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(whole[name], tensor, rtol=0, atol=1e-5, err_msg=name)
+            assert torch.equal(resumed[name], whole[name]), name
+        lora = [name for name in expected if "lora_" in name]
+        assert max(float((expected[name] - before[name]).abs().max()) for name in lora) > 1e-3

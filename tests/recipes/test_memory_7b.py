@@ -85,12 +85,12 @@ def test_the_arithmetic_by_hand():
     assert rows["the base, in bfloat16"] == 2 * 7_615_616_512
     assert SHAPE.cache(1) == 57_344
     assert SHAPE.layer(1, 64) == 240_512
-    held = 2 * 7_615_616_512 + 40 * 161_480_704
+    held = 2 * 7_615_616_512 + 32 * 161_480_704
     assert rows["**held all the time**"] == held
     cache, prompts, probabilities = 64 * 1024 * 57_344, 64 * 512 * 240_512, 64 * 152_064 * 12
     assert rows["while it samples: cache, prompts, probabilities"] == cache + prompts + probabilities
-    update = 8192 * (28 * 3584 * 2 + 2 * 240_512) + 2**26 * 10
-    assert rows["in the update: recomputed activations, logits"] == update
+    update = 2 * 4 * 161_480_704 + 8192 * (28 * 3584 * 2 + 2 * 240_512) + 2**26 * 10
+    assert rows["in the update: gradients, recomputed activations, logits"] == update
 
 
 def test_every_way_by_hand():
@@ -106,20 +106,26 @@ def test_every_way_by_hand():
     rows = {what: size for what, _, size in memory.full_ppo(SHAPE, PLAN, 8)}
     eight = cards["full, 8 cards (FSDP2)"]
     assert eight.held == rows["**held all the time**"]
-    assert eight.held + eight.sampling == rows["peak while it samples: the policy whole in bfloat16"]
-    assert eight.held + eight.update == rows["peak in the update: both models' activations, two layers whole"]
+    sampled, updated, start = list(rows.values())[-3:]
+    assert eight.held + eight.sampling == sampled
+    assert eight.held + eight.update == updated
+    embeddings = 152_064 * 3584  # of policy, value model and reference, and two heads: five such matrices
+    assert eight.sampling == cards["full, 1 card"].sampling + 3 * 2 * embeddings
+    assert start == (2 * whole + SHAPE.trunk) / 2 + 2 * SHAPE.trunk + 5 * 4 * embeddings
+    layers = 2 * 8192 * (28 * 3584 * 2 + 2 * SHAPE.layer(1, 0)) + 4 * whole / 28 + 2**26 * 10
+    assert updated - eight.held == pytest.approx((whole + SHAPE.trunk) / 2 + layers + (5 + 3) * 2 * embeddings)
     linear = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     qlora = cards["QLoRA, 1 card"]
     bits = 4 + 8 / 64 + 32 / 16384  # a byte per block of 64, a float32 per 256 blocks
     assert qlora.base == linear * bits / 8 + 2 * (whole - linear)
     assert qlora.update - cards["LoRA, 1 card"].update == 2 * 3584 * 18944
-    assert qlora.policy == 16 * adapter
+    assert qlora.policy == 12 * adapter
     eighth = cards["QLoRA, 8 cards (DDP)"]
     assert eighth.held == qlora.held  # DDP cuts nothing
     assert eighth.update - qlora.update == both.update - cards["LoRA, 1 card"].update
     one = cards["full, 1 card"]
-    assert one.policy + one.value + one.reference == 20 * whole + 16 * SHAPE.trunk
-    assert memory.ways(SHAPE, PLAN).splitlines()[-1] == "| fits 80 GB | yes | yes | no | yes | yes | no |"
+    assert one.policy + one.value + one.reference == 16 * whole + 12 * SHAPE.trunk
+    assert memory.ways(SHAPE, PLAN).splitlines()[-1] == "| fits 80 GB | yes | yes | no | yes | yes | yes |"
     assert memory.ways(SHAPE, PLAN, 141e9).splitlines()[-1] == "| fits 141 GB | yes | yes | no | yes | yes | yes |"
 
 

@@ -27,12 +27,15 @@ from transformers import TrainerCallback
 
 import rlhf.ppo
 from reference.two_processes import PROMPTS, GivenResponses, odd_share
+from rlhf.errors import RunStopped
+from rlhf.models import packing
 from rlhf.models.adapters import backbone
 from rlhf.padding import Batch, make_batch
 from rlhf.ppo.plan import plan_minibatches
 from rlhf.ppo.preflight import check_ppo
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.run import distributed as sharding
+from rlhf.sampling.vllm_weights import save_weights
 
 SETTINGS: dict[str, Any] = {
     "updates": 2, "rollout_size": 8, "minibatch_size": 8, "inner_epochs": 2, "max_new_tokens": 9, "learning_rate": 0.1,
@@ -158,6 +161,9 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
     together["outputs"] = outputs(trainer)
     own["shares"].append(share(layers))
     own["sampled_again"] = sample(trainer, process)
+    with trainer.actor_critic.in_parts():  # as on GPUs, where packed rows are chosen once the models are cut
+        own["packable"] = [packing.can_pack(part) for part in trainer.actor_critic.parts()]
+    own["shares"].append(share(trainer.actor_critic))
     own["preflight"] = [(finding.check, finding.measured) for finding in check_ppo(trainer)]
     lengths = [10 if process else 40] * 4
     plan = plan_minibatches(lengths, 4, 40, torch.Generator().manual_seed(0))
@@ -178,7 +184,27 @@ def checks(folder: Path, policy: str, reward: str) -> tuple[dict[str, Any], dict
     trainer = make(folder / "bf16", policy, reward, bf16=True)
     together["bf16"] = outputs(trainer)  # leaves the root's own parameters whole, in bf16
     trainer.save_model(folder / "bf16_saved")
+    (folder / "bf16_sent").mkdir(exist_ok=True)
+    with trainer.actor_critic.in_parts():  # as while a vLLM server samples
+        save_weights(trainer.actor_critic.policy, None if process else folder / "bf16_sent")
+    if not trainer.actor_critic.policy.config.tie_word_embeddings:
+        own["told"] = told(trainer, process)
     return together, own
+
+
+def told(trainer: PPOTrainer, process: int) -> str:
+    """What sampling ends with where one token's embedding is NaN, which only the last process's prompts hold."""
+    mine, other = ({token for ids in trainer.prompt_ids[first::2] for token in ids} for first in (1, 0))
+    name, embeddings = next(trainer.actor_critic.named_parameters())
+    planted = sharding.whole_tensor(embeddings).detach().clone()
+    planted[min(mine - other)] = float("nan")
+    sharding.load_trained(trainer.actor_critic, {name: planted})
+    prompts = trainer.prompt_ids[process::2]
+    try:
+        trainer.generate(prompts, trainer.draws.sampling(0, len(prompts), "cpu"))
+    except RunStopped as error:
+        return str(error)
+    return ""
 
 
 def killed(folder: Path, policy: str, reward: str) -> dict[str, Any]:

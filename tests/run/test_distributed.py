@@ -26,14 +26,19 @@ from reference.tiny_chain import TARGETS, chain, save_base, save_reward_model, s
 from reference.two_processes import GivenResponses
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from reward_models import RewardModel
 from rlhf.errors import InputError
+from rlhf.models import packing
 from rlhf.models.adapters import lora_config
 from rlhf.models.heads import head_weight
 from rlhf.models.loading import load_policy
 from rlhf.ppo import run as ppo_run
+from rlhf.ppo.build import compile_layers
 from rlhf.ppo.preflight import check_ppo
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.run import distributed as sharding
 from rlhf.run import strategy
 
@@ -143,9 +148,9 @@ def test_each_process_holds_half(ran, kind):
     layers = 2 if kind == "lora" else 6  # of policy, reference and value model
     for process in ran[kind]["sharded"]["each"]:
         assert process["units"] == ["FSDPActorCritic", *["FSDPLlamaDecoderLayer"] * layers]
-        first, sampling, after, forward = process["shares"]
+        first, sampling, after, forward, asked = process["shares"]
         assert sampling == 1.0
-        for half in (first, after, forward):
+        for half in (first, after, forward, asked):
             assert 0.49 < half < 0.51
 
 
@@ -194,6 +199,13 @@ def test_sampling_while_the_other_process_is_done(ran, kind):
     for process, expected in zip(each, ran[kind]["alone"]["sampled"], strict=True):
         assert process["sampled"] == expected
         assert process["sampled_again"] == expected
+
+
+@pytest.mark.slow
+@each_kind
+def test_packed_rows_are_found_the_same_once_the_models_are_cut(ran, kind):
+    for process in ran[kind]["sharded"]["each"]:
+        assert process["packable"] == [True] * (1 if kind == "lora" else 3)
 
 
 @pytest.mark.slow
@@ -276,6 +288,35 @@ def test_the_saved_model_is_float32_though_it_computes_in_bf16(ran, kind):
 
 
 @pytest.mark.slow
+@each_kind
+def test_a_server_is_sent_what_the_policy_computes_with(ran, kind):
+    """In bf16 half of the bytes: FSDP2 rounds each float32 weight so for a forward. Against the same adapter merged."""
+    folder = ran[kind]["folder"]
+    sent = load_file(folder / "bf16_sent" / "model.safetensors")
+    assert {tensor.dtype for tensor in sent.values()} == {torch.bfloat16}
+    if kind == "lora":
+        plain = AutoPeftModelForCausalLM.from_pretrained(folder / "bf16_saved").merge_and_unload()
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(folder / "bf16_saved", dtype=torch.float32)
+    expected = dict(plain.named_parameters(remove_duplicate=False))
+    assert sent.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if kind == "lora":  # the base is rounded before the adapter is added
+            torch.testing.assert_close(sent[name].float(), tensor.float(), rtol=0.02, atol=2e-3)
+        else:
+            assert torch.equal(sent[name], tensor.bfloat16()), name
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_process_says_which_weights_are_not_finite_while_the_other_samples_on(ran):
+    """One token's embedding is NaN, which only the second process's prompts hold."""
+    told = [process["told"] for process in ran["full"]["sharded"]["each"]]
+    assert told[0] == ""
+    assert "the policy's weights model.embed_tokens.weight are not finite" in told[1]
+
+
+@pytest.mark.slow
 def test_processes_run_as_many_micro_batches(ran):
     """One has four long responses (a micro-batch each), the other four short ones (one micro-batch)."""
     plans = [process["plans"] for process in ran["full"]["sharded"]["each"]]
@@ -302,6 +343,67 @@ def test_bf16_does_not_round_log_probabilities_and_values(ran, kind):
     for name in ("logprobs", "reference_logprobs", "values"):
         values = ran[kind]["sharded"]["bf16"][name]
         assert (values.bfloat16().float() != values).float().mean() > 0.3
+
+
+# -- the start ---------------------------------------------------------------------------------------------
+
+
+class CutNow(Exception):
+    pass
+
+
+class MovedTo(TorchDispatchMode):
+    """Counts the bytes that are copied from the CPU to a device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.size = device, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and out.device.type == self.device:
+            self.size += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("by", ["FSDP2", "DDP"])
+def test_no_model_reaches_the_device_before_it_is_cut(tmp_path, monkeypatch, tiny_model, tiny_tokenizer, lora, by):
+    """The device's part is played by "meta". Under FSDP2 the models wait on the CPU for `prepare`, with nothing of
+    `rlhf.cpu` on them; else they are moved whole, as the same counter sees."""
+    policy, reward = chain(tmp_path, tiny_model, tiny_tokenizer, lora=lora)
+    scorer = RewardModel.load(str(reward))
+    seen: dict[str, Any] = {}
+
+    def prepare(self, models, optimizer):
+        seen["devices"] = {p.device.type for p in [*models.parameters(), *models.buffers()]}
+        seen["attention"] = {packing.attention_of(part) for part in models.parts()}
+        seen["bytes"] = sum(p.nbytes for p in [*models.parameters(), *models.buffers()])
+        raise CutNow
+
+    monkeypatch.setattr(Accelerator, "prepare", prepare)
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    monkeypatch.setattr("rlhf.ppo.preflight.check_logits", lambda *given: None)  # "meta" has no numbers
+    monkeypatch.setattr(strategy, "configure", lambda *given: None)
+    if by == "FSDP2":
+        monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with MovedTo("meta") as moved, pytest.raises(CutNow):
+        PPOTrainer(policy, scorer, worker.PPOConfig(output_dir=str(tmp_path / "run"), bf16=False), worker.PROMPTS[:8])
+    if by == "FSDP2":
+        assert (seen["devices"], seen["attention"], moved.size) == ({"cpu"}, {"sdpa"}, 0)
+    else:
+        assert seen["devices"] == {"meta"}
+        assert moved.size >= seen["bytes"] > 100_000
+
+
+def test_layers_that_fsdp2_has_given_a_class_of_their_own_are_compiled(monkeypatch, tiny_model):
+    layers = list(tiny_model.model.layers)
+    layers[0].__class__ = type("FSDPLlamaDecoderLayer", (type(layers[0]),), {})
+    models: Any = SimpleNamespace(_no_split_modules=["LlamaDecoderLayer"], modules=tiny_model.modules)
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
+    compile_layers(models)
+    assert compiled == layers
 
 
 # -- configurations ----------------------------------------------------------------------------------------

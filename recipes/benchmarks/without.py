@@ -65,7 +65,7 @@ SWITCHES: dict[str, Switch] = {
     "norms": lambda: replaced("rlhf.cpu.norms", "fuse", _nothing),
     "fused_lora": lambda: replaced("rlhf.cpu.lora", "FusedLinear.forward", _as_peft),
     "attention": lambda: replaced("rlhf.cpu.attention", "MOST_TOKENS", 0),  # rows go to torch's kernel, one by one
-    "freed_memory": lambda: replaced("rlhf.cpu.memory", "release_freed_memory", _nothing),
+    "freed_memory": lambda: replaced("rlhf.models.memory", "release_freed_memory", _nothing),
     "draw": lambda: replaced("rlhf.cpu.drawing", "draw", _plain_draw),
 }
 """By a trick's name; see the list in ablation.py."""

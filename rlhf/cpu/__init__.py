@@ -1,8 +1,8 @@
 """Code that only makes CPUs faster, behind a few functions. On other devices they do nothing; plain torch and peft run.
 
 `lora`, `gated` and `norms` give layers a forward and a backward with fewer passes over memory; `attention` computes
-short rows as plain matrix products, also those that `models.packing` has joined into one row; `memory` returns
-freed memory; `drawing` draws a token with one random number. Results differ from the plain path at most by rounding.
+short rows as plain matrix products, also those that `models.packing` has joined into one row; `drawing` draws
+a token with one random number. Results differ from the plain path at most by rounding.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from rlhf.cpu import attention, drawing, gated, lora, memory, norms
-from rlhf.models import encoders, packing, waiting
+from rlhf.cpu import attention, drawing, gated, lora, norms
+from rlhf.models import encoders, memory, packing, waiting
 
 __all__ = ["draw", "for_scoring", "for_training", "give_way", "prepare", "restore"]
 

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf.errors import InputError, reason
+from rlhf.models import memory
 from rlhf.models.adapter_check import read_adapter
 from rlhf.models.adapters import is_adapter, train_in_float32
 from rlhf.models.waiting import give_way
@@ -134,6 +135,7 @@ def from_pretrained(
         # (aligned) addresses, a model gives the same numbers to the last bit from any file.
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.clone()
+        memory.release_freed_memory()
     return model
 
 

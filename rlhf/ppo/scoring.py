@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf import chat, scores
+from rlhf.models import memory
 from rlhf.padding import make_batch
 from rlhf.ppo.protocol import Trainer
 from rlhf.rows.records import Prompt
@@ -50,6 +51,7 @@ def raw_scores(
             log_metric=lambda name, value: loop.log_metric(prefix + name, value),
             log_extra=(lambda name, values: None) if prefix else loop.log_extra,
         )
+    memory.release_freed_memory()  # what sampling and scoring took: the update needs it in other sizes
     wait_for_all()  # one process's function may take longer than NCCL waits
     if failures is not None:
         scores.require_some(distributed.total(trainer.accelerator, (~raw.isnan()).sum()), failures)

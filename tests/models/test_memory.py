@@ -9,7 +9,7 @@ import pytest
 
 PROBE = """
 import resource, torch
-from rlhf.cpu import memory
+from rlhf.models import memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20

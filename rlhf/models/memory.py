@@ -8,7 +8,8 @@ from typing import Any
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system; after loading, glibc keeps as much as the models' own size."""
+    """Return freed memory to the system; after loading, glibc keeps as much as the models' own size, and little of it
+    fits what comes next."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)

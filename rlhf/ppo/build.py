@@ -234,15 +234,15 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
         drop_input_hooks(plain)
 
 
-def prepare(actor_critic: ActorCritic, args: PPOConfig, dtype: torch.dtype) -> None:
+def prepare(actor_critic: ActorCritic, args: PPOConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Choose packed rows on GPUs (on CPUs `rlhf.cpu.prepare` has chosen them), and compile, as the settings ask.
 
-    dtype: the precision of the run's matrix products."""
+    dtype: the precision of the run's matrix products; device: where the models will be."""
     parts = actor_critic.parts()
     if args.packing == "off":
         actor_critic.packable = actor_critic.packs = False
-    elif all(part.device.type == "cuda" for part in parts):
-        actor_critic.packable = actor_critic.packs = all(packing.prepare(m, args.packing, dtype) for m in parts)
+    elif device.type == "cuda":
+        actor_critic.packable = actor_critic.packs = all(packing.prepare(m, args.packing, dtype, device) for m in parts)
     if args.compile:
         compile_layers(actor_critic)
 

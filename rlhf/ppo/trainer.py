@@ -97,7 +97,7 @@ class PPOTrainer:
         for function in self.reward_funcs:  # a reward model's adapter over the same base
             adapters.share_base(models.policy, getattr(function, "model", None))
         cpu.prepare(models)
-        build.prepare(models, args, dtype)
+        build.prepare(models, args, dtype, self.device)
         with self.accelerator.autocast():
             preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
         self.stop_ids, self.pad_id = model_stop_ids(models.policy, tokenizer), chat.pad_id(tokenizer)

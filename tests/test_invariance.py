@@ -20,6 +20,7 @@ import pytest
 import torch
 from reference import flash, forked, tiny_chain, two_processes
 from reference.two_processes import KINDS, STAGES, GivenResponses
+from torch.nn.attention import varlen as torchs
 
 from reward_models import RewardTrainer
 from rlhf.cpu import attention
@@ -212,7 +213,7 @@ def test_rows_packed_for_torchs_flash_attention(runs, stage, kind, monkeypatch):
         return flash.varlen_attn(*given, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch_flash, "kernel", lambda: kernel)
+        patch.setattr(torchs, "varlen_attn", kernel)
         patch.setattr(torch_flash, "takes", lambda *given: True)
         patch.setattr(packing, "use_flash", lambda model, *given: packing.set_attention(model, packing.VARLEN))
         patch.setattr(attention, "use_short_rows", lambda model: None)

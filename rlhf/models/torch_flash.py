@@ -79,13 +79,15 @@ def _by_kernel(
     longest: int,
 ) -> Float[Tensor, "1 N H E"]:
     """Compute a long row by torch's kernel; heads are filled up with zeros to a width that it takes."""
+    from torch.nn.attention import varlen as torchs  # not in every torch; `kernel` would break torch.compile's graph
+
     width = _filled(max(query.shape[-1], value.shape[-1]))
     rows = [
         torch.nn.functional.pad(x[0].transpose(0, 1).to(dtype), (0, width - x.shape[-1])) for x in (query, key, value)
     ]
     behind = -1 if window is None else window - 1  # keys before a query's own, as flash attention counts them
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend: Any = kernel()
+    attend: Any = torchs.varlen_attn
     out = attend(
         *rows, ends, ends, longest, longest, scale=scale, window_size=(behind, 0 if causal else behind),
         enable_gqa=query.shape[1] != key.shape[1],

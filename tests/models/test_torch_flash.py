@@ -41,7 +41,7 @@ def kernel(monkeypatch) -> list[dict[str, Any]]:
         calls.append(kwargs | {"queries": args[0].shape, "dtype": args[0].dtype})
         return flash.varlen_attn(*args, **kwargs)
 
-    monkeypatch.setattr(torch_flash, "kernel", lambda: attend)
+    monkeypatch.setattr(torchs, "varlen_attn", attend)
     monkeypatch.setattr(torch_flash, "takes", lambda query, dtype, width: True)
     return calls
 
@@ -203,6 +203,23 @@ def test_under_autocast_it_computes_in_half_precision(kernel):
     with torch.autocast("cpu", torch.bfloat16):
         states_and_gradients(model, packs=True)
     assert {call["dtype"] for call in kernel} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_it_is_compiled_in_one_piece(monkeypatch):
+    def attend(query: torch.Tensor, *given: Any, **settings: Any) -> torch.Tensor:
+        return query * 2
+
+    def attention(*heads: torch.Tensor, longest: int) -> torch.Tensor:
+        given = {"cu_seq_lens_q": ends, "max_length_q": longest, "sliding_window": 3}
+        return torch_flash.varlen(module, *heads, None, **given)[0]
+
+    monkeypatch.setattr(torchs, "varlen_attn", attend)
+    monkeypatch.setattr(torch_flash, "takes", lambda query, dtype, width: True)
+    module, ends = nn.Module(), torch.tensor([0, 2, 6], dtype=torch.int32)
+    given = heads()
+    compiled = torch.compile(attention, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(*given, longest=4), given[0].transpose(1, 2) * 2)
 
 
 # -- which attention a model is given ------------------------------------------------------------------------
@@ -372,7 +389,7 @@ def test_the_kernel_itself(name, monkeypatch):
     """In bfloat16, packed against padded by SDPA: numbers and gradients; `auto` chooses it without flash-attn."""
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("flash attention needs compute capability 8.0")
-    calls, attend = [], torch_flash.kernel()
+    calls, attend = [], torchs.varlen_attn
     monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: False)
     assert torch_flash.works(CUDA, torch.bfloat16)
     model = new_model(name).cuda()
@@ -380,9 +397,7 @@ def test_the_kernel_itself(name, monkeypatch):
         expected = states_and_gradients(model, packs=False)
     assert packing.prepare(model, "auto", torch.bfloat16)
     assert packing.attention_of(model) == packing.VARLEN
-    monkeypatch.setattr(
-        torch_flash, "kernel", lambda: lambda *args, **kwargs: calls.append(0) or attend(*args, **kwargs)
-    )
+    monkeypatch.setattr(torchs, "varlen_attn", lambda *args, **kwargs: calls.append(0) or attend(*args, **kwargs))
     with torch.autocast("cuda", torch.bfloat16):
         assert_alike(states_and_gradients(model, packs=True), expected, 0.05)
         assert len(calls) == 2, "one a layer"

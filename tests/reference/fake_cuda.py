@@ -146,9 +146,11 @@ def packs(kind: str) -> bool:
 def attention_of(kind: str, half: bool, *models: Any) -> Iterator[None]:
     """Let the models of a kind with "flash" in its name compute torch's own; a long row in half precision has to come
     to its kernel, and nothing else may."""
+    from torch.nn.attention import varlen
+
     from rlhf.models import packing, torch_flash
 
-    attend, calls, plain = torch_flash.kernel(), list[Any](), (torch_flash.kernel, torch_flash.works)
+    attend, works, calls = varlen.varlen_attn, torch_flash.works, list[Any]()
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         calls.append(attend(*args, **kwargs))
@@ -157,11 +159,11 @@ def attention_of(kind: str, half: bool, *models: Any) -> Iterator[None]:
 
     for model in models if "flash" in kind else ():
         packing.set_attention(model, packing.VARLEN)
-    torch_flash.kernel, torch_flash.works = lambda: watched, lambda *given: True
+    varlen.varlen_attn, torch_flash.works = watched, lambda *given: True
     try:
         yield
     finally:
-        torch_flash.kernel, torch_flash.works = plain
+        varlen.varlen_attn, torch_flash.works = attend, works
     assert bool(calls) == (half and kind.endswith("flash")), f"{len(calls)} calls of the kernel"
 
 

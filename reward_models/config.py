@@ -97,8 +97,8 @@ class RewardConfig:
 
     packing: Literal["auto", "on", "off"] = "auto"
     """Compute rows of different lengths as one long row, without padding. auto: where attention takes it apart (on
-    CPUs; on GPUs where flash-attn is installed, in bfloat16); on: on GPUs by SDPA too, for batches of up to 2048
-    tokens; off: never. Only rounding differs (and what dropout draws)."""
+    CPUs; on GPUs in bfloat16 by flash attention, flash-attn's or torch's own); on: on GPUs by SDPA too, for batches of
+    up to 2048 tokens; off: never. Only rounding differs (and what dropout draws)."""
     bf16: bool | None = None
     """Compute in bfloat16 (weights stay float32); null: where the hardware is fast at it (GPUs, CPUs with AVX512-BF16
     or AMX); the log says."""

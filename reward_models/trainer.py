@@ -242,8 +242,8 @@ class RewardTrainer(trl.RewardTrainer):
             self.begin(checkpoint)
             self._seen.clear()
             with self._babysitter.fast() as may_pack, packing.attention_kept(self.model):
-                dtype = compute_dtype(self.config.bf16)
-                self._packs = may_pack and packs_rows(self.model, self.config.packing, dtype)
+                run = compute_dtype(self.config.bf16), self.accelerator.device
+                self._packs = may_pack and packs_rows(self.model, self.config.packing, *run)
                 output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         self._packs = False
         drop_input_hooks(cast(nn.Module, self.model))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from reward_models import RewardConfig, RewardModel, RewardTrainer
 from rlhf import SFTConfig, SFTTrainer
+from rlhf.models import packing, torch_flash
 from rlhf.models.loading import is_quantized, load_policy
 from rlhf.padding import make_batch
 from rlhf.ppo import math as ppo_math
@@ -165,6 +166,35 @@ def test_rollouts_one_ahead_in_bfloat16(tmp_path, tiny_model, tiny_tokenizer):
     logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["rollout_staleness_updates"] for row in logged] == [0, 1, 1, 1]
     assert all(abs(row["engine_kl_nats"]) < 0.1 for row in logged)
+
+
+def test_rows_are_packed_without_flash_attn(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """By torch's own flash attention, which `packing: auto` chooses then; every trainer, in bfloat16."""
+    if torch_flash.kernel() is None or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs torch 2.11 and compute capability 8.0")
+    monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: False)
+    seen, forward = [], packing.as_one_row
+
+    def watched(model, *given):
+        seen.append(packing.attention_of(model))
+        return forward(model, *given)
+
+    policy, _ = chain(tmp_path, tiny_model, tiny_tokenizer, lora=False)
+    base, shared = str(tmp_path / "base"), {"epochs": 1, "bf16": True, "save_steps": 0}
+    rows = [{"prompt": f"Count to {n}", "completion": "one two three four " * (1 + n % 3)} for n in range(8)]
+    sft = SFTTrainer(base, SFTConfig(output_dir=str(tmp_path / "s"), batch_size=8, microbatch_size=8, **shared), rows)
+    ranked = [{"prompt": f"Say {n}", "responses": ["yes", "yes " * 9], "ranks": [1, 2]} for n in range(8)]
+    args = RewardConfig(output_dir=str(tmp_path / "r"), prompts_per_batch=8, microbatch_size=8, **shared)
+    reward_model = RewardTrainer(base, args, train_dataset=ranked)
+    ppo = make(tmp_path, policy, updates=1, bf16=True, preflight=False)
+    assert ppo.actor_critic.packs
+    for trainer in (sft, reward_model, ppo):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "as_one_row", watched)
+            trainer.train()
+        assert len(seen) >= 3, "more than the trials of whether a model packs"
+        assert set(seen) == {packing.VARLEN}
 
 
 @pytest.fixture

@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference import forked, tiny_chain, two_processes
+from reference import flash, forked, tiny_chain, two_processes
 from reference.two_processes import KINDS, STAGES, GivenResponses
+from torch.nn.attention import varlen as torchs
 
 from reward_models import RewardTrainer
-from rlhf.models import packing
+from rlhf.cpu import attention
+from rlhf.models import packing, torch_flash
 from rlhf.models.loading import load_tokenizer
-from rlhf.ppo import rollout
+from rlhf.ppo import build, rollout
 from rlhf.ppo import trainer as ppo_trainer
 from rlhf.ppo.plan import plan_minibatches
 from rlhf.ppo.trainer import PPOTrainer
@@ -189,6 +191,36 @@ def test_packed_rows(runs, stage, kind, monkeypatch):
     assert sum(shape[0] > 2 for shape in packed) >= len(plain["gradients"])
     monkeypatch.setattr(packing, "as_one_row", None)
     same(runs.run(stage, kind, packing="off"), plain)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        ("sft", "lora"), ("reward_model", "full"), ("ppo", "full"),
+        *(pytest.param(s, k, marks=pytest.mark.slow) for s, k in (
+            ("sft", "full"), ("reward_model", "lora"), ("process_reward", "full"), ("ppo", "lora"),
+            ("ppo", "lora shared_trunk"),
+        )),
+    ],
+)  # fmt: skip
+def test_rows_packed_for_torchs_flash_attention(runs, stage, kind, monkeypatch):
+    """As on a GPU without flash-attn, with a stand-in for the kernel; against padded rows."""
+    packed: list[tuple[int, ...]] = []
+    choose = build.prepare
+
+    def kernel(*given, **kwargs):
+        packed.append(tuple(given[3].tolist()))
+        return flash.varlen_attn(*given, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torchs, "varlen_attn", kernel)
+        patch.setattr(torch_flash, "takes", lambda *given: True)
+        patch.setattr(packing, "use_flash", lambda model, *given: packing.set_attention(model, packing.VARLEN))
+        patch.setattr(attention, "use_short_rows", lambda model: None)
+        patch.setattr(build, "prepare", lambda *given: choose(*given[:3], torch.device("cuda")))
+        found = runs.run(stage, kind)
+    assert sum(len(ends) > 3 for ends in packed) >= len(found["gradients"])
+    same(found, runs.run(stage, kind, packing="off"))
 
 
 @LONG

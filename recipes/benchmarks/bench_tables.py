@@ -18,12 +18,12 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def summarize(result: Mapping[str, Any], warmup: int = 1) -> dict[str, Any]:
     """Return medians over the updates after the warm-up: seconds by phase, response tokens/s, peak memory in GiB;
-    beside them the shortest and the longest update, and the precision."""
+    beside them the shortest and the longest update, the precision, and how rows are computed."""
     measured = result["updates"][warmup:] or result["updates"]
     tokens = result["response_tokens"][warmup:] or result["response_tokens"]
     summary: dict[str, Any] = {name: median(update[name] for update in measured) for name in PHASES}
     summary["range"] = (min(update["step"] for update in measured), max(update["step"] for update in measured))
-    summary["precision"] = result.get("precision", "")
+    summary["precision"], summary["rows"] = result.get("precision", ""), result.get("rows", "")
     summary["tokens_per_second"] = median(t / u["step"] for t, u in zip(tokens, measured, strict=True))
     summary["peak_gib"] = result.get("peak_cuda_bytes", result["peak_bytes"]) / GIB
     summary["process_gib"] = result["peak_bytes"] / GIB

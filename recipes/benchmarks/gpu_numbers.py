@@ -37,6 +37,7 @@ def of(
     seconds = None if settings.get("rollouts_ahead") else summary["generate"]  # it samples while it trains
     return {
         "precision": summary["precision"],
+        "rows": summary["rows"],
         "step_seconds": summary["step"],
         **{f"{phase}_seconds": summary[phase] for phase in ("generate", "score", "logprobs", "update")},
         "sampled_tokens_per_second": responses / seconds if seconds else None,
@@ -56,11 +57,11 @@ def shown(number: float | None, form: str) -> str:
 def table(numbers: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a table with a row per run."""
     headers = [
-        "run", "precision", "s/update", "generate", "score", "log-probs", "update", "tokens/s sampled", "trained",
-        "MFU sampling", "MFU training", "sampling / limit", "peak GiB",
+        "run", "precision", "rows", "s/update", "generate", "score", "log-probs", "update", "tokens/s sampled",
+        "trained", "MFU sampling", "MFU training", "sampling / limit", "peak GiB",
     ]  # fmt: skip
     rows = [
-        [run, n["precision"], *(f"{n[f'{phase}_seconds']:.2f}" for phase in
+        [run, n["precision"], n["rows"] or "-", *(f"{n[f'{phase}_seconds']:.2f}" for phase in
                                 ("step", "generate", "score", "logprobs", "update")),
          *(shown(n[name], form) for name, form in (
              ("sampled_tokens_per_second", ".0f"), ("trained_tokens_per_second", ".0f"), ("sampling_mfu", ".1%"),

@@ -109,10 +109,19 @@ def hindrance(run: str, job: Job) -> str | None:
         except InputError as error:
             reasons.append(str(error))
         reasons += missing(RUNS[run], job)
-        flash = importlib.util.find_spec("flash_attn") is not None
-        if job["cuda"] and RUNS[run].get("packing") == ("on" if flash else "off"):
-            reasons.append(f"ours_adapter does so itself {'with' if flash else 'without'} flash-attn")
+        if job["cuda"] and RUNS[run].get("packing") == ("on" if flash() else "off"):
+            reasons.append(f"ours_adapter does so itself {'with' if flash() else 'without'} flash attention")
     return "; ".join(reasons) or None
+
+
+def flash() -> bool:
+    """Return whether there is flash attention here: of flash-attn, or torch's own."""
+    import torch
+
+    from rlhf.models import torch_flash
+
+    package = importlib.util.find_spec("flash_attn") is not None
+    return package or torch_flash.works(torch.device("cuda"), torch.bfloat16)
 
 
 def missing(settings: Mapping[str, Any], job: Job) -> list[str]:

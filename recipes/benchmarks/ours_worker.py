@@ -23,12 +23,17 @@ from transformers import AutoTokenizer, TrainerCallback  # noqa: E402
 
 from reward_models import RewardModel  # noqa: E402
 from rlhf.metrics import read_metrics  # noqa: E402
+from rlhf.models import packing  # noqa: E402
 from rlhf.models.adapters import lora_config  # noqa: E402
 from rlhf.models.scalar import new_scalar_model  # noqa: E402
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer  # noqa: E402
 from rlhf.sampling.engine import Engine  # noqa: E402
 
 IMPORTED = time.perf_counter()
+ATTENTIONS = {
+    "sdpa": "SDPA", packing.BY_ROWS: "our own for CPUs", packing.FLASH: "flash-attn",
+    packing.VARLEN: "torch's flash attention",
+}  # fmt: skip
 PHASES = ("generate", "score", "logprobs", "update")
 
 
@@ -48,14 +53,21 @@ def work(job: Job) -> Result:
 def train(job: Job) -> Result:
     imported, case = resident_bytes(), Case.of_job(job["case"])
     trainer = trainer_of(job)
-    start = {"imports": IMPORTED - BEGAN, "trainer": time.perf_counter() - IMPORTED}
+    start, rows = {"imports": IMPORTED - BEGAN, "trainer": time.perf_counter() - IMPORTED}, rows_of(trainer)
     trainer.engine.stop_ids = ()  # every response has `new_tokens` tokens
     trainer.train()
     logged = read_metrics(Path(job["folder"], "metrics.jsonl"))
     updates = [{name: row[f"{name}_seconds"] for name in PHASES} | {"step": row["step_seconds"]} for row in logged]
     tokens = [row["response_tokens"] * case.rollout_size for row in logged]
     start |= {"first_step": updates[0]["step"]}
-    return {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, "start": start, **memory()}
+    found = {"updates": updates, "response_tokens": tokens, "imported_bytes": imported, "start": start}
+    return {**found, "rows": rows, **memory()}
+
+
+def rows_of(trainer: PPOTrainer) -> str:
+    """Return how the policy's rows are computed: packed or padded, and by which attention."""
+    name = packing.attention_of(trainer.actor_critic.policy)
+    return f"{'packed' if trainer.actor_critic.packs else 'padded'}, {ATTENTIONS.get(name, name)}"
 
 
 def trainer_of(job: Job, engine: Engine | None = None) -> PPOTrainer:

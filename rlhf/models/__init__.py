@@ -4,8 +4,8 @@
 special rules for encoder trunks; both read files through `pretrained`, which refuses what is not whole, and
 `adapter_check`, which refuses adapters that no stage could compute exactly. `adapters` holds the switching and sharing
 of LoRA adapters, `heads` the language head, `head_outputs` a scalar head at every position, `packing` rows without
-padding, `forward` the forward pass over prompts with responses, and `logprobs` log-probabilities from hidden states,
-computed one chunk of logits at a time.
+padding, `torch_flash` torch's own flash attention for them, `forward` the forward pass over prompts with responses, and
+`logprobs` log-probabilities from hidden states, computed one chunk of logits at a time.
 """
 
 from rlhf.moved import names_in

@@ -36,11 +36,11 @@ def head_outputs(
     return caught[0]
 
 
-def packs_rows(model: Any, setting: packing.Packing, dtype: torch.dtype) -> bool:
+def packs_rows(model: Any, setting: packing.Packing, dtype: torch.dtype, device: torch.device | None = None) -> bool:
     """Choose as `packing.prepare` does, for a model with a scalar head that is called as a whole; never an encoder."""
-    if is_encoder(model.config) or not packing.prepare(model, setting, dtype):
+    if is_encoder(model.config) or not packing.prepare(model, setting, dtype, device):
         return False
-    with torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2):
+    with packing.asked(model, dtype, device):
         return hands_rows_on(model)
 
 

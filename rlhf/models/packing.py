@@ -2,7 +2,8 @@
 
 Everything but attention treats each token by itself, so a padded batch computes padding tokens that nobody reads.
 transformers supports this form (positions that restart at 0): flash attention computes it row by row, and so does
-`rlhf.cpu.attention.short_rows`; SDPA masks it with a mask [N, N].
+`rlhf.cpu.attention.short_rows`; SDPA masks it with a mask [N, N]. Flash attention is the flash-attn package's, or
+torch's own (`torch_flash`).
 
 Where attention takes rows apart itself (`short_rows`), tokens with which neighbouring rows begin, such as a prompt with
 several responses, can stand in the long row once (`common`): they are then computed once, in attention where they are
@@ -20,13 +21,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
+from rlhf.models import torch_flash
 from rlhf.models.adapters import backbone, base_model
 from rlhf.models.long_row import PACKED, Rows
 from rlhf.padding import pad
 
 Packing = Literal["auto", "on", "off"]
 BY_ROWS = "rlhf_short_rows"  # the attention of `rlhf.cpu.attention`
-FLASH = "flash_attention_2"
+FLASH = "flash_attention_2"  # of the flash-attn package
+VARLEN = torch_flash.VARLEN
 MOST_TOKENS = 2048  # in one long row but for flash attention: SDPA, and a family with its own mask, make it [N, N]
 GRAIN = 32  # the long row's length is a multiple: kernels are compiled and kept per length (14 MB, SmolLM2-135M)
 FEW = 16  # less than one token in so many that need not be computed again is not worth the index
@@ -95,10 +98,11 @@ def as_one_row(
         lengths = mask.sum(-1)
         ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         longest = int(lengths.max())
-        yield given | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        given |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        with torch_flash.in_one_row():
+            yield given
         return
-    half = torch.is_autocast_enabled(mask.device.type) or model.dtype.itemsize == 2
-    rows = Rows.of(mask, HALF_GRAIN if half else 1, shared)
+    rows = Rows.of(mask, HALF_GRAIN if is_half(model) else 1, shared)
     token = PACKED.set(rows)
     try:
         yield given | {"packed_rows": rows}
@@ -112,8 +116,13 @@ def attention_of(model: Any) -> str:
 
 
 def is_flash(model: Any) -> bool:
-    """Return whether a model computes flash attention."""
-    return "flash" in attention_of(model)
+    """Return whether a model computes flash attention: the package's, or torch's own."""
+    return "flash" in attention_of(model) or attention_of(model) == VARLEN
+
+
+def is_half(model: Any) -> bool:
+    """Return whether a model computes in half precision here and now."""
+    return torch.is_autocast_enabled(model.device.type) or model.dtype.itemsize == 2
 
 
 def most_tokens(model: Any) -> int:
@@ -137,29 +146,51 @@ def choose(model: Any, setting: Packing) -> bool:
     return can_pack(model)
 
 
-def prepare(model: Any, setting: Packing, dtype: torch.dtype) -> bool:
+def prepare(model: Any, setting: Packing, dtype: torch.dtype, device: torch.device | None = None) -> bool:
     """Let a model compute flash attention where it can (`use_flash`); return whether to compute its batches as long
-    rows (`choose`). dtype: the precision of the run's matrix products."""
+    rows (`choose`). dtype: the precision of the run's matrix products; device: where the model will be; None: where it
+    is."""
     if setting == "off":
         return False
-    use_flash(model, dtype)
-    with torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2):
+    use_flash(model, dtype, device)
+    with asked(model, dtype, device):
         return choose(model, setting)
 
 
-def use_flash(model: Any, dtype: torch.dtype) -> None:
-    """Let a model on a GPU compute flash attention instead of SDPA, if flash-attn is installed, the family has it and
-    the run computes in half precision."""
-    half_on_gpu = model.device.type == "cuda" and dtype.itemsize == 2
-    if half_on_gpu and attention_of(model) == "sdpa" and is_flash_attn_2_available():
+def use_flash(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Let a model on a GPU compute flash attention instead of SDPA, if the run computes in half precision: that of
+    flash-attn, if it is installed and the family has it, else torch's own. device: as in `prepare`."""
+    device = device or model.device
+    if device.type != "cuda" or dtype.itemsize != 2 or attention_of(model) != "sdpa":
+        return
+    if is_flash_attn_2_available():
         with suppress(ImportError, ValueError):
             set_attention(model, FLASH)
+    if attention_of(model) == "sdpa" and torch_flash.works(device, dtype):
+        set_attention(model, VARLEN)
+
+
+@contextmanager
+def asked(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> Iterator[None]:
+    """Let a model compute in the run's precision inside the context and, where it is still on the CPU, what it will
+    compute on its GPU: flash attention, row by row. The arguments are those of `prepare`."""
+    with torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2), attention_kept(model):
+        if device is None or device.type == model.device.type or not is_flash(model):
+            yield
+        elif attention_of(model) == VARLEN:
+            with torch_flash.before_moving(device):
+                yield
+        else:
+            set_attention(model, VARLEN)
+            yield
 
 
 def set_attention(model: Any, name: str) -> None:
     """Let a model compute another attention, by transformers' name of it. A family with its own (Falcon) keeps that,
     and transformers logs a warning."""
     plain, before = base_model(model), attention_of(model)
+    if name == VARLEN:
+        torch_flash.register()
     plain.set_attn_implementation(name)
     for module in plain.modules():  # `disable_dropout` may have given inner modules their own config
         config: Any = getattr(module, "config", None)
@@ -219,5 +250,5 @@ def can_pack(model: Any) -> bool:
         model.train(training)
     expected = torch.cat(alone).float()
     error = float((torch.cat([packed, begun]).float() - expected).abs().max() / expected.abs().max())
-    limit = 1e-4 if packed.dtype == torch.float32 else 0.05  # in half precision the shape alone makes a difference
+    limit = 0.05 if is_half(model) else 1e-4  # in half precision the shape alone makes a difference
     return error <= limit and torch.equal(packed[len(first) :], moved[len(first) :])

@@ -237,17 +237,18 @@ def enable_gradient_checkpointing(actor_critic: ActorCritic) -> None:
         drop_input_hooks(plain)
 
 
-def prepare(actor_critic: ActorCritic, args: PPOConfig, dtype: torch.dtype) -> None:
+def prepare(actor_critic: ActorCritic, args: PPOConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Choose packed rows on GPUs (on CPUs `rlhf.cpu.prepare` has chosen them), and compile, as the settings ask.
 
     Call it once the models are where they compute: cut by FSDP2, too. dtype: the precision of the run's matrix
-    products."""
+    products; device: where the models are."""
     parts = actor_critic.parts()
     if args.packing == "off":
         actor_critic.packable = actor_critic.packs = False
-    elif all(part.device.type == "cuda" for part in parts):
+    elif device.type == "cuda":
         with actor_critic.in_parts():
-            actor_critic.packable = actor_critic.packs = all(packing.prepare(m, args.packing, dtype) for m in parts)
+            packs = all(packing.prepare(part, args.packing, dtype, device) for part in parts)
+        actor_critic.packable = actor_critic.packs = packs
     if args.compile:
         compile_layers(actor_critic)
 

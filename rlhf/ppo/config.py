@@ -179,8 +179,8 @@ class PPOConfig:
 
     packing: Literal["auto", "on", "off"] = "auto"
     """Compute rows of different lengths as one long row, without padding. auto: where attention takes it apart (on
-    CPUs; on GPUs where flash-attn is installed, in bfloat16); on: on GPUs by SDPA too, whose mask limits a long row to
-    2048 tokens; off: never. Only rounding differs."""
+    CPUs; on GPUs in bfloat16 by flash attention, flash-attn's or torch's own); on: on GPUs by SDPA too, whose mask
+    limits a long row to 2048 tokens; off: never. Only rounding differs."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, more time, the same result."""
     compile: bool = False

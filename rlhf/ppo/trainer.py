@@ -100,7 +100,7 @@ class PPOTrainer:
         self.stop_ids, self.pad_id = model_stop_ids(models.policy, tokenizer), chat.pad_id(tokenizer)
         optimizer = build.build_optimizer(models, args, callback_args)
         self.module, self.optimizer = self.accelerator.prepare(models, optimizer)
-        build.prepare(models, args, dtype)
+        build.prepare(models, args, dtype, self.device)
         with self.accelerator.autocast():
             preflight.check_logits(models, self.prompt_ids[0], 1e-3 if dtype == torch.float32 else 0.5)
         builtin = (models.policy, self.stop_ids, self.pad_id, args.generation_batch_size)

@@ -134,8 +134,8 @@ class SFTTrainer(trl.SFTTrainer):
             self._babysitter.check(check_sft)
             self._sums["train"].clear()
             with self._babysitter.fast() as may_pack, packing.attention_kept(self.model), self._trl_forward():
-                dtype = compute_dtype(self.config.bf16)
-                self._packs = may_pack and packing.prepare(self.model, self.config.packing, dtype)
+                run = compute_dtype(self.config.bf16), self.accelerator.device
+                self._packs = may_pack and packing.prepare(self.model, self.config.packing, *run)
                 output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         self._packs = False
         drop_input_hooks(cast(nn.Module, self.model))

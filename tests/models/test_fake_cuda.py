@@ -44,5 +44,5 @@ def test_every_forward_stays_on_its_device_and_in_its_precision(tmp_path, tiny_m
     results = json.loads(done.stdout.splitlines()[-1])
     found = results.pop("planted")
     assert "device" in found.lower(), found
-    assert len(results) == 36
+    assert len(results) == 54
     assert {title: result for title, result in results.items() if result != "fine"} == {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from reference import flash
 from reference.ppo_runs import make
 from reference.tiny_chain import chain, save_base
@@ -74,6 +76,32 @@ def test_a_reward_model_is_left_an_ordinary_one(tmp_path, tiny_model, tiny_token
     trainer.train()
     assert packing.attention_of(trainer.model) == before
     trainer.model(IDS)
+
+
+def test_the_attention_is_chosen_for_where_the_model_will_be(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """Under FSDP2 SFT's and the reward model's are still on the CPU then."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(*given: Any) -> None:
+        raise Asked(str(given[-1]))
+
+    base, will_be = str(save_base(tmp_path, tiny_model, tiny_tokenizer)), torch.device("cuda", 3)
+    out, settings = str(tmp_path / "out"), {"save_steps": 0, "bf16": True, "preflight": False}
+    ranked = [{"prompt": row["prompt"], "responses": ["apple", "no"], "ranks": [1, 2]} for row in ROWS]
+    trainers = [
+        SFTTrainer(base, SFTConfig(output_dir=out, **settings), ROWS),
+        RewardTrainer(base, RewardConfig(output_dir=out, **settings), train_dataset=ranked),
+    ]
+    monkeypatch.setattr(packing, "use_flash", ask)
+    monkeypatch.setattr(Accelerator, "device", will_be)
+    for trainer in trainers:
+        with pytest.raises(Asked, match="cuda:3"):
+            trainer.train()
+    args = SimpleNamespace(packing="auto", compile=False)
+    with pytest.raises(Asked, match="cuda:3"):
+        build.prepare(build.build_actor_critic(tiny_model), args, torch.bfloat16, will_be)
 
 
 def test_preflight_and_best_by_while_the_model_computes_it(tmp_path, tiny_model, tiny_tokenizer):

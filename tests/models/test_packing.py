@@ -418,6 +418,20 @@ def test_what_packing_chooses():
     assert packing.attention_of(model) == "flash_attention_2"
 
 
+def test_under_autocast_a_model_in_float32_may_differ_by_what_half_precision_does():
+    """Another number of tokens is another kernel there, which need not round alike."""
+
+    class Rounds(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1e-3 * x.shape[1]
+
+    model = own_attention(new_model("llama"))
+    model.model.layers[0].mlp = Rounds()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_pack(model)
+    assert not can_pack(model)
+
+
 def test_flash_attention_gets_the_rows_ends(monkeypatch):
     """transformers would find them by the positions, in every layer anew; SDPA, which masks, needs the same result."""
     model = new_model("llama")

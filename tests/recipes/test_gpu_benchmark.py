@@ -17,6 +17,8 @@ import torch
 from reference import recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf.models import torch_flash
+
 gpu, numbers, cases, limit, tables = map(
     recipe.load_benchmark, ("gpu", "gpu_numbers", "cases", "limit", "bench_tables")
 )
@@ -248,6 +250,11 @@ def test_a_run_that_cannot_be_made_says_why(tmp_path, monkeypatch):
     (tmp_path / "trl/trl/experimental/ppo").mkdir(parents=True)
     (tmp_path / "trl/trl/experimental/ppo/ppo_trainer.py").touch()
     assert parts.hindrance("trl_lora_bf16", job) is None
+    for here, itself in ((True, "packed"), (False, "padded")):
+        monkeypatch.setattr(torch_flash, "works", lambda *given, here=here: here)
+        said = {run: parts.hindrance(f"ours_adapter, {run}", job) for run in ("packed", "padded")}
+        why = f"ours_adapter does so itself {'with' if here else 'without'} flash attention"
+        assert said == {run: why if run == itself else None for run in said}
     monkeypatch.setitem(parts.RUNS, "new", {"bf16": True, "of_tomorrow": 1})
     assert parts.hindrance("new", job) == "PPOConfig has no of_tomorrow"
     monkeypatch.setitem(parts.RUNS, "wrong", {"lora_rank": -1})
@@ -270,13 +277,15 @@ def test_use_of_the_card_by_hand():
     seconds = {"generate": 2 * works["generate"].flops / 1e9, "update": 4 * works["update"].flops / 1e9}
     one = {"score": 1.0, "logprobs": 1.0, **seconds, "step": 9.0}
     result = {"updates": [one, one], "response_tokens": [24, 24], "peak_bytes": 2**30, "precision": "bfloat16"}
+    result["rows"] = "packed, torch's flash attention"
     found = numbers.of("ours_full", {"bf16": True}, case, sizes, machine, tables.summarize(result))
     assert found["sampling_mfu"] == pytest.approx(0.5)
     assert found["training_mfu"] == pytest.approx(0.25)
     assert found["sampled_tokens_per_second"] == pytest.approx(4 * 6 / seconds["generate"])
     trained = sum(case.prompt_lengths) + 4 * 6
     assert found["trained_tokens_per_second"] == pytest.approx(trained / seconds["update"])
-    assert "| ours_full | bfloat16 | 9.00 |" in numbers.table({"ours_full": found})
+    assert found["rows"] == "packed, torch's flash attention"
+    assert "| ours_full | bfloat16 | packed, torch's flash attention | 9.00 |" in numbers.table({"ours_full": found})
     assert "| 50.0% | 25.0% |" in numbers.table({"ours_full": found})
     ahead = numbers.of("ours_full", {"bf16": True, "rollouts_ahead": 1}, case, sizes, machine, tables.summarize(result))
     assert (ahead["sampling_mfu"], ahead["training_mfu"]) == (None, found["training_mfu"])

@@ -138,13 +138,42 @@ def actor_critic(folder: Path, kind: str, half: bool) -> Any:
     return build_actor_critic(model, value_kind="shared_trunk" if kind == "shared_trunk" else None, dtype=frozen)
 
 
+def packs(kind: str) -> bool:
+    return kind.endswith(("packed", "flash"))
+
+
+@contextmanager
+def attention_of(kind: str, half: bool, *models: Any) -> Iterator[None]:
+    """Let the models of a kind with "flash" in its name compute torch's own; a long row in half precision has to come
+    to its kernel, and nothing else may."""
+    from torch.nn.attention import varlen
+
+    from rlhf.models import packing, torch_flash
+
+    attend, works, calls = varlen.varlen_attn, torch_flash.works, list[Any]()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(attend(*args, **kwargs))
+        expect("attention", calls[-1], torch.bfloat16)
+        return calls[-1]
+
+    for model in models if "flash" in kind else ():
+        packing.set_attention(model, packing.VARLEN)
+    varlen.varlen_attn, torch_flash.works = watched, lambda *given: True
+    try:
+        yield
+    finally:
+        varlen.varlen_attn, torch_flash.works = attend, works
+    assert bool(calls) == (half and kind.endswith("flash")), f"{len(calls)} calls of the kernel"
+
+
 def forward(folder: Path, kind: str, half: bool) -> None:
     """PPO's three roles on a batch."""
     from rlhf.padding import make_batch
 
     models = actor_critic(folder, kind.partition(",")[0], half)
-    models.packs = kind.endswith("packed")
-    with KnownIntegers(allow_non_fake_inputs=False), bfloat16(half):
+    models.packs = packs(kind)
+    with attention_of(kind, half, *models.parts()), KnownIntegers(allow_non_fake_inputs=False), bfloat16(half):
         batch = make_batch(PROMPTS, RESPONSES, 0, "cuda")
         outputs = to_cuda(models)(batch, 0.7, ("policy", "value", "reference"))
         for name, tensor in outputs._asdict().items():
@@ -160,7 +189,7 @@ def collect(folder: Path, kind: str, half: bool) -> None:
     from rlhf.sampling.engine import Responses
 
     models = actor_critic(folder, kind.partition(",")[0], half)
-    models.packs = kind.endswith("packed")
+    models.packs = packs(kind)
     finite.broken_number = lambda *given: None  # it looks at numbers
     tokenizer = load_tokenizer(folder / "base")
     one = object.__new__(trainer.PPOTrainer)
@@ -204,8 +233,9 @@ def sft(folder: Path, kind: str, half: bool) -> None:
     trainer = SFTTrainer(str(folder / ("base" if kind.startswith("full") else "sft")), args, rows)
     lists = listed(trainer.data_collator([trainer.train_dataset[row] for row in range(2)]))
     trainer.model.eval()
-    trainer._packs = kind.endswith("packed")
-    with KnownIntegers(allow_non_fake_inputs=False) as mode, bfloat16(half), trainer._trl_forward():
+    trainer._packs = packs(kind)
+    chosen = attention_of(kind, half, trainer.model)
+    with chosen, KnownIntegers(allow_non_fake_inputs=False) as mode, bfloat16(half), trainer._trl_forward():
         mode.read = 0.0  # trl logs entropy and accuracy
         to_cuda(trainer.model)
         fake = {name: torch.tensor(rows, dtype=dtype, device="cuda") for name, rows, dtype in lists}
@@ -221,20 +251,22 @@ def reward_model(folder: Path, kind: str, half: bool) -> None:
     args = RewardConfig(output_dir=str(folder / "out"), preflight=False, save_steps=0, bf16=False)
     trainer = RewardTrainer(str(folder / ("base" if kind.startswith("full") else "sft")), args, train_dataset=rows)
     lists = listed(trainer.data_collator([trainer.train_dataset[0]]))
-    trainer._packs = kind.endswith("packed")
-    with KnownIntegers(allow_non_fake_inputs=False), bfloat16(half):
+    trainer._packs = packs(kind)
+    with attention_of(kind, half, trainer.model), KnownIntegers(allow_non_fake_inputs=False), bfloat16(half):
         model = to_cuda(trainer.model)
         fake = {name: torch.tensor(rows, dtype=dtype, device="cuda") for name, rows, dtype in lists}
         expect("training scores", trainer.scores(model, fake), torch.float32)
         expect("scores", last_token_scores(model, fake["input_ids"], fake["attention_mask"]), torch.float32)
 
 
+KINDS = ("full", "adapter", "full, packed", "adapter, packed")
+FLASH = ("full, flash", "adapter, flash", "full, flash padded")
 CASES: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
-    "forward": (forward, ("full", "adapter", "shared_trunk", "full, packed", "adapter, packed")),
-    "collect": (collect, ("full", "adapter", "full, packed", "adapter, packed")),
+    "forward": (forward, ("shared_trunk", *KINDS, *FLASH)),
+    "collect": (collect, KINDS),
     "losses": (losses, ("ppo",)),
-    "sft": (sft, ("full", "adapter", "full, packed", "adapter, packed")),
-    "reward_model": (reward_model, ("full", "adapter", "full, packed", "adapter, packed")),
+    "sft": (sft, KINDS + FLASH),
+    "reward_model": (reward_model, KINDS + FLASH),
 }
 
 

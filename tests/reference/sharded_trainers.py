@@ -106,6 +106,9 @@ def packed(stage: str, policy: str, folder: Path) -> int:
         rows.append(len(input_ids))
         return forward(model, input_ids, *given)
 
+    chosen = packing.use_flash
+    if stage == "sft":  # as on GPUs: chosen before the weights are cut, and told where rows end
+        packing.use_flash = lambda model, *given: packing.set_attention(model, packing.VARLEN)
     trainer = make(stage, policy, folder, Watch(), microbatch_size=2, packing="on")
     before = trainer.training_step
     trainer.training_step = lambda *given, **named: rows.append(0) or before(*given, **named)
@@ -113,7 +116,7 @@ def packed(stage: str, policy: str, folder: Path) -> int:
     try:
         trainer.train()
     finally:
-        packing.as_one_row = forward
+        packing.as_one_row, packing.use_flash = forward, chosen
     trainer.save_model(str(folder))
     return sum(before == 0 and packed > 1 for before, packed in pairwise(rows))  # a step, and at once packed rows
 

@@ -104,7 +104,8 @@ def test_weights_gradients_and_numbers_are_one_processs(made, strategy, kind, st
 @pytest.mark.slow
 @case
 def test_packed_rows_train_to_the_same_weights(made, strategy, kind, stage):
-    """By SDPA under a mask where the weights are cut, by `short_rows` elsewhere on CPUs."""
+    """SFT as on GPUs, where attention is told the rows' ends; a reward model by SDPA under a mask where its weights are
+    cut, by `short_rows` elsewhere."""
     (mine, folder), other = made(strategy, kind, stage), made("alone", kind, stage)[1]
     assert mine["packed"] >= 4, "of 6 steps, some with rows of one length"
     saved, expected = (

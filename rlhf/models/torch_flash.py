@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 VARLEN = "rlhf_varlen"  # with "flash" in it transformers would look for a package, and for a kernel on the hub
 WIDEST = 256  # numbers in a head; the kernel takes multiples of 8 up to this
-NEEDED = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size", "enable_gqa")
+NEEDED = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size")
 UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a family may ask for and the kernel doesn't compute
 
 IN_ONE_ROW: ContextVar[bool] = ContextVar("in_one_row", default=False)
@@ -87,12 +87,34 @@ def _by_kernel(
     ]
     behind = -1 if window is None else window - 1  # keys before a query's own, as flash attention counts them
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend: Any = torchs.varlen_attn
-    out = attend(
-        *rows, ends, ends, longest, longest, scale=scale, window_size=(behind, 0 if causal else behind),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    out = _attend(torchs.varlen_attn, *rows, ends, longest, scale, (behind, 0 if causal else behind))
     return out[None, ..., : value.shape[-1]]
+
+
+def _attend(
+    attend: Any,
+    query: Float[Tensor, "N H D"],
+    key: Float[Tensor, "N K D"],
+    value: Float[Tensor, "N K D"],
+    ends: Int[Tensor, "R"],
+    longest: int,
+    scale: float,
+    window: tuple[int, int],
+) -> Float[Tensor, "N H D"]:
+    """Call `varlen_attn`; keys that several heads share are copied where it does not take them so."""
+    groups, more = query.shape[1] // key.shape[1], {}
+    if groups > 1 and _takes_groups(attend):
+        more = {"enable_gqa": True}
+    elif groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    out: Tensor = attend(query, key, value, ends, ends, longest, longest, scale=scale, window_size=window, **more)
+    return out
+
+
+@torch.compiler.assume_constant_result
+def _takes_groups(attend: Callable[..., Tensor]) -> bool:
+    """Return whether a `varlen_attn` takes fewer heads of keys than of queries; torch 2.11's does not."""
+    return "enable_gqa" in inspect.signature(attend).parameters
 
 
 def _by_rows(
@@ -191,7 +213,7 @@ def _alike(
     given = [x.clone().requires_grad_() for x in rounded[:3]]
     expected = [x.float().requires_grad_() for x in rounded[:3]]
     behind = -1 if window is None else window - 1
-    out = attend(*given, ends, ends, 33, 33, scale=width**-0.5, window_size=(behind, 0), enable_gqa=True)
+    out = _attend(attend, *given, ends, 33, width**-0.5, (behind, 0))
     row = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
     step = torch.arange(len(row), device=device)
     apart = step[:, None] - step

@@ -3,6 +3,7 @@ place, against padded rows by SDPA."""
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ def kernel(monkeypatch) -> list[dict[str, Any]]:
     """Put the stand-in in the kernel's place, here and in float32; return what it is called with."""
     calls: list[dict[str, Any]] = []
 
+    @functools.wraps(flash.varlen_attn)
     def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(kwargs | {"queries": args[0].shape, "dtype": args[0].dtype})
         return flash.varlen_attn(*args, **kwargs)
@@ -114,6 +116,25 @@ def test_heads_of_any_width_and_a_scale_of_their_own(kernel):
     packing.set_attention(model, packing.VARLEN)
     assert_alike(states_and_gradients(model, packs=True), expected)
     assert {(call["queries"][2], call["scale"], call["enable_gqa"]) for call in kernel} == {(16, 0.7, True)}
+
+
+def test_a_torch_whose_kernel_takes_no_groups(kernel, monkeypatch):
+    """Torch 2.11's: keys and values are copied for each head."""
+    older = torchs.varlen_attn
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    model = new_model("llama")
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    expected = states_and_gradients(model, packs=False)
+    packing.set_attention(model, packing.VARLEN)
+    monkeypatch.setattr(torchs, "varlen_attn", attend)
+    assert torch_flash.kernel.__wrapped__() is attend
+    assert_alike(states_and_gradients(model, packs=True), expected)
+    assert len(kernel) == 2
+    given = attend, torch.device("cpu"), torch.bfloat16, 16
+    assert [torch_flash._alike(*given, window) for window in (None, 4)] == [True, True]
 
 
 def heads(tokens: int = 6, width: int = 8, own: int = 8) -> list[torch.Tensor]:

@@ -9,8 +9,10 @@ process says it has loaded them (`remember`).
 from __future__ import annotations
 
 import itertools
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -33,7 +35,8 @@ class Copy:
         """Return this process's own, made when it is first needed."""
         if self.number not in owner.held:
             given = [thing.here() if isinstance(thing, Copy) else thing for thing in self.given]
-            owner.held[self.number] = self.load(*given)
+            with _loading_whole():
+                owner.held[self.number] = self.load(*given)
         return owner.held[self.number]
 
     def numbers(self) -> Iterator[int]:
@@ -43,6 +46,22 @@ class Copy:
             if isinstance(thing, Copy):
                 yield from thing.numbers()
 
+
+@contextmanager
+def _loading_whole() -> Iterator[None]:
+    """Let transformers load weights inside the context, whatever accelerate's file says for training: by
+    `fsdp_cpu_ram_efficient_loading` models stay empty on all processes but the first, which fills them later."""
+    before = os.environ.get(EMPTY)
+    if before is not None:
+        os.environ[EMPTY] = "false"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[EMPTY] = before
+
+
+EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 _copies: dict[int, Copy] = {}
 """Of what has been remembered and is still there, by its id."""

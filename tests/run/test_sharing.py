@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -11,12 +12,14 @@ from rlhf.run import owner
 from rlhf.run.sharing import can_share, remember, share
 
 MADE: list[str] = []
+SEEN: list[str | None] = []
 
 
 class Thing:
     def __init__(self, name: str, inner: Thing | None = None) -> None:
         self.name = name if inner is None else f"{name} of {inner.name}"
         MADE.append(name)
+        SEEN.append(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING"))
 
 
 def thing(name: str, inner: Thing | None = None) -> Thing:
@@ -53,6 +56,16 @@ def test_copies_are_made_once_and_forgotten_with_the_thing() -> None:
         del one  # nor is the first one's copy needed any more
         share(squares, range(4), two)
         assert sorted(kept.name for kept in owner.held.values()) == ["base", "two of base"]
+
+
+def test_copies_are_never_left_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers leaves a model on every process but the first where this variable, of accelerate's, is true."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    own = thing("a")
+    with playing(2):
+        share(squares, range(4), own)
+    assert SEEN[-2:] == ["true", "false"]
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 def test_what_nobody_remembered_is_worked_on_here() -> None:

@@ -302,7 +302,7 @@ def _score(
     device = next(model.parameters()).device
     with cpu.for_scoring(model):
         padded = (pad(batch, pad_id, device) for batch in batches)
-        return [last_token_scores(model, ids, mask, packs).float().cpu() for ids, mask in padded]
+        return [last_token_scores(model, input_ids, mask, packs).float().cpu() for input_ids, mask in padded]
 
 
 def packs_here(model: PreTrainedModel | PeftModel) -> bool:

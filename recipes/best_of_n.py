@@ -140,7 +140,9 @@ class BestOfNConfig:
 
 
 def best_of_n(config: BestOfNConfig) -> dict[str, Any]:
-    """The stage: sample what is missing, score, measure, choose, write. Of several processes only the first works."""
+    """The stage: sample what is missing, score, measure, choose, write.
+
+    Of several processes the first works, and shares out what policy and reward models compute."""
     return by_main(lambda: run(config))
 
 
@@ -261,22 +263,17 @@ def sampled(
 
 
 def draw(config: BestOfNConfig, kept: Any, tokenizer: Any, ids: list[list[int]], missing: int) -> None:
-    import torch
-
-    from rlhf import chat
-    from rlhf.models.loading import load_policy
-    from rlhf.sampling.decode import TransformersEngine
+    from rlhf import chat, policies
     from rlhf.sampling.engine import model_stop_ids
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_policy(config.model, dtype=compute_dtype(config.bf16)).to(device).eval()
+    model = policies.load(config.model, compute_dtype(config.bf16))
     stops = model_stop_ids(model, tokenizer)
-    engine = TransformersEngine(model, stops, chat.pad_id(tokenizer), config.generation_batch_size)
+    engine = policies.SharedEngine(model, stops, chat.pad_id(tokenizer), config.generation_batch_size)
     bar = console.StageBar("best_of_n", missing)
     kept.draw(
         engine, ids, config.n, lambda row: chat.decode_response(tokenizer, row, stops),
         max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        rows_at_once=config.generation_batch_size, device=device, done=bar.update,
+        rows_at_once=engine.rows_at_once, device=model.device, done=bar.update,
     )  # fmt: skip
     bar.close()
 

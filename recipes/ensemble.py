@@ -70,7 +70,7 @@ class EnsembleConfig:
 
 
 def ensemble(config: EnsembleConfig) -> dict[str, Any]:
-    """The stage: load, align, measure, save. Of several processes only the first works."""
+    """The stage: load, align, measure, save. Of several processes the first works, and shares out the scoring."""
     return by_main(lambda: make(config))
 
 

@@ -121,7 +121,7 @@ class EvaluationConfig:
 def evaluation(config: EvaluationConfig) -> dict[str, Any]:
     """The stage: sample, score, judge, compare; `summary["evaluation"]` and the reward model's report card.
 
-    Of several processes only the first works."""
+    Of several processes the first works, and shares out what policies and reward models compute."""
     return by_main(lambda: evaluate_alone(config))
 
 

@@ -64,7 +64,7 @@ class ReportConfig:
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
-    """Read, score, measure, write; returns the report."""
+    """Read, score, measure, write; returns the report. Inside `by_main` what a reward model computes is shared out."""
     if config.output_dir is None and not Path(config.reward_model).is_dir():
         raise InputError(f"--output_dir is missing, and {config.reward_model} is no folder; name one for the report")
     check_model(config.reward_model, SCORERS)

@@ -103,7 +103,7 @@ class DataConfig:
 def rankings(config: DataConfig, folder: Path | None = None) -> dict[str, Any]:
     """The stage: get rankings, split them by prompt, write them into a folder; None: rankings/ beside the data's.
 
-    Of several processes only the first works."""
+    Of several processes the first works, and shares out the sampling."""
     return by_main(lambda: make_rankings(config, folder))
 
 
@@ -152,28 +152,26 @@ def sample_rankings(config: DataConfig, model: str, begin: Callable[[], None]) -
     """K responses of the SFT model to each prompt, ranked by the labeler; `begin` is called once all is read."""
     import torch
 
-    from rlhf import evaluate
+    from rlhf import evaluate, policies
     from rlhf.models import loading as models
     from rlhf.models.positions import check_responses
-    from rlhf.sampling.decode import TransformersEngine
     from rlhf.sampling.engine import model_stop_ids
 
     prompts = _drawn(read_prompts(config.prompts, on_bad_row=config.on_bad_row), "prompts", config)
     tokenizer = models.load_tokenizer(model)
-    policy = models.load_policy(model, dtype=compute_dtype(config.bf16))
+    policy = policies.load(model, compute_dtype(config.bf16))
     label = configs.import_function(str(config.labeler))
     encoded = [chat.encode_prompt(tokenizer, p.messages, p.columns) for p in prompts]
     check_responses(policy, encoded, config.max_new_tokens)
     begin()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     stops, rows_at_once = model_stop_ids(policy, tokenizer), config.generation_batch_size
-    engine = TransformersEngine(policy.to(device), stops, chat.pad_id(tokenizer), rows_at_once)
+    engine = policies.SharedEngine(policy, stops, chat.pad_id(tokenizer), rows_at_once)
     samples = evaluate.sample_policy(
         prompts,
         tokenizer,
         engine,
         max_new_tokens=config.max_new_tokens,
-        generator=torch.Generator(device).manual_seed(config.seed),
+        generator=torch.Generator(policy.device).manual_seed(config.seed),
         n=config.responses_per_prompt,
     )
     k = config.responses_per_prompt

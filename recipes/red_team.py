@@ -135,7 +135,9 @@ class RedTeamConfig:
 
 
 def red_team(config: RedTeamConfig) -> dict[str, Any]:
-    """The stage: read the suites, ask, read the answers, count, write. Of several processes only the first works."""
+    """The stage: read the suites, ask, read the answers, count, write.
+
+    Of several processes the first works, and shares out the sampling from models' folders."""
     return by_main(lambda: run_alone(config))
 
 

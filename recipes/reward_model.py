@@ -41,6 +41,7 @@ from rlhf_recipes.stage import (
 
 if TYPE_CHECKING:
     from reward_models import RewardTrainer
+    from rlhf.models.scalar import ScoreNormalizer
 
 console.quiet()
 
@@ -106,6 +107,7 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
     data = read_data(config)
     from reward_models import RewardModel
     from reward_models.card.report import report_after_training
+    from rlhf.models.loading import load_tokenizer
 
     trainer = build(config, data.train, data)  # finds what is wrong with the input, before anything is written
     stage.begin()
@@ -114,15 +116,20 @@ def reward_model(config: RewardRecipe, name: str = "reward_model") -> dict[str, 
         outputs["sizes"] = accuracy_curve(config, data, stage, name)
     outputs |= best_of_seeds(config, data, stage, name) if config.seeds else train_once(trainer, stage, name)
     wait_for_all()  # the main process has saved the model
-    scorer = RewardModel.load(stage.folder, dtype=compute_dtype(config.bf16))
-    measured = by_main(lambda: report_after_training(scorer, data.held_out, data.train, stage.folder, config.seed))
+
+    def measure() -> tuple[dict[str, Any], ScoreNormalizer]:
+        scorer = RewardModel.load(stage.folder, dtype=compute_dtype(config.bf16))
+        card = report_after_training(scorer, data.held_out, data.train, stage.folder, config.seed)
+        return card, scorer.normalizer
+
+    measured, normalizer = by_main(measure)  # the other processes score their shares
     outputs = measured | outputs
-    outputs |= {"score_mean": scorer.normalizer.mean, "score_std": scorer.normalizer.std}
+    outputs |= {"score_mean": normalizer.mean, "score_std": normalizer.std}
     if config.sizes:
         last = {"prompts": _prompts(data.train), "rankings": len(data.train)}
         outputs["sizes"].append(last | {key: outputs[key] for key in ("accuracy", "accuracy_ci", "n")})
         by_main(lambda: write_json_atomic(stage.folder / "sizes.json", outputs["sizes"]))
-    stage.finish(outputs, scorer.tokenizer, str(config.model))
+    stage.finish(outputs, load_tokenizer(stage.folder), str(config.model))
     by_main(lambda: clean(stage, config.keep_seeds))
     return outputs
 

@@ -141,7 +141,9 @@ class RunEvalsConfig:
 
 
 def run_evals(config: RunEvalsConfig, name: str = "run_evals") -> dict[str, Any]:
-    """The stage: read the evals, ask, judge, measure, compare, write. Of several processes only the first works."""
+    """The stage: read the evals, ask, judge, measure, compare, write.
+
+    Of several processes the first works, and shares out the sampling from a model's folder."""
     return by_main(lambda: run_alone(config, name))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,10 @@ if TYPE_CHECKING:
 
 def load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a policy and its tokenizer."""
-    import torch
-
+    from rlhf import policies
     from rlhf.models import loading as models
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return models.load_policy(path, dtype=dtype).to(device).eval(), models.load_tokenizer(path)
+    return policies.load(path, dtype), models.load_tokenizer(path)
 
 
 def sample(config: Any, prompts: Sequence[Prompt], model: Any, tokenizer: Any, seed: int, n: int = 1) -> PolicySamples:
@@ -36,11 +36,11 @@ def sample(config: Any, prompts: Sequence[Prompt], model: Any, tokenizer: Any, s
     import torch
 
     from rlhf import evaluate
-    from rlhf.sampling.decode import TransformersEngine
+    from rlhf.policies import SharedEngine
     from rlhf.sampling.engine import model_stop_ids
 
     stops, rows = model_stop_ids(model, tokenizer), config.generation_batch_size
-    engine = TransformersEngine(model, stops, chat.pad_id(tokenizer), rows)
+    engine = SharedEngine(model, stops, chat.pad_id(tokenizer), rows)
     generator = torch.Generator(model.device).manual_seed(seed)
     return evaluate.sample_policy(
         prompts, tokenizer, engine, max_new_tokens=config.max_new_tokens, generator=generator,
@@ -55,23 +55,37 @@ def sequence_kl(policy: Any, baseline: Any, samples: PolicySamples, tokenizer: A
     no number says how far apart the two are."""
     if config.temperature == 0:
         raise InputError("temperature=0: greedy answers have no KL; sample, or leave the KL out")
-    import torch
-
-    from rlhf.models.forward import response_logprobs
-    from rlhf.padding import make_batch
     from rlhf.ppo.plan import split_by_tokens
+    from rlhf.run import sharing
 
     prompt_ids = [chat.encode_prompt(tokenizer, prompt.messages, prompt.columns) for prompt in samples.repeated_prompts]
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, samples.ids, strict=True)]
     kl = [0.0] * len(lengths)
-    for rows in split_by_tokens(range(len(lengths)), lengths, config.tokens_per_microbatch):
-        batch = make_batch([prompt_ids[i] for i in rows], [list(samples.ids[i]) for i in rows], 0, policy.device)
-        with torch.no_grad():
-            mine = response_logprobs(policy, batch, config.temperature)[0]
-            base = response_logprobs(baseline, batch, config.temperature)[0]
-        for row, value in zip(rows, (mine - base).sum(-1).tolist(), strict=True):
-            kl[row] = value
+    plan = split_by_tokens(range(len(lengths)), lengths, config.tokens_per_microbatch)
+    parts = [([prompt_ids[i] for i in rows], [list(samples.ids[i]) for i in rows]) for rows in plan]
+    found = sharing.share(partial(_apart, config.temperature), parts, policy, baseline)
+    for row, value in zip(chain(*plan), chain(*found), strict=True):
+        kl[row] = value
     return tuple(kl)
+
+
+def _apart(
+    temperature: float, parts: Sequence[tuple[list[list[int]], list[list[int]]]], policy: Any, baseline: Any
+) -> list[list[float]]:
+    """Per part, which is a micro-batch of prompts and responses, the responses' summed log-probability differences."""
+    import torch
+
+    from rlhf.models.forward import response_logprobs
+    from rlhf.padding import make_batch
+
+    found = []
+    for prompts, responses in parts:
+        batch = make_batch(prompts, responses, 0, policy.device)
+        with torch.no_grad():
+            mine = response_logprobs(policy, batch, temperature)[0]
+            base = response_logprobs(baseline, batch, temperature)[0]
+        found.append((mine - base).sum(-1).tolist())
+    return found
 
 
 # --- further policies -----------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class SyntheticConfig:
 
 
 def synthetic(config: SyntheticConfig) -> dict[str, Any]:
-    """The stage: ask, filter, write. Of several processes only the first works."""
+    """The stage: ask, filter, write. Of several processes the first works, and shares out the sampling."""
     return by_main(lambda: make(config))
 
 
@@ -194,20 +194,16 @@ class Found:
 def ask(config: SyntheticConfig, stage: Stage, found: Found) -> None:
     """Ask until there are enough. Which prompts a request shows follows from its number and what was found before, and
     what the model wrote stays on disk: an interrupted run goes on to the same result."""
-    import torch
-
-    from rlhf import chat
+    from rlhf import chat, policies
     from rlhf.evals import contamination
-    from rlhf.models.loading import load_policy, load_tokenizer
-    from rlhf.sampling.decode import TransformersEngine
+    from rlhf.models.loading import load_tokenizer
     from rlhf.sampling.engine import model_stop_ids
     from rlhf.sampling.kept import KeptSamples
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config.model)
-    model = load_policy(config.model, dtype=compute_dtype(config.bf16)).to(device).eval()
+    model = policies.load(config.model, compute_dtype(config.bf16))
     stops = model_stop_ids(model, tokenizer)
-    engine = TransformersEngine(model, stops, chat.pad_id(tokenizer), config.generation_batch_size)
+    engine = policies.SharedEngine(model, stops, chat.pad_id(tokenizer), config.generation_batch_size)
     kept, bar = KeptSamples(stage.folder / "samples.jsonl", config.seed), console.StageBar("synthetic", config.count)
     for first in range(0, config.max_requests, config.requests_at_once):
         numbers = range(first, min(first + config.requests_at_once, config.max_requests))
@@ -217,7 +213,7 @@ def ask(config: SyntheticConfig, stage: Stage, found: Found) -> None:
             kept.draw(
                 engine, ids, 1, lambda row: chat.decode_response(tokenizer, row, stops),
                 max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                rows_at_once=config.generation_batch_size, device=device,
+                rows_at_once=engine.rows_at_once, device=model.device,
             )  # fmt: skip
         except InputError as error:  # too long for the model, most likely
             raise InputError(f"{error}; a request shows {len(shown[0])} prompts: fewer --examples shorten it") from None

@@ -32,6 +32,7 @@ from rlhf.rows.jsonl import read_object
 from rlhf.rows.messages import Messages
 from rlhf.rows.records import read_demonstrations, read_rankings
 from rlhf.rows.sources import Source, rows
+from rlhf.run import sharing
 from rlhf.run.checkpoint import write_json_atomic
 from rlhf.run.fingerprint import of_path
 
@@ -247,6 +248,7 @@ def _load_members(
             name = os.path.realpath(named) if Path(named).is_dir() else named
             if name not in bases:
                 bases[name] = load_scalar_base(folder, dtype)
+                sharing.remember(bases[name], load_scalar_base, str(folder), dtype)
             base = bases[name]
         members.append(RewardModel.load(folder, device, dtype, tokens_per_microbatch, base=base))
     return members

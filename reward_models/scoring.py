@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -28,7 +29,7 @@ from rlhf.models.pretrained import check_folder
 from rlhf.models.scalar import NORMALIZER_FILE, ScoreNormalizer, last_token_scores, load_scalar_model
 from rlhf.padding import pad
 from rlhf.rows.messages import Messages
-from rlhf.run import stages
+from rlhf.run import sharing, stages
 
 logger = logging.getLogger("rlhf")
 
@@ -104,6 +105,7 @@ class RewardModel:
         tokenizer = models.load_tokenizer(path)
         model, normalizer = load_scalar_model(path, dtype, base=base)
         place(model, device)
+        sharing.remember(model, _placed, str(path), device, dtype, base)
         foreign = not (Path(path) / NORMALIZER_FILE).is_file() and not encoders.is_encoder(model.config)
         scorer = cls(
             model, tokenizer, normalizer, tokens_per_microbatch=tokens_per_microbatch, score_reasoning=score_reasoning,
@@ -243,6 +245,12 @@ def place(model: nn.Module, device: torch.device | str | None) -> None:
     nn.Module.to(model, models.default_device() if device is None else torch.device(device))
 
 
+def _placed(
+    path: str, device: torch.device | str | None, dtype: torch.dtype | None, base: PreTrainedModel | None
+) -> PreTrainedModel | PeftModel:
+    return RewardModel.load(path, device, dtype, base=base).model
+
+
 def rows_of(columns: Mapping[str, object], count: int) -> list[dict[str, object]]:
     """Return, for each of `count` responses, the columns that its chat template reads."""
     names = [name for name in ("tools", "chat_template_kwargs") if isinstance(columns.get(name), list | tuple)]
@@ -275,19 +283,26 @@ def score_sequences(
     """Return raw scores of token sequences, in their order, on the CPU in float32.
 
     Sequences of similar length share a micro-batch, so little is computed on padding. packs: on a CPU, instead, those
-    that begin alike do, as one long row in which that stands once (`packs_here`)."""
+    that begin alike do, as one long row in which that stands once (`packs_here`). Waiting processes do their share."""
     scores = torch.empty(len(sequences), dtype=torch.float32)
-    device = next(model.parameters()).device
     with cpu.for_scoring(model) as by_rows:
         packs = packs and by_rows
-        if packs:
-            batches = beginning_batches(sequences, tokens_per_microbatch)
-        else:
-            batches = length_batches([len(ids) for ids in sequences], tokens_per_microbatch)
-        for indices in batches:
-            input_ids, mask = pad([sequences[i] for i in indices], pad_id, device)
-            scores[indices] = last_token_scores(model, input_ids, mask, packs).cpu()
+    lengths, most = [len(ids) for ids in sequences], tokens_per_microbatch
+    batches = list(beginning_batches(sequences, most) if packs else length_batches(lengths, most))
+    parts = [[sequences[i] for i in indices] for indices in batches]
+    for indices, own in zip(batches, sharing.share(partial(_score, pad_id, packs), parts, model), strict=True):
+        scores[indices] = own
     return scores
+
+
+@torch.no_grad()
+def _score(
+    pad_id: int, packs: bool, batches: Sequence[list[list[int]]], model: PreTrainedModel | PeftModel
+) -> list[Float[Tensor, " B"]]:
+    device = next(model.parameters()).device
+    with cpu.for_scoring(model):
+        padded = (pad(batch, pad_id, device) for batch in batches)
+        return [last_token_scores(model, input_ids, mask, packs).float().cpu() for input_ids, mask in padded]
 
 
 def packs_here(model: PreTrainedModel | PeftModel) -> bool:

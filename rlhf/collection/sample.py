@@ -80,27 +80,23 @@ def seed_of(seed: int, place: int, prompt: Prompt, number: int, below: int) -> i
 def _of_folder(
     policy: str, place: int, prompts: Sequence[Prompt], each: int, sampling: Sampling
 ) -> list[list[Candidate]]:
-    import torch
-
-    from rlhf import chat, evaluate
+    from rlhf import chat, evaluate, policies
     from rlhf.models import loading
     from rlhf.models.positions import check_responses
     from rlhf.run.fingerprint import of_path
     from rlhf.run.precision import compute_dtype
-    from rlhf.sampling.decode import TransformersEngine
     from rlhf.sampling.engine import RowGenerator, model_stop_ids
 
     tokenizer = loading.load_tokenizer(policy)
-    model: Any = loading.load_policy(policy, dtype=compute_dtype(sampling.bf16))
+    model = policies.load(policy, compute_dtype(sampling.bf16))
     encoded = [chat.encode_prompt(tokenizer, prompt.messages, prompt.columns) for prompt in prompts]
     check_responses(model, encoded, sampling.max_new_tokens)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     stops = model_stop_ids(model, tokenizer)
-    engine = TransformersEngine(model.to(device), stops, chat.pad_id(tokenizer), sampling.batch_size)
+    engine = policies.SharedEngine(model, stops, chat.pad_id(tokenizer), sampling.batch_size)
     seeds = [seed_of(sampling.seed, place, prompt, n, 2**62) for prompt in prompts for n in range(each)]
     samples = evaluate.sample_policy(
         prompts, tokenizer, engine, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, n=each,
-        generator=RowGenerator.of(seeds, sampling.seed, device),
+        generator=RowGenerator.of(seeds, sampling.seed, model.device),
     )  # fmt: skip
     fingerprint, settings = of_path(policy), _settings(sampling)
     made = [Candidate(text, policy, fingerprint, settings, seed)

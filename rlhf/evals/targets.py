@@ -82,21 +82,16 @@ class Local:
     """A model in this process, sampled by the decode loop that PPO uses."""
 
     def __init__(self, model: str, dtype: torch.dtype, rows: int, tokens_per_microbatch: int) -> None:
-        import torch
-
-        from rlhf import chat
+        from rlhf import chat, policies
         from rlhf.models import loading
-        from rlhf.sampling.decode import TransformersEngine
         from rlhf.sampling.engine import model_stop_ids
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name = model
         self.fingerprint = f"{of_path(model)} {dtype}"
         self.tokenizer = loading.load_tokenizer(model)
-        loaded: Any = loading.load_policy(model, dtype=dtype)
-        self.model = loaded.to(device).eval()
+        self.model: Any = policies.load(model, dtype)
         stops = model_stop_ids(self.model, self.tokenizer)
-        self.engine = TransformersEngine(self.model, stops, chat.pad_id(self.tokenizer), rows)
+        self.engine = policies.SharedEngine(self.model, stops, chat.pad_id(self.tokenizer), rows)
         self.tokens_per_microbatch = tokens_per_microbatch
 
     def prompt(self, messages: Messages) -> Prompt:

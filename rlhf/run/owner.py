@@ -9,16 +9,21 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from threading import get_ident
 from typing import Any, TypeVar, cast
 
 from rlhf.errors import InputError, RunStopped
 
 Result = TypeVar("Result")
 
-_alone: list[bool] = []
-"""Not empty while the main process acts and the others wait."""
+_alone: list[int] = []
+"""Not empty while the main process acts and the others wait: the id of the thread that acts, last 0 while it works on
+its part of what all do."""
 _groups: list[tuple[Any, Any]] = []
 """The default process group, and ours for it."""
+held: dict[int, Any] = {}
+"""What a waiting process has loaded for the work that it was asked for; nothing once the main one's action has ended
+(`rlhf.run.sharing`)."""
 
 
 def processes() -> int:
@@ -29,8 +34,13 @@ def processes() -> int:
 
 def is_main() -> bool:
     """Return whether this is the only process or the first of several: the one that writes."""
+    return place() == 0
+
+
+def place() -> int:
+    """Return this process's number among the run's, from 0 up."""
     group = _initialized()
-    return (int(group.get_rank()) if group else int(os.environ.get("RANK", "0"))) == 0
+    return int(group.get_rank()) if group else int(os.environ.get("RANK", "0"))
 
 
 def wait_for_all() -> None:
@@ -43,7 +53,7 @@ def by_main(action: Callable[[], Result]) -> Result:
 
     An error of it is raised on every process. Of the result a copy is sent, so it must be something pickle can hold.
     The wait has no limit: what the main process does may take hours, a whole stage for example, whose own calls of this
-    function then are plain ones.
+    function then are plain ones. The others, while they wait, do what ``by_all`` asks of them.
     """
     if processes() == 1 or _alone:
         return action()
@@ -51,23 +61,92 @@ def by_main(action: Callable[[], Result]) -> Result:
 
     group = _group()
     distributed.barrier(group)
-    sent: list[Any] = [None, None]
-    if is_main():
-        _alone.append(True)
-        try:
-            sent[0] = action()
-        except Exception as error:
-            sent[1] = str(error) if isinstance(error, InputError | RunStopped) else f"{type(error).__name__}: {error}"
-            sent[0] = RunStopped if isinstance(error, RunStopped) else InputError
-            distributed.broadcast_object_list(sent, src=0, group=group)
-            raise
-        finally:
-            _alone.pop()
-    distributed.broadcast_object_list(sent, src=0, group=group)
-    result, message = sent
-    if message is not None:
-        raise result(message)
-    return cast(Result, result)
+    if not is_main():
+        return cast(Result, _told(group))
+    _alone.append(get_ident())
+    try:
+        result = action()
+    except Exception as error:
+        _tell(group, None, _message(error))
+        raise
+    finally:
+        _alone.pop()
+    _tell(group, result)
+    return result
+
+
+def waited_for() -> bool:
+    """Return whether the other processes wait for this thread in `by_main`, so that it can ask them to work."""
+    return bool(_alone) and _alone[-1] == get_ident()
+
+
+def by_all(asked: Callable[[], Result], own: Callable[[], Result]) -> list[Result]:
+    """Call ``asked`` on the processes that wait for this one in `by_main`, and ``own`` here meanwhile; return all
+    results, this one's first.
+
+    An error of one is raised here once all have ended. ``asked`` and its results must be something pickle can hold."""
+    from torch import distributed
+
+    group = _group()
+    _tell(group, asked, WORK)
+    result, failure = _worked(own)
+    found: list[Any] = [None] * processes()
+    distributed.gather_object((result, failure and _message(failure)), found, dst=0, group=group)
+    if failure is not None:
+        raise failure
+    for _, message in found:
+        if message is not None:
+            raise message[0](message[1])
+    return [result for result, _ in found]
+
+
+WORK = "work"
+"""Told with what is no result yet, but asked for."""
+
+
+def _told(group: Any) -> Any:
+    """Do what the main process asks for, until it has the result of its action, or an error, which is raised here."""
+    from torch import distributed
+
+    failure: Exception | None = None
+    try:
+        while True:
+            told: list[Any] = [None, None]
+            distributed.broadcast_object_list(told, src=0, group=group)
+            given, message = told
+            if message is None:
+                return given
+            if message != WORK:
+                # one that began here is raised as it was: it knows where
+                raise failure if failure and _message(failure) == message else message[0](message[1])
+            result, failure = _worked(given)
+            distributed.gather_object((result, failure and _message(failure)), None, dst=0, group=group)
+    finally:
+        held.clear()
+
+
+def _tell(group: Any, given: Any, message: Any = None) -> None:
+    from torch import distributed
+
+    distributed.broadcast_object_list([given, message], src=0, group=group)
+
+
+def _worked(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Return this process's result, or its error. What the work calls shares nothing out, and waits for nobody."""
+    _alone.append(0)
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+    finally:
+        _alone.pop()
+
+
+def _message(error: Exception) -> tuple[type[Exception], str]:
+    """Return an error's type and text as the other processes raise it."""
+    if isinstance(error, RunStopped):
+        return RunStopped, str(error)
+    return InputError, str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 
 
 def on_each(check: Callable[[], str | None]) -> None:

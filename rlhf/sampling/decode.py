@@ -57,6 +57,14 @@ class TransformersEngine:
             self.check_every = every
 
     @torch.no_grad()
+    def has_own_loop(self) -> bool:
+        """Return whether the decode loop samples, each row by its own seed, and not transformers' `generate`. The
+        model, in eval mode, is asked once."""
+        if self._own_loop is None:
+            self._own_loop = can_decode(self.model, self.pad_id)
+        return self._own_loop
+
+    @torch.no_grad()
     def generate(
         self, prompt_ids: Sequence[list[int]], max_new_tokens: int, temperature: float, generator: torch.Generator
     ) -> Responses:
@@ -68,11 +76,10 @@ class TransformersEngine:
         training = self.model.training
         self.model.eval()  # in train mode, gradient checkpointing would switch the cache off
         try:
-            if self._own_loop is None:
-                self._own_loop = can_decode(self.model, self.pad_id)
+            own_loop = self.has_own_loop()
             cpu.give_way(self.model.device)
             numbers = row_numbers(row_seeds(generator, len(prompt_ids)), max_new_tokens, self.model.device)
-            if not self._own_loop:
+            if not own_loop:
                 settings = (max_new_tokens, temperature, generator, self.rows_per_batch)
                 ids = generate_alike(self.model, prompt_ids, self.stop_ids, self.pad_id, *settings)
                 order = []
@@ -83,7 +90,7 @@ class TransformersEngine:
                     ids[row], logprobs[row] = response, drawn
         finally:
             self.model.train(training)
-        reported = logprobs if self.reports_logprobs and self._own_loop else None
+        reported = logprobs if self.reports_logprobs and own_loop else None
         return Responses(ids, [response[-1] in self.stop_ids for response in ids], reported)
 
     def _decode(

@@ -13,10 +13,11 @@ from rlhf.run import owner
 from rlhf.run.owner import by_main, is_main, processes
 
 CODE = """
-import json, os, pathlib, sys, time
+import functools, json, os, pathlib, sys, time
 from rlhf.errors import InputError, RunStopped
 from rlhf.run import lock
-from rlhf.run.owner import by_main, is_main, processes
+from rlhf.run.owner import by_main, is_main, processes, waited_for
+from rlhf.run.sharing import share
 folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
 assert processes() == 2 and is_main() == (rank == 0)
 (folder / f"here-{rank}").touch() if time.sleep(rank * 0.5) is None else None
@@ -32,6 +33,23 @@ for error in (InputError("a b"), RunStopped("c"), OSError("d")):
 with lock.training_in(folder / "run"):
     seen.append(by_main(lambda: (folder / "run" / ".lock").exists()))
 seen.append(by_main(lambda: (folder / "run" / ".lock").exists()))
+def ranked(parts, wrong=None):
+    by_main(lambda: None)  # inside shared work nobody waits for anybody, and nothing is shared out
+    assert not waited_for()
+    if rank == 1 and wrong:
+        fail(wrong)
+    return [[part, rank] for part in parts]
+def caught():
+    try:
+        return share(functools.partial(ranked, wrong=RunStopped("e")), range(3))
+    except RunStopped as error:
+        return str(error)
+seen += [by_main(lambda: share(ranked, range(3))), by_main(lambda: [caught(), share(ranked, range(2))])]
+seen.append(share(ranked, range(2)))
+try:
+    by_main(lambda: share(functools.partial(ranked, wrong=KeyError("f")), range(3)))
+except Exception as raised:
+    seen.append([type(raised).__name__, str(raised)])
 (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
 """
 
@@ -43,7 +61,10 @@ def test_the_main_process_acts_once_all_are_there(tmp_path: Path) -> None:
     assert one[:4] == [["here-0", "here-1"], 0, ["InputError", "a b"], ["RunStopped", "c"]]
     assert two[:4] == one[:4]
     assert two[4] == ["InputError", "OSError: d"]
-    assert one[5:] == two[5:] == [True, False]
+    assert one[5:7] == two[5:7] == [True, False]
+    assert one[7:9] == two[7:9] == [[[0, 0], [1, 1], [2, 0]], ["e", [[0, 0], [1, 1]]]], "the work is shared out"
+    assert [one[9], two[9]] == [[[0, 0], [1, 0]], [[0, 1], [1, 1]]], "where nobody waits, each does its own"
+    assert [one[10], two[10]] == [["InputError", "KeyError: 'f'"], ["KeyError", "'f'"]]
 
 
 def test_one_process_just_acts() -> None:

@@ -53,7 +53,8 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 def ppo(policy: Path, folder: Path) -> dict[str, Any]:
     def make(name: str, callbacks: Any = None) -> Any:
-        changes = {"load_in_4bit": True, "save_steps": 1, "max_grad_norm": 1e9, "callbacks": callbacks}
+        changes: dict[str, Any] = {"load_in_4bit": True, "save_steps": 1, "callbacks": callbacks}
+        changes |= {"max_grad_norm": 1e9, "learning_rate": 0.01, "value_learning_rate": 0.03}
         return fsdp_worker.make(folder / name, str(policy), None, GivenResponses(), **changes)
 
     whole = make("whole")

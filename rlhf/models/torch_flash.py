@@ -87,21 +87,21 @@ def _by_kernel(
     ]
     behind = -1 if window is None else window - 1  # keys before a query's own, as flash attention counts them
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _attend(torchs.varlen_attn, *rows, ends, longest, scale, (behind, 0 if causal else behind))
+    out = _attend(torchs.varlen_attn, rows, ends, longest, scale, (behind, 0 if causal else behind))
     return out[None, ..., : value.shape[-1]]
 
 
 def _attend(
     attend: Any,
-    query: Float[Tensor, "N H D"],
-    key: Float[Tensor, "N K D"],
-    value: Float[Tensor, "N K D"],
+    rows: list[Tensor],
     ends: Int[Tensor, "R"],
     longest: int,
     scale: float,
     window: tuple[int, int],
 ) -> Float[Tensor, "N H D"]:
-    """Call `varlen_attn`; keys that several heads share are copied where it does not take them so."""
+    """Call `varlen_attn` with queries [N, H, D], keys and values [N, K, D]; keys that several heads share are copied where
+    it does not take them so."""
+    query, key, value = rows
     groups, more = query.shape[1] // key.shape[1], {}
     if groups > 1 and _takes_groups(attend):
         more = {"enable_gqa": True}
@@ -213,7 +213,7 @@ def _alike(
     given = [x.clone().requires_grad_() for x in rounded[:3]]
     expected = [x.float().requires_grad_() for x in rounded[:3]]
     behind = -1 if window is None else window - 1
-    out = _attend(attend, *given, ends, 33, width**-0.5, (behind, 0))
+    out = _attend(attend, given, ends, 33, width**-0.5, (behind, 0))
     row = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
     step = torch.arange(len(row), device=device)
     apart = step[:, None] - step

@@ -99,8 +99,8 @@ def _attend(
     scale: float,
     window: tuple[int, int],
 ) -> Float[Tensor, "N H D"]:
-    """Call `varlen_attn` with queries [N, H, D], keys and values [N, K, D]; keys that several heads share are copied where
-    it does not take them so."""
+    """Call `varlen_attn` with queries [N, H, D], keys and values [N, K, D]; keys that several heads share are copied
+    where it does not take them so."""
     query, key, value = rows
     groups, more = query.shape[1] // key.shape[1], {}
     if groups > 1 and _takes_groups(attend):

@@ -6,9 +6,12 @@ import atexit
 import contextlib
 import difflib
 import errno
+import gc
+import io
 import os
 import re
 import select
+import stat
 import sys
 import threading
 import time
@@ -108,28 +111,66 @@ def reason(error: BaseException, limit: int = 160) -> str:
 def run(main: Callable[[list[str]], Any]) -> None:
     """Call ``main`` with the command-line arguments; an error that users can do something about is a line on stderr.
 
-    A process that has joined others ends here: as Python ends, torch's threads may abort it (SIGABRT), after a run that
-    is complete, too, and the launcher would tell of that instead of the line that says why."""
-    code: Any = 0
+    A process that has joined others ends here (`_leave`): as Python ends, torch's threads may abort it (SIGABRT), after
+    a run that is complete, too, and the launcher would tell of that instead of the line that says why."""
+    code = 0
     try:
         _told(main)
-    except SystemExit as end:
-        code = end.code or 0
-        if not _has_joined() or not isinstance(code, int):
-            raise
-    except Exception:
+    except BaseException as end:
         if not _has_joined():
             raise
-        sys.excepthook(*sys.exc_info())
-        code = 1
+        code = _shown(end)
     if _has_joined():
-        if not code:  # what other threads still write is part of a run that went well
-            threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        _leave(code)
+
+
+def _shown(end: BaseException) -> int:
+    """Print what Python would of what has ended a process; return the exit code."""
+    if isinstance(end, SystemExit) and (end.code is None or isinstance(end.code, int)):
+        return end.code or 0
+    if isinstance(end, SystemExit):
+        print(end.code, file=sys.stderr)
+    elif isinstance(end, KeyboardInterrupt):  # while it waited to tell why it ends
+        return 130
+    else:
+        sys.excepthook(type(end), end, end.__traceback__)
+    return 1
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process at once, after what Python does first: threads end, exit functions are called, files written.
+
+    A run that went well waits for all that other threads still write; one that did not, 10 s: then others wait for it.
+    """
+    late = threading.Timer(10, _end, [code])
+    late.daemon = True
+    if code:
+        late.start()
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+    except KeyboardInterrupt:
+        code = code or 130
+    late.cancel()
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    atexit._run_exitfuncs()
+    for file in [sys.stdout, sys.stderr, *_open_files()]:
+        with contextlib.suppress(OSError, ValueError):
+            file.flush()
+    os._exit(code)
+
+
+def _open_files() -> list[Any]:
+    """Return the open files on disk that may hold what is not written yet, as a score function's own log."""
+    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    found = []
+    for file in gc.get_objects():
+        with contextlib.suppress(OSError, ValueError):  # closed, or no file of the system
+            if issubclass(type(file), kinds) and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                found.append(file)
+    return found
 
 
 def _has_joined() -> bool:

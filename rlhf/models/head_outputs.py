@@ -41,7 +41,10 @@ def packs_rows(model: Any, setting: packing.Packing, dtype: torch.dtype, device:
     if is_encoder(model.config) or not packing.prepare(model, setting, dtype, device):
         return False
     with packing.asked(model, dtype, device):
-        return hands_rows_on(model)
+        packs = hands_rows_on(model)
+    if not packs:
+        packing.leave_varlen(model)
+    return packs
 
 
 @torch.no_grad()

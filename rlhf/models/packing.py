@@ -154,7 +154,17 @@ def prepare(model: Any, setting: Packing, dtype: torch.dtype, device: torch.devi
         return False
     use_flash(model, dtype, device)
     with asked(model, dtype, device):
-        return choose(model, setting)
+        packs = choose(model, setting)
+    if not packs:
+        leave_varlen(model)
+    return packs
+
+
+def leave_varlen(model: Any) -> None:
+    """Let a model whose rows will be padded compute SDPA itself, not by way of torch's flash attention, which takes
+    long rows alone: some families compute another mask for an attention that they don't know by its name."""
+    if attention_of(model) == VARLEN:
+        set_attention(model, "sdpa")
 
 
 def use_flash(model: Any, dtype: torch.dtype, device: torch.device | None = None) -> None:

@@ -25,7 +25,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 VARLEN = "rlhf_varlen"  # with "flash" in it transformers would look for a package, and for a kernel on the hub
 WIDEST = 256  # numbers in a head; the kernel takes multiples of 8 up to this
 NEEDED = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size")
-UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # what a family may ask for and the kernel doesn't compute
+UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices", "cache")
+"""What a family may ask for and the kernel doesn't compute."""
 
 IN_ONE_ROW: ContextVar[bool] = ContextVar("in_one_row", default=False)
 """Whether the current forward is of a long row, for the mask function, to which transformers passes no `cu_seq_lens`.

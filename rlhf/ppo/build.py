@@ -249,6 +249,8 @@ def prepare(actor_critic: ActorCritic, args: PPOConfig, dtype: torch.dtype, devi
         with actor_critic.in_parts():
             packs = all(packing.prepare(part, args.packing, dtype, device) for part in parts)
         actor_critic.packable = actor_critic.packs = packs
+        for part in [] if packs else parts:
+            packing.leave_varlen(part)
     if args.compile:
         compile_layers(actor_critic)
 
@@ -259,6 +261,8 @@ def flash(actor_critic: ActorCritic, args: PPOConfig) -> Iterator[None]:
     attention refuses a float32 model outside autocast."""
     for part in actor_critic.parts() if args.packing != "off" else []:
         packing.use_flash(part, compute_dtype(args.bf16))
+        if not actor_critic.packs:
+            packing.leave_varlen(part)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ Nothing here imports torch in a run of one process: `--help` and a stage that is
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -91,13 +92,13 @@ def by_all(asked: Callable[[], Result], own: Callable[[], Result]) -> list[Resul
     _tell(group, asked, WORK)
     result, failure = _worked(own)
     found: list[Any] = [None] * processes()
-    distributed.gather_object((result, failure and _message(failure)), found, dst=0, group=group)
+    distributed.gather_object((None, None), found, dst=0, group=group)
     if failure is not None:
         raise failure
     for _, message in found:
         if message is not None:
             raise message[0](message[1])
-    return [result for result, _ in found]
+    return [result, *(pickle.loads(other) for other, _ in found[1:])]
 
 
 WORK = "work"
@@ -119,7 +120,7 @@ def _told(group: Any) -> Any:
             if message != WORK:
                 # one that began here is raised as it was: it knows where
                 raise failure if failure and _message(failure) == message else message[0](message[1])
-            result, failure = _worked(given)
+            result, failure = _worked(lambda asked=given: pickle.dumps(asked()))  # if it cannot be, that is told, too
             distributed.gather_object((result, failure and _message(failure)), None, dst=0, group=group)
     finally:
         held.clear()

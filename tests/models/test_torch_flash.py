@@ -19,6 +19,8 @@ from rlhf.models import packing, torch_flash
 from rlhf.models.adapters import backbone
 from rlhf.models.head_outputs import packs_rows
 from rlhf.models.scalar import new_scalar_model
+from rlhf.ppo import build
+from rlhf.ppo.config import PPOConfig
 
 CUDA = torch.device("cuda")
 LENGTHS = (9, 4, 17, 1)  # a sliding window of 6 is shorter than two of them
@@ -167,9 +169,11 @@ def test_both_ways_agree_on_values_of_another_width_and_on_later_tokens(kernel, 
 
 def test_what_it_does_not_compute_is_refused_or_left_to_sdpa(kernel):
     module, given = nn.Module(), heads()
-    for asked in ({"softcap": 3.0}, {"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1, 2, 6, 6)}):
-        with pytest.raises(NotImplementedError, match=next(iter(asked))):
-            attend(module, given, **asked)
+    chosen = {"indices": torch.zeros(1, 6, 2), "block_indices": torch.zeros(1, 6, 2)}  # of keys: sparse attention
+    sinks = {"s_aux": torch.zeros(2), "sinks": torch.zeros(2)}
+    for name, asked in ({"softcap": 3.0, "position_bias": torch.zeros(1, 2, 6, 6)} | sinks | chosen).items():
+        with pytest.raises(NotImplementedError, match=name):
+            attend(module, given, **{name: asked})
     with pytest.raises(NotImplementedError, match="a mask"):
         attend(module, given, torch.ones(1, 1, 6, 6, dtype=torch.bool))
     with pytest.raises(NotImplementedError, match="several at once"):
@@ -310,10 +314,32 @@ def test_a_model_still_on_the_cpu_is_asked_for_its_gpu(gpu, monkeypatch, dtype, 
 def test_a_model_still_on_the_cpu_that_cannot_be_packed(gpu, monkeypatch, package):
     monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: package)
     for name in ("stablelm", "lfm2"):
-        assert not packing.prepare(without_the_package(new_model(name)), "auto", torch.bfloat16, CUDA), name
+        model = without_the_package(new_model(name))
+        assert not packing.prepare(model, "auto", torch.bfloat16, CUDA), name
+        assert packing.attention_of(model) == (packing.FLASH if package else "sdpa"), "padded, as without it"
     monkeypatch.setattr(torch_flash, "works", lambda device, dtype, width=64: width == 64)
     model = without_the_package(new_model("llama"))
     assert packing.prepare(model, "auto", torch.bfloat16, CUDA) == package, "heads of 8, for torch's kernel"
+
+
+def test_ppos_models_keep_sdpa_where_one_of_them_cannot_be_packed(gpu, monkeypatch, tiny_model):
+    monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: False)
+    models, args = build.build_actor_critic(tiny_model), PPOConfig()
+    for able in (True, False):
+        monkeypatch.setattr(packing, "can_pack", lambda model, able=able: able or model is not models.value)
+        build.prepare(models, args, torch.bfloat16, CUDA)
+        expected = [packing.VARLEN if able else "sdpa"] * 3
+        assert models.packs == able
+        assert [packing.attention_of(part) for part in models.parts()] == expected
+        monkeypatch.setattr(packing, "use_flash", lambda model, *given: packing.set_attention(model, packing.VARLEN))
+        with build.flash(models, args):
+            assert [packing.attention_of(part) for part in models.parts()] == expected
+        assert {packing.attention_of(part) for part in models.parts()} == {"sdpa"}
+    monkeypatch.setattr("rlhf.models.head_outputs.hands_rows_on", lambda model: False)
+    scalar = new_scalar_model(new_model("llama"), seed=0)
+    monkeypatch.setattr(packing, "can_pack", lambda model: True)
+    assert not packs_rows(scalar, "auto", torch.bfloat16, CUDA)
+    assert packing.attention_of(scalar) == "sdpa"
 
 
 # -- is the kernel there, and does it work -------------------------------------------------------------------

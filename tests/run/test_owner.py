@@ -44,12 +44,22 @@ def caught():
         return share(functools.partial(ranked, wrong=RunStopped("e")), range(3))
     except RunStopped as error:
         return str(error)
+def unsent():
+    try:
+        share(lambda_of_one, range(2))
+    except InputError as error:
+        return "pickle" in str(error), len(share(lambda_of_main, range(2)))
+def lambda_of_one(parts):
+    return [(lambda: 0) if rank else 0 for _ in parts]
+def lambda_of_main(parts):
+    return [0 if rank else lambda: 0 for _ in parts]
 seen += [by_main(lambda: share(ranked, range(3))), by_main(lambda: [caught(), share(ranked, range(2))])]
 seen.append(share(ranked, range(2)))
 try:
     by_main(lambda: share(functools.partial(ranked, wrong=KeyError("f")), range(3)))
 except Exception as raised:
     seen.append([type(raised).__name__, str(raised)])
+seen.append(by_main(unsent))
 (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
 """
 
@@ -65,6 +75,7 @@ def test_the_main_process_acts_once_all_are_there(tmp_path: Path) -> None:
     assert one[7:9] == two[7:9] == [[[0, 0], [1, 1], [2, 0]], ["e", [[0, 0], [1, 1]]]], "the work is shared out"
     assert [one[9], two[9]] == [[[0, 0], [1, 0]], [[0, 1], [1, 1]]], "where nobody waits, each does its own"
     assert [one[10], two[10]] == [["InputError", "KeyError: 'f'"], ["KeyError", "'f'"]]
+    assert one[11] == two[11] == [True, 2], "the main process need not send its own; others tell that they cannot"
 
 
 def test_one_process_just_acts() -> None:

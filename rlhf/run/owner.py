@@ -10,6 +10,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from threading import get_ident
 from typing import Any, TypeVar, cast
 
@@ -120,10 +121,15 @@ def _told(group: Any) -> Any:
             if message != WORK:
                 # one that began here is raised as it was: it knows where
                 raise failure if failure and _message(failure) == message else message[0](message[1])
-            result, failure = _worked(lambda asked=given: pickle.dumps(asked()))  # if it cannot be, that is told, too
+            result, failure = _worked(partial(_pickled, given))
             distributed.gather_object((result, failure and _message(failure)), None, dst=0, group=group)
     finally:
         held.clear()
+
+
+def _pickled(work: Callable[[], Any]) -> bytes:
+    """Return a result as it is sent; what pickle cannot hold is an error of the work."""
+    return pickle.dumps(work())
 
 
 def _tell(group: Any, given: Any, message: Any = None) -> None:

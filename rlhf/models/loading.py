@@ -283,9 +283,8 @@ def clone(model: PreTrainedModel, device: torch.device | None = None) -> PreTrai
     twin: Any = type(model)(copy.deepcopy(model.config))
     held = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        tensor.data = (
-            held[name].detach().to(device, copy=True)
-        )  # each in its own precision: rotary frequencies stay in float32
+        # each in its own precision: rotary frequencies stay in float32
+        tensor.data = held[name].detach().to(device, copy=True)
     return twin
 
 

@@ -188,9 +188,8 @@ def _build_value(
 
 def _merged_copy(model: PeftModel, device: torch.device) -> Any:
     try:
-        return (
-            copy.deepcopy(model).to(device).float().merge_and_unload()
-        )  # in bfloat16 much of a small update would be lost
+        # in bfloat16 much of a small update would be lost
+        return copy.deepcopy(model).to(device).float().merge_and_unload()
     except ValueError as error:
         raise InputError(
             f"value_model=separate: the adapter cannot be merged ({reason(error)}); set adapter"
